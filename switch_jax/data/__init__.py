@@ -1,0 +1,36 @@
+"""From a mixture of texts to batches.
+
+    corpus → vocabulary → {store, tasks} → batches
+             spans, packing, counter: pure functions under them
+
+Only `tasks`, the streaming reader, imports TensorFlow; it is loaded when asked for.
+"""
+
+from switch_jax.config import Config
+from switch_jax.data.batch import BatchIterator, SyntheticIterator
+from switch_jax.data.corpus import Split
+from switch_jax.data.store import StoreIterator
+from switch_jax.data.vocabulary import open_vocabulary
+
+__all__ = ["open_batches", "open_vocabulary"]
+
+
+def open_batches(
+    config: Config, split: Split, process_index: int = 0, process_count: int = 1
+) -> BatchIterator:
+    """One process's endless stream of batches, as `data.reader` says.
+
+    Together the processes' rows make global batches of `data.batch_size`. What the reader
+    needs and the config does not name is made on first use, in the cache.
+
+    Raises `UserError` for anything missing or impossible.
+    """
+    match config.data.reader:
+        case "store":
+            return StoreIterator(config, split, process_index, process_count)
+        case "synthetic":
+            return SyntheticIterator(config, process_index, process_count)
+        case "seqio":
+            from switch_jax.data.tasks import SeqioIterator
+
+            return SeqioIterator(config, split, process_index, process_count)

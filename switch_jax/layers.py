@@ -1,0 +1,187 @@
+"""The building blocks of T5: parameters, norm, relative bias, attention, feed-forward.
+
+Modules are plain pytrees: constructors take a config and a key, calls are pure. Random keys
+are passed in, one per row, so that noise depends on a row's number in the global batch and
+neither on the mesh nor on gradient accumulation. Axis letters: see `routing.py`; T and S are
+the lengths of queries and keys, K here is the dimension of a head.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from switch_jax.config import ModelConfig
+from switch_jax.sharding import constrain
+
+# One key per row [B], or None: deterministic.
+Keys = jax.Array | None
+
+
+def fold(keys: Keys, data: int | jax.Array) -> Keys:
+    """Independent keys for another place in the model."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def dropout(x_BxLxD: jax.Array, rate: float, keys: Keys) -> jax.Array:
+    """Inverted dropout; the mask of a row is shared by its tokens, as in Mesh TensorFlow."""
+    if keys is None or rate == 0:
+        return x_BxLxD
+    shape = (1, *x_BxLxD.shape[2:])
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
+    return jnp.where(keep, x_BxLxD / (1 - rate), 0)
+
+
+def param(value: jax.Array, *axes: str) -> nnx.Param:
+    """A parameter with the logical names of its dimensions (stacking adds names in front)."""
+    return nnx.Param(value, axes=axes)
+
+
+def kernel(key: jax.Array, shape: tuple[int, int], scale: float) -> jax.Array:
+    """[fan_in, fan_out] float32, truncated normal with σ = sqrt(scale / fan_in) (paper §2.4).
+
+    Values beyond 2σ are drawn again and σ is not corrected for it, as in TensorFlow; JAX's
+    own `variance_scaling` would correct, and give weights 14 % larger.
+    """
+    stddev = (scale / shape[0]) ** 0.5
+    return jax.random.truncated_normal(key, -2, 2, shape) * stddev
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, with the mean square taken in float32; no mean, no bias."""
+
+    def __init__(self, dim: int):
+        self.scale = param(jnp.ones(dim), "norm")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-6)
+        return (x32 * self.scale[...]).astype(x.dtype)
+
+
+class RelativeBias(nnx.Module):
+    """T5's relative position bias: one table a stack, shared by its layers."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, *, bidirectional: bool):
+        self.config = config
+        self.bidirectional = bidirectional
+        init = jax.nn.initializers.variance_scaling(config.init_scale, "fan_avg", "uniform")
+        table = init(key, (config.num_heads, config.relative_buckets))
+        self.table = param(table, "heads", "buckets")
+
+    def __call__(self, query_T: jax.Array, key_S: jax.Array) -> jax.Array:
+        """[H, T, S] float32 to add to the scores, from the positions of queries and keys."""
+        distance_TxS = key_S[None, :] - query_T[:, None]
+        bucket_TxS = relative_buckets(
+            distance_TxS,
+            self.config.relative_buckets,
+            self.config.relative_max_distance,
+            bidirectional=self.bidirectional,
+        )
+        return self.table[...][:, bucket_TxS]
+
+
+def relative_buckets(
+    distance: jax.Array, num_buckets: int, max_distance: int, *, bidirectional: bool
+) -> jax.Array:
+    """Bucket of each distance key - query, int32 of the same shape.
+
+    Half of the buckets hold one near distance each, the others grow logarithmically up to
+    `max_distance` and the last one holds all beyond. An encoder gives half of them to
+    either side; a decoder looks only back.
+    """
+    offset = 0
+    if bidirectional:
+        num_buckets //= 2
+        offset = jnp.where(distance > 0, num_buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = -jnp.minimum(distance, 0)
+    exact = num_buckets // 2
+    ratio = jnp.maximum(distance, 1).astype(jnp.float32) / exact
+    far = exact + (
+        jnp.log(ratio) / jnp.log(jnp.float32(max_distance / exact)) * (num_buckets - exact)
+    ).astype(jnp.int32)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention without biases and without 1/sqrt(K) on the scores.
+
+    The query's initialiser holds that factor instead (paper.md: T5 backbone).
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.config = config
+        D, K, inner = config.d_model, config.head_dim, config.num_heads * config.head_dim
+        s = config.init_scale
+        q, k, v, o = jax.random.split(key, 4)
+        self.query = param(kernel(q, (D, inner), s) / K**0.5, "embed", "heads")
+        self.key = param(kernel(k, (D, inner), s), "embed", "heads")
+        self.value = param(kernel(v, (D, inner), s), "embed", "heads")
+        self.out = param(kernel(o, (inner, D), s), "heads", "embed")
+
+    def _heads(self, x_BxLxD: jax.Array, weight: nnx.Param) -> jax.Array:
+        y = x_BxLxD @ weight[...].astype(x_BxLxD.dtype)
+        y = y.reshape(*y.shape[:-1], self.config.num_heads, self.config.head_dim)
+        return constrain(y, "batch", None, "heads", None)
+
+    def keys_values(self, x_BxSxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the attended positions offer: two arrays [B, S, H, K]."""
+        return self._heads(x_BxSxD, self.key), self._heads(x_BxSxD, self.value)
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        keys_values: tuple[jax.Array, jax.Array],
+        mask_BxTxS: jax.Array,
+        bias_HxTxS: jax.Array | None,
+        keys: Keys,
+    ) -> jax.Array:
+        """[B, T, D]: attends where `mask_BxTxS` is true; softmax in float32."""
+        query_BxTxHxK = self._heads(x_BxTxD, self.query)
+        key_BxSxHxK, value_BxSxHxK = keys_values
+        scores = jnp.einsum(
+            "BTHK,BSHK->BHTS", query_BxTxHxK, key_BxSxHxK, preferred_element_type=jnp.float32
+        )
+        if bias_HxTxS is not None:
+            scores += bias_HxTxS
+        scores = jnp.where(mask_BxTxS[:, None], scores, -1e9)
+        weights_BxHxTxS = jax.nn.softmax(scores, -1).astype(x_BxTxD.dtype)
+        weights_BxHxTxS = dropout(weights_BxHxTxS, self.config.dropout_rate, keys)
+        y = jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, value_BxSxHxK)
+        y = y.reshape(*y.shape[:2], -1) @ self.out[...].astype(y.dtype)
+        return constrain(y, "batch", None, "activation")
+
+
+def activate(name: str, x_wi: jax.Array, x_gate: jax.Array | None) -> jax.Array:
+    """ReLU(x W_i), or GELU(x W_gate) · (x W_i) with the tanh form of GELU that T5 uses."""
+    functions: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "relu": jax.nn.relu,
+        "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+    }
+    return functions[name](x_wi) if x_gate is None else functions[name](x_gate) * x_wi
+
+
+class Mlp(nnx.Module):
+    """The dense feed-forward layer, ReLU or GEGLU."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.config = config
+        D, F, s = config.d_model, config.d_ff, config.init_scale
+        i, g, o = jax.random.split(key, 3)
+        self.wi = param(kernel(i, (D, F), s), "embed", "mlp")
+        self.gate = (
+            param(kernel(g, (D, F), s), "embed", "mlp") if config.activation == "geglu" else None
+        )
+        self.wo = param(kernel(o, (F, D), s), "mlp", "embed")
+
+    def __call__(self, x_BxLxD: jax.Array, keys: Keys) -> jax.Array:
+        """[B, L, D] → [B, L, D]."""
+        dtype = x_BxLxD.dtype
+        gate = None if self.gate is None else x_BxLxD @ self.gate[...].astype(dtype)
+        h_BxLxF = activate(self.config.activation, x_BxLxD @ self.wi[...].astype(dtype), gate)
+        h_BxLxF = constrain(h_BxLxF, "batch", None, "mlp")
+        h_BxLxF = dropout(h_BxLxF, self.config.dropout_rate, keys)
+        return constrain(h_BxLxF @ self.wo[...].astype(dtype), "batch", None, "activation")

@@ -1,0 +1,119 @@
+"""Loss terms as sums over what they average: they add up over microbatches.
+
+Every denominator (`Totals`) comes from the global batch before the first microbatch is
+computed, so that neither loss nor metrics change with gradient accumulation.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from switch_jax import routing
+from switch_jax.config import Config
+from switch_jax.model import Stats, token_masks
+from switch_jax.moe import RouterSums
+
+
+class Totals(NamedTuple):
+    """What the sums of a global batch are divided by; float32 scalars."""
+
+    targets: jax.Array  # Σ of loss weights
+    tokens: dict[str, jax.Array]  # real tokens, by stack
+    groups: dict[str, jax.Array]  # groups with at least one real token, by stack
+
+
+class LossSums(NamedTuple):
+    """Sums over the target tokens of a batch; float32 scalars."""
+
+    cross_entropy: jax.Array  # nats
+    z: jax.Array  # logsumexp(logits)²
+    correct: jax.Array
+
+
+def totals(batch: Mapping[str, jax.Array], config: Config) -> Totals:
+    """Denominators of a global batch."""
+    groups, tokens = {}, {}
+    for stack, mask_BxL in zip(("encoder", "decoder"), token_masks(batch)):
+        B, L = mask_BxL.shape
+        rows = routing.group_rows(B, L, config.moe.group_size)
+        tokens[stack] = jnp.sum(mask_BxL, dtype=jnp.float32)
+        groups[stack] = jnp.sum(mask_BxL.reshape(B // rows, -1).any(-1), dtype=jnp.float32)
+    targets = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
+    return Totals(targets, tokens, groups)
+
+
+def token_losses(logits_BxTxV: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
+    """Cross-entropy, z and accuracy of the targets, weighted by their loss weights."""
+    target_BxT, weight_BxT = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    log_z_BxT = jax.nn.logsumexp(logits_BxTxV, -1)
+    # A masked sum instead of an index: it stays local where the vocabulary is sharded.
+    vocabulary_V = jnp.arange(logits_BxTxV.shape[-1], dtype=target_BxT.dtype)
+    at_target = vocabulary_V == target_BxT[..., None]
+    target_logit_BxT = jnp.sum(jnp.where(at_target, logits_BxTxV, 0), -1)
+    correct_BxT = logits_BxTxV.argmax(-1) == target_BxT
+    return LossSums(
+        cross_entropy=jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT)),
+        z=jnp.sum(weight_BxT * log_z_BxT**2),
+        correct=jnp.sum(weight_BxT * correct_BxT),
+    )
+
+
+def loss_terms(
+    sums: LossSums, stats: Stats, totals: Totals, config: Config
+) -> dict[str, jax.Array]:
+    """The terms of the training loss, weights included; their sum is the loss.
+
+    Auxiliary: α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4).
+    """
+    moe, targets = config.moe, jnp.maximum(totals.targets, 1)
+    terms = {
+        "cross_entropy": sums.cross_entropy / targets,
+        "z_loss": config.train.z_loss_weight * sums.z / targets,
+    }
+    if not stats:
+        return terms
+    layers = sum(s.tokens.shape[0] for s in stats.values())
+    scale = 1 / layers if moe.aux_loss_reduction == "mean" else 1.0
+
+    def over_layers(name: str, denominators: dict[str, jax.Array]) -> jax.Array:
+        return sum(
+            jnp.sum(getattr(s, name)) / jnp.maximum(denominators[stack], 1)
+            for stack, s in stats.items()
+        )
+
+    terms["aux_loss"] = scale * moe.aux_loss_weight * over_layers("balance", totals.groups)
+    terms["router_z_loss"] = scale * moe.z_loss_weight * over_layers("z", totals.tokens)
+    return terms
+
+
+def router_metrics(stats: Stats, every: int) -> dict[str, jax.Array]:
+    """`router/<stack>/<layer>/<name>`, layers counted from 0 over the whole stack, and their
+    means over layers, `router/<name>`.
+
+    Loads are in units of a fair share: 1 everywhere is perfect balance.
+    """
+    metrics: dict[str, jax.Array] = {}
+    collected: dict[str, list[jax.Array]] = {}
+    for stack, stacked in stats.items():
+        for block in range(stacked.tokens.shape[0]):
+            layer = every * block + every - 1
+            for name, value in _layer_metrics(jax.tree.map(lambda x: x[block], stacked)).items():  # noqa: B023
+                metrics[f"router/{stack}/{layer}/{name}"] = value
+                collected.setdefault(name, []).append(value)
+    means = {f"router/{name}": jnp.mean(jnp.stack(v)) for name, v in collected.items()}
+    return metrics | means
+
+
+def _layer_metrics(sums: RouterSums) -> dict[str, jax.Array]:
+    tokens, assignments = jnp.maximum(sums.tokens, 1), jnp.maximum(sums.assignments, 1)
+    load_E = sums.load_E * sums.load_E.shape[0] / jnp.maximum(sums.load_E.sum(), 1)
+    return {
+        "load_max": load_E.max(),
+        "load_min": load_E.min(),
+        "dropped_fraction": sums.dropped / assignments,
+        "entropy": sums.entropy / tokens,
+        "confidence": sums.confidence / tokens,
+        "z": sums.z / tokens,
+    }

@@ -1,0 +1,119 @@
+"""Optimizers and schedules, all from optax; Adafactor as T5X uses it.
+
+Parameters come as a flat dict name → array, with the logical names of their dimensions.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from switch_jax.config import Config, OptimizerConfig, TrainConfig
+
+Axes = Mapping[str, tuple[str, ...]]
+
+# Dimensions over which nothing is ever averaged: each layer and each expert has statistics,
+# update clipping and parameter scale of its own, as if it were not stacked.
+BATCH_DIMS = ("layers", "expert")
+
+_NOT_DECAYED = re.compile(r"(norm/scale|relative_bias/table)$")
+
+
+def make_optimizer(config: Config, axes: Axes) -> optax.GradientTransformation:
+    """The optimizer of a config for parameters with these logical axes."""
+    optimizer = config.optimizer
+    rate = schedule(optimizer, config.train)
+    decayed = {name: not _NOT_DECAYED.search(name) for name in axes}
+    if optimizer.name == "adafactor":
+        batch_dims = {
+            name: sum(axis in BATCH_DIMS for axis in names) for name, names in axes.items()
+        }
+        core = [
+            per_slice(_adafactor(), batch_dims),
+            optax.scale_by_learning_rate(rate),
+            optax.add_decayed_weights(-optimizer.weight_decay, decayed),
+        ]
+    else:
+        core = [
+            _DIRECTIONS[optimizer.name](),
+            optax.add_decayed_weights(optimizer.weight_decay, decayed),
+            optax.scale_by_learning_rate(rate),
+        ]
+    if optimizer.max_grad_norm is not None:
+        core.insert(0, optax.clip_by_global_norm(optimizer.max_grad_norm))
+    return optax.chain(*core)
+
+
+_DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.scale_by_adam(b1=0.9, b2=0.98),
+    "lion": optax.scale_by_lion,
+    "sgd": optax.identity,
+}
+
+
+def _adafactor() -> optax.GradientTransformation:
+    """T5X's Adafactor for one matrix: decay 1 - (t+1)^-0.8, factored from 128, update clipped
+    at RMS 1, scaled by the parameter's own RMS (at least 1e-3), no momentum.
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            decay_rate=0.8, epsilon=1e-30, min_dim_size_to_factor=128, factored=True
+        ),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(min_scale=1e-3),
+    )
+
+
+def per_slice(
+    inner: optax.GradientTransformation, batch_dims: Mapping[str, int]
+) -> optax.GradientTransformation:
+    """Applies `inner` to every parameter alone, once per index of its leading batch dims.
+
+    The state is a dict name → state of `inner`, whose arrays have those dims in front.
+    """
+
+    def mapped(function: Callable, name: str) -> Callable:
+        for _ in range(batch_dims[name]):
+            function = jax.vmap(function)
+        return function
+
+    def init(params):
+        return {name: mapped(inner.init, name)(p) for name, p in params.items()}
+
+    def update(updates, state, params):
+        pairs = {
+            name: mapped(inner.update, name)(updates[name], state[name], params[name])
+            for name in updates
+        }
+        return {n: pair[0] for n, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def schedule(optimizer: OptimizerConfig, train: TrainConfig) -> optax.Schedule:
+    """Learning rate by step, counted from 0.
+
+    rsqrt is T5's: learning_rate / sqrt(max(step, warmup_steps)), flat during warm-up. The
+    others rise linearly from 0 during warm-up, to `learning_rate`. `cooldown_steps` before
+    the end every schedule begins to fall linearly to 0.
+    """
+    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    length = max(train.steps - warmup, 1)
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((step - warmup) / length, 0, 1)
+        rise = jnp.minimum((step + 1) / warmup, 1) if warmup else 1.0
+        value = {
+            "rsqrt": lambda: peak / jnp.sqrt(jnp.maximum(step, max(warmup, 1))),
+            "constant": lambda: peak * rise,
+            "linear": lambda: peak * rise * (1 - done),
+            "cosine": lambda: peak * rise * 0.5 * (1 + jnp.cos(jnp.pi * done)),
+        }[optimizer.schedule]()
+        if optimizer.cooldown_steps:
+            value *= jnp.clip((train.steps - step) / optimizer.cooldown_steps, 0, 1)
+        return value
+
+    return rate

@@ -1,0 +1,157 @@
+"""The device mesh, and the one table from logical axis names to mesh axes.
+
+Mesh axes: `slice` (across pod slices, data only), `data`, `expert`, `model`. The batch is
+split over slice × data × expert; experts over `expert`; heads, d_ff and vocabulary over
+`model`; with `mesh.fsdp` parameters and optimizer state over `data` as well.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from switch_jax import routing
+from switch_jax.config import Config, MeshConfig
+from switch_jax.errors import UserError
+
+MESH_AXES = ("slice", "data", "expert", "model")
+BATCH_AXES = ("slice", "data", "expert")
+
+# Logical axis → mesh axis or axes. `fsdp` stands for `data` where mesh.fsdp is set.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": BATCH_AXES,  # rows, and groups of whole rows
+    "expert_group": ("slice", "data"),  # groups, while the expert axis holds experts
+    "activation": None,
+    "activation_split": "model",  # d_model, cut so that slots are not sent once per model shard
+    # parameters
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "model",
+    "mlp": "model",
+    "vocab": "model",
+    "expert": "expert",
+    "router": None,
+    "norm": None,
+    "buckets": None,
+}
+
+
+def resolve(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes, -1 replaced by what is left of `num_devices`.
+
+    Raises `UserError` when the mesh needs more devices than there are.
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if fixed > num_devices:
+        raise UserError(
+            f"The mesh ({text}) needs {fixed} devices and there are {num_devices};"
+            f" make the product of mesh.* at most {num_devices}."
+        )
+    return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config over `devices` (default: all), after checking that it divides.
+
+    A product below the number of devices uses the first ones.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve(config.mesh, len(devices))
+    check(config, sizes)
+    shape = tuple(sizes.values())
+    return jax.make_mesh(
+        shape,
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices[: math.prod(shape)],
+    )
+
+
+def check(config: Config, sizes: dict[str, int]) -> None:
+    """Raises `UserError` where a mesh of these sizes does not divide the model or its batch."""
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    divided = [
+        ("model.num_heads", config.model.num_heads, "model"),
+        ("model.d_ff", config.model.d_ff, "model"),
+        ("model.vocab_size", config.model.vocab_size, "model"),
+    ]
+    if config.sparse:
+        divided += [
+            ("moe.num_experts", config.moe.num_experts, "expert"),
+            ("model.d_model", config.model.d_model, "model"),
+        ]
+    if config.mesh.fsdp:
+        divided.append(("model.d_model", config.model.d_model, "data"))
+    for key, value, axis in divided:
+        if value % sizes[axis]:
+            raise UserError(
+                f"{key}={value} does not divide over mesh.{axis}={sizes[axis]};"
+                f" mesh.{axis} can be {_words(_divisors(value))}."
+            )
+    microbatch = config.data.batch_size // config.train.accumulate
+    if microbatch % shards:
+        raise UserError(
+            f"A microbatch of {microbatch} rows (data.batch_size / train.accumulate) does not"
+            f" divide over slice × data × expert = {shards} devices;"
+            f" make data.batch_size a multiple of {shards * config.train.accumulate}."
+        )
+    if not config.sparse:
+        return
+    for stack, length in (
+        ("encoder", config.data.inputs_length),
+        ("decoder", config.data.targets_length),
+    ):
+        rows = routing.group_rows(config.data.batch_size, length, config.moe.group_size)
+        if (microbatch // shards) % rows:
+            fitting = math.gcd(config.data.batch_size, microbatch // shards)
+            raise UserError(
+                f"A {stack} group of {rows} rows × {length} tokens would span devices or"
+                f" microbatches, which hold {microbatch // shards} rows each; make"
+                f" moe.group_size at most {fitting * length}, data.batch_size larger, or"
+                " slice × data × expert or train.accumulate smaller."
+            )
+
+
+def spec(axes: Sequence[str | None], *, fsdp: bool = False) -> P:
+    """The partition of an array whose dimensions have these logical names.
+
+    A name without a rule raises `KeyError`: a misspelt axis must not mean «replicated».
+    """
+    mesh_axes = [None if axis is None else RULES[axis] for axis in axes]
+    return P(*(("data" if fsdp else None) if a == "fsdp" else a for a in mesh_axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the sharding of `x` by logical names; does nothing outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How every feature of a batch lies on the mesh: rows split, the rest whole."""
+    return NamedSharding(mesh, spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Among how many devices the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, min(n, 4096) + 1) if n % i == 0]
+
+
+def _words(numbers: list[int]) -> str:
+    shown = [str(n) for n in numbers[:12]]
+    return ", ".join(shown) + (" …" if len(numbers) > 12 else "")

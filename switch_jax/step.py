@@ -1,0 +1,215 @@
+"""Initialisation, train step and eval step, and their abstract forms.
+
+Training, distillation, ahead-of-time compilation and benchmarks all lower what is here, so
+that what is compiled is what runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from switch_jax import losses, sharding
+from switch_jax.config import Config
+from switch_jax.data.batch import feature_shapes
+from switch_jax.model import (
+    Stats,
+    SwitchTransformer,
+    layers_per_block,
+    logical_axes,
+    with_parameters,
+)
+from switch_jax.optim import make_optimizer, schedule
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that changes during training, and all that a checkpoint must hold."""
+
+    step: jax.Array  # int32: train steps done
+    params: dict[str, jax.Array]  # by path, float32
+    opt_state: Any
+
+
+class Program:
+    """The computations of a config on a mesh, with the shapes and shardings they need."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config = config
+        self.mesh = mesh
+        self._model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
+        axes = logical_axes(self._model)
+        self._optimizer = make_optimizer(config, axes)
+        self._schedule = schedule(config.optimizer, config.train)
+        shapes = jax.eval_shape(self._init)
+        specs = {n: sharding.spec(a, fsdp=config.mesh.fsdp) for n, a in axes.items()}
+        self.state_sharding: TrainState = jax.tree.map(
+            lambda s: NamedSharding(mesh, s),
+            TrainState(P(), specs, _optimizer_specs(shapes, specs, axes)),
+            is_leaf=lambda node: isinstance(node, P),
+        )
+        self.abstract_state: TrainState = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            self.state_sharding,
+        )
+        batch = sharding.batch_sharding(mesh)
+        self.abstract_batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch)
+            for name, (shape, dtype) in feature_shapes(config).items()
+        }
+        self.init = self._jit(self._init, out_shardings=self.state_sharding)
+        self.train_step = self._jit(
+            self._train_step, donate_argnums=0, out_shardings=(self.state_sharding, None)
+        )
+        self.eval_step = self._jit(self._eval_step, out_shardings=sharding.replicated(mesh))
+
+    def _jit(self, function, **options):
+        jitted = jax.jit(function, **options)
+
+        @functools.wraps(function)
+        def call(*args):
+            with jax.set_mesh(self.mesh):
+                return jitted(*args)
+
+        def lower(*args):
+            with jax.set_mesh(self.mesh):
+                return jitted.lower(*args)
+
+        call.lower = lower
+        return call
+
+    def model(self, params: Mapping[str, Any]) -> SwitchTransformer:
+        """The model with these parameters."""
+        return with_parameters(self._model, params)
+
+    def put(self, batch: Mapping[str, Any]) -> Batch:
+        """This process's rows of a global batch, as global arrays on the mesh."""
+        where = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(where, rows)
+            for name, rows in batch.items()
+        }
+
+    def _init(self) -> TrainState:
+        """A fresh state; depends on `train.seed` and not on the mesh."""
+        model = SwitchTransformer(self.config, jax.random.key(self.config.train.seed))
+        names = list(logical_axes(self._model))
+        params = dict(zip(names, jax.tree.leaves(model)))
+        return TrainState(jnp.zeros((), jnp.int32), params, self._optimizer.init(params))
+
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One optimizer step over a global batch, in `train.accumulate` microbatches."""
+        config = self.config
+        totals = losses.totals(batch, config)
+        keys = self._row_keys(state.step, batch)
+
+        def loss(params, microbatch, keys):
+            logits, stats = self.model(params).forward(
+                microbatch,
+                factor=config.moe.capacity_factor,
+                keys=keys,
+                batch_size=config.data.batch_size,
+            )
+            sums = losses.token_losses(logits, microbatch)
+            terms = losses.loss_terms(sums, stats, totals, config)
+            return sum(terms.values()), (terms, sums, stats)
+
+        gradients = jax.grad(loss, has_aux=True)
+        if config.train.accumulate == 1:
+            grads, (terms, sums, stats) = gradients(state.params, batch, keys)
+        else:
+            grads, (terms, sums, stats) = self._accumulate(
+                functools.partial(gradients, state.params), (batch, keys)
+            )
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": sum(terms.values()),
+            **terms,
+            "accuracy": sums.correct / jnp.maximum(totals.targets, 1),
+            "target_tokens": totals.targets,
+            "learning_rate": self._schedule(state.step),
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            **losses.router_metrics(stats, layers_per_block(config)),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    def _eval_step(self, params: Mapping[str, jax.Array], batch: Batch) -> tuple[Any, Stats]:
+        """Sums over a batch without dropout: `LossSums`, number of targets, router sums."""
+        logits, stats = self.model(params).forward(
+            batch, factor=self.config.moe.eval_capacity_factor
+        )
+        return (
+            losses.token_losses(logits, batch),
+            jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32),
+            stats,
+        )
+
+    def _row_keys(self, step: jax.Array, batch: Batch) -> jax.Array | None:
+        """A key per global row [B], or None where the config has no noise."""
+        config = self.config
+        noise = config.model.dropout_rate, config.moe.expert_dropout_rate, config.moe.jitter
+        if not any(noise):
+            return None
+        key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+        rows = jnp.arange(batch["decoder_input_tokens"].shape[0])
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+    def _accumulate(self, function, inputs):
+        """Σ of `function(*microbatch)` over the microbatches of `inputs`, in float32.
+
+        Each device cuts its own rows, so that no row moves; groups stay whole because a
+        device's share of a microbatch is a whole number of them.
+        """
+        shards, parts = sharding.num_batch_shards(self.mesh), self.config.train.accumulate
+
+        def cut(x):
+            rows = x.shape[0] // (shards * parts)
+            x = x.reshape(shards, parts, rows, *x.shape[1:]).swapaxes(0, 1)
+            x = x.reshape(parts, shards * rows, *x.shape[3:])
+            return sharding.constrain(x, None, "batch")
+
+        microbatches = jax.tree.map(cut, inputs)
+        shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], microbatches))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+
+        def add(total, microbatch):
+            total = jax.tree.map(jnp.add, total, function(*microbatch))
+            grads, rest = total
+            # Sharded like the parameters: an unsharded accumulator would not fit.
+            grads = jax.lax.with_sharding_constraint(grads, self.state_sharding.params)
+            return (grads, rest), None
+
+        return jax.lax.scan(add, zeros, microbatches)[0]
+
+
+def _optimizer_specs(shapes: TrainState, specs: Mapping[str, P], axes: Mapping[str, tuple]) -> Any:
+    """Specs of the optimizer state: an array that belongs to a parameter lies where it lies.
+
+    Adafactor's row and column statistics lack a dimension; they are split by layer and
+    expert like their parameter and are whole otherwise, which costs little.
+    """
+
+    def one(path, leaf):
+        keys = [getattr(entry, "key", None) for entry in path]
+        name = next((key for key in keys if key in specs), None)
+        if name is None:
+            return P()
+        if leaf.shape == shapes.params[name].shape:
+            return specs[name]
+        stacked = [a for a in axes[name] if a in ("layers", "expert")][: leaf.ndim]
+        return P(*specs[name][: len(stacked)])
+
+    return jax.tree_util.tree_map_with_path(one, shapes.opt_state)
