@@ -182,7 +182,9 @@ def router_sums(
     tokens = over_tokens(jnp.ones_like(mask_GxS))
     log_probs_GxSxE = jax.nn.log_softmax(logits_GxSxE)
     return RouterSums(
-        load_E=jnp.sum(jax.nn.one_hot(expert_GxSxK, E), (0, 1, 2)),
+        load_E=jax.vmap(partial(routing.expert_counts, num_experts=E))(expert_GxSxK)
+        .sum(0)
+        .astype(jnp.float32),
         dropped=jnp.sum(dropped_GxSxK, dtype=jnp.float32),
         assignments=tokens * expert_GxSxK.shape[-1],
         tokens=tokens,

@@ -61,13 +61,21 @@ def _ranks(expert_SxK: jax.Array, num_experts: int) -> jax.Array:
     token order; the first position is 0 (the paper's Fig 15 would begin at 1: trap T1).
     """
     S, K = expert_SxK.shape
-    expert_N = expert_SxK.T.reshape(K * S)
-    order_N = jnp.argsort(expert_N, stable=True)
-    sorted_N = expert_N[order_N]
-    start_E = jnp.searchsorted(sorted_N, jnp.arange(num_experts + 1, dtype=expert_N.dtype))
-    rank_N = jnp.arange(K * S, dtype=jnp.int32) - start_E[sorted_N].astype(jnp.int32)
+    N = S * K
+    expert_N = expert_SxK.T.reshape(N)
+    # One sort of expert·N + position: it needs no payload, which makes it several times faster.
+    key_N = expert_N.astype(jnp.uint32) * N + jnp.arange(N, dtype=jnp.uint32)
+    sorted_expert_N, order_N = jnp.divmod(jnp.sort(key_N), jnp.uint32(N))
+    count_E = expert_counts(expert_N, num_experts + 1)
+    start_E = jnp.cumsum(count_E) - count_E
+    rank_N = jnp.arange(N, dtype=jnp.int32) - start_E[sorted_expert_N]
     rank_N = jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)
     return rank_N.reshape(K, S).T
+
+
+def expert_counts(expert: jax.Array, num_experts: int) -> jax.Array:
+    """[E] int32: how often each expert occurs in an array of any shape; others do not count."""
+    return jnp.zeros(num_experts, jnp.int32).at[expert.reshape(-1)].add(1, mode="drop")
 
 
 def top_k(probs_SxE: jax.Array, mask_S: jax.Array, moe: MoEConfig, capacity: int) -> Assignment:
@@ -139,7 +147,6 @@ def load_balancing_loss(probs_SxE: jax.Array, mask_S: jax.Array) -> jax.Array:
     """
     E = probs_SxE.shape[-1]
     count = jnp.maximum(mask_S.sum(), 1)
-    choice_SxE = jax.nn.one_hot(probs_SxE.argmax(-1), E) * mask_S[:, None]
-    f_E = choice_SxE.sum(0) / count
+    f_E = expert_counts(jnp.where(mask_S, probs_SxE.argmax(-1), E), E) / count
     P_E = jnp.where(mask_S[:, None], probs_SxE, 0).sum(0) / count
     return E * jnp.sum(f_E * P_E)

@@ -154,3 +154,16 @@ def shifted_right(targets: np.ndarray, positions: np.ndarray | None = None) -> n
     """
     shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
     return shifted if positions is None else np.where(positions == 0, 0, shifted)
+
+
+def feature_shapes(config: Config) -> dict[str, tuple[tuple[int, int], type]]:
+    """Shape and dtype of every feature of a global batch."""
+    names = FEATURES + (PACKED_FEATURES if config.data.pack else ())
+    lengths = {"encoder": config.data.inputs_length, "decoder": config.data.targets_length}
+    return {
+        name: (
+            (config.data.batch_size, lengths[name.split("_")[0]]),
+            np.float32 if name == "decoder_loss_weights" else np.int32,
+        )
+        for name in names
+    }

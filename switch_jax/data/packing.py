@@ -1,5 +1,6 @@
 """Several texts in one row: which ones, decided once, since lengths are known beforehand."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +31,7 @@ def plan(offsets: np.ndarray, longest: SpanLengths, targets_length: int) -> Plan
       longest: `span_lengths` of the rows; no piece is longer.
       targets_length: of a row.
     """
-    pieces = [
-        np.arange(begin, end, longest.tokens) for begin, end in zip(offsets[:-1], offsets[1:])
-    ]
+    pieces = [np.arange(begin, end, longest.tokens) for begin, end in itertools.pairwise(offsets)]
     starts = np.concatenate([np.zeros(0, np.int64), *pieces])
     ends = np.repeat(offsets[1:], [len(p) for p in pieces])
     lengths = np.minimum(ends - starts, longest.tokens)
@@ -43,7 +42,9 @@ def plan(offsets: np.ndarray, longest: SpanLengths, targets_length: int) -> Plan
     return Plan(starts, lengths, members, row_offsets)
 
 
-def _first_fit(sizes: list[SpanLengths], inputs_length: int, targets_length: int) -> list[list[int]]:
+def _first_fit(
+    sizes: list[SpanLengths], inputs_length: int, targets_length: int
+) -> list[list[int]]:
     """The pieces of each row. A few rows are open at a time; the fullest makes way for a new."""
     done: list[list[int]] = []
     open_rows: list[tuple[list[int], int, int]] = []  # pieces, room for inputs and for targets

@@ -103,9 +103,7 @@ def corrupt(
     )
 
 
-def _partitions(
-    total: int, parts: int, seed: int, examples: np.ndarray, stream: int
-) -> np.ndarray:
+def _partitions(total: int, parts: int, seed: int, examples: np.ndarray, stream: int) -> np.ndarray:
     """[B, parts] positive integers that sum to `total`, uniform over all such rows.
 
     A row is a choice of parts - 1 cuts among the total - 1 places between neighbours: those

@@ -51,7 +51,8 @@ class Vocabulary:
             self._pieces.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise UserError(
-                f"Vocabulary {str(path)!r} is not a SentencePiece model; set data.vocabulary to one."
+                f"Vocabulary {str(path)!r} is not a SentencePiece model; set data.vocabulary to"
+                " one."
             ) from error
         ids = (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id())
         if ids != (PAD, EOS, UNK):
@@ -82,7 +83,7 @@ class Vocabulary:
         parts = []
         for is_piece, run in groupby(map(int, ids), lambda i: i < self.size - NUM_SENTINELS):
             if is_piece:
-                parts.append(self._pieces.decode(list(run)))
+                parts.append(self._pieces.decode(list(run)).strip())
             else:
                 parts += [f"<extra_id_{self.size - 1 - i}>" for i in run if i < self.size]
         return " ".join(filter(None, parts))

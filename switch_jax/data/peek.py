@@ -1,0 +1,71 @@
+"""What the model gets to see: training examples as text, and how fast they come."""
+
+import textwrap
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+
+from switch_jax.config import Config
+from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data.batch import Batch
+from switch_jax.data.corpus import Split
+from switch_jax.data.vocabulary import Vocabulary
+
+_STACKS = {"inputs": "encoder", "targets": "decoder"}
+_TOKENS = {"inputs": "encoder_input_tokens", "targets": "decoder_target_tokens"}
+_TIMED_SECONDS = 1.0
+
+
+def peek(config: Config, count: int, split: Split = "train") -> str:
+    """The first `count` rows of a split, decoded, with padding and speed of the pipeline.
+
+    Raises `UserError` as `open_batches` does.
+    """
+    batches = iter(open_batches(config, split))
+    vocabulary = open_vocabulary(config)
+    lines: list[str] = []
+    first = next(batches)
+    for number, row in enumerate(islice(_rows(first, batches), count), start=1):
+        lines += [f"Example {number}", *_describe(row, vocabulary), ""]
+    seen, seconds = 0, 0.0
+    start = time.perf_counter()
+    while seconds < _TIMED_SECONDS:
+        seen += sum(int(_real(next(batches), side).sum()) for side in _STACKS)
+        seconds = time.perf_counter() - start
+    padding = {side: 1 - _real(first, side).mean() for side in _STACKS}
+    lines += [
+        f"Padding: {padding['inputs']:.1%} of the inputs, {padding['targets']:.1%} of the targets.",
+        f"Speed: {seen / seconds:,.0f} tokens per second (reader {config.data.reader}).",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(batch: Batch, more: Iterator[Batch]) -> Iterator[Batch]:
+    """Single rows, [·] without the batch axis."""
+    while True:
+        for i in range(len(batch["encoder_input_tokens"])):
+            yield {name: values[i] for name, values in batch.items()}
+        batch = next(more)
+
+
+def _real(batch: Batch, side: str) -> np.ndarray:
+    """Where tokens are not padding, in the shape of the tokens."""
+    segments = batch.get(f"{_STACKS[side]}_segment_ids", batch[_TOKENS[side]])
+    return segments > 0
+
+
+def _describe(row: Batch, vocabulary: Vocabulary) -> list[str]:
+    lines = []
+    for side, stack in _STACKS.items():
+        tokens, real = row[_TOKENS[side]], _real(row, side)
+        segments = row.get(f"{stack}_segment_ids", real.astype(np.int32))
+        for segment in range(1, segments.max(initial=0) + 1):
+            name = f"{side} {segment}" if f"{stack}_segment_ids" in row else side
+            ids = tokens[segments == segment]
+            text = f"({len(ids)} tokens) {vocabulary.decode(ids)}"
+            lines.append(
+                textwrap.fill(text, 100, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+            )
+    return lines

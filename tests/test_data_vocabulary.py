@@ -1,0 +1,147 @@
+"""switch_jax.data.vocabulary: T5's ids, sentinels in text, training on first use."""
+
+import dataclasses
+import io
+
+import pytest
+import sentencepiece
+
+from switch_jax.config import Config, DataConfig, ModelConfig
+from switch_jax.data import corpus, open_vocabulary, vocabulary
+from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.errors import UserError
+
+SIZE = 900
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [d.text for d in list(corpus.documents("python_docs", "train"))[:15]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny(tmp_path_factory, texts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        documents = [corpus.Document(str(i), text) for i, text in enumerate(texts)]
+        patch.setitem(corpus.MIXTURES, "tiny", lambda split: documents)
+        yield
+
+
+def config(vocab_size=SIZE, **data):
+    return Config(model=ModelConfig(vocab_size=vocab_size), data=DataConfig(mixture="tiny", **data))
+
+
+def test_ids_are_those_of_t5():
+    v = open_vocabulary(config())
+    assert v.size == SIZE
+    assert (v.sentinel(0), v.sentinel(99)) == (SIZE - 1, SIZE - 100)
+    assert v.encode("<extra_id_0><extra_id_99>") == [SIZE - 1, SIZE - 100]
+    assert vocabulary.PAD == 0 and vocabulary.EOS == 1 and vocabulary.UNK == 2
+    assert max(v.encode("any text at all")) < SIZE - 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The import statement",
+        "a <extra_id_0> b",
+        "<extra_id_0> of the <extra_id_1>",
+        "<extra_id_12> <extra_id_13>",
+        "naïve 日本語 🙂 bytes",
+        "",
+    ],
+)
+def test_text_with_sentinels_round_trips(text):
+    v = open_vocabulary(config())
+    assert v.decode(v.encode(text)) == text
+
+
+def test_a_sentinel_is_one_id_between_the_pieces_around_it():
+    v = open_vocabulary(config())
+    assert v.encode("a <extra_id_0> b") == [*v.encode("a"), v.sentinel(0), *v.encode("b")]
+    assert v.sentinel(0) not in v.encode("<extra_id_100> <extra_id_x>")
+
+
+def test_padding_eos_and_ids_past_the_end_decode_to_nothing():
+    v = open_vocabulary(config())
+    ids = [*v.encode("to be"), vocabulary.EOS, 0, 0, SIZE, SIZE + 27]
+    assert v.decode(ids) == "to be"
+
+
+def test_training_is_deterministic(tmp_path, texts):
+    for name in "ab":
+        vocabulary.train(texts, tmp_path / name, SIZE)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert Vocabulary(tmp_path / "a").fingerprint == Vocabulary(tmp_path / "b").fingerprint
+    vocabulary.train(texts, tmp_path / "c", SIZE + 1)
+    assert Vocabulary(tmp_path / "c").fingerprint != Vocabulary(tmp_path / "a").fingerprint
+
+
+def test_first_use_trains_with_one_line_and_later_uses_are_silent(capfd):
+    size = SIZE + 10
+    first = open_vocabulary(config(size))
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "Training a vocabulary of 910 pieces" in error
+    assert open_vocabulary(config(size)).path == first.path
+    assert capfd.readouterr().err == ""
+
+
+def test_t5_sizes_leave_the_padding_of_the_embeddings_free(monkeypatch):
+    sizes = []
+
+    def train(texts, path, size):
+        sizes.append(size)
+        path.write_bytes(open_vocabulary(config()).path.read_bytes())
+
+    monkeypatch.setattr(vocabulary, "train", train)
+    for vocab_size in (32128, 250112, 4096):
+        open_vocabulary(config(vocab_size))
+    assert sizes == [32100, 250100, 4096]
+
+
+def test_too_few_ids_are_told_the_least_that_will_do(tmp_path, texts):
+    with pytest.raises(UserError, match=r"set model\.vocab_size to at least (\d+)") as caught:
+        vocabulary.train(texts, tmp_path / "v", 200)
+    least = int(str(caught.value).split("at least ")[1].rstrip("."))
+    vocabulary.train(texts, tmp_path / "v", least)
+    assert Vocabulary(tmp_path / "v").size == least
+
+
+def test_more_ids_than_the_text_has_pieces_give_a_smaller_vocabulary(tmp_path):
+    vocabulary.train(["to be or not to be"], tmp_path / "v", 4000)
+    assert 356 < Vocabulary(tmp_path / "v").size < 500
+
+
+def test_a_vocabulary_must_fit_the_model():
+    path = str(open_vocabulary(config()).path)
+    assert open_vocabulary(config(SIZE + 28, vocabulary=path)).size == SIZE
+    with pytest.raises(UserError, match="has 900 ids.*not 899"):
+        open_vocabulary(config(SIZE - 1, vocabulary=path))
+
+
+def test_files_that_will_not_do_are_named(tmp_path, texts):
+    with pytest.raises(UserError, match=r"no\.model' does not exist"):
+        open_vocabulary(config(vocabulary=str(tmp_path / "no.model")))
+    (tmp_path / "text").write_text("not a model")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        Vocabulary(tmp_path / "text")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts[0].splitlines()),
+        model_writer=model,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "other").write_bytes(model.getvalue())
+    with pytest.raises(UserError, match=r"at \(-1, 2, 0\), not at \(0, 1, 2\)"):
+        Vocabulary(tmp_path / "other")
+
+
+def test_packed_text_brings_its_vocabulary(tmp_path):
+    own = open_vocabulary(config())
+    (tmp_path / vocabulary.FILE_NAME).write_bytes(own.path.read_bytes())
+    packed = dataclasses.replace(config().data, mixture="elsewhere", data_dir=str(tmp_path))
+    opened = open_vocabulary(dataclasses.replace(config(), data=packed))
+    assert opened.fingerprint == own.fingerprint
