@@ -50,6 +50,10 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(D)
         self.mlp = SwitchMlp(config, mlp_key) if sparse else Mlp(config.model, mlp_key)
 
+    def self_keys_values(self, x):
+        """What self-attention offers of the positions `x`."""
+        return self.self_attention.keys_values(self.self_norm(x))
+
     def attend(self, x, kv, mask, bias, keys):
         """Self-attention over the keys and values `kv`, with its residual."""
         y = self.self_attention(self.self_norm(x), kv, mask, bias, fold(keys, 0))
@@ -120,7 +124,7 @@ class Stack(nnx.Module):
             stats = None
             for i, layer in enumerate(block.layers):
                 layer_keys = fold(keys, 2 + number * len(block.layers) + i)
-                kv = layer.self_attention.keys_values(layer.self_norm(x))
+                kv = layer.self_keys_values(x)
                 x = layer.attend(x, kv, mask_BxLxL, bias_HxLxL, layer_keys)
                 if encoded_BxSxD is not None:
                     kv = layer.cross_attention.keys_values(encoded_BxSxD)

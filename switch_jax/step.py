@@ -37,6 +37,7 @@ class TrainState:
     """Everything that changes during training, and all that a checkpoint must hold."""
 
     step: jax.Array  # int32: train steps done
+    tokens: jax.Array  # uint32 [2]: target tokens seen, low and high word
     params: dict[str, jax.Array]  # by path, float32
     opt_state: Any
 
@@ -55,7 +56,7 @@ class Program:
         specs = {n: sharding.spec(a, fsdp=config.mesh.fsdp) for n, a in axes.items()}
         self.state_sharding: TrainState = jax.tree.map(
             lambda s: NamedSharding(mesh, s),
-            TrainState(P(), specs, _optimizer_specs(shapes, specs, axes)),
+            TrainState(P(), P(), specs, _optimizer_specs(shapes, specs, axes)),
             is_leaf=lambda node: isinstance(node, P),
         )
         self.abstract_state: TrainState = jax.tree.map(
@@ -68,11 +69,12 @@ class Program:
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch)
             for name, (shape, dtype) in feature_shapes(config).items()
         }
+        whole = sharding.replicated(mesh)
         self.init = self._jit(self._init, out_shardings=self.state_sharding)
         self.train_step = self._jit(
-            self._train_step, donate_argnums=0, out_shardings=(self.state_sharding, None)
+            self._train_step, donate_argnums=0, out_shardings=(self.state_sharding, whole)
         )
-        self.eval_step = self._jit(self._eval_step, out_shardings=sharding.replicated(mesh))
+        self.eval_step = self._jit(self._eval_step, out_shardings=whole)
 
     def _jit(self, function, **options):
         jitted = jax.jit(function, **options)
@@ -106,7 +108,8 @@ class Program:
         model = SwitchTransformer(self.config, jax.random.key(self.config.train.seed))
         names = list(logical_axes(self._model))
         params = dict(zip(names, jax.tree.leaves(model)))
-        return TrainState(jnp.zeros((), jnp.int32), params, self._optimizer.init(params))
+        step, tokens = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
+        return TrainState(step, tokens, params, self._optimizer.init(params))
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step over a global batch, in `train.accumulate` microbatches."""
@@ -134,17 +137,18 @@ class Program:
             )
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        tokens = _add_words(state.tokens, jnp.sum(batch["decoder_loss_weights"] > 0))
         metrics = {
             "loss": sum(terms.values()),
             **terms,
             "accuracy": sums.correct / jnp.maximum(totals.targets, 1),
-            "target_tokens": totals.targets,
+            "tokens": tokens,
             "learning_rate": self._schedule(state.step),
             "grad_norm": optax.global_norm(grads),
             "param_norm": optax.global_norm(params),
             **losses.router_metrics(stats, layers_per_block(config)),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, tokens, params, opt_state), metrics
 
     def _eval_step(self, params: Mapping[str, jax.Array], batch: Batch) -> tuple[Any, Stats]:
         """Sums over a batch without dropout: `LossSums`, number of targets, router sums."""
@@ -193,6 +197,12 @@ class Program:
             return (grads, rest), None
 
         return jax.lax.scan(add, zeros, microbatches)[0]
+
+
+def _add_words(words: jax.Array, number: jax.Array) -> jax.Array:
+    """A 64-bit sum without 64-bit types: the paper's runs see 10^11 targets."""
+    low = words[0] + number.astype(jnp.uint32)
+    return jnp.stack([low, words[1] + (low < words[0])])
 
 
 def _optimizer_specs(shapes: TrainState, specs: Mapping[str, P], axes: Mapping[str, tuple]) -> Any:

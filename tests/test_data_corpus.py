@@ -57,7 +57,7 @@ def test_the_fingerprint_changes_with_paths_texts_and_splits(monkeypatch):
 
 
 def test_an_unknown_mixture_is_told_the_known_ones():
-    with pytest.raises(UserError, match="'c5'.*python_docs"):
+    with pytest.raises(UserError, match=r"'c5'.*python_docs"):
         documents("c5", "train")
 
 

@@ -30,9 +30,9 @@ def test_a_longer_text_would_not_fit():
 
 
 def test_lengths_that_cannot_be_say_what_would():
-    with pytest.raises(UserError, match="data.targets_length=113 .* needs 114"):
+    with pytest.raises(UserError, match=r"data\.targets_length=113 .* needs 114"):
         spans.span_lengths(512, 113)
-    with pytest.raises(UserError, match="data.inputs_length must be at least 3"):
+    with pytest.raises(UserError, match=r"data\.inputs_length must be at least 3"):
         spans.span_lengths(2, 10)
 
 

@@ -1,7 +1,4 @@
-"""switch_jax.data.tasks: the seqio reader, and everything else without TensorFlow."""
-
-import subprocess
-import sys
+"""switch_jax.data.tasks: the seqio reader makes what the store makes, and resumes exactly."""
 
 import numpy as np
 import pytest
@@ -12,33 +9,6 @@ from switch_jax.data.batch import feature_shapes
 from switch_jax.errors import UserError
 
 SIZE = 900
-
-_BLOCKED = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio"):
-            raise ModuleNotFoundError(f"blocked {name}", name=name)
-
-sys.meta_path.insert(0, Blocked())
-import switch_jax.data
-import switch_jax.data.peek
-assert "jax" not in sys.modules
-from switch_jax.config import Config, DataConfig
-from switch_jax.errors import UserError
-next(switch_jax.data.open_batches(Config(data=DataConfig(reader="synthetic", batch_size=1)), "train"))
-try:
-    switch_jax.data.open_batches(Config(data=DataConfig(reader="seqio")), "train")
-except UserError as error:
-    print(error)
-"""
-
-
-def test_only_the_seqio_reader_needs_tensorflow():
-    done = subprocess.run([sys.executable, "-c", _BLOCKED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'pip install "switch_jax[data]"' in done.stdout
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,11 +38,10 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("split", corpus.SPLITS)
-def test_batches_have_the_format_of_the_store(pack, split):
+def test_batches_have_the_format_of_the_store(pack):
     c = config(pack=pack, targets_length=24)
-    ours = next(open_batches(config(pack=pack, targets_length=24, reader="store"), split))
-    batch = next(open_batches(c, split))
+    ours = next(open_batches(config(pack=pack, targets_length=24, reader="store"), "train"))
+    batch = next(open_batches(c, "train"))
     assert set(batch) == set(ours)
     for name, (shape, dtype) in feature_shapes(c).items():
         assert batch[name].shape == shape and batch[name].dtype == dtype, name
@@ -88,27 +57,28 @@ def test_batches_have_the_format_of_the_store(pack, split):
 
 
 def test_corruption_is_equal_in_distribution_to_the_store():
-    """Full rows have the same counts, and span lengths the same mean and histogram."""
+    """Full rows have the same counts; each span's length, kept or cut, has the same mean."""
     first = open_vocabulary(config()).sentinel(0)
     lengths = spans.span_lengths(64, 20)
-    histograms = {}
+    noise, count = spans.noise_and_spans(lengths.tokens)
+    sizes = {}
     for reader in ("seqio", "store"):
         batches = take(open_batches(config(reader=reader, batch_size=64, seed=1), "train"), 12)
         targets = np.concatenate([b["decoder_target_tokens"] for b in batches])
         inputs = np.concatenate([b["encoder_input_tokens"] for b in batches])
         full = (inputs > 0).sum(1) == lengths.inputs
         assert full.mean() > 0.95
-        targets, inputs = targets[full], inputs[full]
-        noise, count = spans.noise_and_spans(lengths.tokens)
-        for side in (inputs, targets):
-            assert ((side > first - 100).sum(1) == count).all()
-            assert (side[side > first - 100].reshape(-1, count) == first - np.arange(count)).all()
-        assert ((targets > 0).sum(1) == noise + count + 1).all()
-        assert (targets[:, lengths.targets - 1] == spans.EOS).all()
-        marks = np.argwhere(targets > first - 100)[:, 1].reshape(-1, count)
-        sizes = np.diff(marks, axis=1, append=lengths.targets - 1) - 1
-        histograms[reader] = np.bincount(sizes.ravel(), minlength=12)[:12] / sizes.size
-    assert np.abs(histograms["seqio"] - histograms["store"]).max() < 0.03
+        for name, side in (("kept", inputs[full]), ("cut", targets[full])):
+            marks = np.argwhere(side > first - 100)[:, 1].reshape(-1, count)
+            assert (np.take_along_axis(side, marks, 1) == first - np.arange(count)).all()
+            sizes[name, reader] = np.diff(marks, axis=1) - 1
+        assert ((targets[full] > 0).sum(1) == noise + count + 1).all()
+        assert (targets[full, lengths.targets - 1] == spans.EOS).all()
+    for name in ("kept", "cut"):
+        a, b = sizes[name, "seqio"], sizes[name, "store"]
+        error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
+        assert (np.abs(a.mean(0) - b.mean(0)) < 5 * error).all()
+        assert (np.abs(a.std(0) / b.std(0) - 1) < 0.2).all()
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -125,7 +95,7 @@ def test_a_position_is_restored_exactly(tmp_path, pack):
 
 def test_another_number_of_processes_or_other_data_is_refused(tmp_path):
     open_batches(config(), "train", 0, 2).save(tmp_path)
-    with pytest.raises(UserError, match="as many processes .* data.reader=store"):
+    with pytest.raises(UserError, match=r"as many processes .* data\.reader=store"):
         open_batches(config(), "train").restore(tmp_path)
     with pytest.raises(UserError, match="other packing"):
         open_batches(config(pack=True), "train", 0, 2).restore(tmp_path)
@@ -139,5 +109,5 @@ def test_processes_read_different_documents():
 
 
 def test_lengths_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="needs 15"):
-        open_batches(config(targets_length=14), "train")
+    with pytest.raises(UserError, match="needs 14"):
+        open_batches(config(targets_length=13), "train")

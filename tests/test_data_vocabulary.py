@@ -116,7 +116,7 @@ def test_more_ids_than_the_text_has_pieces_give_a_smaller_vocabulary(tmp_path):
 def test_a_vocabulary_must_fit_the_model():
     path = str(open_vocabulary(config()).path)
     assert open_vocabulary(config(SIZE + 28, vocabulary=path)).size == SIZE
-    with pytest.raises(UserError, match="has 900 ids.*not 899"):
+    with pytest.raises(UserError, match=r"has 900 ids.*not 899"):
         open_vocabulary(config(SIZE - 1, vocabulary=path))
 
 

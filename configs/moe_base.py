@@ -1,0 +1,26 @@
+"""MoE-Base: the paper's top-2 baseline, Switch-Base's 128 experts with two for each token.
+
+    switch-jax train --config configs/moe_base.py --workdir runs/moe_base
+
+7,415,217,408 parameters, 160 GFLOP a sequence, 29.71 GB.
+FLOPs are of the forward pass over 512 + 114 tokens, by the paper's convention with both
+experts of a token; bytes are of float32 parameters and Adafactor state over all devices.
+"""
+
+from ml_collections import ConfigDict
+
+from switch_jax.config import defaults, parse_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Takes no arguments."""
+    parse_arg(arg)
+    config = defaults()
+    # Gates are the raw probabilities of the paper's eq. 2. Mesh TensorFlow's top-2 divides them
+    # by their sum, rounds capacities down and has groups of at most 1024 tokens: for that set
+    # renormalize=True, capacity_rounding="floor" and group_size=1024. That it keeps second
+    # experts of low probability only at random has no counterpart here.
+    config.moe.update(num_experts=128, router="top_k", top_k=2)
+    # Capacity has no factor k: of Table 1's 2.0, 1.25 and 1.0, 2.0 has a slot for either expert.
+    config.moe.capacity_factor = 2.0
+    return config

@@ -1,0 +1,350 @@
+"""What a config costs, by arithmetic alone: parameters, FLOPs, bytes, expert slots.
+
+Shapes come from `jax.eval_shape`; nothing is computed, and neither an accelerator nor data is
+needed. A FLOP is one multiplication or addition, so that a weight costs two per token. Three
+conventions are in use, and every figure says which one it follows:
+
+    paper     forward pass as the paper counts it: two per weight per token of the weight's own
+              stack and for the logits; scores once, nothing for applying them to the values;
+              cross-attention's keys and values as if there were as many as targets; no router,
+              no padding. Reproduces the FLOPs column of the paper's Table 9.
+    computed  forward pass as it runs: every matmul of the model, with full (not causal)
+              scores, routers, and all slots of the experts whether a token is in them or not.
+    model     training as utilisation is defined: three times the computed forward pass
+              without the slots that are bound to stay empty; recomputation does not count.
+
+Axis letters: see `routing.py`.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from switch_jax import routing
+from switch_jax.config import Config, MoEConfig
+from switch_jax.model import SwitchTransformer, logical_axes, named_parameters
+from switch_jax.optim import make_optimizer
+
+CONVENTIONS = {
+    "flops_per_sequence": "paper: forward, scores once, no router, no padding",
+    "flops_per_sequence_computed": "computed: forward, every matmul, all expert slots",
+    "train_flops_per_step": "3 x computed, over the global batch",
+}
+
+# Dense bfloat16 FLOP/s of one JAX device, as published by its maker. TPU v2, v3 and 7x chips
+# are two devices each, with half of the chip's figure. Exact names: a fraction of a GPU (MIG)
+# or another board of the same family is another device.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLayer:
+    """How an expert layer routes the global batch; `eval_` is at the evaluation factor.
+
+    `slots_per_token`, E·C / S, is the capacity factor that really holds. Where it is not
+    `capacity_factor`, `changed_by` says why: "rounding", "min_capacity", or "group_tokens"
+    (no expert needs more slots than its group has tokens).
+    `dropped_if_uniform`: see the function; what a router that is balanced on average drops
+    nevertheless, before ntlb's second tries.
+    """
+
+    stack: str
+    layer: int  # among all layers of the stack, from 0
+    group_rows: int
+    group_tokens: int  # S
+    capacity: int  # C
+    capacity_factor: float | None
+    slots_per_token: float
+    changed_by: str | None
+    dropped_if_uniform: float
+    eval_capacity: int
+    eval_slots_per_token: float
+
+
+def abstract_model(config: Config) -> SwitchTransformer:
+    """The model with shapes for parameters."""
+    return jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
+
+
+def params_by_group(config: Config) -> dict[str, int]:
+    """Number of parameters by kind; the sum is the model's. Kinds it lacks are left out."""
+    model = abstract_model(config)
+    axes = logical_axes(model)
+    counts = dict.fromkeys(("experts", *_GROUPS), 0)
+    for name, leaf in named_parameters(model).items():
+        counts[_group(name, axes[name])] += math.prod(leaf.shape)
+    return {group: count for group, count in counts.items() if count}
+
+
+# Group → names of its parameters; the first that matches counts.
+_GROUPS = {
+    "routers": r"mlp/router$",
+    "dense_ffn": r"mlp/\w+$",
+    "encoder_attention": r"^encoder/.*attention/\w+$",
+    "decoder_attention": r"^decoder/.*attention/\w+$",
+    "relative_bias": r"relative_bias/table$",
+    "norms": r"norm/scale$",
+    "embedding": r"^embedding$",
+    "head": r"^head$",
+}
+
+
+def _group(name: str, axes: tuple[str, ...]) -> str:
+    if "expert" in axes:
+        return "experts"
+    for group, pattern in _GROUPS.items():
+        if re.search(pattern, name):
+            return group
+    raise KeyError(f"{name} is in no group of parameters")
+
+
+def state_bytes(config: Config) -> dict[str, int]:
+    """Bytes of the float32 `parameters` and of the `optimizer` state, over all devices."""
+    model = abstract_model(config)
+    params = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in named_parameters(model).items()
+    }
+    optimizer = make_optimizer(config, logical_axes(model))
+    parts = {"parameters": params, "optimizer": jax.eval_shape(optimizer.init, params)}
+    return {
+        part: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for part, tree in parts.items()
+    }
+
+
+class _Stack(NamedTuple):
+    name: str
+    length: int  # tokens of a row
+    dense: int  # layers by kind of their feed-forward layer
+    sparse: int
+
+
+def _stacks(config: Config) -> list[_Stack]:
+    model, data = config.model, config.data
+    stacks = []
+    for name, length, layers in (
+        ("encoder", data.inputs_length, model.num_encoder_layers),
+        ("decoder", data.targets_length, model.num_decoder_layers),
+    ):
+        sparse = layers // config.moe.every if config.sparse else 0
+        stacks.append(_Stack(name, length, layers - sparse, sparse))
+    return stacks
+
+
+def flops_per_sequence(config: Config) -> int:
+    """FLOPs of the forward pass over one pair of sequences, by the paper's convention."""
+    m, T = config.model, config.data.targets_length
+    inner = m.num_heads * m.head_dim
+    flops = 2 * T * m.d_model * m.vocab_size
+    keys = 0  # positions that a query has a score with, in all attentions of a layer
+    for stack in _stacks(config):
+        keys += stack.length
+        attentions, layers = {"encoder": 1, "decoder": 2}[stack.name], stack.dense + stack.sparse
+        weights = layers * attentions * 4 * m.d_model * inner
+        weights += (stack.dense + stack.sparse * _choices(config.moe)) * _ffn_weights(config)
+        flops += 2 * stack.length * (weights + layers * inner * keys)
+    return flops
+
+
+def flops_by_part(config: Config) -> dict[str, float]:
+    """FLOPs of one pair's share of the training forward pass, by the computed convention.
+
+    `empty_slots` are the slots beyond one per assignment, which no router could fill;
+    `experts` are the others. The sum is everything.
+    """
+    m, S, T = config.model, config.data.inputs_length, config.data.targets_length
+    inner, ffn = m.num_heads * m.head_dim, 2 * _ffn_weights(config)
+    parts = {"logits": 2.0 * T * m.d_model * m.vocab_size}
+
+    def add(part: str, flops: float) -> None:
+        if flops:
+            parts[part] = parts.get(part, 0.0) + flops
+
+    for stack in _stacks(config):
+        layers, positions, scores = stack.dense + stack.sparse, 4 * stack.length, stack.length**2
+        if stack.name == "decoder":  # cross-attention: queries and outputs, keys and values
+            positions += 2 * T + 2 * S
+            scores += T * S
+        add("attention", 2 * positions * m.d_model * inner * layers)
+        add("scores_and_values", 4 * scores * inner * layers)
+        add("dense_ffn", ffn * stack.length * stack.dense)
+        add("routers", 2 * stack.length * m.d_model * config.moe.num_experts * stack.sparse)
+    for layer in expert_layers(config):
+        length = layer.group_tokens // layer.group_rows
+        slots, assignments = layer.slots_per_token * length, _choices(config.moe) * length
+        add("experts", ffn * min(slots, assignments))
+        add("empty_slots", ffn * max(slots - assignments, 0))
+    return parts
+
+
+def _ffn_weights(config: Config) -> int:
+    """Weights of one feed-forward layer, or of one expert."""
+    matrices = 3 if config.model.activation == "geglu" else 2
+    return matrices * config.model.d_model * config.model.d_ff
+
+
+def _choices(moe: MoEConfig) -> int:
+    """Experts a token is computed by; ntlb tries `top_k` and takes one."""
+    return moe.top_k if moe.router == "top_k" else 1
+
+
+def expert_layers(config: Config) -> list[ExpertLayer]:
+    """Every expert layer, encoder first."""
+    moe, E, layers = config.moe, config.moe.num_experts, []
+    for stack in _stacks(config):
+        rows = routing.group_rows(config.data.batch_size, stack.length, moe.group_size)
+        S = rows * stack.length
+        for i in range(stack.sparse):
+            C = routing.capacity(S, moe, moe.capacity_factor)
+            eval_C = routing.capacity(S, moe, moe.eval_capacity_factor)
+            layers.append(
+                ExpertLayer(
+                    stack=stack.name,
+                    layer=(i + 1) * moe.every - 1,
+                    group_rows=rows,
+                    group_tokens=S,
+                    capacity=C,
+                    capacity_factor=moe.capacity_factor,
+                    slots_per_token=E * C / S,
+                    changed_by=_changed_by(S, C, moe),
+                    dropped_if_uniform=dropped_if_uniform(S, C, moe),
+                    eval_capacity=eval_C,
+                    eval_slots_per_token=E * eval_C / S,
+                )
+            )
+    return layers
+
+
+def _changed_by(tokens: int, capacity: int, moe: MoEConfig) -> str | None:
+    if moe.capacity_factor is None:
+        return None
+    exact = round(moe.capacity_factor * tokens / moe.num_experts, 9)
+    if capacity == exact:
+        return None
+    if capacity > math.ceil(exact):
+        return "min_capacity"
+    return "group_tokens" if exact > tokens else "rounding"
+
+
+def dropped_if_uniform(tokens: int, capacity: int, moe: MoEConfig) -> float:
+    """Expected fraction of first-stage assignments without a slot, if each token of a group
+    chose its experts uniformly at random and independently of the others.
+
+    E[max(X - C, 0)] / E[X] with the binomial load X of an expert.
+    """
+    chance = _choices(moe) / moe.num_experts
+    if chance == 1:
+        return max(tokens - capacity, 0) / tokens
+    load = np.arange(tokens)
+    ratio = (tokens - load) / (load + 1) * chance / (1 - chance)
+    log_pmf = tokens * math.log1p(-chance) + np.concatenate([[0.0], np.cumsum(np.log(ratio))])
+    excess = np.maximum(np.arange(tokens + 1) - capacity, 0)
+    return float(excess @ np.exp(log_pmf)) / (tokens * chance)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Published bfloat16 FLOP/s of a `jax.Device.device_kind`; None where we know none."""
+    return PEAK_FLOPS.get(device_kind)
+
+
+def mfu(config: Config, step_seconds: float, device_kind: str, num_devices: int) -> float | None:
+    """Model FLOPs utilisation of a train step, of the bfloat16 peak whatever the dtype.
+
+    By the model convention. None where the device's peak is not known.
+    """
+    peak = peak_flops(device_kind)
+    if peak is None:
+        return None
+    parts = flops_by_part(config)
+    flops = 3 * (sum(parts.values()) - parts["empty_slots"]) * config.data.batch_size
+    return flops / (step_seconds * num_devices * peak)
+
+
+def summary(config: Config) -> dict[str, Any]:
+    """What `switch-jax inspect` prints, as JSON values.
+
+    `slots_per_token` is over all expert layers of both stacks; None in a dense model.
+    """
+    params, parts = params_by_group(config), flops_by_part(config)
+    layers, bytes_by_part = expert_layers(config), state_bytes(config)
+    tokens = [layer.group_tokens // layer.group_rows for layer in layers]
+    slots = sum(n * layer.slots_per_token for n, layer in zip(tokens, layers))
+    return {
+        "params": sum(params.values()),
+        "params_by_group": params,
+        "flops_per_sequence": flops_per_sequence(config),
+        "flops_per_sequence_computed": sum(parts.values()),
+        "flops_by_part": parts,
+        "train_flops_per_step": 3 * sum(parts.values()) * config.data.batch_size,
+        "flops_conventions": CONVENTIONS,
+        "state_bytes": sum(bytes_by_part.values()),
+        "state_bytes_by_part": bytes_by_part,
+        "slots_per_token": slots / sum(tokens) if layers else None,
+        "moe": [dataclasses.asdict(layer) for layer in layers],
+    }
+
+
+def si(value: float, unit: str) -> str:
+    """Four digits and a decimal prefix: `si(124.6e9, "FLOP")` is "124.6 GFLOP"."""
+    power = int(math.log10(max(value, 1)) // 3)
+    return f"{value / 1000**power:.4g} {('', *'kMGTPEZY')[power]}{unit}"
+
+
+def render(summary: dict[str, Any]) -> str:
+    """A `summary` as aligned lines for people."""
+    lines: list[str] = []
+
+    def line(name: str, value: str, note: str = "") -> None:
+        lines.append(f"{name:29}{value:>18}  {note}".rstrip())
+
+    line("parameters", f"{summary['params']:,}")
+    for name, count in summary["params_by_group"].items():
+        line(f"  {name}", f"{count:,}")
+    line("state", si(summary["state_bytes"], "B"), "over all devices")
+    for name, size in summary["state_bytes_by_part"].items():
+        line(f"  {name}", si(size, "B"))
+    for name, convention in CONVENTIONS.items():
+        line(name, si(summary[name], "FLOP"), convention)
+    for name, flops in summary["flops_by_part"].items():
+        line(f"  {name}", si(flops, "FLOP"), "of computed")
+    for stack in ("encoder", "decoder"):
+        layers = [layer for layer in summary["moe"] if layer["stack"] == stack]
+        if not layers:
+            continue
+        one = layers[0]  # the expert layers of a stack are all alike
+        asked = "dropless" if one["capacity_factor"] is None else one["capacity_factor"]
+        why = f", changed by {one['changed_by']}" if one["changed_by"] else ""
+        lines.append(f"{stack} expert layers {', '.join(str(x['layer']) for x in layers)}")
+        line("  group", f"{one['group_tokens']:,}", f"tokens, {one['group_rows']} rows")
+        line("  capacity", f"{one['capacity']:,}", f"at evaluation {one['eval_capacity']:,}")
+        line("  slots per token", f"{one['slots_per_token']:.3f}", f"configured {asked}{why}")
+        line("  at evaluation", f"{one['eval_slots_per_token']:.3f}")
+        line("  dropped if uniform", f"{one['dropped_if_uniform']:.2%}")
+    if summary["moe"]:
+        line("slots per token, both stacks", f"{summary['slots_per_token']:.3f}")
+    return "\n".join(lines)

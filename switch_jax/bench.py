@@ -1,0 +1,201 @@
+"""Step time of a config against its FLOP-matched dense twin, side by side in one run.
+
+The twin is the same model with `moe.num_experts=0`: as many FLOPs a token, if capacity were
+exactly used. Three things are timed: the train step, the forward pass (the evaluation step)
+and one feed-forward layer alone, forward and backward, on the encoder's tokens. Runs of the two
+models alternate, so that a machine whose speed drifts drifts for both.
+"""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from switch_jax import accounting, routing, sharding
+from switch_jax.config import Config
+from switch_jax.data.batch import SyntheticIterator
+from switch_jax.errors import UserError
+from switch_jax.layers import Mlp
+from switch_jax.moe import Plan, SwitchMlp
+from switch_jax.step import Program
+
+PARTS = ("train_step", "forward", "layer")
+MODELS = ("sparse", "dense")
+
+
+def run(config: Config, repeats: int) -> dict[str, Any]:
+    """Times both models; returns seconds (median, min, max), ratios, speed and memory.
+
+    Raises `UserError` for a config without experts.
+    """
+    if not config.sparse:
+        raise UserError("bench compares experts with a dense model; set moe.num_experts above 0.")
+    dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=0))
+    mesh = sharding.make_mesh(config)
+    result: dict[str, Any] = {
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "devices": mesh.devices.size,
+        "mesh": dict(mesh.shape),
+        "repeats": repeats,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        _use_compilation_cache(folder)
+        for part in PARTS:
+            cases = {
+                model: _Case(part, c, Program(c, mesh)) for model, c in zip(MODELS, (config, dense))
+            }
+            _alternate(cases, repeats)
+            result[part] = _compare({model: case.report() for model, case in cases.items()})
+    for model in MODELS:
+        step = result["train_step"][model]
+        tokens = config.data.batch_size * (config.data.inputs_length + config.data.targets_length)
+        step["tokens_per_second"] = tokens / step["seconds"]
+        step["mfu"] = accounting.mfu(
+            config, step["seconds"], result["device_kind"], result["devices"]
+        )
+    return result
+
+
+class _Case:
+    """One part of one model, compiled twice (the second time from the cache) and timed."""
+
+    def __init__(self, part: str, config: Config, program: Program):
+        lower, self._next = {
+            "train_step": _train_step,
+            "forward": _forward,
+            "layer": _layer,
+        }[part](config, program)
+        began = time.perf_counter()
+        lower().compile()
+        self._compile = time.perf_counter() - began
+        jax.clear_caches()
+        began = time.perf_counter()
+        compiled = lower().compile()
+        self._compile_cached = time.perf_counter() - began
+        self._call = compiled
+        self._memory = compiled.memory_analysis()
+        self._seconds: list[float] = []
+        self._state: Any = None
+
+    def once(self, *, timed: bool) -> None:
+        began = time.perf_counter()
+        self._state = self._next(self._call, self._state)
+        jax.block_until_ready(self._state)
+        if timed:
+            self._seconds.append(time.perf_counter() - began)
+
+    def report(self) -> dict[str, Any]:
+        memory = self._memory
+        return {
+            "seconds": statistics.median(self._seconds),
+            "seconds_min": min(self._seconds),
+            "seconds_max": max(self._seconds),
+            "compile_seconds": self._compile,
+            "compile_seconds_cached": self._compile_cached,
+            "memory_bytes": memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes,
+        }
+
+
+def _alternate(cases: dict[str, _Case], repeats: int) -> None:
+    for number in range(repeats + 1):
+        for case in cases.values():
+            case.once(timed=number > 0)
+
+
+def _compare(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    sparse, dense = (reports[model]["seconds"] for model in MODELS)
+    return {**reports, "ratio": sparse / dense}
+
+
+Lower = Callable[[], jax.stages.Lowered]
+Next = Callable[[Callable, Any], Any]
+
+
+def _train_step(config: Config, program: Program) -> tuple[Lower, Next]:
+    batch = program.put(next(SyntheticIterator(config, jax.process_index(), jax.process_count())))
+
+    def advance(call, state):
+        return call(program.init() if state is None else state, batch)[0]
+
+    return partial(program.train_step.lower, program.abstract_state, batch), advance
+
+
+def _forward(config: Config, program: Program) -> tuple[Lower, Next]:
+    batch = program.put(next(SyntheticIterator(config, jax.process_index(), jax.process_count())))
+    params = program.init().params
+    return partial(program.eval_step.lower, params, batch), lambda call, _: call(params, batch)
+
+
+def _layer(config: Config, program: Program) -> tuple[Lower, Next]:
+    """Gradients of one feed-forward layer with respect to its input and parameters."""
+    data, model = config.data, config.model
+    shape = (data.batch_size, data.inputs_length, model.d_model)
+    plan = Plan(
+        routing.group_rows(data.batch_size, data.inputs_length, config.moe.group_size),
+        config.moe.capacity_factor,
+    )
+
+    def loss(layer: SwitchMlp | Mlp, x_BxLxD: jax.Array, g_BxLxD: jax.Array) -> jax.Array:
+        if isinstance(layer, SwitchMlp):
+            y_BxLxD, sums = layer(x_BxLxD, jnp.ones(shape[:2], bool), plan, None)
+            return jnp.sum(y_BxLxD * g_BxLxD) + sums.balance
+        return jnp.sum(layer(x_BxLxD, None) * g_BxLxD)
+
+    with jax.set_mesh(program.mesh):
+        key = jax.random.key(0)
+        layer = jax.jit(lambda k: SwitchMlp(config, k) if config.sparse else Mlp(config.model, k))(
+            key
+        )
+        x, g = jax.random.normal(key, (2, *shape), model.dtype)
+        x, g = jax.device_put((x, g), sharding.batch_sharding(program.mesh))
+
+    def lower() -> jax.stages.Lowered:
+        with jax.set_mesh(program.mesh):
+            return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(layer, x, g)
+
+    return lower, lambda call, _: call(layer, x, g)
+
+
+def _use_compilation_cache(folder: str) -> None:
+    """An empty cache for this process, so that the first compilation is a real one."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def render(result: dict[str, Any]) -> str:
+    """The figures of `run` as a table for people."""
+    lines = [
+        f"{result['devices']} × {result['device_kind']}, median of {result['repeats']} runs"
+        " (min – max), alternating with the FLOP-matched dense model",
+        "",
+        f"{'':12}{'sparse':>28}{'dense':>28}{'ratio':>8}",
+    ]
+    for part in PARTS:
+        cells = []
+        for model in MODELS:
+            r = result[part][model]
+            cells.append(
+                f"{1e3 * r['seconds']:.1f} ms"
+                f" ({1e3 * r['seconds_min']:.1f} – {1e3 * r['seconds_max']:.1f})"
+            )
+        lines.append(f"{part:12}{cells[0]:>28}{cells[1]:>28}{result[part]['ratio']:>8.2f}")
+    lines.append("")
+    for label, key, text in (
+        ("tokens/s", "tokens_per_second", lambda v: f"{v:,.0f}"),
+        ("MFU", "mfu", lambda v: "unknown peak" if v is None else f"{v:.1%}"),
+        ("memory", "memory_bytes", lambda v: f"{v / 1e9:.2f} GB"),
+        ("compile", "compile_seconds", lambda v: f"{v:.1f} s"),
+        ("  cached", "compile_seconds_cached", lambda v: f"{v:.1f} s"),
+    ):
+        sparse, dense = (text(result["train_step"][model][key]) for model in MODELS)
+        lines.append(f"{label:12}{sparse:>28}{dense:>28}")
+    return "\n".join(lines)

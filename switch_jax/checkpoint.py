@@ -1,0 +1,147 @@
+"""Checkpoints: parameters, optimizer state and data position, written by Orbax in the background.
+
+checkpoints/STEP/params      dict path → array, all that `load` needs
+checkpoints/STEP/optimizer   steps done, tokens seen, optimizer state
+checkpoints/STEP/data        position of the batch last consumed
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from switch_jax.data.batch import BatchIterator
+from switch_jax.errors import UserError
+from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
+from switch_jax.step import TrainState
+from switch_jax.workdir import Workdir
+
+
+class _IteratorHandler(ocp.CheckpointHandler):
+    """Lets a data iterator write its own position; at once, so that it is the one at `save`."""
+
+    def save(self, directory, args):
+        args.item.save(Path(directory))
+
+    def restore(self, directory, args):
+        args.item.restore(Path(directory))
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _IteratorArgs(ocp.args.CheckpointArgs):
+    item: BatchIterator
+
+
+class Checkpoints:
+    """The checkpoints of a WORKDIR; the newest `keep` stay."""
+
+    def __init__(self, workdir: Workdir, keep: int):
+        self._folder = workdir.checkpoints.absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, state: TrainState, batches: BatchIterator) -> None:
+        """Starts writing a checkpoint; training goes on meanwhile."""
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave(_rest(state)),
+            "data": _IteratorArgs(batches),
+        }
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+
+    def restore(self, abstract: TrainState, batches: BatchIterator) -> TrainState | None:
+        """The state of the newest good checkpoint; `batches` is moved to its position.
+
+        A checkpoint that cannot be read is set aside as `corrupt-STEP` and the one before is
+        taken. None where there is no checkpoint at all; `UserError` where none is good.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore_step(step, abstract, batches)
+            except UserError:
+                raise
+            except Exception as error:  # whatever Orbax says of a damaged file
+                reason = str(error).strip().split("\n")[0][:200]
+                print(f"Checkpoint {step} cannot be read: {reason}", file=sys.stderr)
+                (self._folder / str(step)).rename(self._folder / f"corrupt-{step}")
+                self._manager.reload()
+        if steps:
+            raise UserError(f"No checkpoint in {self._folder} can be read; use another --workdir.")
+        return None
+
+    def _restore_step(self, step: int, abstract: TrainState, batches: BatchIterator) -> TrainState:
+        items = {
+            "params": ocp.args.StandardRestore(abstract.params),
+            "optimizer": ocp.args.StandardRestore(_rest(abstract)),
+            "data": _IteratorArgs(batches),
+        }
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return TrainState(params=restored["params"], **restored["optimizer"])
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """All of a state but its parameters."""
+    return {"step": state.step, "tokens": state.tokens, "opt_state": state.opt_state}
+
+
+def find(path: str | Path) -> tuple[Workdir, Path]:
+    """WORKDIR and checkpoint folder of a path that is either; a WORKDIR means its newest.
+
+    Raises `UserError` where there is no checkpoint.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a WORKDIR or one of its checkpoints.")
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return Workdir(path.parent.parent), path
+    workdir = Workdir(path)
+    workdir.config()
+    folders = workdir.checkpoints.iterdir() if workdir.checkpoints.exists() else []
+    steps = [int(folder.name) for folder in folders if folder.name.isdigit()]
+    if not steps:
+        raise UserError(f"{path} has no checkpoint yet; train it first.")
+    return workdir, workdir.checkpoints / str(max(steps))
+
+
+def restore_params(
+    checkpoint: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Parameters alone, with the shapes and shardings of `abstract`; raises `UserError`."""
+    with ocp.StandardCheckpointer() as reader:
+        try:
+            return reader.restore(checkpoint.absolute() / "params", dict(abstract))
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise UserError(
+                f"Checkpoint {checkpoint} cannot be read ({reason}); take another one."
+            ) from error
+
+
+def load(path: str | Path) -> SwitchTransformer:
+    """The model of a WORKDIR (its newest checkpoint) or of a checkpoint folder, on one device.
+
+    Raises `UserError` where there is nothing to load.
+    """
+    workdir, checkpoint = find(path)
+    config = workdir.config()
+    model: Any = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
+    where = SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        for name, leaf in named_parameters(model).items()
+    }
+    return with_parameters(model, restore_params(checkpoint, abstract))

@@ -1,0 +1,230 @@
+"""The command line: `switch-jax VERB`; heavy modules are imported by the verbs that need them."""
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from switch_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from switch_jax.config import Config
+
+_CONFIG_HELP = "configs/NAME.py or configs/NAME.py:key=value,…; change keys with --config.KEY=VALUE"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb; 0 is success, 2 a mistake of the user's, told in one sentence on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in arguments
+    try:
+        overrides, rest = _take_overrides(arguments)
+        args = _parser().parse_args(rest)
+        args.overrides = overrides
+        if overrides and not hasattr(args, "config"):
+            raise UserError(
+                f"`{args.verb}` takes no --config; leave --config.{next(iter(overrides))} out."
+            )
+        return args.run(args) or 0
+    except UserError as error:
+        if verbose:
+            raise
+        print(f"switch-jax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if verbose or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"switch-jax: No space is left for {error.filename}; free some.", file=sys.stderr)
+        return 2
+
+
+def _take_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Separates `--config.KEY=VALUE` and `--config.KEY VALUE` from the other arguments."""
+    overrides, rest = {}, []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        value = value if equals else next(waiting, None)
+        if value is None or (not equals and value.startswith("--")):
+            raise UserError(f"--config.{key} needs a value: write --config.{key}=VALUE.")
+        overrides[key] = value
+    return overrides, rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="switch-jax",
+        description="Pretrain, evaluate, decode from and look into Switch Transformers.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable, text: str, parent: Any = verbs) -> argparse.ArgumentParser:
+        sub = parent.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        sub.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
+        return sub
+
+    def config(sub: argparse.ArgumentParser, *, required: bool = True) -> None:
+        sub.add_argument("--config", required=required, metavar="FILE", help=_CONFIG_HELP)
+
+    def workdir(sub: argparse.ArgumentParser, text: str) -> None:
+        sub.add_argument("--workdir", required=True, metavar="DIR", help=text)
+
+    def as_json(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = verb("train", _train, "train a model, or continue from the newest good checkpoint")
+    config(sub)
+    workdir(sub, "folder of the run; made if it does not exist")
+    processes = sub.add_argument_group("several processes, where they do not find each other")
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    processes.add_argument("--num_processes", type=int, metavar="N")
+    processes.add_argument("--process_id", type=int, metavar="I", help="0 … N-1")
+
+    sub = verb("eval", _eval, "evaluate a checkpoint on the validation set of its config")
+    config(sub, required=False)
+    workdir(sub, "a WORKDIR, or one of its checkpoints")
+    as_json(sub)
+
+    sub = verb("generate", _generate, "fill the blanks (___ or <extra_id_0> …) of a text")
+    workdir(sub, "a WORKDIR, or one of its checkpoints")
+    text = sub.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", help="a text with blanks")
+    text.add_argument("--input", metavar="FILE", help="a file with one such text a line")
+    sub.add_argument("--max_length", type=int, default=128, help="tokens at the most (128)")
+
+    sub = verb("inspect", _inspect, "parameters, FLOPs and memory of a config; needs no data")
+    config(sub)
+    as_json(sub)
+
+    sub = verb("bench", _bench, "time a config against its FLOP-matched dense twin")
+    config(sub)
+    sub.add_argument("--repeats", type=int, default=10, help="timed runs of each (10)")
+    as_json(sub)
+
+    sub = verb("plot", _plot, "draw the metrics of one or more runs")
+    sub.add_argument("--workdir", required=True, nargs="+", metavar="DIR", help="runs to compare")
+    sub.add_argument("--output", metavar="DIR", help="where to (default: DIR/figures of the first)")
+
+    data = verbs.add_parser("data", help="vocabularies, and a look at training examples")
+    data_verbs = data.add_subparsers(dest="data_verb", metavar="VERB", required=True)
+    sub = verb("vocab", _data_vocab, "train a SentencePiece vocabulary on a mixture", data_verbs)
+    config(sub)
+    sub.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
+    sub = verb("peek", _data_peek, "print decoded training examples", data_verbs)
+    config(sub)
+    sub.add_argument("--count", type=int, default=3, help="how many examples (3)")
+    sub.add_argument("--split", choices=("train", "validation"), default="train")
+    return parser
+
+
+def _load_config(args: argparse.Namespace) -> "Config":
+    from switch_jax import config
+
+    return config.load(args.config, args.overrides)
+
+
+def _start_jax(args: argparse.Namespace) -> None:
+    """Joins the other processes, if any, and turns the compilation cache on."""
+    import jax
+
+    from switch_jax import cache
+
+    jax.config.update("jax_compilation_cache_dir", str(cache.cache_root() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    given = {
+        name: getattr(args, key)
+        for name, key in (
+            ("coordinator_address", "coordinator"),
+            ("num_processes", "num_processes"),
+            ("process_id", "process_id"),
+        )
+        if getattr(args, key, None) is not None
+    }
+    if given and len(given) < 3:
+        raise UserError("--coordinator, --num_processes and --process_id go together: give all.")
+    if given:
+        jax.distributed.initialize(**given)
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _load_config(args)
+    _start_jax(args)
+    from switch_jax.train import train
+    from switch_jax.workdir import Workdir
+
+    stopped_by = train(config, Workdir(args.workdir))
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _eval(args: argparse.Namespace) -> None:
+    _start_jax(args)
+    from switch_jax.evaluate import evaluate_checkpoint
+
+    config = _load_config(args) if args.config else None
+    metrics = evaluate_checkpoint(args.workdir, config, args.overrides)
+    if args.json:
+        print(json.dumps(metrics))
+    else:
+        for name in ("cross_entropy", "neg_log_perplexity", "accuracy", "unigram_entropy"):
+            print(f"{name:20} {metrics[name]:.4f}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if args.input and not Path(args.input).is_file():
+        raise UserError(f"Input file {args.input!r} does not exist.")
+    texts = Path(args.input).read_text().splitlines() if args.input else [args.text]
+    _start_jax(args)
+    from switch_jax import checkpoint
+    from switch_jax.data import open_vocabulary
+    from switch_jax.decode import fill_blanks
+
+    model = checkpoint.load(args.workdir)
+    vocabulary = open_vocabulary(model.config)
+    for text in texts:
+        print(fill_blanks(model, vocabulary, text, max_length=args.max_length))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from switch_jax import accounting
+
+    summary = accounting.summary(_load_config(args))
+    print(json.dumps(summary) if args.json else accounting.render(summary))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    config = _load_config(args)
+    _start_jax(args)
+    from switch_jax import bench
+
+    result = bench.run(config, args.repeats)
+    print(json.dumps(result) if args.json else bench.render(result))
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from switch_jax import plots
+    from switch_jax.workdir import Workdir
+
+    workdirs = [Workdir(path) for path in args.workdir]
+    folder = Path(args.output) if args.output else workdirs[0].figures
+    for path in plots.draw(workdirs, folder):
+        print(path)
+
+
+def _data_vocab(args: argparse.Namespace) -> None:
+    from switch_jax.data import train_vocabulary
+
+    print(train_vocabulary(_load_config(args), Path(args.output)))
+
+
+def _data_peek(args: argparse.Namespace) -> None:
+    from switch_jax.data.peek import peek
+
+    print(peek(_load_config(args), args.count, args.split))

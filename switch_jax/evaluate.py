@@ -1,0 +1,50 @@
+"""Evaluation: token-weighted sums over batches, divided once at the end."""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from switch_jax import losses
+from switch_jax.data.batch import Batch
+from switch_jax.model import layers_per_block
+from switch_jax.step import Program
+
+
+def evaluate(
+    program: Program, params: Mapping[str, jax.Array], batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Metrics over a finite number of batches, without dropout, at the evaluation capacity.
+
+    Every target token counts once, wherever its batch ends. `cross_entropy` is in nats and
+    holds neither auxiliary nor z-losses; `neg_log_perplexity` is its negative (the paper's
+    measure of quality).
+    """
+    total = None
+    for batch in batches:
+        sums = program.eval_step(params, program.put(batch))
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    if total is None:
+        raise ValueError("evaluate() needs at least one batch")
+    sums, targets, stats = jax.device_get(total)
+    metrics = {
+        "cross_entropy": sums.cross_entropy / targets,
+        "neg_log_perplexity": -sums.cross_entropy / targets,
+        "accuracy": sums.correct / targets,
+        **losses.router_metrics(stats, layers_per_block(program.config)),
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def unigram_entropy(batches: Iterable[Batch]) -> float:
+    """Entropy, in nats, of the target tokens of the batches, sentinels included.
+
+    The cross-entropy of a model that knows how often each token occurs and nothing else.
+    """
+    tokens = [
+        batch["decoder_target_tokens"][batch["decoder_loss_weights"] > 0] for batch in batches
+    ]
+    _, counts = np.unique(np.concatenate(tokens), return_counts=True)
+    share = counts / counts.sum()
+    return float(-np.sum(share * np.log(share)))

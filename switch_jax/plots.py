@@ -1,0 +1,109 @@
+"""Figures from the metrics of one or more runs; Matplotlib is imported when one is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from switch_jax.errors import UserError
+from switch_jax.report import read_metrics
+from switch_jax.workdir import Workdir
+
+# What the router figure shows, with the value that perfect balance would give.
+_ROUTER = (
+    ("load_max", "busiest expert's load\n(1 = fair share)", 1.0),
+    ("load_min", "idlest expert's load\n(1 = fair share)", 1.0),
+    ("dropped_fraction", "dropped tokens", 0.0),
+    ("entropy", "entropy of the router (nats)", None),
+)
+
+
+def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
+    """Draws `loss.png`, and `router.png` where there are experts, into `folder`.
+
+    Returns the files written. Raises `UserError` where a run has no metrics, or Matplotlib
+    is not installed.
+    """
+    runs = {}
+    for workdir in workdirs:
+        lines = read_metrics(workdir)
+        if not lines:
+            raise UserError(f"{workdir.path} has no metrics.jsonl yet; train it first.")
+        runs[workdir.path.name] = lines
+    figures = {"loss.png": _loss(runs)}
+    if any(name.startswith("router/") for lines in runs.values() for name in lines[0]):
+        figures["router.png"] = _router(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=144)
+        written.append(folder / name)
+    return written
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('Figures need Matplotlib: pip install "switch_jax[plots]".') from None
+    figure = Figure(figsize=size, layout="constrained")
+    figure.subplots(rows, columns, squeeze=False)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _series(lines: list[dict], split: str, name: str) -> tuple[list[int], list[float]]:
+    points = [
+        (m["step"], m[name]) for m in lines if m["split"] == split and m.get(name) is not None
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _loss(runs: dict[str, list[dict]]) -> Any:
+    figure = _figure(1, 2, (10, 4))
+    by_step, by_tokens = figure.axes
+    for number, (run, lines) in enumerate(runs.items()):
+        steps, loss = _series(lines, "train", "cross_entropy")
+        colour = f"C{number}"
+        by_step.plot(steps, loss, color=colour, alpha=0.35, lw=1, label=f"{run}, training")
+        steps, loss = _series(lines, "eval", "cross_entropy")
+        by_step.plot(steps, loss, color=colour, marker="o", ms=3, label=f"{run}, validation")
+        by_tokens.plot(
+            _series(lines, "train", "tokens")[1],
+            _series(lines, "train", "accuracy")[1],
+            color=colour,
+            lw=1,
+            label=run,
+        )
+    by_step.set(xlabel="step", ylabel="cross-entropy (nats per target token)", title="Loss")
+    by_tokens.set(xlabel="target tokens", ylabel="share of targets predicted", title="Accuracy")
+    for axes in figure.axes:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _router(runs: dict[str, list[dict]]) -> Any:
+    figure = _figure(1, len(_ROUTER), (4 * len(_ROUTER), 4))
+    for axes, (name, label, ideal) in zip(figure.axes, _ROUTER):
+        if ideal is not None:
+            axes.axhline(ideal, color="black", lw=0.8, ls=":")
+        for number, (run, lines) in enumerate(runs.items()):
+            several = len(runs) > 1
+            if not several:
+                for key in sorted(lines[0]):
+                    if key.startswith(("router/encoder/", "router/decoder/")) and key.endswith(
+                        f"/{name}"
+                    ):
+                        _, stack, layer, _ = key.split("/")
+                        style = {"ls": "-" if stack == "encoder" else "--", "lw": 1, "alpha": 0.6}
+                        axes.plot(*_series(lines, "train", key), label=f"{stack} {layer}", **style)
+            axes.plot(
+                *_series(lines, "train", f"router/{name}"),
+                color=f"C{number}" if several else "black",
+                lw=2,
+                label=run if several else "mean",
+            )
+        axes.set(xlabel="step", title=label)
+    figure.axes[-1].legend(frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,124 @@
+"""The training loop."""
+
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from switch_jax import accounting, checkpoint, sharding
+from switch_jax.config import Config
+from switch_jax.data import open_batches
+from switch_jax.evaluate import evaluate
+from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
+from switch_jax.step import Program, TrainState
+from switch_jax.workdir import Workdir
+
+
+def train(config: Config, workdir: Workdir) -> signal.Signals | None:
+    """Trains to `train.steps`, from the newest good checkpoint in `workdir` if there is one.
+
+    A run that was stopped, at whatever moment, and continued ends with the same bits as one
+    that was not: parameters, optimizer, random numbers and data follow from the checkpoint.
+    SIGTERM and SIGINT end the loop after the current step, with a checkpoint.
+
+    Returns the signal that ended the run early, or None when it is finished.
+    """
+    settings = config.train
+
+    # Mesh and data
+    mesh = sharding.make_mesh(config)
+    program = Program(config, mesh)
+    processes = jax.process_index(), jax.process_count()
+    batches = open_batches(config, "train", *processes)
+    validation = list(
+        itertools.islice(open_batches(config, "validation", *processes), settings.eval_batches)
+    )
+
+    # State
+    workdir.prepare(config)
+    checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints)
+    state = checkpoints.restore(program.abstract_state, batches) or _initial_state(program)
+    first_step = int(state.step)
+    if first_step >= settings.steps:
+        checkpoints.close()
+        print(f"{workdir.path} is finished: step {first_step} of {settings.steps}.")
+        return None
+
+    # Steps
+    device_kind = mesh.devices.flat[0].device_kind
+    meter = Meter(lambda s: accounting.mfu(config, s, device_kind, mesh.devices.size))
+    writer = MetricsWriter(workdir, first_step, active=processes[0] == 0)
+    display = ProgressDisplay(settings.steps, first_step)
+    with display, writer, _stop_requests() as stops:
+        batch = program.put(next(batches))
+        for step in range(first_step + 1, settings.steps + 1):
+            state, metrics = program.train_step(state, batch)
+            if step == first_step + 1:
+                jax.block_until_ready(state)  # compilation is not a step
+                meter.restart(step, metrics)
+            display.step(step)
+            last = step == settings.steps or bool(stops)
+            if last or step % settings.checkpoint_every == 0:
+                # Before the next batch is drawn: the position saved is of the one consumed.
+                checkpoints.save(state, batches)
+            if not last:
+                began = time.perf_counter()
+                rows = next(batches)  # while the device computes this step
+                if metrics["loss"].is_ready():
+                    meter.waited(time.perf_counter() - began)
+                batch = program.put(rows)
+            if last or step % settings.log_every == 0:
+                values = meter.read(step, metrics)
+                writer.write(step, "train", values)
+                display.status(step, values)
+            if step == settings.steps or (step % settings.eval_every == 0 and not last):
+                values = evaluate(program, state.params, validation)
+                writer.write(step, "eval", values)
+                display.say(f"step {step}  validation cross-entropy {values['cross_entropy']:.4f}")
+                meter.restart(step, metrics)
+            if last:
+                break
+        checkpoints.close()
+    if not stops:
+        return None
+    print(f"Stopped at step {step}; the same command continues from there.")
+    return stops[0]
+
+
+def _initial_state(program: Program) -> TrainState:
+    """A fresh state, with the parameters of `init_from` where the config names it."""
+    state = program.init()
+    source = program.config.init_from
+    if source is None:
+        return state
+    _, folder = checkpoint.find(source)
+    params = checkpoint.restore_params(folder, program.abstract_state.params)
+    return TrainState(state.step, state.tokens, params, state.opt_state)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[signal.Signals]]:
+    """Collects the first SIGTERM or SIGINT; a second one acts as it usually does.
+
+    Several processes would have to agree on the step to stop at, so there, and outside the
+    main thread, signals are left alone.
+    """
+    received: list[signal.Signals] = []
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number, frame):
+        received.append(signal.Signals(number))
+        signal.signal(number, previous[number])
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

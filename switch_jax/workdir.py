@@ -1,0 +1,115 @@
+"""WORKDIR, the folder of a run: its configuration, and where everything in it lies.
+
+config.json            resolved config, package versions, git revision
+metrics.jsonl          one JSON object a line
+tensorboard/           the same
+checkpoints/STEP/      state, data position
+figures/*.png
+"""
+
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from switch_jax import __version__
+from switch_jax import config as config_lib
+from switch_jax.config import Config
+from switch_jax.errors import UserError
+
+# What a checkpoint cannot be continued with once it differs. The rest (steps, intervals, mesh,
+# learning rate, …) may change between two runs of the same WORKDIR.
+_FIXED = ("model", "moe", "optimizer.name", "data.mixture", "data.vocabulary", "data.reader")
+_FREE = ("model.remat",)
+
+
+class Workdir:
+    """Paths of a run's folder; nothing is created until `prepare`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.figures = self.path / "figures"
+
+    def config(self) -> Config:
+        """The config the run was made with; raises `UserError` where there is none."""
+        try:
+            return config_lib.from_dict(json.loads(self.config_file.read_text())["config"])
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} is not a WORKDIR: it has no config.json; name the folder that was"
+                " given to `switch-jax train --workdir`."
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.config_file} cannot be read ({error}); restore it or use another WORKDIR."
+            ) from error
+
+    def prepare(self, config: Config) -> None:
+        """Creates the folder for a run of `config`, or checks that it may be continued.
+
+        Raises `UserError` for a WORKDIR of another model, before anything is written.
+        """
+        if self.config_file.exists():
+            differences = _differences(self.config(), config)
+            if differences:
+                raise UserError(
+                    f"{self.path} holds a run of another model"
+                    f" ({'; '.join(differences)}); use another --workdir."
+                )
+        elif self.checkpoints.exists():
+            raise UserError(
+                f"{self.path} has checkpoints but no config.json; use another --workdir."
+            )
+        content = {
+            "config": config_lib.to_dict(config),
+            "versions": _versions(),
+            "git_revision": _git_revision(),
+        }
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            partial = self.config_file.with_suffix(".partial")
+            partial.write_text(json.dumps(content, indent=2) + "\n")
+            partial.replace(self.config_file)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}); use another --workdir."
+            ) from error
+
+
+def _differences(old: Config, new: Config) -> list[str]:
+    before, after = _flat(config_lib.to_dict(old)), _flat(config_lib.to_dict(new))
+    return [
+        f"{key} is {before.get(key)!r} there and {value!r} here"
+        for key, value in after.items()
+        if value != before.get(key) and key.startswith(_FIXED) and key not in _FREE
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"switch_jax": __version__} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _git_revision() -> str | None:
+    """The revision of this source tree, where it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

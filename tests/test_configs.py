@@ -1,0 +1,206 @@
+"""configs/*.py resolve to what was reviewed, and bad input ends in one sentence.
+
+`python tests/test_configs.py` writes the golden files anew; review their diff.
+"""
+
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from switch_jax import accounting, sharding
+from switch_jax import config as config_lib
+from switch_jax.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GOLDEN = Path(__file__).parent / "golden" / "configs"
+WITH_TABLE9 = ("switch_base", "switch_large", "switch_xxl", "switch_c", "t5_base", "t5_large")
+PAPER = (*WITH_TABLE9, "t5_xxl", "moe_base", "mt5_base", "mswitch_base")
+
+# Golden file → config spec: every preset there is, and every variant.
+SPECS = {path.stem: str(path) for path in sorted(CONFIGS.glob("*.py"))} | {
+    f"{name}-table9": f"{CONFIGS / name}.py:variant=table9" for name in WITH_TABLE9
+}
+
+
+def resolved(spec: str) -> dict:
+    config = config_lib.load(spec)
+    params = sum(accounting.params_by_group(config).values())
+    return {"params": params, "config": config_lib.to_dict(config)}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_resolves_as_reviewed(name):
+    assert resolved(SPECS[name]) == json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def test_no_golden_file_is_left_over():
+    assert {path.stem for path in GOLDEN.glob("*.json")} == set(SPECS)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_docstring_states_the_command_and_the_cost(name):
+    doc = re.search(r'"""(.*?)"""', (CONFIGS / f"{name}.py").read_text(), re.DOTALL)[1]
+    for variant in (name, f"{name}-table9"):
+        if variant in SPECS:
+            summary = accounting.summary(config_lib.load(SPECS[variant]))
+            assert f"{summary['params']:,}" in doc
+            assert accounting.si(summary["flops_per_sequence"], "FLOP") in doc
+            assert accounting.si(summary["state_bytes"], "B") in doc
+    command = re.search(r"    switch-jax train (.*?)\n\n", doc.replace("\\\\\n", ""), re.DOTALL)[1]
+    words = shlex.split(command)
+    overrides = dict(
+        word.removeprefix("--config.").split("=") for word in words if "--config." in word
+    )
+    config = config_lib.load(str(CONFIGS.parent / words[words.index("--config") + 1]), overrides)
+    sizes = [config.mesh.slice, config.mesh.data, config.mesh.expert, config.mesh.model]
+    devices = math.prod(size for size in sizes if size != -1)
+    sharding.check(config, sharding.resolve(config.mesh, devices))
+
+
+def test_switch_base_states_every_parameter_count():
+    doc = (CONFIGS / "switch_base.py").read_text()
+    for num_experts in (2, 4, 8, 16, 32, 64, 128, 256):
+        for variant in ("", "table9"):
+            config = config_lib.load(
+                f"{CONFIGS / 'switch_base.py'}:num_experts={num_experts},variant={variant}"
+            )
+            assert config.moe.num_experts == num_experts
+            params = sum(accounting.params_by_group(config).values())
+            assert f"{num_experts:>7} {params:>16,}" in doc
+
+
+def test_every_preset_has_the_recipe_of_the_paper():
+    for name in PAPER:
+        config = config_lib.load(SPECS[name])
+        multilingual = name.startswith("m") and name != "moe_base"
+        assert config.data.batch_size * config.data.inputs_length == 2**20
+        assert config.data.targets_length == (229 if multilingual else 114)
+        assert config.train.steps == (1_000_000 if multilingual else 550_000)
+        assert config.model.dropout_rate == 0
+        assert (config.optimizer.name, config.optimizer.schedule) == ("adafactor", "rsqrt")
+        assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (1.0, 10_000)
+        assert config.moe.renormalize is False
+
+
+def test_overrides_reach_every_kind_of_key():
+    config = config_lib.load(
+        SPECS["switch_base"],
+        {
+            "moe.capacity_factor": "None",
+            "moe.eval_capacity_factor": "3",
+            "mesh.fsdp": "true",
+            "data.mixture": "some_text",
+            "optimizer.learning_rate": "1e-3",
+            "init_from": "runs/teacher",
+        },
+    )
+    assert config.moe.capacity_factor is None
+    assert config.moe.eval_capacity_factor == 3.0
+    assert isinstance(config.moe.eval_capacity_factor, float)
+    assert config.mesh.fsdp is True
+    assert (config.data.mixture, config.init_from) == ("some_text", "runs/teacher")
+    assert config.optimizer.learning_rate == 1e-3
+    assert config_lib.from_dict(config_lib.to_dict(config)) == config
+
+
+def one_sentence(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith((".", "?")) and not re.search(r"[.?] ", message), message
+    return message
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("switch_base.py:num_experts=3", ["power of two from 2 to 256", "3"]),
+        ("switch_base.py:num_experts=512", ["power of two from 2 to 256", "512"]),
+        ("switch_base.py:num_experts=64.0", ["num_experts", "whole number", "64.0"]),
+        ("switch_base.py:experts=64", ["'experts=64'", "num_experts=…", "variant=…"]),
+        ("switch_base.py:num_experts", ["'num_experts'", "num_experts=…"]),
+        ("switch_base.py:variant=7", ["variant", "text", "7"]),
+        *[(f"{name}.py:variant=tabel9", ["'tabel9'", "'table9'"]) for name in WITH_TABLE9],
+        ("switch_bass.py", ["switch_bass.py", "does not exist", "configs/switch_mini.py"]),
+    ],
+)
+def test_bad_config_argument(spec, words):
+    with pytest.raises(UserError) as error:
+        config_lib.load(str(CONFIGS / spec))
+    message = one_sentence(error)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("moe.num_expert", "8", ["'moe.num_expert'", "did you mean 'moe.num_experts'?"]),
+        ("num_experts", "8", ["'num_experts'", "did you mean 'moe.num_experts'?"]),
+        ("moe", "8", ["'moe'"]),
+        ("moe.top_k.x", "8", ["'moe.top_k.x'"]),
+        ("model.d_model", "768.0", ["model.d_model", "whole number", "768.0"]),
+        ("model.d_model", "wide", ["model.d_model", "whole number", "'wide'"]),
+        ("model.d_model", "None", ["model.d_model", "None"]),
+        ("model.d_model", "0", ["model.d_model", "at least 1", "0"]),
+        ("model.tied_embeddings", "1", ["model.tied_embeddings", "True or False", "1"]),
+        ("model.activation", "gelu", ["model.activation", "relu, geglu", "'gelu'"]),
+        ("model.dropout_rate", "1.0", ["model.dropout_rate", "below 1", "1.0"]),
+        ("moe.capacity_factor", "'1.25'", ["moe.capacity_factor", "a number", "'1.25'"]),
+        ("moe.capacity_factor", "0", ["moe.capacity_factor", "above 0 or None", "0"]),
+        ("moe.every", "5", ["num_encoder_layers=12", "multiple of moe.every=5"]),
+        ("model.num_decoder_layers", "11", ["num_decoder_layers=11", "moe.every=2"]),
+        ("moe.top_k", "129", ["moe.top_k=129", "moe.num_experts=128"]),
+        ("moe.top_k", "2", ["moe.router=switch", "moe.top_k=2", "moe.router=top_k"]),
+        ("train.accumulate", "3", ["data.batch_size=2048", "train.accumulate=3"]),
+        ("mesh.expert", "-1", ["mesh.expert", "only one of them may be -1"]),
+        ("mesh.model", "0", ["mesh.model", "at least 1"]),
+    ],
+)
+def test_bad_override(key, value, words):
+    with pytest.raises(UserError) as error:
+        config_lib.load(SPECS["switch_base"], {key: value})
+    message = one_sentence(error)
+    assert all(word in message for word in words), message
+
+
+LISTS_ALL_KEYS = pytest.mark.xfail(strict=True, reason="ml_collections' message is not cut")
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        pytest.param("config.moe.num_expert = 8", ["num_expert"], marks=LISTS_ALL_KEYS),
+        pytest.param("config.model.dmodel = 8", ["dmodel"], marks=LISTS_ALL_KEYS),
+        ("config.model = 8", ["model", "8"]),
+    ],
+)
+def test_bad_config_file(tmp_path, body, words):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from switch_jax.config import defaults\n"
+        f"def get_config(arg=''):\n    config = defaults()\n    {body}\n    return config\n"
+    )
+    with pytest.raises(UserError) as error:
+        config_lib.load(str(path))
+    message = one_sentence(error)
+    assert all(word in message for word in words), message
+
+
+def test_config_file_without_get_config(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("")
+    with pytest.raises(UserError) as error:
+        config_lib.load(str(path))
+    assert "get_config" in one_sentence(error)
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name, spec in SPECS.items():
+        (GOLDEN / f"{name}.json").write_text(json.dumps(resolved(spec), indent=2) + "\n")
+    for path in GOLDEN.glob("*.json"):
+        if path.stem not in SPECS:
+            path.unlink()
