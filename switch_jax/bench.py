@@ -79,7 +79,7 @@ class _Case:
         compiled = lower().compile()
         self._compile_cached = time.perf_counter() - began
         self._call = compiled
-        self._memory = compiled.memory_analysis()
+        self._memory: Any = compiled.memory_analysis()
         self._seconds: list[float] = []
         self._state: Any = None
 

@@ -50,9 +50,10 @@ def _take_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
             rest.append(argument)
             continue
         key, equals, value = argument.removeprefix("--config.").partition("=")
-        value = value if equals else next(waiting, None)
-        if value is None or (not equals and value.startswith("--")):
-            raise UserError(f"--config.{key} needs a value: write --config.{key}=VALUE.")
+        if not equals:
+            value = next(waiting, "--")
+            if value.startswith("--"):
+                raise UserError(f"--config.{key} needs a value: write --config.{key}=VALUE.")
         overrides[key] = value
     return overrides, rest
 
@@ -166,10 +167,13 @@ def _train(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> None:
     _start_jax(args)
+    from switch_jax import checkpoint
+    from switch_jax import config as config_lib
     from switch_jax.evaluate import evaluate_checkpoint
 
-    config = _load_config(args) if args.config else None
-    metrics = evaluate_checkpoint(args.workdir, config, args.overrides)
+    workdir, folder = checkpoint.find(args.workdir)
+    made_with = config_lib.override(workdir.config(), args.overrides)
+    metrics = evaluate_checkpoint(folder, _load_config(args) if args.config else made_with)
     if args.json:
         print(json.dumps(metrics))
     else:
@@ -183,11 +187,12 @@ def _generate(args: argparse.Namespace) -> None:
     texts = Path(args.input).read_text().splitlines() if args.input else [args.text]
     _start_jax(args)
     from switch_jax import checkpoint
-    from switch_jax.data import open_vocabulary
+    from switch_jax.data.vocabulary import Vocabulary
     from switch_jax.decode import fill_blanks
 
-    model = checkpoint.load(args.workdir)
-    vocabulary = open_vocabulary(model.config)
+    workdir, folder = checkpoint.find(args.workdir)
+    vocabulary = Vocabulary(workdir.vocabulary)
+    model = checkpoint.load(folder)
     for text in texts:
         print(fill_blanks(model, vocabulary, text, max_length=args.max_length))
 
@@ -219,9 +224,14 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _data_vocab(args: argparse.Namespace) -> None:
-    from switch_jax.data import train_vocabulary
+    from switch_jax.data import corpus, vocabulary
 
-    print(train_vocabulary(_load_config(args), Path(args.output)))
+    config, output = _load_config(args), Path(args.output)
+    if output.exists():
+        raise UserError(f"{output} exists already; choose another --output.")
+    texts = (document.text for document in corpus.documents(config.data.mixture, "train"))
+    vocabulary.train(texts, output, config.model.vocab_size)
+    print(f"{output}: {vocabulary.Vocabulary(output).size:,} ids, 100 sentinels included")
 
 
 def _data_peek(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import difflib
 import runpy
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,7 +157,7 @@ def parse_arg(arg: str, **known: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(**values)
 
 
-def load(spec: str, overrides: dict[str, str] | None = None) -> Config:
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
     """Runs a config file and applies overrides.
 
     Args:
@@ -178,10 +179,12 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> Config:
     except (AttributeError, KeyError) as error:  # a locked ConfigDict met a key it lacks
         sentence = str(error.args[0] if error.args else error).split("\n")[0].rstrip(".")
         raise UserError(f"Config file {path!r} failed: {sentence}.") from error
-    raw = config.to_dict()
-    for key, text in (overrides or {}).items():
-        _assign(raw, key, _literal(text))
-    return from_dict(raw)
+    return from_dict(_overridden(config.to_dict(), overrides or {}))
+
+
+def override(config: Config, overrides: Mapping[str, str]) -> Config:
+    """`config` with dotted keys changed to the values of their texts; raises `UserError`."""
+    return from_dict(_overridden(to_dict(config), overrides))
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
@@ -203,14 +206,16 @@ def _literal(text: str) -> Any:
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
-def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    node = raw
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or last not in node or isinstance(node[last], dict):
-        raise _unknown(key, _dotted(raw))
-    node[last] = value
+def _overridden(raw: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    for key, text in overrides.items():
+        *parents, last = key.split(".")
+        node: Any = raw
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node or isinstance(node[last], dict):
+            raise _unknown(key, _dotted(raw))
+        node[last] = _literal(text)
+    return raw
 
 
 def _dotted(raw: dict[str, Any], prefix: str = "") -> list[str]:

@@ -118,7 +118,7 @@ def fill_blanks(
     """`text` with its blanks filled: `___`, or sentinels such as `<extra_id_0>`, in order."""
     numbers = iter(range(100))
     text = re.sub(r"_{3,}", lambda _: f"<extra_id_{next(numbers)}>", text)
-    source = np.array([[*vocabulary.encode(text), EOS]], np.int32)
+    source = jnp.array([[*vocabulary.encode(text), EOS]], jnp.int32)
     output = np.asarray(generate(model, source, max_length=max_length))[0]
     pieces = re.split(r"<extra_id_(\d+)>", vocabulary.decode([int(t) for t in output if t > EOS]))
     answers = dict(zip(pieces[1::2], pieces[2::2]))

@@ -1,12 +1,17 @@
 """Evaluation: token-weighted sums over batches, divided once at the end."""
 
+import itertools
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_jax import losses
+from switch_jax import losses, sharding
+from switch_jax.checkpoint import restore_params
+from switch_jax.config import Config
+from switch_jax.data import open_batches
 from switch_jax.data.batch import Batch
 from switch_jax.model import layers_per_block
 from switch_jax.step import Program
@@ -35,6 +40,20 @@ def evaluate(
         **losses.router_metrics(stats, layers_per_block(program.config)),
     }
     return {name: float(value) for name, value in metrics.items()}
+
+
+def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
+    """Metrics of a checkpoint on `train.eval_batches` validation batches of `config`.
+
+    With `unigram_entropy` of the same targets, to compare with. Raises `UserError`.
+    """
+    mesh = sharding.make_mesh(config)
+    program = Program(config, mesh)
+    params = restore_params(folder, program.abstract_state.params)
+    stream = open_batches(config, "validation", jax.process_index(), jax.process_count())
+    batches = list(itertools.islice(stream, config.train.eval_batches))
+    metrics = evaluate(program, params, batches)
+    return metrics | {"unigram_entropy": unigram_entropy(batches)}
 
 
 def unigram_entropy(batches: Iterable[Batch]) -> float:

@@ -91,7 +91,7 @@ def relative_buckets(
     `max_distance` and the last one holds all beyond. An encoder gives half of them to
     either side; a decoder looks only back.
     """
-    offset = 0
+    offset = jnp.zeros((), jnp.int32)
     if bidirectional:
         num_buckets //= 2
         offset = jnp.where(distance > 0, num_buckets, 0)

@@ -78,10 +78,11 @@ def loss_terms(
     scale = 1 / layers if moe.aux_loss_reduction == "mean" else 1.0
 
     def over_layers(name: str, denominators: dict[str, jax.Array]) -> jax.Array:
-        return sum(
+        parts = [
             jnp.sum(getattr(s, name)) / jnp.maximum(denominators[stack], 1)
             for stack, s in stats.items()
-        )
+        ]
+        return jnp.sum(jnp.stack(parts))
 
     terms["aux_loss"] = scale * moe.aux_loss_weight * over_layers("balance", totals.groups)
     terms["router_z_loss"] = scale * moe.z_loss_weight * over_layers("z", totals.tokens)

@@ -61,6 +61,7 @@ class Layer(nnx.Module):
 
     def attend_encoder(self, x, kv, mask, keys):
         """Cross-attention over the encoder's keys and values, with its residual."""
+        assert self.cross_norm is not None and self.cross_attention is not None
         y = self.cross_attention(self.cross_norm(x), kv, mask, None, fold(keys, 2))
         return x + dropout(y, self.config.model.dropout_rate, fold(keys, 3))
 

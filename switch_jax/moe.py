@@ -96,8 +96,10 @@ class SwitchMlp(nnx.Module):
 
         logits_GxSxE = self._logits(x_BxLxD, fold(keys, 0)).reshape(G, S, E)
         probs_GxSxE = jax.nn.softmax(logits_GxSxE)
-        router = partial(routing.ROUTERS[moe.router], moe=moe, capacity=C)
-        assignment = jax.vmap(router)(probs_GxSxE, mask_GxS)
+        router = routing.ROUTERS[moe.router]
+        assignment = jax.vmap(lambda probs, mask: router(probs, mask, moe, C))(
+            probs_GxSxE, mask_GxS
+        )
         slot_GxSxK = jax.vmap(partial(routing.slots_of_tokens, num_experts=E, capacity=C))(
             assignment
         )

@@ -6,7 +6,7 @@ that what is compiled is what runs.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,12 +34,32 @@ Metrics = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that changes during training, and all that a checkpoint must hold."""
+    """Everything that changes during training, and all that a checkpoint must hold.
 
-    step: jax.Array  # int32: train steps done
-    tokens: jax.Array  # uint32 [2]: target tokens seen, low and high word
-    params: dict[str, jax.Array]  # by path, float32
+    Its leaves are arrays, or in their place shapes, specs or shardings.
+    """
+
+    step: Any  # int32: train steps done
+    tokens: Any  # uint32 [2]: target tokens seen, low and high word
+    params: dict[str, Any]  # by path, float32
     opt_state: Any
+
+
+class OnMesh:
+    """A jitted function, traced, lowered and called with its mesh in context."""
+
+    def __init__(self, mesh: Mesh, function: Callable, **options: Any):
+        self._mesh = mesh
+        self._jitted = jax.jit(function, **options)
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self._mesh):
+            return self._jitted(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lowers for (abstract) arguments; `.compile()` it ahead of time."""
+        with jax.set_mesh(self._mesh):
+            return self._jitted.lower(*args)
 
 
 class Program:
@@ -70,26 +90,14 @@ class Program:
             for name, (shape, dtype) in feature_shapes(config).items()
         }
         whole = sharding.replicated(mesh)
-        self.init = self._jit(self._init, out_shardings=self.state_sharding)
-        self.train_step = self._jit(
-            self._train_step, donate_argnums=0, out_shardings=(self.state_sharding, whole)
+        self.init = OnMesh(mesh, self._init, out_shardings=self.state_sharding)
+        self.train_step = OnMesh(
+            mesh,
+            self._train_step,
+            donate_argnums=0,
+            out_shardings=(self.state_sharding, whole),
         )
-        self.eval_step = self._jit(self._eval_step, out_shardings=whole)
-
-    def _jit(self, function, **options):
-        jitted = jax.jit(function, **options)
-
-        @functools.wraps(function)
-        def call(*args):
-            with jax.set_mesh(self.mesh):
-                return jitted(*args)
-
-        def lower(*args):
-            with jax.set_mesh(self.mesh):
-                return jitted.lower(*args)
-
-        call.lower = lower
-        return call
+        self.eval_step = OnMesh(mesh, self._eval_step, out_shardings=whole)
 
     def model(self, params: Mapping[str, Any]) -> SwitchTransformer:
         """The model with these parameters."""
@@ -150,7 +158,9 @@ class Program:
         }
         return TrainState(state.step + 1, tokens, params, opt_state), metrics
 
-    def _eval_step(self, params: Mapping[str, jax.Array], batch: Batch) -> tuple[Any, Stats]:
+    def _eval_step(
+        self, params: Mapping[str, jax.Array], batch: Batch
+    ) -> tuple[losses.LossSums, jax.Array, Stats]:
         """Sums over a batch without dropout: `LossSums`, number of targets, router sums."""
         logits, stats = self.model(params).forward(
             batch, factor=self.config.moe.eval_capacity_factor

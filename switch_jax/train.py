@@ -11,7 +11,7 @@ import jax
 
 from switch_jax import accounting, checkpoint, sharding
 from switch_jax.config import Config
-from switch_jax.data import open_batches
+from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.evaluate import evaluate
 from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
 from switch_jax.step import Program, TrainState
@@ -39,7 +39,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     )
 
     # State
-    workdir.prepare(config)
+    synthetic = config.data.reader == "synthetic"
+    workdir.prepare(config, None if synthetic else open_vocabulary(config).path)
     checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints)
     state = checkpoints.restore(program.abstract_state, batches) or _initial_state(program)
     first_step = int(state.step)

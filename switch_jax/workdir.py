@@ -30,6 +30,7 @@ class Workdir:
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
         self.config_file = self.path / "config.json"
+        self.vocabulary = self.path / "vocabulary.model"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -49,11 +50,19 @@ class Workdir:
                 f"{self.config_file} cannot be read ({error}); restore it or use another WORKDIR."
             ) from error
 
-    def prepare(self, config: Config) -> None:
+    def prepare(self, config: Config, vocabulary: Path | None) -> None:
         """Creates the folder for a run of `config`, or checks that it may be continued.
 
-        Raises `UserError` for a WORKDIR of another model, before anything is written.
+        A copy of the vocabulary stays with the run: the cache's own may be another one on
+        another Python. Raises `UserError` for a WORKDIR of another model or vocabulary, before
+        anything is written.
         """
+        tokens = None if vocabulary is None else vocabulary.read_bytes()
+        if self.vocabulary.exists() and tokens not in (None, self.vocabulary.read_bytes()):
+            raise UserError(
+                f"{self.path} was trained with another vocabulary; set"
+                f" data.vocabulary={self.vocabulary}, or use another --workdir."
+            )
         if self.config_file.exists():
             differences = _differences(self.config(), config)
             if differences:
@@ -72,13 +81,20 @@ class Workdir:
         }
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            partial = self.config_file.with_suffix(".partial")
-            partial.write_text(json.dumps(content, indent=2) + "\n")
-            partial.replace(self.config_file)
+            if tokens is not None:
+                _write(self.vocabulary, tokens)
+            _write(self.config_file, (json.dumps(content, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); use another --workdir."
             ) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file all or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def _differences(old: Config, new: Config) -> list[str]:
@@ -91,7 +107,7 @@ def _differences(old: Config, new: Config) -> list[str]:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
