@@ -8,6 +8,7 @@ converts the result, strictly, to a frozen `Config`. Nothing behind it sees a `C
 import ast
 import dataclasses
 import difflib
+import math
 import runpy
 import types
 import typing
@@ -136,8 +137,8 @@ class Config:
 
 def defaults() -> ConfigDict:
     """A `ConfigDict` that holds every key with its default; what `configs/*.py` start from."""
-    config = ConfigDict(dataclasses.asdict(Config()), convert_dict=True, type_safe=False)
-    return config.lock()
+    # Neither locked nor type-safe: `from_dict` checks keys and types, and says it better.
+    return ConfigDict(dataclasses.asdict(Config()), type_safe=False)
 
 
 def parse_arg(arg: str, **known: Any) -> types.SimpleNamespace:
@@ -150,9 +151,8 @@ def parse_arg(arg: str, **known: Any) -> types.SimpleNamespace:
     for item in filter(None, arg.split(",")):
         name, equals, text = item.partition("=")
         if name not in known or not equals:
-            raise UserError(
-                f"config argument {item!r} is not one of {', '.join(f'{k}=…' for k in known)}."
-            )
+            names = ", ".join(f"{k}=…" for k in known) or "none"
+            raise UserError(f"The config has no argument {item!r}; there is {names}.")
         values[name] = _check(name, _literal(text), type(known[name]))
     return types.SimpleNamespace(**values)
 
@@ -174,11 +174,9 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
     module = runpy.run_path(path)
     if "get_config" not in module:
         raise UserError(f"Config file {path!r} must define get_config(arg='').")
-    try:
-        config = module["get_config"](arg)
-    except (AttributeError, KeyError) as error:  # a locked ConfigDict met a key it lacks
-        sentence = str(error.args[0] if error.args else error).split("\n")[0].rstrip(".")
-        raise UserError(f"Config file {path!r} failed: {sentence}.") from error
+    config = module["get_config"](arg)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config in {path!r} must return what it made of defaults().")
     return from_dict(_overridden(config.to_dict(), overrides or {}))
 
 
@@ -212,7 +210,7 @@ def _overridden(raw: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, 
         node: Any = raw
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or last not in node or isinstance(node[last], dict):
+        if not isinstance(node, dict) or last not in node:
             raise _unknown(key, _dotted(raw))
         node[last] = _literal(text)
     return raw
@@ -264,7 +262,7 @@ def _check(key: str, value: Any, kind: Any) -> Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UserError(f"{key} must be {_NAMES[kind]}, not {value!r}.")
     return value
 
@@ -293,6 +291,8 @@ def _validate(config: Config) -> None:
     at_least(1, "moe", "every", "top_k", "min_capacity", "group_size")
     at_least(1, "data", "inputs_length", "targets_length", "batch_size")
     at_least(0, "optimizer", "warmup_steps", "cooldown_steps", "learning_rate", "weight_decay")
+    at_least(0, "optimizer", "max_grad_norm")
+    at_least(0, "train", "z_loss_weight")
     at_least(1, "train", "steps", "accumulate", "log_every", "eval_every", "eval_batches")
     at_least(1, "train", "checkpoint_every", "keep_checkpoints")
     require(

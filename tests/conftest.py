@@ -1,0 +1,87 @@
+"""Eight fake CPU devices, quick compilation, and the small configs and batches tests share."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# All of this must be set before JAX is imported. Compilation is most of what tests cost:
+# little optimisation makes it twice as fast, and workers share what they have compiled.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
+os.environ["JAX_PLATFORMS"] = "cpu"
+_CACHE = Path(
+    os.environ.get("SWITCH_JAX_CACHE")
+    or Path(tempfile.gettempdir()) / f"switch_jax_tests_{os.getuid()}"
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "tests_xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+from switch_jax import config as config_lib  # noqa: E402
+from switch_jax.data.batch import shifted_right  # noqa: E402
+
+_TINY = {
+    "model.vocab_size": 32,
+    "model.d_model": 16,
+    "model.d_ff": 32,
+    "model.num_heads": 2,
+    "model.head_dim": 8,
+    "model.num_encoder_layers": 2,
+    "model.num_decoder_layers": 2,
+    "model.dtype": "float32",
+    "moe.num_experts": 4,
+    "moe.min_capacity": 1,
+    "moe.group_size": 16,
+    "data.inputs_length": 16,
+    "data.targets_length": 8,
+    "data.batch_size": 16,
+    "optimizer.learning_rate": 0.1,
+    "optimizer.warmup_steps": 4,
+    "train.steps": 100,
+}
+
+
+def tiny(**overrides: Any) -> config_lib.Config:
+    """A model of a few thousand parameters; `overrides` by dotted key."""
+    raw = config_lib.defaults().to_dict()
+    for key, value in (_TINY | overrides).items():
+        group, name = key.split(".")
+        assert name in raw[group], key
+        raw[group][name] = value
+    return config_lib.from_dict(raw)
+
+
+def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """A global batch of random tokens, with padding in most rows.
+
+    Packed, a row holds two documents of random lengths in front of its padding.
+    """
+    rng = np.random.default_rng(seed)
+    data, B = config.data, config.data.batch_size
+    batch, tokens, real = {}, {}, {}
+    for stack, L in (("encoder", data.inputs_length), ("decoder", data.targets_length)):
+        length_B = rng.integers(L // 2, L, B, endpoint=True)
+        cut_B = length_B // 2  # where the second document begins
+        position_L = np.arange(L)
+        real[stack] = position_L < length_B[:, None]
+        second_BxL = position_L >= cut_B[:, None]
+        tokens[stack] = rng.integers(1, config.model.vocab_size, (B, L), dtype=np.int32)
+        tokens[stack] *= real[stack]
+        if data.pack:
+            ids = np.where(real[stack], 1 + second_BxL, 0)
+            positions = np.where(real[stack], position_L - second_BxL * cut_B[:, None], 0)
+            batch[f"{stack}_segment_ids"] = ids.astype(np.int32)
+            batch[f"{stack}_positions"] = positions.astype(np.int32)
+    return batch | {
+        "encoder_input_tokens": tokens["encoder"],
+        "decoder_input_tokens": shifted_right(tokens["decoder"], batch.get("decoder_positions")),
+        "decoder_target_tokens": tokens["decoder"],
+        "decoder_loss_weights": real["decoder"].astype(np.float32),
+    }

@@ -1,0 +1,155 @@
+"""switch_jax.losses: sums that add up, what divides them, and what is reported."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_batch, tiny
+
+from switch_jax import losses, routing
+from switch_jax.model import token_masks
+from switch_jax.moe import RouterSums, router_sums
+
+CONFIG = tiny(**{"moe.z_loss_weight": 0.001, "moe.group_size": 32})
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def logits(batch):
+    rng = np.random.default_rng(0)
+    shape = (*batch["decoder_target_tokens"].shape, CONFIG.model.vocab_size)
+    return 3 * rng.normal(size=shape).astype(np.float32)
+
+
+def layer_stats(config, mask_BxL, seed: int, blocks: int = 2) -> RouterSums:
+    """What the expert layers of a stack would report for random router logits."""
+    moe, (B, L) = config.moe, mask_BxL.shape
+    rows = routing.group_rows(config.data.batch_size, L, moe.group_size)
+    mask = mask_BxL.reshape(B // rows, rows * L)
+    C = routing.capacity(rows * L, moe, moe.capacity_factor)
+    E = moe.num_experts
+    rng = np.random.default_rng(seed)
+    whole = rng.normal(size=(blocks, config.data.batch_size, L, E)).astype(np.float32)
+
+    def one(logits):
+        probs = jax.nn.softmax(logits)
+        assignment = jax.vmap(lambda p, m: routing.top_k(p, m, moe, C))(probs, mask)
+        slots = jax.vmap(lambda a: routing.slots_of_tokens(a, E, C))(assignment)
+        return router_sums(logits, probs, mask, assignment, slots, C)
+
+    return one, whole.reshape(blocks, -1, *mask.shape[1:], E)
+
+
+def stats_of(config, batch, rows=slice(None)) -> losses.Stats:
+    """Router sums of both stacks for some rows of a global batch."""
+    stats = {}
+    for i, (stack, mask) in enumerate(zip(("encoder", "decoder"), token_masks(batch))):
+        one, logits = layer_stats(config, np.asarray(mask)[rows], seed=i)
+        groups = logits.shape[1]
+        chosen = np.arange(len(mask))[rows] * groups // len(mask)
+        stats[stack] = jax.jit(jax.vmap(one))(logits[:, np.unique(chosen)])
+    return stats
+
+
+def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits):
+    sums = losses.token_losses(logits, batch)
+    weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
+    assert 0 < (weights == 0).mean() < 1
+    log_z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    at_target = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    real = weights > 0
+    np.testing.assert_allclose(sums.cross_entropy, (log_z - at_target)[real].sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.z, (log_z**2)[real].sum(), rtol=1e-5)
+    assert sums.correct == (logits.argmax(-1) == targets)[real].sum()
+
+    totals = losses.totals(batch, CONFIG)
+    terms = losses.loss_terms(sums, {}, totals, CONFIG)
+    np.testing.assert_allclose(
+        terms["cross_entropy"], (log_z - at_target)[real].mean(), rtol=1e-5
+    )
+    np.testing.assert_allclose(terms["z_loss"], 1e-4 * (log_z**2)[real].mean(), rtol=1e-5)
+    # A mean over rows of means over tokens would be another number.
+    by_row = ((log_z - at_target) * real).sum(-1) / real.sum(-1)
+    assert abs(by_row.mean() - terms["cross_entropy"]) > 1e-3
+
+
+def test_padded_targets_do_not_matter(batch, logits):
+    noise = 10 * (batch["decoder_loss_weights"] == 0)[..., None].astype(np.float32)
+    clean, other = (losses.token_losses(x, batch) for x in (logits, logits + noise * logits))
+    np.testing.assert_allclose(clean, other, rtol=1e-6)
+
+
+def test_totals_count_real_tokens_and_groups():
+    config = tiny(**{"data.batch_size": 8, "moe.group_size": 32})
+    batch = make_batch(config)
+    for name in batch:
+        batch[name][4:] = 0  # the last two groups of two rows are padding only
+    totals = losses.totals(batch, config)
+    assert totals.tokens["encoder"] == (batch["encoder_input_tokens"] > 0).sum()
+    assert totals.tokens["decoder"] == totals.targets == batch["decoder_loss_weights"].sum()
+    assert totals.groups == {"encoder": 2, "decoder": 1}
+
+
+def test_terms_of_microbatches_add_up_to_those_of_the_batch(batch, logits):
+    totals = losses.totals(batch, CONFIG)
+    whole = losses.loss_terms(
+        losses.token_losses(logits, batch), stats_of(CONFIG, batch), totals, CONFIG
+    )
+    assert all(value > 0 for value in whole.values())
+    parts = []
+    for i in range(0, 16, 8):
+        rows = slice(i, i + 8)
+        sums = losses.token_losses(logits[rows], {k: v[rows] for k, v in batch.items()})
+        stats = stats_of(CONFIG, batch, rows)
+        parts.append(losses.loss_terms(sums, stats, totals, CONFIG))
+    for name, value in whole.items():
+        np.testing.assert_allclose(sum(p[name] for p in parts), value, rtol=1e-5, err_msg=name)
+
+
+def test_auxiliary_loss_is_a_sum_over_layers_or_their_mean(batch, logits):
+    sums, totals = losses.token_losses(logits, batch), losses.totals(batch, CONFIG)
+    stats = stats_of(CONFIG, batch)
+    summed = losses.loss_terms(sums, stats, totals, CONFIG)
+    mean_config = tiny(
+        **{"moe.z_loss_weight": 0.001, "moe.group_size": 32, "moe.aux_loss_reduction": "mean"}
+    )
+    mean = losses.loss_terms(sums, stats, totals, mean_config)
+    for name in ("aux_loss", "router_z_loss"):
+        np.testing.assert_allclose(summed[name], 4 * mean[name], rtol=1e-6)  # 2 stacks × 2
+    by_hand = sum(
+        float(balance) / totals.groups[stack] for stack in stats for balance in stats[stack].balance
+    )
+    np.testing.assert_allclose(summed["aux_loss"], 0.01 * by_hand, rtol=1e-5)
+    # Near balance each layer contributes α, whatever the number of experts.
+    assert 4 * 0.01 <= summed["aux_loss"] < 4 * 0.015
+
+
+def test_router_metrics_stay_within_their_bounds(batch):
+    metrics = losses.router_metrics(stats_of(CONFIG, batch), every=2)
+    names = {"load_max", "load_min", "dropped_fraction", "entropy", "confidence", "z"}
+    layers = [f"{stack}/{layer}" for stack in ("encoder", "decoder") for layer in (1, 3)]
+    assert metrics.keys() == {f"router/{n}" for n in names} | {
+        f"router/{layer}/{n}" for layer in layers for n in names
+    }
+    for layer in layers:
+        of = {n: float(metrics[f"router/{layer}/{n}"]) for n in names}
+        assert 0 <= of["load_min"] <= 1 <= of["load_max"] <= 4
+        assert 0 < of["entropy"] <= np.log(4)
+        assert 0.25 <= of["confidence"] <= 1
+        assert 0 <= of["dropped_fraction"] < 1
+    for n in names:
+        mean = np.mean([metrics[f"router/{layer}/{n}"] for layer in layers])
+        np.testing.assert_allclose(metrics[f"router/{n}"], mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "load, expected", [([3, 3, 3, 3], (1, 1)), ([12, 0, 0, 0], (4, 0)), ([0, 0, 0, 0], (0, 0))]
+)
+def test_loads_are_in_units_of_a_fair_share(load, expected):
+    sums = RouterSums(jnp.array([load], jnp.float32), *[jnp.zeros(1)] * 7)
+    metrics = losses.router_metrics({"encoder": sums}, every=1)
+    assert (metrics["router/load_max"], metrics["router/load_min"]) == expected

@@ -1,0 +1,237 @@
+"""switch_jax.step: the same numbers on any mesh, and where everything lies."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_batch, tiny
+
+from switch_jax.model import SwitchTransformer, logical_axes, named_parameters
+from switch_jax.sharding import make_mesh
+from switch_jax.step import Program, TrainState
+
+STEPS = 5
+# Everything whose noise might depend on the mesh; plain descent, because Adafactor takes as
+# long to compile as the rest (test_optim.py has it on a mesh).
+NOISY = {
+    "model.dropout_rate": 0.1,
+    "model.init_scale": 1.0,
+    "moe.capacity_factor": 0.75,
+    "moe.jitter": 0.1,
+    "moe.expert_dropout_rate": 0.2,
+    "moe.z_loss_weight": 0.001,
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.5,
+    "optimizer.schedule": "constant",
+}
+ALONE = {"mesh.data": 1}
+MESHES = {
+    "data=8": {"mesh.data": 8},
+    "data=2 expert=4": {"mesh.data": 2, "mesh.expert": 4},
+    "data=2 expert=2 model=2": {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2},
+    "fsdp, slice=2 data=2 model=2, accumulate=2": {
+        "mesh.slice": 2,
+        "mesh.data": 2,
+        "mesh.model": 2,
+        "mesh.fsdp": True,
+        "train.accumulate": 2,
+    },
+    "expert=2, accumulate=4": {
+        "mesh.data": 1,
+        "mesh.expert": 2,
+        "train.accumulate": 4,
+    },
+}
+
+
+def program(overrides) -> Program:
+    config = tiny(**overrides)
+    return Program(config, make_mesh(config))
+
+
+def compiled(overrides):
+    """A program and its compiled train step; XLA lets go of the interpreter meanwhile."""
+    made = program(overrides)
+    return made, made.train_step.lower(made.abstract_state, made.abstract_batch).compile()
+
+
+@pytest.fixture(scope="module")
+def initial() -> TrainState:
+    return jax.device_get(program(NOISY | ALONE).init())
+
+
+@pytest.fixture(scope="module")
+def runs(initial):
+    """Mesh → the metrics of its steps, from the same state over the same batches."""
+    cases = {"alone": ALONE} | MESHES
+    with ThreadPoolExecutor(2) as pool:
+        programs = dict(zip(cases, pool.map(compiled, [NOISY | c for c in cases.values()])))
+    metrics = {}
+    for name, (made, train_step) in programs.items():
+        state = jax.device_put(initial, made.state_sharding)
+        metrics[name] = []
+        for step in range(STEPS):
+            state, m = train_step(state, made.put(make_batch(made.config, seed=step)))
+            metrics[name].append({key: float(value) for key, value in m.items()})
+        assert state.step == STEPS
+    return metrics
+
+
+def test_the_run_that_others_are_compared_with_has_it_all(runs):
+    first, last = runs["alone"][0], runs["alone"][-1]
+    assert 0.1 < first["router/dropped_fraction"] < 0.9
+    assert abs(last["loss"] - first["loss"]) > 0.05
+    terms = ("cross_entropy", "z_loss", "aux_loss", "router_z_loss")
+    assert all(first[term] > 0 for term in terms)
+    np.testing.assert_allclose(first["loss"], sum(first[term] for term in terms), rtol=1e-6)
+    batch = make_batch(tiny())
+    assert first["target_tokens"] == batch["decoder_loss_weights"].sum() < 16 * 8
+    assert first["learning_rate"] < last["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_and_metrics_do_not_depend_on_the_mesh_nor_on_accumulation(runs, mesh):
+    got, expected = (np.array([m["loss"] for m in runs[name]]) for name in (mesh, "alone"))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    for one, other in zip(runs[mesh], runs["alone"]):
+        assert one.keys() == other.keys()
+        for key in other:
+            np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_initial_values_do_not_depend_on_the_mesh(initial):
+    made = program(NOISY | MESHES["data=2 expert=2 model=2"] | {"mesh.fsdp": True})
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(made.init()), jax.tree.leaves(initial)
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_optimizer_state_lies_where_its_parameter_lies(name):
+    """And nothing of a parameter's size lies whole on every device."""
+    sizes = {"model.d_model": 128, "model.d_ff": 256, "model.vocab_size": 512}
+    sizes |= {"model.head_dim": 64, "model.tied_embeddings": False}
+    mesh = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2, "mesh.fsdp": True}
+    made = program(sizes | mesh | {"optimizer.name": name})
+    params = made.abstract_state.params
+    matrices = [n for n in params if not n.endswith(("scale", "table"))]
+    for path in matrices:
+        assert not params[path].sharding.is_fully_replicated, path
+    smallest = min(np.prod(params[path].shape[-2:]) for path in matrices if "router" not in path)
+
+    experts = 0
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(made.abstract_state.opt_state):
+        path = next((k.key for k in keys if getattr(k, "key", None) in params), None)
+        if path is None:
+            assert leaf.size == 1
+            continue
+        assert leaf.size < smallest or not leaf.sharding.is_fully_replicated, path
+        if leaf.shape == params[path].shape:
+            assert leaf.sharding == params[path].sharding, path
+        if re.search(r"mlp/w[io]$", path) and params[path].ndim == 4:
+            experts += 1
+            assert leaf.shape[:2] == params[path].shape[:2]
+            assert leaf.sharding.spec[1] == "expert", path
+            if name == "adafactor":
+                assert leaf.ndim < 4, "statistics are not factored"
+    assert experts > 0
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """A packed batch and a function from batches to logits; dropless, for drops would couple
+    the documents of a group.
+    """
+    config = tiny(**{"data.pack": True, "data.batch_size": 4, "model.init_scale": 1.0})
+    model = SwitchTransformer(config, jax.random.key(0))
+    forward = jax.jit(lambda model, batch: model.forward(batch, factor=None)[0])
+    return make_batch(config, seed=3), lambda batch: np.asarray(forward(model, batch))
+
+
+def changed(batch, segment: int) -> dict[str, np.ndarray]:
+    """The batch with other tokens in one segment, of inputs and decoder inputs alike."""
+    batch = dict(batch)
+    for stack in ("encoder", "decoder"):
+        tokens = batch[f"{stack}_input_tokens"]
+        inside = (batch[f"{stack}_segment_ids"] == segment) & (tokens > 0)
+        batch[f"{stack}_input_tokens"] = np.where(inside, 1 + tokens % 31, tokens)
+    return batch
+
+
+@pytest.mark.parametrize("segment", [1, 2])
+def test_packed_documents_do_not_see_each_other(packed, segment):
+    batch, logits = packed
+    difference = np.abs(logits(batch) - logits(changed(batch, segment))).max(-1)
+    segments = batch["decoder_segment_ids"]
+    other = segments == 3 - segment
+    assert other.any(-1).all()
+    assert difference[other].max() < 1e-5
+    assert difference[segments == segment].max() > 0.1
+    # Were they one document, the change would be seen.
+    one = batch | {k: np.minimum(v, 1) for k, v in batch.items() if k.endswith("segment_ids")}
+    both = one | {k: v for k, v in changed(batch, segment).items() if k.endswith("input_tokens")}
+    assert np.abs(logits(one) - logits(both)).max(-1)[other].max() > 0.01
+
+
+def test_padding_changes_no_logits(packed):
+    batch, logits = packed
+    other = dict(batch)
+    for stack in ("encoder", "decoder"):
+        padding = batch[f"{stack}_segment_ids"] == 0
+        assert padding.any()
+        other[f"{stack}_input_tokens"] = np.where(padding, 7, batch[f"{stack}_input_tokens"])
+    real = batch["decoder_segment_ids"] > 0
+    np.testing.assert_allclose(logits(batch)[real], logits(other)[real], rtol=0, atol=1e-5)
+
+
+SMALL = {"moe.every": 1, "model.num_encoder_layers": 1, "model.num_decoder_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"moe.router": "top_k", "model.activation": "geglu", "data.pack": True},
+        {"moe.router": "ntlb", "optimizer.name": "sgd", "model.tied_embeddings": False},
+    ],
+    ids=["top_k-geglu-packed-adafactor", "ntlb-untied-sgd"],
+)
+def test_other_routers_train(values):
+    mesh = {"mesh.data": 2, "mesh.expert": 2, "moe.top_k": 2}
+    made = program(SMALL | mesh | values)
+    batch = made.put(make_batch(made.config))
+    state = made.init()
+    before = jax.device_get(state.params)
+    state, metrics = made.train_step(state, batch)
+    assert all(np.isfinite(float(value)) for value in metrics.values()), metrics
+    for path, value in state.params.items():
+        assert np.isfinite(value).all() and (value != before[path]).any(), path
+    # A token that Switch would drop finds room elsewhere; two experts a token do not.
+    dropped = float(metrics["router/dropped_fraction"])
+    assert (dropped < 0.2) if values["moe.router"] == "ntlb" else (dropped > 0.3)
+
+
+def test_bfloat16_activations_are_exchanged_in_bfloat16():
+    """No float32 tensor of a token's size crosses devices in an all-to-all (paper §2.4)."""
+    mesh = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2}
+    made = program(SMALL | mesh | {"model.dtype": "bfloat16", "optimizer.name": "sgd"})
+    lowered = made.train_step.lower(made.abstract_state, made.abstract_batch)
+    asked = re.findall(r"stablehlo\.all_to_all.*?\(tensor<([\dx]*)x(\w+)>\)", lowered.as_text(), re.S)
+    # To the experts and back, forwards and backwards, in both stacks.
+    assert len(asked) == 8
+    assert {kind for _, kind in asked} == {"bf16"}
+
+
+def test_names_of_parameters_and_their_axes_agree():
+    config = tiny(**{"model.activation": "geglu", "model.tied_embeddings": False})
+    model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
+    axes = logical_axes(model)
+    for path, leaf in named_parameters(model).items():
+        assert len(axes[path]) == len(leaf.shape), path
+        assert leaf.dtype == jnp.float32, path
+        assert ("layers" in axes[path]) == ("/blocks/" in path), path
+    routers = [path for path in axes if "router" in path]
+    assert routers == [f"{stack}/blocks/layers/1/mlp/router" for stack in ("encoder", "decoder")]
