@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
         num_decoder_layers=4,
         dtype="float32",
     )
-    config.moe.update(num_experts=arg.num_experts, group_size=4096)
+    config.moe.update(num_experts=arg.num_experts, group_size=128)
     config.data.update(inputs_length=128, targets_length=29, batch_size=32)
     config.optimizer.update(warmup_steps=100)
     config.train.update(

@@ -115,7 +115,10 @@ def decode_step(
 def fill_blanks(
     model: SwitchTransformer, vocabulary: Vocabulary, text: str, *, max_length: int = 128
 ) -> str:
-    """`text` with its blanks filled: `___`, or sentinels such as `<extra_id_0>`, in order."""
+    """`text` with its blanks filled: `___`, or sentinels such as `<extra_id_0>`, in order.
+
+    A blank that the model says nothing about stays `___`.
+    """
     numbers = iter(range(100))
     text = re.sub(r"_{3,}", lambda _: f"<extra_id_{next(numbers)}>", text)
     source = jnp.array([[*vocabulary.encode(text), EOS]], jnp.int32)
@@ -124,6 +127,6 @@ def fill_blanks(
     answers = dict(zip(pieces[1::2], pieces[2::2]))
 
     def fill(blank: re.Match) -> str:
-        return answers.get(blank[1], blank[0]).strip()
+        return answers.get(blank[1], "___").strip()
 
     return re.sub(r"<extra_id_(\d+)>", fill, text)

@@ -114,8 +114,9 @@ def read_metrics(workdir: Workdir) -> list[dict]:
 class ProgressDisplay:
     """A live bar on a terminal; elsewhere, a plain line whenever there is something new."""
 
-    def __init__(self, total_steps: int, first_step: int):
-        self._console = Console(stderr=True)
+    def __init__(self, total_steps: int, first_step: int, *, active: bool = True):
+        """Of several processes one is `active`; the others show nothing."""
+        self._console = Console(stderr=True, quiet=not active)
         self._total = total_steps
         self._start = (first_step, time.time())
         self._progress = Progress(

@@ -28,19 +28,25 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     Returns the signal that ended the run early, or None when it is finished.
     """
     settings = config.train
+    workdir.check(config)
 
     # Mesh and data
     mesh = sharding.make_mesh(config)
     program = Program(config, mesh)
     processes = jax.process_index(), jax.process_count()
+    first_process = processes[0] == 0
     batches = open_batches(config, "train", *processes)
     validation = list(
         itertools.islice(open_batches(config, "validation", *processes), settings.eval_batches)
     )
 
+    if config.init_from is not None:
+        checkpoint.find(config.init_from)  # missing: say so before anything is written
+
     # State
-    synthetic = config.data.reader == "synthetic"
-    workdir.prepare(config, None if synthetic else open_vocabulary(config).path)
+    if first_process:
+        synthetic = config.data.reader == "synthetic"
+        workdir.prepare(config, None if synthetic else open_vocabulary(config).path)
     checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints)
     state = checkpoints.restore(program.abstract_state, batches) or _initial_state(program)
     first_step = int(state.step)
@@ -52,9 +58,11 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     # Steps
     device_kind = mesh.devices.flat[0].device_kind
     meter = Meter(lambda s: accounting.mfu(config, s, device_kind, mesh.devices.size))
-    writer = MetricsWriter(workdir, first_step, active=processes[0] == 0)
-    display = ProgressDisplay(settings.steps, first_step)
+    writer = MetricsWriter(workdir, first_step, active=first_process)
+    display = ProgressDisplay(settings.steps, first_step, active=first_process)
     with display, writer, _stop_requests() as stops:
+        if first_step:
+            display.say(f"continuing from step {first_step}")
         batch = program.put(next(batches))
         for step in range(first_step + 1, settings.steps + 1):
             state, metrics = program.train_step(state, batch)

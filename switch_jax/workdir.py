@@ -50,19 +50,8 @@ class Workdir:
                 f"{self.config_file} cannot be read ({error}); restore it or use another WORKDIR."
             ) from error
 
-    def prepare(self, config: Config, vocabulary: Path | None) -> None:
-        """Creates the folder for a run of `config`, or checks that it may be continued.
-
-        A copy of the vocabulary stays with the run: the cache's own may be another one on
-        another Python. Raises `UserError` for a WORKDIR of another model or vocabulary, before
-        anything is written.
-        """
-        tokens = None if vocabulary is None else vocabulary.read_bytes()
-        if self.vocabulary.exists() and tokens not in (None, self.vocabulary.read_bytes()):
-            raise UserError(
-                f"{self.path} was trained with another vocabulary; set"
-                f" data.vocabulary={self.vocabulary}, or use another --workdir."
-            )
+    def check(self, config: Config) -> None:
+        """Raises `UserError` where the folder holds a run of another model; writes nothing."""
         if self.config_file.exists():
             differences = _differences(self.config(), config)
             if differences:
@@ -73,6 +62,20 @@ class Workdir:
         elif self.checkpoints.exists():
             raise UserError(
                 f"{self.path} has checkpoints but no config.json; use another --workdir."
+            )
+
+    def prepare(self, config: Config, vocabulary: Path | None) -> None:
+        """Creates the folder for a run of `config`, which has passed `check`.
+
+        A copy of the vocabulary stays with the run: the cache's own may be another one on
+        another Python. Raises `UserError` for a WORKDIR of another vocabulary, before anything
+        is written, and for a folder that cannot be written.
+        """
+        tokens = None if vocabulary is None else vocabulary.read_bytes()
+        if self.vocabulary.exists() and tokens not in (None, self.vocabulary.read_bytes()):
+            raise UserError(
+                f"{self.path} was trained with another vocabulary; set"
+                f" data.vocabulary={self.vocabulary}, or use another --workdir."
             )
         content = {
             "config": config_lib.to_dict(config),

@@ -68,9 +68,7 @@ def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits
 
     totals = losses.totals(batch, CONFIG)
     terms = losses.loss_terms(sums, {}, totals, CONFIG)
-    np.testing.assert_allclose(
-        terms["cross_entropy"], (log_z - at_target)[real].mean(), rtol=1e-5
-    )
+    np.testing.assert_allclose(terms["cross_entropy"], (log_z - at_target)[real].mean(), rtol=1e-5)
     np.testing.assert_allclose(terms["z_loss"], 1e-4 * (log_z**2)[real].mean(), rtol=1e-5)
     # A mean over rows of means over tokens would be another number.
     by_row = ((log_z - at_target) * real).sum(-1) / real.sum(-1)

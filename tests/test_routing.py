@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,7 @@ from switch_jax import routing
 from switch_jax.config import MoEConfig
 
 # The probabilities of the paper's Fig 11: six tokens, three experts.
-FIG11 = np.array(
-    [[0.1, 0.7, 0.2], [0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.8, 0.1, 0.1], [0.3, 0.1, 0.6]]
-    + [[0.7, 0.1, 0.2]],
-    np.float32,
-)
+FIG11 = np.array("1 7 2  7 2 1  5 3 2  8 1 1  3 1 6  7 1 2".split(), np.float32).reshape(6, 3) / 10
 ALL = np.ones(6, bool)
 DROPPED = -1
 
@@ -156,7 +152,7 @@ S, E = 12, 4
 ROUTERS = [("switch", 1), ("top_k", 2), ("top_k", 4), ("ntlb", 1), ("ntlb", 3)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(router: str, top_k: int, capacity: int):
     moe = moe_config(E, router=router, top_k=top_k)
 
@@ -183,7 +179,13 @@ def routed(draw):
     probs /= probs.sum(-1, keepdims=True)
     mask = rng.random(S) < draw(st.sampled_from([0.0, 0.6, 1.0]))
     assignment, slots, held = compiled(router, top_k, capacity)(probs, mask)
-    return (router, top_k), capacity, probs, mask, jax.tree.map(np.asarray, (assignment, slots, held))
+    return (
+        (router, top_k),
+        capacity,
+        probs,
+        mask,
+        jax.tree.map(np.asarray, (assignment, slots, held)),
+    )
 
 
 @given(routed())

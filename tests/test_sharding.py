@@ -125,7 +125,9 @@ def test_every_logical_axis_has_a_rule_and_others_raise():
         None, "expert", "data", "model"
     )
     assert spec(("batch", None)) == P(("slice", "data", "expert"), None)
-    used = {a for rule in RULES.values() for a in ((rule,) if isinstance(rule, str) else rule or ())}
+    used = {
+        a for rule in RULES.values() for a in ((rule,) if isinstance(rule, str) else rule or ())
+    }
     assert used == {*MESH_AXES, "fsdp"}
     with pytest.raises(KeyError, match="embedd"):
         spec(("vocab", "embedd"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_batch, tiny
 
+from switch_jax import step as step_lib
 from switch_jax.model import SwitchTransformer, logical_axes, named_parameters
 from switch_jax.sharding import make_mesh
 from switch_jax.step import Program, TrainState
@@ -75,7 +76,7 @@ def runs(initial):
         metrics[name] = []
         for step in range(STEPS):
             state, m = train_step(state, made.put(make_batch(made.config, seed=step)))
-            metrics[name].append({key: float(value) for key, value in m.items()})
+            metrics[name].append(jax.device_get(m))
         assert state.step == STEPS
     return metrics
 
@@ -87,9 +88,16 @@ def test_the_run_that_others_are_compared_with_has_it_all(runs):
     terms = ("cross_entropy", "z_loss", "aux_loss", "router_z_loss")
     assert all(first[term] > 0 for term in terms)
     np.testing.assert_allclose(first["loss"], sum(first[term] for term in terms), rtol=1e-6)
-    batch = make_batch(tiny())
-    assert first["target_tokens"] == batch["decoder_loss_weights"].sum() < 16 * 8
+    seen = [make_batch(tiny(), seed)["decoder_loss_weights"].sum() for seed in range(STEPS)]
+    assert first["tokens"].tolist() == [seen[0], 0]
+    assert last["tokens"].tolist() == [sum(seen), 0]
+    assert sum(seen) < STEPS * 16 * 8
     assert first["learning_rate"] < last["learning_rate"] == 0.5
+
+
+def test_the_count_of_tokens_has_64_bits():
+    words = step_lib._add_words(jnp.array([2**32 - 2, 7], jnp.uint32), jnp.array(5))
+    assert words.tolist() == [3, 8]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -98,6 +106,7 @@ def test_losses_and_metrics_do_not_depend_on_the_mesh_nor_on_accumulation(runs, 
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
     for one, other in zip(runs[mesh], runs["alone"]):
         assert one.keys() == other.keys()
+        np.testing.assert_array_equal(one["tokens"], other["tokens"])
         for key in other:
             np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-6, err_msg=key)
 
@@ -206,20 +215,25 @@ def test_other_routers_train(values):
     state = made.init()
     before = jax.device_get(state.params)
     state, metrics = made.train_step(state, batch)
-    assert all(np.isfinite(float(value)) for value in metrics.values()), metrics
+    assert all(np.isfinite(value).all() for value in metrics.values()), metrics
     for path, value in state.params.items():
         assert np.isfinite(value).all() and (value != before[path]).any(), path
     # A token that Switch would drop finds room elsewhere; two experts a token do not.
     dropped = float(metrics["router/dropped_fraction"])
-    assert (dropped < 0.2) if values["moe.router"] == "ntlb" else (dropped > 0.3)
+    assert (dropped < 0.2) if made.config.moe.router == "ntlb" else (dropped > 0.1)
 
 
 def test_bfloat16_activations_are_exchanged_in_bfloat16():
-    """No float32 tensor of a token's size crosses devices in an all-to-all (paper §2.4)."""
+    """No float32 tensor of a token's size crosses devices in an all-to-all (paper §2.4).
+
+    As lowered; the CPU's compiler then widens them, having no such exchange of its own.
+    """
     mesh = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2}
     made = program(SMALL | mesh | {"model.dtype": "bfloat16", "optimizer.name": "sgd"})
     lowered = made.train_step.lower(made.abstract_state, made.abstract_batch)
-    asked = re.findall(r"stablehlo\.all_to_all.*?\(tensor<([\dx]*)x(\w+)>\)", lowered.as_text(), re.S)
+    asked = re.findall(
+        r"stablehlo\.all_to_all.*?\(tensor<([\dx]*)x(\w+)>\)", lowered.as_text(), re.S
+    )
     # To the experts and back, forwards and backwards, in both stacks.
     assert len(asked) == 8
     assert {kind for _, kind in asked} == {"bf16"}
@@ -234,4 +248,6 @@ def test_names_of_parameters_and_their_axes_agree():
         assert leaf.dtype == jnp.float32, path
         assert ("layers" in axes[path]) == ("/blocks/" in path), path
     routers = [path for path in axes if "router" in path]
-    assert routers == [f"{stack}/blocks/layers/1/mlp/router" for stack in ("encoder", "decoder")]
+    assert sorted(routers) == [
+        f"{stack}/blocks/layers/1/mlp/router" for stack in ("decoder", "encoder")
+    ]

@@ -42,8 +42,8 @@ class TokenStore:
     def __init__(self, directory: Path):
         if not directory.is_dir():
             raise UserError(
-                f"There is no token store {str(directory)!r}; make one with `switch-jax data pack`"
-                " and set data.data_dir to the folder above, or to None for the cache."
+                f"There is no token store {str(directory)!r};"
+                " set data.data_dir to a folder that has one, or to None for the cache."
             )
         try:
             meta = json.loads((directory / "meta.json").read_text())

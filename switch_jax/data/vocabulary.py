@@ -137,8 +137,13 @@ def open_vocabulary(config: Config) -> Vocabulary:
     """
     if config.data.vocabulary is not None:
         path = Path(config.data.vocabulary)
-    elif config.data.data_dir is not None and Path(config.data.data_dir, FILE_NAME).is_file():
+    elif config.data.reader == "store" and config.data.data_dir is not None:
         path = Path(config.data.data_dir, FILE_NAME)
+        if not path.is_file():
+            raise UserError(
+                f"There is no token store in {config.data.data_dir!r}; set data.data_dir to one,"
+                " or to None to have it made in the cache."
+            )
     else:
         path = _own(config.data.mixture, config.model.vocab_size)
     vocabulary = Vocabulary(path)

@@ -1,0 +1,97 @@
+"""Real runs for the tests: a small token store, and `switch-jax` as its own process."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from switch_jax.checkpoint import restore_params
+from switch_jax.data import corpus, store, vocabulary
+from switch_jax.report import read_metrics
+from switch_jax.sharding import make_mesh
+from switch_jax.step import Program
+from switch_jax.workdir import Workdir
+
+CONFIG = """
+from switch_jax.config import defaults
+
+def get_config(arg=""):
+    config = defaults()
+    config.model.update(
+        vocab_size=900, d_model=16, d_ff=32, num_heads=2, head_dim=8,
+        num_encoder_layers=2, num_decoder_layers=2, dropout_rate=0.1, dtype="float32",
+    )
+    config.moe.update(num_experts=4, min_capacity=1, group_size=32, jitter=0.01)
+    config.data.update(data_dir={store!r}, inputs_length=32, targets_length=11, batch_size=4)
+    config.optimizer.update(warmup_steps=10)
+    config.train.update(
+        steps=90, log_every=1, eval_every=45, eval_batches=2, checkpoint_every=15
+    )
+    config.mesh.data = 1
+    return config
+"""
+
+
+def make_store(folder: Path) -> Path:
+    """A token store of some of the standard library's text, with its own vocabulary."""
+    documents = {split: list(corpus.documents("python_docs", split))[:8] for split in corpus.SPLITS}
+    texts = [document.text for document in documents["train"]]
+    vocabulary.train(texts, folder / "tiny.model", 900)
+    original = corpus.MIXTURES["python_docs"]
+    corpus.MIXTURES["python_docs"] = lambda split: documents[split]
+    try:
+        store.pack("python_docs", vocabulary.Vocabulary(folder / "tiny.model"), folder / "store")
+    finally:
+        corpus.MIXTURES["python_docs"] = original
+    return folder / "store"
+
+
+def write_config(folder: Path, store_folder: Path) -> Path:
+    path = folder / "tiny.py"
+    path.write_text(CONFIG.format(store=str(store_folder)))
+    return path
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "switch_jax", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def run(*arguments: object, code: int = 0, **environment: str) -> tuple[str, str]:
+    """stdout and stderr of a process that must end with `code`."""
+    process = start(*arguments, **environment)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err or out
+    return out, err
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    """Until the run has logged `step`."""
+    deadline = time.time() + 300
+    while time.time() < deadline:
+        assert process.poll() is None, process.communicate()
+        lines = read_metrics(Workdir(workdir))
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """What the checkpoint of a step holds."""
+    config = Workdir(workdir).config()
+    program = Program(config, make_mesh(config))
+    params = restore_params(workdir / "checkpoints" / str(step), program.abstract_state.params)
+    return {name: np.asarray(value) for name, value in params.items()}
+
+
+def same_parameters(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
