@@ -15,7 +15,8 @@ from switch_jax import routing
 from switch_jax.config import MoEConfig
 
 # The probabilities of the paper's Fig 11: six tokens, three experts.
-FIG11 = np.array("1 7 2  7 2 1  5 3 2  8 1 1  3 1 6  7 1 2".split(), np.float32).reshape(6, 3) / 10
+TENTHS = [(1, 7, 2), (7, 2, 1), (5, 3, 2), (8, 1, 1), (3, 1, 6), (7, 1, 2)]
+FIG11 = np.array(TENTHS, np.float32) / 10
 ALL = np.ones(6, bool)
 DROPPED = -1
 

@@ -78,7 +78,7 @@ def test_a_size_that_does_not_divide_names_the_key_and_sizes_that_do(axis, size,
     offered = re.search(rf"mesh\.{axis} can be ([\d, ]+)\.", message)
     sizes = [int(number) for number in offered[1].split(",")]
     assert len(sizes) > 1
-    for works in sizes:
+    for works in (size for size in sizes if size <= len(jax.devices())):
         make_mesh(tiny(**(overrides | {f"mesh.{axis}": works})))
 
 
