@@ -132,32 +132,14 @@ def _load_config(args: argparse.Namespace) -> "Config":
     return config.load(args.config, args.overrides)
 
 
-def _start_jax(args: argparse.Namespace) -> None:
-    """Joins the other processes, if any, and turns the compilation cache on."""
-    import jax
-
-    from switch_jax import cache
-
-    jax.config.update("jax_compilation_cache_dir", str(cache.cache_root() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    given = {
-        name: getattr(args, key)
-        for name, key in (
-            ("coordinator_address", "coordinator"),
-            ("num_processes", "num_processes"),
-            ("process_id", "process_id"),
-        )
-        if getattr(args, key, None) is not None
-    }
-    if given and len(given) < 3:
-        raise UserError("--coordinator, --num_processes and --process_id go together: give all.")
-    if given:
-        jax.distributed.initialize(**given)
-
-
 def _train(args: argparse.Namespace) -> int:
     config = _load_config(args)
-    _start_jax(args)
+    processes = (args.coordinator, args.num_processes, args.process_id)
+    if any(p is not None for p in processes) and None in processes:
+        raise UserError("--coordinator, --num_processes and --process_id go together: give all.")
+    from switch_jax import backend
+
+    backend.start(*processes)
     from switch_jax.train import train
     from switch_jax.workdir import Workdir
 
@@ -166,11 +148,11 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    _start_jax(args)
-    from switch_jax import checkpoint
+    from switch_jax import backend, checkpoint
     from switch_jax import config as config_lib
     from switch_jax.evaluate import evaluate_checkpoint
 
+    backend.start()
     workdir, folder = checkpoint.find(args.workdir)
     made_with = config_lib.override(workdir.config(), args.overrides)
     metrics = evaluate_checkpoint(folder, _load_config(args) if args.config else made_with)
@@ -185,11 +167,11 @@ def _generate(args: argparse.Namespace) -> None:
     if args.input and not Path(args.input).is_file():
         raise UserError(f"Input file {args.input!r} does not exist.")
     texts = Path(args.input).read_text().splitlines() if args.input else [args.text]
-    _start_jax(args)
-    from switch_jax import checkpoint
+    from switch_jax import backend, checkpoint
     from switch_jax.data.vocabulary import Vocabulary
     from switch_jax.decode import fill_blanks
 
+    backend.start()
     workdir, folder = checkpoint.find(args.workdir)
     vocabulary = Vocabulary(workdir.vocabulary)
     model = checkpoint.load(folder)
@@ -206,9 +188,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     config = _load_config(args)
-    _start_jax(args)
-    from switch_jax import bench
+    from switch_jax import backend, bench
 
+    backend.start()
     result = bench.run(config, args.repeats)
     print(json.dumps(result) if args.json else bench.render(result))
 

@@ -25,10 +25,13 @@ def fold(keys: Keys, data: int | jax.Array) -> Keys:
 
 
 def dropout(x_BxLxD: jax.Array, rate: float, keys: Keys) -> jax.Array:
-    """Inverted dropout; the mask of a row is shared by its tokens, as in Mesh TensorFlow."""
+    """Inverted dropout; the positions L of a row share their mask, as in Mesh TensorFlow.
+
+    For attention weights [B, H, T, S] these are the queries.
+    """
     if keys is None or rate == 0:
         return x_BxLxD
-    shape = (1, *x_BxLxD.shape[2:])
+    shape = (*x_BxLxD.shape[1:-2], 1, x_BxLxD.shape[-1])
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
     return jnp.where(keep, x_BxLxD / (1 - rate), 0)
 
@@ -36,6 +39,15 @@ def dropout(x_BxLxD: jax.Array, rate: float, keys: Keys) -> jax.Array:
 def param(value: jax.Array, *axes: str) -> nnx.Param:
     """A parameter with the logical names of its dimensions (stacking adds names in front)."""
     return nnx.Param(value, axes=axes)
+
+
+def weight(parameter: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """A parameter for use: in the activation dtype, and whole where `mesh.fsdp` splits it.
+
+    Left to itself, XLA may prefer to move activations instead, and does it wrongly on some
+    meshes (jax 0.10 and 0.11, slots and weights both split over `data`).
+    """
+    return constrain(parameter[...].astype(dtype), *parameter.get_metadata()["axes"])
 
 
 def kernel(key: jax.Array, shape: tuple[int, int], scale: float) -> jax.Array:
@@ -122,8 +134,8 @@ class Attention(nnx.Module):
         self.value = param(kernel(v, (D, inner), s), "embed", "heads")
         self.out = param(kernel(o, (inner, D), s), "heads", "embed")
 
-    def _heads(self, x_BxLxD: jax.Array, weight: nnx.Param) -> jax.Array:
-        y = x_BxLxD @ weight[...].astype(x_BxLxD.dtype)
+    def _heads(self, x_BxLxD: jax.Array, projection: nnx.Param) -> jax.Array:
+        y = x_BxLxD @ weight(projection, x_BxLxD.dtype)
         y = y.reshape(*y.shape[:-1], self.config.num_heads, self.config.head_dim)
         return constrain(y, "batch", None, "heads", None)
 
@@ -151,7 +163,7 @@ class Attention(nnx.Module):
         weights_BxHxTxS = jax.nn.softmax(scores, -1).astype(x_BxTxD.dtype)
         weights_BxHxTxS = dropout(weights_BxHxTxS, self.config.dropout_rate, keys)
         y = jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, value_BxSxHxK)
-        y = y.reshape(*y.shape[:2], -1) @ self.out[...].astype(y.dtype)
+        y = y.reshape(*y.shape[:2], -1) @ weight(self.out, y.dtype)
         return constrain(y, "batch", None, "activation")
 
 
@@ -180,8 +192,8 @@ class Mlp(nnx.Module):
     def __call__(self, x_BxLxD: jax.Array, keys: Keys) -> jax.Array:
         """[B, L, D] → [B, L, D]."""
         dtype = x_BxLxD.dtype
-        gate = None if self.gate is None else x_BxLxD @ self.gate[...].astype(dtype)
-        h_BxLxF = activate(self.config.activation, x_BxLxD @ self.wi[...].astype(dtype), gate)
+        gate = None if self.gate is None else x_BxLxD @ weight(self.gate, dtype)
+        h_BxLxF = activate(self.config.activation, x_BxLxD @ weight(self.wi, dtype), gate)
         h_BxLxF = constrain(h_BxLxF, "batch", None, "mlp")
         h_BxLxF = dropout(h_BxLxF, self.config.dropout_rate, keys)
-        return constrain(h_BxLxF @ self.wo[...].astype(dtype), "batch", None, "activation")
+        return constrain(h_BxLxF @ weight(self.wo, dtype), "batch", None, "activation")

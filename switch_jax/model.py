@@ -24,6 +24,7 @@ from switch_jax.layers import (
     fold,
     kernel,
     param,
+    weight,
 )
 from switch_jax.moe import Plan, RouterSums, SwitchMlp
 from switch_jax.sharding import constrain
@@ -237,17 +238,17 @@ class SwitchTransformer(nnx.Module):
     def embed(self, tokens_BxL: jax.Array) -> jax.Array:
         """[B, L, D] in the activation dtype."""
         dtype = jnp.dtype(self.config.model.dtype)
-        x_BxLxD = self.embedding[...].astype(dtype)[tokens_BxL]
+        x_BxLxD = weight(self.embedding, dtype)[tokens_BxL]
         return constrain(x_BxLxD, "batch", None, "activation")
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
         """[B, T, V] float32; a tied head scales the states by D^-0.5, an untied one does not."""
         if self.head is None:
             x_BxTxD = x_BxTxD * self.config.model.d_model**-0.5
-            weight = self.embedding[...].T
+            head_DxV = weight(self.embedding, x_BxTxD.dtype).T
         else:
-            weight = self.head[...]
-        logits = jnp.dot(x_BxTxD, weight.astype(x_BxTxD.dtype), preferred_element_type=jnp.float32)
+            head_DxV = weight(self.head, x_BxTxD.dtype)
+        logits = jnp.dot(x_BxTxD, head_DxV, preferred_element_type=jnp.float32)
         return constrain(logits, "batch", None, "vocab")
 
     def _plan(self, batch_size: int, length: int, factor: float | None) -> Plan:

@@ -16,14 +16,14 @@ from flax import nnx
 
 from switch_jax import routing
 from switch_jax.config import Config
-from switch_jax.layers import Keys, activate, fold, kernel, param
+from switch_jax.layers import Keys, activate, fold, kernel, param, weight
 from switch_jax.sharding import constrain, spec
 
 
 class RouterSums(NamedTuple):
     """What one expert layer did, as float32 sums that add up over groups and microbatches."""
 
-    load_E: jax.Array  # assignments per expert, before dropping
+    load_E: jax.Array  # assignments per expert before dropping (ntlb: placements)
     dropped: jax.Array  # assignments that found no slot
     assignments: jax.Array
     tokens: jax.Array  # real ones
@@ -128,7 +128,7 @@ class SwitchMlp(nnx.Module):
         if keys is not None and eps:
             draw = partial(jax.random.uniform, shape=x32.shape[1:], minval=1 - eps, maxval=1 + eps)
             x32 *= jax.vmap(draw)(keys)
-        return jnp.dot(x32, self.router[...], precision="highest")
+        return jnp.dot(x32, weight(self.router, jnp.float32), precision="highest")
 
     def _experts(self, slots_ExGxCxD: jax.Array, group_keys: Keys) -> jax.Array:
         """[E, G, C, D]: every slot through its expert; dropout on the hidden activations."""
@@ -136,8 +136,8 @@ class SwitchMlp(nnx.Module):
         dtype = slots_ExGxCxD.dtype
         along = ("expert", "expert_group", None)
 
-        def matmul(x: jax.Array, weight: nnx.Param, last: str) -> jax.Array:
-            y = jnp.einsum("EGCX,EXY->EGCY", x, weight[...].astype(dtype))
+        def matmul(x: jax.Array, stacked: nnx.Param, last: str) -> jax.Array:
+            y = jnp.einsum("EGCX,EXY->EGCY", x, weight(stacked, dtype))
             return constrain(y, *along, last)
 
         x = constrain(slots_ExGxCxD, *along, "activation")
@@ -156,8 +156,8 @@ class SwitchMlp(nnx.Module):
         """
         dtype = x_GxSxD.dtype
 
-        def matmul(x: jax.Array, weight: nnx.Param) -> jax.Array:
-            chosen = weight[...].at[expert_GxSxK].get(mode="fill", fill_value=0)
+        def matmul(x: jax.Array, stacked: nnx.Param) -> jax.Array:
+            chosen = stacked[...].at[expert_GxSxK].get(mode="fill", fill_value=0)
             return jnp.einsum("GSKX,GSKXY->GSKY", x, chosen.astype(dtype))
 
         x = jnp.broadcast_to(x_GxSxD[:, :, None], (*expert_GxSxK.shape, x_GxSxD.shape[-1]))

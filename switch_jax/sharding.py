@@ -89,9 +89,10 @@ def check(config: Config, sizes: dict[str, int]) -> None:
         divided.append(("model.d_model", config.model.d_model, "data"))
     for key, value, axis in divided:
         if value % sizes[axis]:
+            common = math.gcd(*(v for _, v, a in divided if a == axis))
             raise UserError(
                 f"{key}={value} does not divide over mesh.{axis}={sizes[axis]};"
-                f" mesh.{axis} can be {_words(_divisors(value))}."
+                f" mesh.{axis} can be {_words(_divisors(common))}."
             )
     microbatch = config.data.batch_size // config.train.accumulate
     if microbatch % shards:
@@ -100,21 +101,32 @@ def check(config: Config, sizes: dict[str, int]) -> None:
             f" divide over slice × data × expert = {shards} devices;"
             f" make data.batch_size a multiple of {shards * config.train.accumulate}."
         )
-    if not config.sparse:
+    if config.sparse:
+        _check_groups(config, microbatch // shards)
+
+
+def _check_groups(config: Config, local_rows: int) -> None:
+    """Raises `UserError` where a group is not within the rows a device has of a microbatch."""
+    lengths = {"encoder": config.data.inputs_length, "decoder": config.data.targets_length}
+
+    def rows(length: int, group_size: int) -> int:
+        return routing.group_rows(config.data.batch_size, length, group_size)
+
+    def fits(group_size: int) -> bool:
+        return all(local_rows % rows(length, group_size) == 0 for length in lengths.values())
+
+    if fits(config.moe.group_size):
         return
-    for stack, length in (
-        ("encoder", config.data.inputs_length),
-        ("decoder", config.data.targets_length),
-    ):
-        rows = routing.group_rows(config.data.batch_size, length, config.moe.group_size)
-        if (microbatch // shards) % rows:
-            fitting = math.gcd(config.data.batch_size, microbatch // shards)
-            raise UserError(
-                f"A {stack} group of {rows} rows × {length} tokens would span devices or"
-                f" microbatches, which hold {microbatch // shards} rows each; make"
-                f" moe.group_size at most {fitting * length}, data.batch_size larger, or"
-                " slice × data × expert or train.accumulate smaller."
-            )
+    sizes = (r * length for r in _divisors(local_rows) for length in lengths.values())
+    stack, length = next(
+        (s, n) for s, n in lengths.items() if local_rows % rows(n, config.moe.group_size)
+    )
+    raise UserError(
+        f"A {stack} group of {rows(length, config.moe.group_size)} rows × {length} tokens would"
+        f" span devices or microbatches, which hold {local_rows} rows each; set moe.group_size to"
+        f" {max(filter(fits, sizes), default=1)}, or make data.batch_size larger, or slice × data"
+        " × expert or train.accumulate smaller."
+    )
 
 
 def spec(axes: Sequence[str | None], *, fsdp: bool = False) -> P:

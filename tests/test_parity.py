@@ -1,4 +1,4 @@
-"""The backbone against Hugging Face: stored outputs of random weights (scripts/make_reference.py)."""
+"""The backbone against Hugging Face: stored outputs of random weights (make_reference.py)."""
 
 import json
 from pathlib import Path

@@ -110,7 +110,7 @@ def test_rows_that_do_not_divide_name_a_batch_size_that_does(accumulate):
 )
 def test_a_group_that_would_span_devices_names_a_group_size_that_does_not(overrides):
     message = mesh_error(**overrides, **{"moe.group_size": 64})
-    works = number_after("moe.group_size at most", message)
+    works = number_after("moe.group_size to", message)
     make_mesh(tiny(**overrides, **{"moe.group_size": works}))
 
 
