@@ -23,8 +23,8 @@ def get_config(arg: str = "") -> ConfigDict:
         dtype="float32",
     )
     config.moe.update(num_experts=arg.num_experts, group_size=128)
-    config.data.update(inputs_length=128, targets_length=29, batch_size=32)
-    config.optimizer.update(warmup_steps=100)
+    config.data.update(inputs_length=128, targets_length=29, batch_size=16)
+    config.optimizer.update(warmup_steps=100, cooldown_steps=250)
     config.train.update(
         steps=600, log_every=10, eval_every=200, eval_batches=8, checkpoint_every=200
     )

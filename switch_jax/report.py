@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -71,9 +72,15 @@ class Meter:
         self._step, self._tokens = step, _tokens(metrics)
         self._wait, self._began = 0.0, time.perf_counter()
 
-    def waited(self, seconds: float) -> None:
-        """Adds time in which the device had nothing to do but wait for data."""
-        self._wait += seconds
+    @contextmanager
+    def waiting(self, metrics: Mapping[str, Any]) -> Iterator[None]:
+        """Around drawing a batch: counts the time if the step was done before the batch was
+        there, so that the device may have had nothing to do.
+        """
+        began = time.perf_counter()
+        yield
+        if metrics["loss"].is_ready():
+            self._wait += time.perf_counter() - began
 
     def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """The metrics as numbers, with the speed since the last reading; restarts."""

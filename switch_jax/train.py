@@ -3,7 +3,6 @@
 import itertools
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -70,27 +69,30 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
                 jax.block_until_ready(state)  # compilation is not a step
                 meter.restart(step, metrics)
             display.step(step)
-            last = step == settings.steps or bool(stops)
-            if last or step % settings.checkpoint_every == 0:
-                # Before the next batch is drawn: the position saved is of the one consumed.
-                checkpoints.save(state, batches)
-            if not last:
-                began = time.perf_counter()
-                rows = next(batches)  # while the device computes this step
-                if metrics["loss"].is_ready():
-                    meter.waited(time.perf_counter() - began)
-                batch = program.put(rows)
+            stop = bool(stops)
+            last = stop or step == settings.steps
+            saving = last or step % settings.checkpoint_every == 0
+            if not saving:
+                with meter.waiting(metrics):  # the device is computing this step meanwhile
+                    batch = program.put(next(batches))
             if last or step % settings.log_every == 0:
                 values = meter.read(step, metrics)
                 writer.write(step, "train", values)
                 display.status(step, values)
-            if step == settings.steps or (step % settings.eval_every == 0 and not last):
+            if not stop and (last or step % settings.eval_every == 0):
                 values = evaluate(program, state.params, validation)
                 writer.write(step, "eval", values)
                 display.say(f"step {step}  validation cross-entropy {values['cross_entropy']:.4f}")
                 meter.restart(step, metrics)
+            if saving:
+                # After its metrics are on disk, and before the next batch is drawn, so that the
+                # position saved is of the batch consumed.
+                checkpoints.save(state, batches)
             if last:
                 break
+            if saving:
+                with meter.waiting(metrics):
+                    batch = program.put(next(batches))
         checkpoints.close()
     if not stops:
         return None
