@@ -25,3 +25,12 @@ def start(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if coordinator is not None:
         jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif _launched_together():
+        jax.distributed.initialize()
+
+
+def _launched_together() -> bool:
+    """Whether a launcher that JAX knows started several processes (Slurm, Open MPI, TPU pod)."""
+    counts = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return any(count.isdigit() and int(count) > 1 for count in counts) or len(hosts) > 1

@@ -52,13 +52,11 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
             }
             _alternate(cases, repeats)
             result[part] = _compare({model: case.report() for model, case in cases.items()})
-    for model in MODELS:
+    for model, one in zip(MODELS, (config, dense)):
         step = result["train_step"][model]
         tokens = config.data.batch_size * (config.data.inputs_length + config.data.targets_length)
         step["tokens_per_second"] = tokens / step["seconds"]
-        step["mfu"] = accounting.mfu(
-            config, step["seconds"], result["device_kind"], result["devices"]
-        )
+        step["mfu"] = accounting.mfu(one, step["seconds"], result["device_kind"], result["devices"])
     return result
 
 
@@ -190,7 +188,7 @@ def render(result: dict[str, Any]) -> str:
         lines.append(f"{part:12}{cells[0]:>28}{cells[1]:>28}{result[part]['ratio']:>8.2f}")
     lines.append("")
     for label, key, text in (
-        ("tokens/s", "tokens_per_second", lambda v: f"{v:,.0f}"),
+        ("in+out tok/s", "tokens_per_second", lambda v: f"{v:,.0f}"),
         ("MFU", "mfu", lambda v: "unknown peak" if v is None else f"{v:.1%}"),
         ("memory", "memory_bytes", lambda v: f"{v / 1e9:.2f} GB"),
         ("compile", "compile_seconds", lambda v: f"{v:.1f} s"),

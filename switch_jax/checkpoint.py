@@ -63,19 +63,29 @@ class Checkpoints:
         A checkpoint that cannot be read is set aside as `corrupt-STEP` and the one before is
         taken. None where there is no checkpoint at all; `UserError` where none is good.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        unreadable: list[int] = []
+        reason = ""
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._restore_step(step, abstract, batches)
+                state = self._restore_step(step, abstract, batches)
             except UserError:
                 raise
             except Exception as error:  # whatever Orbax says of a damaged file
                 reason = str(error).strip().split("\n")[0][:200]
                 print(f"Checkpoint {step} cannot be read: {reason}", file=sys.stderr)
-                (self._folder / str(step)).rename(self._folder / f"corrupt-{step}")
-                self._manager.reload()
-        if steps:
-            raise UserError(f"No checkpoint in {self._folder} can be read; use another --workdir.")
+                unreadable.append(step)
+                continue
+            # Only now: where none can be read, the files may not be what is wrong.
+            if unreadable and jax.process_index() == 0:
+                for bad in unreadable:
+                    (self._folder / str(bad)).rename(self._folder / f"corrupt-{bad}")
+            self._manager.reload()
+            return state
+        if unreadable:
+            raise UserError(
+                f"No checkpoint in {self._folder} can be read ({reason}); set the config back to"
+                " what they were made with, or use another --workdir."
+            )
         return None
 
     def _restore_step(self, step: int, abstract: TrainState, batches: BatchIterator) -> TrainState:

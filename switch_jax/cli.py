@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,10 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"switch-jax: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if verbose or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"switch-jax: No space is left for {error.filename}; free some.", file=sys.stderr)
+        where = error.filename or "the output"
+        print(f"switch-jax: No space is left for {where}; free some.", file=sys.stderr)
         return 2
 
 
@@ -99,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     text = sub.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", help="a text with blanks")
     text.add_argument("--input", metavar="FILE", help="a file with one such text a line")
-    sub.add_argument("--max_length", type=int, default=128, help="tokens at the most (128)")
+    sub.add_argument("--max_length", type=_positive, default=128, help="tokens at the most (128)")
 
     sub = verb("inspect", _inspect, "parameters, FLOPs and memory of a config; needs no data")
     config(sub)
@@ -107,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("bench", _bench, "time a config against its FLOP-matched dense twin")
     config(sub)
-    sub.add_argument("--repeats", type=int, default=10, help="timed runs of each (10)")
+    sub.add_argument("--repeats", type=_positive, default=10, help="timed runs of each (10)")
     as_json(sub)
 
     sub = verb("plot", _plot, "draw the metrics of one or more runs")
@@ -121,9 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
     sub = verb("peek", _data_peek, "print decoded training examples", data_verbs)
     config(sub)
-    sub.add_argument("--count", type=int, default=3, help="how many examples (3)")
+    sub.add_argument("--count", type=_positive, default=3, help="how many examples (3)")
     sub.add_argument("--split", choices=("train", "validation"), default="train")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def _load_config(args: argparse.Namespace) -> "Config":
@@ -137,6 +149,8 @@ def _train(args: argparse.Namespace) -> int:
     processes = (args.coordinator, args.num_processes, args.process_id)
     if any(p is not None for p in processes) and None in processes:
         raise UserError("--coordinator, --num_processes and --process_id go together: give all.")
+    if None not in processes and not 0 <= args.process_id < args.num_processes:
+        raise UserError(f"--process_id must be from 0 to {args.num_processes - 1}.")
     from switch_jax import backend
 
     backend.start(*processes)
@@ -155,7 +169,7 @@ def _eval(args: argparse.Namespace) -> None:
     backend.start()
     workdir, folder = checkpoint.find(args.workdir)
     made_with = config_lib.override(workdir.config(), args.overrides)
-    metrics = evaluate_checkpoint(folder, _load_config(args) if args.config else made_with)
+    metrics = evaluate_checkpoint(workdir, folder, _load_config(args) if args.config else made_with)
     if args.json:
         print(json.dumps(metrics))
     else:
@@ -166,7 +180,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     if args.input and not Path(args.input).is_file():
         raise UserError(f"Input file {args.input!r} does not exist.")
-    texts = Path(args.input).read_text().splitlines() if args.input else [args.text]
+    texts = Path(args.input).read_text(errors="replace").splitlines() if args.input else [args.text]
     from switch_jax import backend, checkpoint
     from switch_jax.data.vocabulary import Vocabulary
     from switch_jax.decode import fill_blanks

@@ -51,7 +51,7 @@ class MoEConfig:
     router: Literal["switch", "top_k", "ntlb"] = "switch"
     top_k: int = 1  # experts a token goes to; for ntlb, how many it may try
     renormalize: bool = False  # top_k only: divide the gates by their sum (Mesh TensorFlow)
-    capacity_factor: float | None = 1.25  # None: dropless
+    capacity_factor: float | None = 1.25  # None: dropless, with slots for every token everywhere
     eval_capacity_factor: float | None = 2.0
     capacity_rounding: Literal["ceil", "floor"] = "ceil"  # floor: Mesh TensorFlow
     min_capacity: int = 4
@@ -298,6 +298,11 @@ def _validate(config: Config) -> None:
     require(
         model.relative_buckets >= 4 and model.relative_buckets % 4 == 0,
         f"model.relative_buckets must be a multiple of 4, not {model.relative_buckets}.",
+    )
+    require(
+        model.relative_max_distance > model.relative_buckets // 2,
+        f"model.relative_max_distance must be above half of model.relative_buckets, not"
+        f" {model.relative_max_distance}.",
     )
     for key, rate in (
         ("model.dropout_rate", model.dropout_rate),

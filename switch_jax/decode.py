@@ -1,5 +1,6 @@
 """Decoding: greedy search with cached keys and values, and the blanks of a text."""
 
+import itertools
 import re
 from functools import partial
 from typing import NamedTuple
@@ -8,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.data.spans import EOS
+from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary
+from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer, layers_per_block
 from switch_jax.moe import Plan
-
-EOS = 1
 
 
 class Cache(NamedTuple):
@@ -119,9 +120,13 @@ def fill_blanks(
 
     A blank that the model says nothing about stays `___`.
     """
-    numbers = iter(range(100))
+    numbers = itertools.count()
     text = re.sub(r"_{3,}", lambda _: f"<extra_id_{next(numbers)}>", text)
-    source = jnp.array([[*vocabulary.encode(text), EOS]], jnp.int32)
+    if next(numbers) > NUM_SENTINELS:
+        raise UserError(f"A text has more than {NUM_SENTINELS} blanks; split it.")
+    tokens = [*vocabulary.encode(text), EOS]
+    # Padded, so that texts of different lengths share a compiled program.
+    source = jnp.array([tokens + [0] * (-len(tokens) % 64)], jnp.int32)
     output = np.asarray(generate(model, source, max_length=max_length))[0]
     pieces = re.split(r"<extra_id_(\d+)>", vocabulary.decode([int(t) for t in output if t > EOS]))
     answers = dict(zip(pieces[1::2], pieces[2::2]))

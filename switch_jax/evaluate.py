@@ -11,10 +11,13 @@ import numpy as np
 from switch_jax import losses, sharding
 from switch_jax.checkpoint import restore_params
 from switch_jax.config import Config
-from switch_jax.data import open_batches
+from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.data.batch import Batch
+from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.errors import UserError
 from switch_jax.model import layers_per_block
 from switch_jax.step import Program
+from switch_jax.workdir import Workdir
 
 
 def evaluate(
@@ -42,11 +45,19 @@ def evaluate(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def evaluate_checkpoint(folder: Path, config: Config) -> dict[str, float]:
+def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[str, float]:
     """Metrics of a checkpoint on `train.eval_batches` validation batches of `config`.
 
-    With `unigram_entropy` of the same targets, to compare with. Raises `UserError`.
+    With `unigram_entropy` of the same targets, to compare with. Raises `UserError`, also where
+    the batches are not in the vocabulary that the run was trained with.
     """
+    if config.data.reader != "synthetic" and workdir.vocabulary.exists():
+        text, trained = open_vocabulary(config), Vocabulary(workdir.vocabulary)
+        if text.fingerprint != trained.fingerprint:
+            raise UserError(
+                f"The validation text is in another vocabulary than {workdir.path}; set"
+                f" data.vocabulary={workdir.vocabulary}."
+            )
     mesh = sharding.make_mesh(config)
     program = Program(config, mesh)
     params = restore_params(folder, program.abstract_state.params)

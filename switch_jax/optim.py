@@ -41,9 +41,10 @@ def make_optimizer(config: Config, axes: Axes) -> optax.GradientTransformation:
             optax.add_decayed_weights(optimizer.weight_decay, decayed),
             optax.scale_by_learning_rate(rate),
         ]
-    if optimizer.max_grad_norm is not None:
-        core.insert(0, optax.clip_by_global_norm(optimizer.max_grad_norm))
-    return optax.chain(*core)
+    limit = optimizer.max_grad_norm
+    # The state has the same shape either way, so that a run may change its mind.
+    clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
+    return optax.chain(clip, *core)
 
 
 _DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -96,8 +97,8 @@ def schedule(optimizer: OptimizerConfig, train: TrainConfig) -> optax.Schedule:
     """Learning rate by step, counted from 0.
 
     rsqrt is T5's: learning_rate / sqrt(max(step, warmup_steps)), flat during warm-up. The
-    others rise linearly from 0 during warm-up, to `learning_rate`. `cooldown_steps` before
-    the end every schedule begins to fall linearly to 0.
+    others rise linearly during warm-up, from learning_rate / warmup_steps to learning_rate.
+    `cooldown_steps` before the end every schedule begins to fall linearly to 0.
     """
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
     length = max(train.steps - warmup, 1)

@@ -28,7 +28,8 @@ def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
         lines = read_metrics(workdir)
         if not lines:
             raise UserError(f"{workdir.path} has no metrics.jsonl yet; train it first.")
-        runs[workdir.path.name] = lines
+        name = workdir.path.resolve().name
+        runs[str(workdir.path) if name in runs else name] = lines
     figures = {"loss.png": _loss(runs)}
     if any(name.startswith("router/") for lines in runs.values() for name in lines[0]):
         figures["router.png"] = _router(runs)

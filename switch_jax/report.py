@@ -109,13 +109,8 @@ def read_metrics(workdir: Workdir) -> list[dict]:
     """All lines of metrics.jsonl; a last line cut short by a kill is left out."""
     if not workdir.metrics_file.exists():
         return []
-    lines = []
-    for text in workdir.metrics_file.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+    *lines, _ = workdir.metrics_file.read_text().split("\n")
+    return [json.loads(line) for line in lines]
 
 
 class ProgressDisplay:

@@ -58,11 +58,12 @@ def resolve(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a config over `devices` (default: all), after checking that it divides.
 
-    A product below the number of devices uses the first ones.
+    A product below the number of devices uses the first ones. An axis of size -1 takes as many
+    devices as divide the model and its batch; several processes must all take part, so there
+    it takes all or none will do.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = resolve(config.mesh, len(devices))
-    check(config, sizes)
+    sizes = _fitting(config, len(devices))
     shape = tuple(sizes.values())
     return jax.make_mesh(
         shape,
@@ -70,6 +71,23 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices[: math.prod(shape)],
     )
+
+
+def _fitting(config: Config, num_devices: int) -> dict[str, int]:
+    """Sizes of the axes that pass `check`, the free axis as large as it can be."""
+    sizes = resolve(config.mesh, num_devices)
+    free = [axis for axis in MESH_AXES if getattr(config.mesh, axis) == -1]
+    if free and jax.process_count() == 1:
+        for size in range(sizes[free[0]], 1, -1):
+            candidate = sizes | {free[0]: size}
+            try:
+                check(config, candidate)
+            except UserError:
+                continue
+            return candidate
+        sizes[free[0]] = 1
+    check(config, sizes)
+    return sizes
 
 
 def check(config: Config, sizes: dict[str, int]) -> None:

@@ -107,7 +107,10 @@ class Program:
         """This process's rows of a global batch, as global arrays on the mesh."""
         where = sharding.batch_sharding(self.mesh)
         return {
-            name: jax.make_array_from_process_local_data(where, rows)
+            # The shape is given, not inferred: processes that feed a row twice must fail.
+            name: jax.make_array_from_process_local_data(
+                where, rows, self.abstract_batch[name].shape
+            )
             for name, rows in batch.items()
         }
 

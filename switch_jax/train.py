@@ -39,7 +39,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         itertools.islice(open_batches(config, "validation", *processes), settings.eval_batches)
     )
 
-    if config.init_from is not None:
+    if config.init_from is not None and not workdir.checkpoints.exists():
         checkpoint.find(config.init_from)  # missing: say so before anything is written
 
     # State
@@ -51,7 +51,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     first_step = int(state.step)
     if first_step >= settings.steps:
         checkpoints.close()
-        print(f"{workdir.path} is finished: step {first_step} of {settings.steps}.")
+        if first_process:
+            print(f"{workdir.path} is finished: step {first_step} of {settings.steps}.")
         return None
 
     # Steps
@@ -62,24 +63,31 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     with display, writer, _stop_requests() as stops:
         if first_step:
             display.say(f"continuing from step {first_step}")
+        if mesh.devices.size < jax.device_count():
+            display.say(f"using {mesh.devices.size} of {jax.device_count()} devices")
         batch = program.put(next(batches))
+        previous = None
         for step in range(first_step + 1, settings.steps + 1):
             state, metrics = program.train_step(state, batch)
-            if step == first_step + 1:
+            if previous is None:
                 jax.block_until_ready(state)  # compilation is not a step
                 meter.restart(step, metrics)
+            else:
+                # One step ahead of the device and no more: what is shown, or asked to stop, is now.
+                jax.block_until_ready(previous)
+            previous = metrics["loss"]
             display.step(step)
-            stop = bool(stops)
-            last = stop or step == settings.steps
+            finished = step == settings.steps
+            last = finished or bool(stops)
             saving = last or step % settings.checkpoint_every == 0
             if not saving:
                 with meter.waiting(metrics):  # the device is computing this step meanwhile
                     batch = program.put(next(batches))
-            if last or step % settings.log_every == 0:
+            if finished or step % settings.log_every == 0:
                 values = meter.read(step, metrics)
                 writer.write(step, "train", values)
                 display.status(step, values)
-            if not stop and (last or step % settings.eval_every == 0):
+            if finished or step % settings.eval_every == 0:
                 values = evaluate(program, state.params, validation)
                 writer.write(step, "eval", values)
                 display.say(f"step {step}  validation cross-entropy {values['cross_entropy']:.4f}")
@@ -94,7 +102,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
                 with meter.waiting(metrics):
                     batch = program.put(next(batches))
         checkpoints.close()
-    if not stops:
+    if finished:
         return None
     print(f"Stopped at step {step}; the same command continues from there.")
     return stops[0]

@@ -100,21 +100,16 @@ class RowIterator(abc.ABC):
         partial.replace(directory / "position.json")
 
     def restore(self, directory: Path) -> None:
-        """Raises `UserError` where there is no position, or one in other data."""
-        try:
-            position = json.loads((directory / "position.json").read_text())
-            source, next_row = position["source"], int(position["next_row"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{directory} holds no position of this data reader; set data.reader to the one"
-                " that wrote it."
-            ) from error
-        if source != self._source:
+        """Raises `UserError` for a position in other data, and `OSError` or `ValueError` for
+        one that is missing or damaged.
+        """
+        position = json.loads((directory / "position.json").read_text())
+        if position["source"] != self._source:
             raise UserError(
                 f"The position in {directory} belongs to other text or another vocabulary; set"
                 " data.* to what it was made with (the built-in text differs between Pythons)."
             )
-        self._next_row = next_row
+        self._next_row = position["next_row"]
 
 
 class SyntheticIterator(RowIterator):
