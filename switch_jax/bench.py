@@ -61,7 +61,7 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
 
 
 class _Case:
-    """One part of one model, compiled twice (the second time from the cache) and timed."""
+    """One part of one model: compiled, and timed call by call."""
 
     def __init__(self, part: str, config: Config, program: Program):
         lower, self._next = {
@@ -72,6 +72,7 @@ class _Case:
         began = time.perf_counter()
         lower().compile()
         self._compile = time.perf_counter() - began
+        # As a second start of the same config would: from the compilation cache.
         jax.clear_caches()
         began = time.perf_counter()
         compiled = lower().compile()

@@ -116,7 +116,8 @@ class SwitchMlp(nnx.Module):
             group_keys = None if keys is None else fold(keys[:: plan.rows], 1)
             y_GxSxKxD = combine(self._experts(slots_ExGxCxD, group_keys), indices)
         # The gates are cast first: nothing of a token's size is ever float32 (paper §2.4).
-        y_GxSxD = jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, assignment.gate_SxK.astype(dtype))
+        gate_GxSxK = assignment.gate_SxK.astype(dtype)
+        y_GxSxD = jnp.sum(y_GxSxKxD * gate_GxSxK[..., None], axis=2)
         return constrain(y_GxSxD.reshape(B, L, D), "batch", None, "activation"), sums
 
     def _logits(self, x_BxLxD: jax.Array, keys: Keys) -> jax.Array:

@@ -83,7 +83,8 @@ def test_a_size_that_does_not_divide_names_the_key_and_sizes_that_do(axis, size,
 
 
 def test_long_lists_of_sizes_are_cut():
-    config = tiny(**{"model.num_heads": 5040})
+    dims = ("num_heads", "d_ff", "d_model", "vocab_size")
+    config = tiny(**{f"model.{name}": 5040 for name in dims})
     with pytest.raises(UserError, match=r"can be 1, 2, .* …\."):
         check(config, {"slice": 1, "data": 1, "expert": 1, "model": 11})
 
