@@ -132,6 +132,6 @@ def fill_blanks(
     answers = dict(zip(pieces[1::2], pieces[2::2]))
 
     def fill(blank: re.Match) -> str:
-        return answers.get(blank[1], "___").strip()
+        return answers.get(blank[1], "").strip() or "___"
 
     return re.sub(r"<extra_id_(\d+)>", fill, text)

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -51,13 +52,12 @@ def test_a_failed_build_leaves_nothing_and_is_tried_again(tmp_path):
 
 
 def test_remains_of_a_killed_build_are_replaced(tmp_path):
-    def killed(path):
-        (path / "half").mkdir(parents=True)
-        os._exit(9)
-
-    if (child := os.fork()) == 0:
-        made_once(tmp_path / "made", killed)
-    os.waitpid(child, 0)
+    killed = subprocess.Popen([sys.executable, "-c", _BUILDER, tmp_path / "made", tmp_path / "log"])
+    while not (tmp_path / ".made.partial" / "half").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
     assert not (tmp_path / "made").exists()
     made_once(tmp_path / "made", lambda p: p.mkdir())
     assert list((tmp_path / "made").iterdir()) == []
