@@ -19,15 +19,14 @@ Axis letters: see `routing.py`.
 import dataclasses
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from switch_jax import routing
-from switch_jax.config import Config, MoEConfig
 from switch_jax.model import SwitchTransformer, logical_axes, named_parameters
 from switch_jax.optim import make_optimizer
+from switch_jax.schema import STACKS, Config, MoEConfig
 
 CONVENTIONS = {
     "flops_per_sequence": "paper: forward, scores once, no router, no padding",
@@ -74,12 +73,14 @@ class ExpertLayer:
 
     stack: str
     layer: int  # among all layers of the stack, from 0
+    sublayer: str  # "ff" or "attention"
     group_rows: int
     group_tokens: int  # S
     capacity: int  # C
     capacity_factor: float | None
     slots_per_token: float
     changed_by: str | None
+    assignments_per_token: float
     dropped_if_uniform: float
     eval_capacity: int
     eval_slots_per_token: float
@@ -102,8 +103,8 @@ def params_by_group(config: Config) -> dict[str, int]:
 
 # Group → names of its parameters; the first that matches counts.
 _GROUPS = {
-    "routers": r"mlp/router$",
-    "dense_ffn": r"mlp/\w+$",
+    "routers": r"/router/\w+$",
+    "dense_ffn": r"mlp/(shared/)?\w+$",
     "encoder_attention": r"^encoder/.*attention/\w+$",
     "decoder_attention": r"^decoder/.*attention/\w+$",
     "relative_bias": r"relative_bias/table$",
@@ -137,38 +138,23 @@ def state_bytes(config: Config) -> dict[str, int]:
     }
 
 
-class _Stack(NamedTuple):
-    name: str
-    length: int  # tokens of a row
-    dense: int  # layers by kind of their feed-forward layer
-    sparse: int
-
-
-def _stacks(config: Config) -> list[_Stack]:
-    model, data = config.model, config.data
-    stacks = []
-    for name, length, layers in (
-        ("encoder", data.inputs_length, model.num_encoder_layers),
-        ("decoder", data.targets_length, model.num_decoder_layers),
-    ):
-        sparse = layers // config.moe.every if config.sparse else 0
-        stacks.append(_Stack(name, length, layers - sparse, sparse))
-    return stacks
-
-
 def flops_per_sequence(config: Config) -> int:
     """FLOPs of the forward pass over one pair of sequences, by the paper's convention."""
     m, T = config.model, config.data.targets_length
     inner = m.num_heads * m.head_dim
-    flops = 2 * T * m.d_model * m.vocab_size
+    flops = 2.0 * T * m.d_model * m.vocab_size
     keys = 0  # positions that a query has a score with, in all attentions of a layer
-    for stack in _stacks(config):
-        keys += stack.length
-        attentions, layers = {"encoder": 1, "decoder": 2}[stack.name], stack.dense + stack.sparse
-        weights = layers * attentions * 4 * m.d_model * inner
-        weights += (stack.dense + stack.sparse * _choices(config.moe)) * _ffn_weights(config)
-        flops += 2 * stack.length * (weights + layers * inner * keys)
-    return flops
+    for stack in STACKS:
+        layers, length = config.num_layers(stack), config.length(stack)
+        keys += length
+        weights = _dense_attention(config, stack) + _dense_ffn(config, stack)
+        if stack == "decoder":
+            weights += 4 * m.d_model * inner * layers
+        flops += 2 * length * (weights + layers * inner * keys)
+    for layer in expert_layers(config):
+        assignments = layer.assignments_per_token * config.length(layer.stack)
+        flops += 2 * assignments * _expert_weights(config, layer.sublayer)
+    return round(flops)
 
 
 def flops_by_part(config: Config) -> dict[str, float]:
@@ -178,66 +164,107 @@ def flops_by_part(config: Config) -> dict[str, float]:
     `experts` are the others. The sum is everything.
     """
     m, S, T = config.model, config.data.inputs_length, config.data.targets_length
-    inner, ffn = m.num_heads * m.head_dim, 2 * _ffn_weights(config)
+    inner = m.num_heads * m.head_dim
     parts = {"logits": 2.0 * T * m.d_model * m.vocab_size}
 
     def add(part: str, flops: float) -> None:
         if flops:
             parts[part] = parts.get(part, 0.0) + flops
 
-    for stack in _stacks(config):
-        layers, positions, scores = stack.dense + stack.sparse, 4 * stack.length, stack.length**2
-        if stack.name == "decoder":  # cross-attention: queries and outputs, keys and values
-            positions += 2 * T + 2 * S
+    for stack in STACKS:
+        layers, length = config.num_layers(stack), config.length(stack)
+        attention, ffn = _dense_attention(config, stack), _dense_ffn(config, stack)
+        add("attention", 2 * length * attention)
+        scores = length**2
+        if stack == "decoder":  # cross-attention: queries and outputs, keys and values
+            add("attention", 2 * (2 * T + 2 * S) * m.d_model * inner * layers)
             scores += T * S
-        add("attention", 2 * positions * m.d_model * inner * layers)
         add("scores_and_values", 4 * scores * inner * layers)
-        add("dense_ffn", ffn * stack.length * stack.dense)
-        add("routers", 2 * stack.length * m.d_model * config.moe.num_experts * stack.sparse)
+        add("dense_ffn", 2 * length * ffn)
     for layer in expert_layers(config):
-        length = layer.group_tokens // layer.group_rows
-        slots, assignments = layer.slots_per_token * length, _choices(config.moe) * length
-        add("experts", ffn * min(slots, assignments))
-        add("empty_slots", ffn * max(slots - assignments, 0))
+        length, weights = config.length(layer.stack), _expert_weights(config, layer.sublayer)
+        filled = min(layer.slots_per_token, layer.assignments_per_token)
+        if config.moe.router != "hash":
+            add("routers", 2 * length * m.d_model * config.moe.num_experts)
+        add("experts", 2 * length * filled * weights)
+        add("empty_slots", 2 * length * (layer.slots_per_token - filled) * weights)
     return parts
 
 
-def _ffn_weights(config: Config) -> int:
-    """Weights of one feed-forward layer, or of one expert."""
-    matrices = 3 if config.model.activation == "geglu" else 2
-    return matrices * config.model.d_model * config.model.d_ff
+def _dense_attention(config: Config, stack: str) -> int:
+    """Weights that every token of a stack passes in its self-attentions."""
+    moe, m = config.moe, config.model
+    matrices, sparse = 4 * config.num_layers(stack), len(config.sparse_layers(stack))
+    if moe.sublayer in ("attention", "both"):
+        matrices -= 3 * sparse  # only the output projection stays
+    return matrices * m.d_model * m.num_heads * m.head_dim
 
 
-def _choices(moe: MoEConfig) -> int:
-    """Experts a token is computed by; ntlb tries `top_k` and takes one."""
-    return moe.top_k if moe.router == "top_k" else 1
+def _dense_ffn(config: Config, stack: str) -> int:
+    """Weights that every token of a stack passes in its feed-forward layers."""
+    moe, sparse = config.moe, len(config.sparse_layers(stack))
+    if moe.sublayer == "attention":
+        sparse = 0
+    dense = config.num_layers(stack) - sparse
+    return (
+        _ffn_matrices(config)
+        * config.model.d_model
+        * (dense * config.model.d_ff + sparse * moe.shared_d_ff)
+    )
+
+
+def _expert_weights(config: Config, sublayer: str) -> int:
+    """Weights of one expert."""
+    m = config.model
+    if sublayer == "attention":
+        return 2 * m.d_model * m.num_heads * m.head_dim
+    return _ffn_matrices(config) * m.d_model * m.d_ff
+
+
+def _ffn_matrices(config: Config) -> int:
+    return 3 if config.model.activation == "geglu" else 2
 
 
 def expert_layers(config: Config) -> list[ExpertLayer]:
     """Every expert layer, encoder first."""
-    moe, E, layers = config.moe, config.moe.num_experts, []
-    for stack in _stacks(config):
-        rows = routing.group_rows(config.data.batch_size, stack.length, moe.group_size)
-        S = rows * stack.length
-        for i in range(stack.sparse):
-            C = routing.capacity(S, moe, moe.capacity_factor)
-            eval_C = routing.capacity(S, moe, moe.eval_capacity_factor)
-            layers.append(
-                ExpertLayer(
-                    stack=stack.name,
-                    layer=(i + 1) * moe.every - 1,
-                    group_rows=rows,
-                    group_tokens=S,
-                    capacity=C,
-                    capacity_factor=moe.capacity_factor,
-                    slots_per_token=E * C / S,
-                    changed_by=_changed_by(S, C, moe),
-                    dropped_if_uniform=dropped_if_uniform(S, C, moe),
-                    eval_capacity=eval_C,
-                    eval_slots_per_token=E * eval_C / S,
-                )
-            )
-    return layers
+    sublayers = {"both": ("attention", "ff")}.get(config.moe.sublayer, (config.moe.sublayer,))
+    return [
+        _expert_layer(config, stack, layer, sublayer)
+        for stack in STACKS
+        for layer in config.sparse_layers(stack)
+        for sublayer in sublayers
+    ]
+
+
+def _expert_layer(config: Config, stack: str, layer: int, sublayer: str) -> ExpertLayer:
+    moe, E = config.moe, config.moe.num_experts
+    rows = moe.group_rows(config.data.batch_size, config.length(stack))
+    S = rows * config.length(stack)
+    C = moe.capacity(S, moe.capacity_factor)
+    eval_C = moe.capacity(S, moe.eval_capacity_factor)
+    return ExpertLayer(
+        stack=stack,
+        layer=layer,
+        sublayer=sublayer,
+        group_rows=rows,
+        group_tokens=S,
+        capacity=C,
+        capacity_factor=moe.capacity_factor,
+        slots_per_token=E * C / S,
+        changed_by=_changed_by(S, C, moe),
+        assignments_per_token=_assignments(S, C, moe),
+        dropped_if_uniform=dropped_if_uniform(S, C, moe),
+        eval_capacity=eval_C,
+        eval_slots_per_token=E * eval_C / S,
+    )
+
+
+def _assignments(tokens: int, capacity: int, moe: MoEConfig) -> float:
+    """Experts a token asks for; with expert choice, those that take it on average."""
+    if moe.router == "expert_choice":
+        return moe.num_experts * capacity / tokens
+    several = moe.router in ("top_k", "batch_prioritized") and moe.second_policy != "none"
+    return moe.choices if several else 1
 
 
 def _changed_by(tokens: int, capacity: int, moe: MoEConfig) -> str | None:
@@ -255,9 +282,12 @@ def dropped_if_uniform(tokens: int, capacity: int, moe: MoEConfig) -> float:
     """Expected fraction of first-stage assignments without a slot, if each token of a group
     chose its experts uniformly at random and independently of the others.
 
-    E[max(X - C, 0)] / E[X] with the binomial load X of an expert.
+    E[max(X - C, 0)] / E[X] with the binomial load X of an expert. For expert choice, the
+    fraction of tokens that no expert takes, if experts chose at random.
     """
-    chance = _choices(moe) / moe.num_experts
+    if moe.router == "expert_choice":
+        return (1 - capacity / tokens) ** moe.num_experts
+    chance = _assignments(tokens, capacity, moe) / moe.num_experts
     if chance == 1:
         return max(tokens - capacity, 0) / tokens
     load = np.arange(tokens)
@@ -292,7 +322,7 @@ def summary(config: Config) -> dict[str, Any]:
     """
     params, parts = params_by_group(config), flops_by_part(config)
     layers, bytes_by_part = expert_layers(config), state_bytes(config)
-    tokens = [layer.group_tokens // layer.group_rows for layer in layers]
+    tokens = [config.length(layer.stack) for layer in layers]
     slots = sum(n * layer.slots_per_token for n, layer in zip(tokens, layers))
     return {
         "params": sum(params.values()),
@@ -339,7 +369,8 @@ def render(summary: dict[str, Any]) -> str:
         one = layers[0]  # the expert layers of a stack are all alike
         asked = "dropless" if one["capacity_factor"] is None else one["capacity_factor"]
         why = f", changed by {one['changed_by']}" if one["changed_by"] else ""
-        lines.append(f"{stack} expert layers {', '.join(str(x['layer']) for x in layers)}")
+        numbers = dict.fromkeys(str(layer["layer"]) for layer in layers)
+        lines.append(f"{stack} expert layers {', '.join(numbers)}")
         line("  group", f"{one['group_tokens']:,}", f"tokens, {one['group_rows']} rows")
         line("  capacity", f"{one['capacity']:,}", f"at evaluation {one['eval_capacity']:,}")
         line("  slots per token", f"{one['slots_per_token']:.3f}", f"configured {asked}{why}")

@@ -7,6 +7,7 @@ models alternate, so that a machine whose speed drifts drifts for both.
 """
 
 import dataclasses
+import math
 import statistics
 import tempfile
 import time
@@ -17,12 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from switch_jax import accounting, routing, sharding
-from switch_jax.config import Config
+from switch_jax import accounting, sharding
 from switch_jax.data.batch import SyntheticIterator
 from switch_jax.errors import UserError
 from switch_jax.layers import Mlp
-from switch_jax.moe import Plan, SwitchMlp
+from switch_jax.moe import SwitchMlp
+from switch_jax.router import Plan
+from switch_jax.schema import Config
 from switch_jax.step import Program
 
 PARTS = ("train_step", "forward", "layer")
@@ -139,14 +141,16 @@ def _layer(config: Config, program: Program) -> tuple[Lower, Next]:
     data, model = config.data, config.model
     shape = (data.batch_size, data.inputs_length, model.d_model)
     plan = Plan(
-        routing.group_rows(data.batch_size, data.inputs_length, config.moe.group_size),
-        config.moe.capacity_factor,
+        token_BxL=jnp.arange(math.prod(shape[:2])).reshape(shape[:2]),
+        mask_BxL=jnp.ones(shape[:2], bool),
+        rows=config.moe.group_rows(*shape[:2]),
+        factor=config.moe.capacity_factor,
     )
 
     def loss(layer: SwitchMlp | Mlp, x_BxLxD: jax.Array, g_BxLxD: jax.Array) -> jax.Array:
         if isinstance(layer, SwitchMlp):
-            y_BxLxD, sums = layer(x_BxLxD, jnp.ones(shape[:2], bool), plan, None)
-            return jnp.sum(y_BxLxD * g_BxLxD) + sums.balance
+            y_BxLxD, routed = layer(x_BxLxD, plan, None)
+            return jnp.sum(y_BxLxD * g_BxLxD) + routed.sums.balance
         return jnp.sum(layer(x_BxLxD, None) * g_BxLxD)
 
     with jax.set_mesh(program.mesh):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from switch_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from switch_jax.config import Config
+    from switch_jax.schema import Config
 
 _CONFIG_HELP = "configs/NAME.py or configs/NAME.py:key=value,…; change keys with --config.KEY=VALUE"
 

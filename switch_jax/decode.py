@@ -12,19 +12,22 @@ import numpy as np
 from switch_jax.data.spans import EOS
 from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, layers_per_block
-from switch_jax.moe import Plan
+from switch_jax.model import SwitchTransformer
+from switch_jax.router import Plan
+
+# Keys and values of a run's blocks, with leading axes [blocks, layers of a block].
+Pairs = tuple[jax.Array, jax.Array]
 
 
 class Cache(NamedTuple):
-    """Keys and values of a decoder: pairs of arrays with leading axes [blocks, layers of a block].
+    """Keys and values of a decoder, by run of blocks.
 
     own: [.., B, T, H, K] of the positions decoded so far, zeros behind them.
     cross: [.., B, S, H, K] of the encoded input.
     """
 
-    own: tuple[jax.Array, jax.Array]
-    cross: tuple[jax.Array, jax.Array]
+    own: list[Pairs]
+    cross: list[Pairs]
 
 
 def generate(
@@ -46,7 +49,10 @@ def generate(
 def _greedy(model: SwitchTransformer, source_BxS: jax.Array, max_length: int) -> jax.Array:
     B = source_BxS.shape[0]
     source_mask_BxS = source_BxS > 0
-    encoded, _ = model.encode(source_BxS, source_mask_BxS.astype(jnp.int32), None)
+    moe = model.config.moe
+    # Capacity is how many tokens an expert chooses; there, and there alone, it holds here too.
+    factor = moe.eval_capacity_factor if moe.router == "expert_choice" else None
+    encoded, _ = model.encode(source_BxS, source_mask_BxS.astype(jnp.int32), factor)
     cache = start_cache(model, encoded, max_length)
 
     def unfinished(carry):
@@ -72,9 +78,13 @@ def start_cache(model: SwitchTransformer, encoded_BxSxD: jax.Array, length: int)
         pairs = [layer.cross_attention.keys_values(encoded_BxSxD) for layer in block.layers]
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *pairs)
 
-    keys, values = jax.lax.map(cross, model.decoder.blocks)
-    shape = (*keys.shape[:3], length, *keys.shape[4:])
-    return Cache((jnp.zeros(shape, keys.dtype), jnp.zeros(shape, keys.dtype)), (keys, values))
+    cache = Cache([], [])
+    for blocks in model.decoder.runs:
+        keys, values = jax.lax.map(cross, blocks)
+        zeros = jnp.zeros((*keys.shape[:3], length, *keys.shape[4:]), keys.dtype)
+        cache.own.append((zeros, zeros))
+        cache.cross.append((keys, values))
+    return cache
 
 
 def decode_step(
@@ -85,32 +95,34 @@ def decode_step(
     source_mask_BxS: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Logits [B, V] float32 behind the token at `position`, and the cache with it."""
-    stack, length = model.decoder, cache.own[0].shape[3]
+    stack, length = model.decoder, cache.own[0][0].shape[3]
     position_T = jnp.arange(length)
     bias_Hx1xT = stack.relative_bias(position[None], position_T)
     mask_1x1xT = (position_T <= position)[None, None]
     cross_mask_Bx1xS = source_mask_BxS[:, None]
-    plan = Plan(rows=token_B.shape[0], factor=None)
-    token_mask_Bx1 = jnp.ones((token_B.shape[0], 1), bool)
+    token_Bx1 = token_B[:, None]
+    plan = Plan(token_Bx1, jnp.ones(token_Bx1.shape, bool), rows=len(token_B), factor=None)
 
     def body(x, block_and_cache):
         block, own, cross = block_and_cache
         fresh = []
-        for i in range(layers_per_block(model.config)):
-            layer = block.layers[i]
+        for i, layer in enumerate(block.layers):
+            (query, offered), _ = layer.project(x, plan, None)
             kv = tuple(
                 jax.lax.dynamic_update_slice_in_dim(old[i], new, position, axis=1)
-                for old, new in zip(own, layer.self_keys_values(x))
+                for old, new in zip(own, offered)
             )
             fresh.append(kv)
-            x = layer.attend(x, kv, mask_1x1xT, bias_Hx1xT, None)
+            x = layer.attend(x, query, kv, mask_1x1xT, bias_Hx1xT, None)
             x = layer.attend_encoder(x, (cross[0][i], cross[1][i]), cross_mask_Bx1xS, None)
-            x, _ = layer.feed_forward(x, token_mask_Bx1, plan, None)
+            x, _ = layer.feed_forward(x, plan, None)
         return x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *fresh)
 
-    x = model.embed(token_B[:, None])
-    x, own = jax.lax.scan(body, x, (stack.blocks, cache.own, cache.cross))
-    return model.logits(stack.final_norm(x))[:, 0], Cache(own, cache.cross)
+    x, own_by_run = model.embed(token_Bx1), []
+    for blocks, own, cross in zip(stack.runs, cache.own, cache.cross):
+        x, own = jax.lax.scan(body, x, (blocks, own, cross))
+        own_by_run.append(own)
+    return model.logits(stack.final_norm(x))[:, 0], Cache(own_by_run, cache.cross)
 
 
 def fill_blanks(

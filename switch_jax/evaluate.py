@@ -10,12 +10,11 @@ import numpy as np
 
 from switch_jax import losses, sharding
 from switch_jax.checkpoint import restore_params
-from switch_jax.config import Config
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.data.batch import Batch
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.errors import UserError
-from switch_jax.model import layers_per_block
+from switch_jax.schema import Config
 from switch_jax.step import Program
 from switch_jax.workdir import Workdir
 
@@ -40,7 +39,7 @@ def evaluate(
         "cross_entropy": sums.cross_entropy / targets,
         "neg_log_perplexity": -sums.cross_entropy / targets,
         "accuracy": sums.correct / targets,
-        **losses.router_metrics(stats, layers_per_block(program.config)),
+        **losses.router_metrics(stats, program.config),
     }
     return {name: float(value) for name, value in metrics.items()}
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_jax.config import ModelConfig
+from switch_jax.schema import ModelConfig
 from switch_jax.sharding import constrain
 
 # One key per row [B], or None: deterministic.
@@ -118,41 +118,37 @@ def relative_buckets(
     return offset + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))
 
 
-class Attention(nnx.Module):
-    """Multi-head attention without biases and without 1/sqrt(K) on the scores.
+# Keys and values of a row's positions, two arrays [B, S, H, K].
+KeysValues = tuple[jax.Array, jax.Array]
+# Queries [B, T, H, K] of positions, with their keys and values.
+Projected = tuple[jax.Array, KeysValues]
 
-    The query's initialiser holds that factor instead (paper.md: T5 backbone).
+
+class Attention(nnx.Module):
+    """Multi-head attention over given queries, keys and values, and its output projection.
+
+    Scores are not divided by sqrt(K): the query's initialiser holds that factor, as in T5.
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config
-        D, K, inner = config.d_model, config.head_dim, config.num_heads * config.head_dim
-        s = config.init_scale
-        q, k, v, o = jax.random.split(key, 4)
-        self.query = param(kernel(q, (D, inner), s) / K**0.5, "embed", "heads")
-        self.key = param(kernel(k, (D, inner), s), "embed", "heads")
-        self.value = param(kernel(v, (D, inner), s), "embed", "heads")
-        self.out = param(kernel(o, (inner, D), s), "heads", "embed")
+        D, inner = config.d_model, config.num_heads * config.head_dim
+        self.out = param(kernel(key, (inner, D), config.init_scale), "heads", "embed")
 
-    def _heads(self, x_BxLxD: jax.Array, projection: nnx.Param) -> jax.Array:
-        y = x_BxLxD @ weight(projection, x_BxLxD.dtype)
-        y = y.reshape(*y.shape[:-1], self.config.num_heads, self.config.head_dim)
+    def heads(self, y_BxLxI: jax.Array) -> jax.Array:
+        """[B, L, H·K] → [B, L, H, K]."""
+        y = y_BxLxI.reshape(*y_BxLxI.shape[:-1], self.config.num_heads, self.config.head_dim)
         return constrain(y, "batch", None, "heads", None)
-
-    def keys_values(self, x_BxSxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What the attended positions offer: two arrays [B, S, H, K]."""
-        return self._heads(x_BxSxD, self.key), self._heads(x_BxSxD, self.value)
 
     def __call__(
         self,
-        x_BxTxD: jax.Array,
-        keys_values: tuple[jax.Array, jax.Array],
+        query_BxTxHxK: jax.Array,
+        keys_values: KeysValues,
         mask_BxTxS: jax.Array,
         bias_HxTxS: jax.Array | None,
         keys: Keys,
     ) -> jax.Array:
         """[B, T, D]: attends where `mask_BxTxS` is true; softmax in float32."""
-        query_BxTxHxK = self._heads(x_BxTxD, self.query)
         key_BxSxHxK, value_BxSxHxK = keys_values
         scores = jnp.einsum(
             "BTHK,BSHK->BHTS", query_BxTxHxK, key_BxSxHxK, preferred_element_type=jnp.float32
@@ -160,11 +156,33 @@ class Attention(nnx.Module):
         if bias_HxTxS is not None:
             scores += bias_HxTxS
         scores = jnp.where(mask_BxTxS[:, None], scores, -1e9)
-        weights_BxHxTxS = jax.nn.softmax(scores, -1).astype(x_BxTxD.dtype)
+        weights_BxHxTxS = jax.nn.softmax(scores, -1).astype(query_BxTxHxK.dtype)
         weights_BxHxTxS = dropout(weights_BxHxTxS, self.config.dropout_rate, keys)
         y = jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, value_BxSxHxK)
         y = y.reshape(*y.shape[:2], -1) @ weight(self.out, y.dtype)
         return constrain(y, "batch", None, "activation")
+
+
+class DenseAttention(Attention):
+    """Attention with T5's linear projections, without biases."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        D, K, inner = config.d_model, config.head_dim, config.num_heads * config.head_dim
+        s = config.init_scale
+        q, k, v, o = jax.random.split(key, 4)
+        super().__init__(config, o)
+        self.query = param(kernel(q, (D, inner), s) / K**0.5, "embed", "heads")
+        self.key = param(kernel(k, (D, inner), s), "embed", "heads")
+        self.value = param(kernel(v, (D, inner), s), "embed", "heads")
+
+    def queries(self, x_BxTxD: jax.Array) -> jax.Array:
+        """[B, T, H, K]."""
+        return self.heads(x_BxTxD @ weight(self.query, x_BxTxD.dtype))
+
+    def keys_values(self, x_BxSxD: jax.Array) -> KeysValues:
+        """What the attended positions offer."""
+        key, value = (x_BxSxD @ weight(w, x_BxSxD.dtype) for w in (self.key, self.value))
+        return self.heads(key), self.heads(value)
 
 
 def activate(name: str, x_wi: jax.Array, x_gate: jax.Array | None) -> jax.Array:

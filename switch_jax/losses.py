@@ -10,10 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from switch_jax import routing
-from switch_jax.config import Config
 from switch_jax.model import Stats, token_masks
-from switch_jax.moe import RouterSums
+from switch_jax.router import RouterSums
+from switch_jax.schema import STACKS, Config
 
 
 class Totals(NamedTuple):
@@ -35,9 +34,9 @@ class LossSums(NamedTuple):
 def totals(batch: Mapping[str, jax.Array], config: Config) -> Totals:
     """Denominators of a global batch."""
     groups, tokens = {}, {}
-    for stack, mask_BxL in zip(("encoder", "decoder"), token_masks(batch)):
+    for stack, mask_BxL in zip(STACKS, token_masks(batch)):
         B, L = mask_BxL.shape
-        rows = routing.group_rows(B, L, config.moe.group_size)
+        rows = config.moe.group_rows(B, L)
         tokens[stack] = jnp.sum(mask_BxL, dtype=jnp.float32)
         groups[stack] = jnp.sum(mask_BxL.reshape(B // rows, -1).any(-1), dtype=jnp.float32)
     targets = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
@@ -65,7 +64,8 @@ def loss_terms(
 ) -> dict[str, jax.Array]:
     """The terms of the training loss, weights included; their sum is the loss.
 
-    Auxiliary: α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4).
+    Auxiliary: α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4). Routers that
+    are balanced by construction, or learn nothing, have none.
     """
     moe, targets = config.moe, jnp.maximum(totals.targets, 1)
     terms = {
@@ -76,44 +76,54 @@ def loss_terms(
         return terms
     layers = sum(s.tokens.shape[0] for s in stats.values())
     scale = 1 / layers if moe.aux_loss_reduction == "mean" else 1.0
+    alpha = 0.0 if moe.router in ("expert_choice", "hash") else moe.aux_loss_weight
 
     def over_layers(name: str, denominators: dict[str, jax.Array]) -> jax.Array:
         parts = [
-            jnp.sum(getattr(s, name)) / jnp.maximum(denominators[stack], 1)
-            for stack, s in stats.items()
+            jnp.sum(getattr(s, name)) / jnp.maximum(denominators[key.split("/")[0]], 1)
+            for key, s in stats.items()
         ]
         return jnp.sum(jnp.stack(parts))
 
-    terms["aux_loss"] = scale * moe.aux_loss_weight * over_layers("balance", totals.groups)
+    terms["aux_loss"] = scale * alpha * over_layers("balance", totals.groups)
     terms["router_z_loss"] = scale * moe.z_loss_weight * over_layers("z", totals.tokens)
     return terms
 
 
-def router_metrics(stats: Stats, every: int) -> dict[str, jax.Array]:
-    """`router/<stack>/<layer>/<name>`, layers counted from 0 over the whole stack, and their
-    means over layers, `router/<name>`.
+def router_metrics(stats: Stats, config: Config) -> dict[str, jax.Array]:
+    """`router/<stack>/<layer>/<name>`, layers counted from 0 over the whole stack, and means
+    over layers: of a stack, `router/<stack>/<name>`, and of both, `router/<name>`.
 
-    Loads are in units of a fair share: 1 everywhere is perfect balance.
+    Experts in self-attention are `router/<stack>/<layer>/attention/<name>`. Loads are in units
+    of a fair share: 1 everywhere is perfect balance.
     """
     metrics: dict[str, jax.Array] = {}
     collected: dict[str, list[jax.Array]] = {}
-    for stack, stacked in stats.items():
-        for block in range(stacked.tokens.shape[0]):
-            layer = every * block + every - 1
-            for name, value in _layer_metrics(jax.tree.map(lambda x: x[block], stacked)).items():  # noqa: B023
-                metrics[f"router/{stack}/{layer}/{name}"] = value
-                collected.setdefault(name, []).append(value)
-    means = {f"router/{name}": jnp.mean(jnp.stack(v)) for name, v in collected.items()}
-    return metrics | means
+    for key, stacked in stats.items():
+        stack = key.split("/")[0]
+        for i, place in enumerate(layer_names(key, config)):
+            for name, value in _layer_metrics(jax.tree.map(lambda x: x[i], stacked)).items():  # noqa: B023
+                metrics[f"router/{place}/{name}"] = value
+                for mean in (f"router/{name}", f"router/{stack}/{name}"):
+                    collected.setdefault(mean, []).append(value)
+    return metrics | {name: jnp.mean(jnp.stack(values)) for name, values in collected.items()}
+
+
+def layer_names(key: str, config: Config) -> list[str]:
+    """`<stack>/<layer>`, or `<stack>/<layer>/attention`, of the layers stacked in `Stats[key]`."""
+    stack, sublayer = key.split("/")
+    suffix = {"mlp": "", "self_attention": "/attention"}[sublayer]
+    return [f"{stack}/{layer}{suffix}" for layer in config.sparse_layers(stack)]
 
 
 def _layer_metrics(sums: RouterSums) -> dict[str, jax.Array]:
-    tokens, assignments = jnp.maximum(sums.tokens, 1), jnp.maximum(sums.assignments, 1)
+    tokens = jnp.maximum(sums.tokens, 1)
     load_E = sums.load_E * sums.load_E.shape[0] / jnp.maximum(sums.load_E.sum(), 1)
     return {
         "load_max": load_E.max(),
         "load_min": load_E.min(),
-        "dropped_fraction": sums.dropped / assignments,
+        "load_cv": load_E.std(),  # coefficient of variation: the mean is 1
+        "dropped_fraction": sums.dropped / tokens,
         "entropy": sums.entropy / tokens,
         "confidence": sums.confidence / tokens,
         "z": sums.z / tokens,

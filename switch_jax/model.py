@@ -1,8 +1,8 @@
 """The encoder-decoder: T5 layers, with a Switch layer at every `moe.every`-th place.
 
-Layers come in blocks of `moe.every`, of which the last is sparse; a stack's blocks are
-alike, so their parameters are stacked and the stack is one `lax.scan`: compile time does not
-grow with depth. Axis letters: see `routing.py`.
+Layers come in blocks of `moe.every`, of which the last is sparse; the blocks of a run are alike,
+so their parameters are stacked and the run is one `lax.scan`: compile time does not grow with
+depth. Axis letters: see `routing.py`.
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_jax import routing
-from switch_jax.config import Config
 from switch_jax.layers import (
-    Attention,
+    DenseAttention,
     Keys,
     Mlp,
+    Projected,
     RelativeBias,
     RMSNorm,
     dropout,
@@ -26,10 +25,14 @@ from switch_jax.layers import (
     param,
     weight,
 )
-from switch_jax.moe import Plan, RouterSums, SwitchMlp
+from switch_jax.moe import SwitchAttention, SwitchMlp
+from switch_jax.router import Plan, Routed, RouterSums
+from switch_jax.schema import Config, Run
 from switch_jax.sharding import constrain
 
-# Router sums of a whole model: stack name → sums whose leaves have a leading axis of blocks.
+# By sub-layer of a stack ("mlp", "self_attention"): leaves with a leading axis of sparse layers.
+Routes = dict[str, Routed]
+# Router sums of a whole model, by "<stack>/<sub-layer>".
 Stats = dict[str, RouterSums]
 
 REMAT_POLICIES = {
@@ -43,104 +46,119 @@ class Layer(nnx.Module):
 
     def __init__(self, config: Config, key: jax.Array, *, decoder: bool, sparse: bool):
         self.config = config
-        D = config.model.d_model
+        model, where = config.model, config.moe.sublayer if sparse else None
         self_key, cross_key, mlp_key = jax.random.split(key, 3)
-        self.self_norm, self.self_attention = RMSNorm(D), Attention(config.model, self_key)
-        self.cross_norm = RMSNorm(D) if decoder else None
-        self.cross_attention = Attention(config.model, cross_key) if decoder else None
-        self.mlp_norm = RMSNorm(D)
-        self.mlp = SwitchMlp(config, mlp_key) if sparse else Mlp(config.model, mlp_key)
+        self.self_norm = RMSNorm(model.d_model)
+        self.self_attention = (
+            SwitchAttention(config, self_key)
+            if where in ("attention", "both")
+            else DenseAttention(model, self_key)
+        )
+        self.cross_norm = RMSNorm(model.d_model) if decoder else None
+        self.cross_attention = DenseAttention(model, cross_key) if decoder else None
+        self.mlp_norm = RMSNorm(model.d_model)
+        self.mlp = SwitchMlp(config, mlp_key) if where in ("ff", "both") else Mlp(model, mlp_key)
 
-    def self_keys_values(self, x):
-        """What self-attention offers of the positions `x`."""
-        return self.self_attention.keys_values(self.self_norm(x))
+    def project(self, x, plan, keys) -> tuple[Projected, Routes]:
+        """What self-attention asks for, and offers, at the positions `x`."""
+        normed = self.self_norm(x)
+        if isinstance(self.self_attention, SwitchAttention):
+            projected, routed = self.self_attention.project(normed, plan, fold(keys, 6))
+            return projected, {"self_attention": routed}
+        attention = self.self_attention
+        return (attention.queries(normed), attention.keys_values(normed)), {}
 
-    def attend(self, x, kv, mask, bias, keys):
+    def attend(self, x, query, kv, mask, bias, keys):
         """Self-attention over the keys and values `kv`, with its residual."""
-        y = self.self_attention(self.self_norm(x), kv, mask, bias, fold(keys, 0))
+        y = self.self_attention(query, kv, mask, bias, fold(keys, 0))
         return x + dropout(y, self.config.model.dropout_rate, fold(keys, 1))
 
     def attend_encoder(self, x, kv, mask, keys):
         """Cross-attention over the encoder's keys and values, with its residual."""
         assert self.cross_norm is not None and self.cross_attention is not None
-        y = self.cross_attention(self.cross_norm(x), kv, mask, None, fold(keys, 2))
+        query = self.cross_attention.queries(self.cross_norm(x))
+        y = self.cross_attention(query, kv, mask, None, fold(keys, 2))
         return x + dropout(y, self.config.model.dropout_rate, fold(keys, 3))
 
-    def feed_forward(self, x, token_mask, plan, keys) -> tuple[jax.Array, RouterSums | None]:
+    def feed_forward(self, x, plan, keys) -> tuple[jax.Array, Routes]:
         """The feed-forward layer with its residual, which is all a dropped token gets."""
-        normed, mlp_keys, stats = self.mlp_norm(x), fold(keys, 4), None
+        normed, mlp_keys, routes = self.mlp_norm(x), fold(keys, 4), {}
         if isinstance(self.mlp, SwitchMlp):
-            y, stats = self.mlp(normed, token_mask, plan, mlp_keys)
+            y, routes["mlp"] = self.mlp(normed, plan, mlp_keys)
         else:
             y = self.mlp(normed, mlp_keys)
-        return x + dropout(y, self.config.model.dropout_rate, fold(keys, 5)), stats
+        return x + dropout(y, self.config.model.dropout_rate, fold(keys, 5)), routes
 
 
 class Block(nnx.Module):
-    """`moe.every` layers, the last of them sparse; in a dense model, one layer."""
+    """The layers of a `Run`'s block, of which the last may be sparse."""
 
-    def __init__(self, config: Config, key: jax.Array, *, decoder: bool):
-        count = layers_per_block(config)
-        keys = jax.random.split(key, count)
+    def __init__(self, config: Config, key: jax.Array, run: Run, *, decoder: bool):
         self.layers = nnx.List(
-            Layer(config, k, decoder=decoder, sparse=config.sparse and i == count - 1)
-            for i, k in enumerate(keys)
+            Layer(config, k, decoder=decoder, sparse=run.sparse and i == run.layers - 1)
+            for i, k in enumerate(jax.random.split(key, run.layers))
         )
 
 
-def layers_per_block(config: Config) -> int:
-    """Layers of a scanned block."""
-    return config.moe.every if config.sparse else 1
-
-
 class Stack(nnx.Module):
-    """Encoder or decoder: blocks over embedded tokens, then the final norm."""
+    """Encoder or decoder: runs of blocks over embedded tokens, then the final norm."""
 
     def __init__(self, config: Config, key: jax.Array, *, decoder: bool):
         self.config = config
+        self.layer_runs = config.runs("decoder" if decoder else "encoder")
         bias_key, blocks_key = jax.random.split(key)
-        layers = config.model.num_decoder_layers if decoder else config.model.num_encoder_layers
         self.relative_bias = RelativeBias(config.model, bias_key, bidirectional=not decoder)
-        self.blocks = jax.vmap(lambda k: Block(config, k, decoder=decoder))(
-            jax.random.split(blocks_key, layers // layers_per_block(config))
+        self.runs = nnx.List(
+            jax.vmap(lambda k, run=run: Block(config, k, run, decoder=decoder))(
+                jax.random.split(run_key, run.blocks)
+            )
+            for run, run_key in zip(
+                self.layer_runs, jax.random.split(blocks_key, len(self.layer_runs))
+            )
         )
         self.final_norm = RMSNorm(config.model.d_model)
 
     def __call__(
         self,
         x_BxLxD: jax.Array,
-        token_mask_BxL: jax.Array,
+        plan: Plan,
         mask_BxLxL: jax.Array,
         encoded_BxSxD: jax.Array | None,
         cross_mask_BxLxS: jax.Array | None,
-        plan: Plan,
         keys: Keys,
-    ) -> tuple[jax.Array, RouterSums | None]:
-        """[B, L, D] normed states, and the sums of the sparse layers, stacked by block."""
+    ) -> tuple[jax.Array, Routes]:
+        """[B, L, D] normed states, and the routing of the sparse layers."""
         rate = self.config.model.dropout_rate
         position_L = jnp.arange(x_BxLxD.shape[1])
         bias_HxLxL = self.relative_bias(position_L, position_L)
 
         def body(x, numbered_block):
             number, block = numbered_block
-            stats = None
+            routes: Routes = {}
             for i, layer in enumerate(block.layers):
-                layer_keys = fold(keys, 2 + number * len(block.layers) + i)
-                kv = layer.self_keys_values(x)
-                x = layer.attend(x, kv, mask_BxLxL, bias_HxLxL, layer_keys)
+                layer_keys = fold(keys, 2 + number + i)
+                (query, kv), routed = layer.project(x, plan, layer_keys)
+                routes |= routed
+                x = layer.attend(x, query, kv, mask_BxLxL, bias_HxLxL, layer_keys)
                 if encoded_BxSxD is not None:
                     kv = layer.cross_attention.keys_values(encoded_BxSxD)
                     x = layer.attend_encoder(x, kv, cross_mask_BxLxS, layer_keys)
-                x, stats = layer.feed_forward(x, token_mask_BxL, plan, layer_keys)
-            return constrain(x, "batch", None, "activation"), stats
+                x, routed = layer.feed_forward(x, plan, layer_keys)
+                routes |= routed
+            return constrain(x, "batch", None, "activation"), routes
 
         if self.config.model.remat != "none":
             policy = REMAT_POLICIES[self.config.model.remat]
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x = dropout(x_BxLxD, rate, fold(keys, 0))
-        count = jax.tree.leaves(self.blocks)[0].shape[0]
-        x, stats = jax.lax.scan(body, x, (jnp.arange(count), self.blocks))
-        return dropout(self.final_norm(x), rate, fold(keys, 1)), stats
+        routes: Routes = {}
+        first = 0
+        for run, blocks in zip(self.layer_runs, self.runs):
+            numbers = first + run.layers * jnp.arange(run.blocks)
+            x, routed = jax.lax.scan(body, x, (numbers, blocks))
+            routes |= routed
+            first += run.layers * run.blocks
+        return dropout(self.final_norm(x), rate, fold(keys, 1)), routes
 
 
 class SwitchTransformer(nnx.Module):
@@ -193,27 +211,46 @@ class SwitchTransformer(nnx.Module):
         Args:
           batch: features as in `switch_jax.data.batch`; targets are not needed.
           factor: capacity factor of the expert layers; None drops nothing.
-          keys: one per row for dropout and jitter; None: deterministic.
+          keys: one per row for dropout and exploration; None: deterministic.
           batch_size: rows of the global batch, where `batch` is a microbatch of it.
+        """
+        decoded, routes = self.route(batch, factor=factor, keys=keys, batch_size=batch_size)
+        stats = {
+            f"{stack}/{sublayer}": routed.sums
+            for stack, of_stack in routes.items()
+            for sublayer, routed in of_stack.items()
+        }
+        return self.logits(decoded), stats
+
+    def route(
+        self,
+        batch: Mapping[str, jax.Array],
+        *,
+        factor: float | None,
+        keys: Keys = None,
+        batch_size: int | None = None,
+    ) -> tuple[jax.Array, dict[str, Routes]]:
+        """Decoder states [B, T, D], and where every token of either stack went.
+
+        Arguments as of `forward`.
         """
         encoder_mask, decoder_mask = token_masks(batch)
         encoder_ids = batch.get("encoder_segment_ids", encoder_mask.astype(jnp.int32))
         decoder_ids = batch.get("decoder_segment_ids", jnp.ones(decoder_mask.shape, jnp.int32))
         rows = batch_size or encoder_mask.shape[0]
-        encoded, encoder_stats = self.encode(
+        encoded, encoder_routes = self.encode(
             batch["encoder_input_tokens"], encoder_ids, factor, fold(keys, 0), rows
         )
-        decoded, decoder_stats = self.decoder(
-            self.embed(batch["decoder_input_tokens"]),
-            decoder_mask,
+        tokens = batch["decoder_input_tokens"]
+        decoded, decoder_routes = self.decoder(
+            self.embed(tokens),
+            self._plan(tokens, decoder_mask, rows, factor),
             jnp.tril(_same_segment(decoder_ids, decoder_ids)),
             encoded,
             _same_segment(decoder_ids, encoder_ids),
-            self._plan(rows, decoder_mask.shape[1], factor),
             fold(keys, 1),
         )
-        stats = {"encoder": encoder_stats, "decoder": decoder_stats}
-        return self.logits(decoded), {k: s for k, s in stats.items() if s is not None}
+        return decoded, {"encoder": encoder_routes, "decoder": decoder_routes}
 
     def encode(
         self,
@@ -222,16 +259,15 @@ class SwitchTransformer(nnx.Module):
         factor: float | None,
         keys: Keys = None,
         batch_size: int | None = None,
-    ) -> tuple[jax.Array, RouterSums | None]:
-        """Encoder states [B, S, D] and the sums of the encoder's expert layers."""
+    ) -> tuple[jax.Array, Routes]:
+        """Encoder states [B, S, D] and the routing of the encoder's expert layers."""
         rows = batch_size or tokens_BxS.shape[0]
         return self.encoder(
             self.embed(tokens_BxS),
-            segment_ids_BxS > 0,
+            self._plan(tokens_BxS, segment_ids_BxS > 0, rows, factor),
             _same_segment(segment_ids_BxS, segment_ids_BxS),
             None,
             None,
-            self._plan(rows, tokens_BxS.shape[1], factor),
             keys,
         )
 
@@ -251,9 +287,9 @@ class SwitchTransformer(nnx.Module):
         logits = jnp.dot(x_BxTxD, head_DxV, preferred_element_type=jnp.float32)
         return constrain(logits, "batch", None, "vocab")
 
-    def _plan(self, batch_size: int, length: int, factor: float | None) -> Plan:
-        rows = routing.group_rows(batch_size, length, self.config.moe.group_size)
-        return Plan(rows, factor)
+    def _plan(self, token_BxL, mask_BxL, batch_size: int, factor: float | None) -> Plan:
+        rows = self.config.moe.group_rows(batch_size, token_BxL.shape[1])
+        return Plan(token_BxL, mask_BxL, rows, factor)
 
 
 def token_masks(batch: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -276,7 +312,7 @@ def _same_segment(query_BxT: jax.Array, key_BxS: jax.Array) -> jax.Array:
 
 
 def named_parameters(model: SwitchTransformer) -> dict[str, nnx.Param]:
-    """Every parameter by its path, such as `encoder/blocks/layers/1/mlp/router`."""
+    """Every parameter by its path, such as `encoder/runs/0/layers/1/mlp/router/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda node: isinstance(node, nnx.Param)
     )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from switch_jax.config import Config, OptimizerConfig, TrainConfig
+from switch_jax.schema import Config, OptimizerConfig, TrainConfig
 
 Axes = Mapping[str, tuple[str, ...]]
 
@@ -18,7 +18,7 @@ Axes = Mapping[str, tuple[str, ...]]
 # update clipping and parameter scale of its own, as if it were not stacked.
 BATCH_DIMS = ("layers", "expert")
 
-_NOT_DECAYED = re.compile(r"(norm/scale|relative_bias/table)$")
+_NOT_DECAYED = re.compile(r"(norm/scale|relative_bias/table|router/bias)$")
 
 
 def make_optimizer(config: Config, axes: Axes) -> optax.GradientTransformation:

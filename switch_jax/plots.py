@@ -1,5 +1,6 @@
 """Figures from the metrics of one or more runs; Matplotlib is imported when one is drawn."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from switch_jax.workdir import Workdir
 _ROUTER = (
     ("load_max", "busiest expert's load\n(1 = fair share)", 1.0),
     ("load_min", "idlest expert's load\n(1 = fair share)", 1.0),
+    ("load_cv", "spread of loads\n(coefficient of variation)", 0.0),
     ("dropped_fraction", "dropped tokens", 0.0),
     ("entropy", "entropy of the router (nats)", None),
 )
@@ -41,13 +43,14 @@ def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
     return written
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
+def new_figure(rows: int, columns: int, size: tuple[float, float], **grid: Any) -> Any:
+    """A Matplotlib figure of `size` inches; `grid` goes to `subplots`. Raises `UserError`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('Figures need Matplotlib: pip install "switch_jax[plots]".') from None
     figure = Figure(figsize=size, layout="constrained")
-    figure.subplots(rows, columns, squeeze=False)
+    figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid)
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -62,7 +65,7 @@ def _series(lines: list[dict], split: str, name: str) -> tuple[list[int], list[f
 
 
 def _loss(runs: dict[str, list[dict]]) -> Any:
-    figure = _figure(1, 2, (10, 4))
+    figure = new_figure(1, 2, (10, 4))
     by_step, by_tokens = figure.axes
     for number, (run, lines) in enumerate(runs.items()):
         steps, loss = _series(lines, "train", "cross_entropy")
@@ -85,7 +88,7 @@ def _loss(runs: dict[str, list[dict]]) -> Any:
 
 
 def _router(runs: dict[str, list[dict]]) -> Any:
-    figure = _figure(1, len(_ROUTER), (4 * len(_ROUTER), 4))
+    figure = new_figure(1, len(_ROUTER), (4 * len(_ROUTER), 4))
     for axes, (name, label, ideal) in zip(figure.axes, _ROUTER):
         if ideal is not None:
             axes.axhline(ideal, color="black", lw=0.8, ls=":")
@@ -93,12 +96,14 @@ def _router(runs: dict[str, list[dict]]) -> Any:
             several = len(runs) > 1
             if not several:
                 for key in sorted(lines[0]):
-                    if key.startswith(("router/encoder/", "router/decoder/")) and key.endswith(
-                        f"/{name}"
-                    ):
-                        _, stack, layer, _ = key.split("/")
-                        style = {"ls": "-" if stack == "encoder" else "--", "lw": 1, "alpha": 0.6}
-                        axes.plot(*_series(lines, "train", key), label=f"{stack} {layer}", **style)
+                    place = re.fullmatch(rf"router/((\w+)/\d+(/attention)?)/{name}", key)
+                    if place:
+                        style = {
+                            "ls": "-" if place[2] == "encoder" else "--",
+                            "lw": 1,
+                            "alpha": 0.6,
+                        }
+                        axes.plot(*_series(lines, "train", key), label=place[1], **style)
             axes.plot(
                 *_series(lines, "train", f"router/{name}"),
                 color=f"C{number}" if several else "black",

@@ -1,22 +1,37 @@
-"""Routing as pure functions: probabilities in, assignments out; no model, no mesh.
+"""Routing as pure functions: scores in, assignments out; no model, no mesh.
 
-Axis letters, here and in `moe.py`:
+Axis letters, here and in `dispatch.py`, `router.py` and `moe.py`:
 
     B rows of a batch     L tokens of a row      D d_model    F d_ff    H heads
     G groups              S tokens of a group    E experts    C slots of an expert in a group
-    K experts per token
+    K experts a token may be in (for expert choice, E)
 
 Routers work on one group; the expert layer maps them over groups.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from switch_jax.config import MoEConfig
+from switch_jax.schema import MoEConfig
+
+
+class Scores(NamedTuple):
+    """What a router knows about the tokens of a group.
+
+    probs_SxE: float32, softmax of the router's logits, which the gates are taken from.
+    rank_SxE: float32, what experts are ranked by: the logits themselves, or with noise where
+        experts are drawn, or probabilities with the bias of bias balancing.
+    mask_S: bool, false for padding.
+    chance_SxK: float32, uniform random numbers for second experts at random; None: no noise.
+    """
+
+    probs_SxE: jax.Array
+    rank_SxE: jax.Array
+    mask_S: jax.Array
+    chance_SxK: jax.Array | None = None
 
 
 class Assignment(NamedTuple):
@@ -32,28 +47,137 @@ class Assignment(NamedTuple):
     slot_SxK: jax.Array
 
 
-def group_rows(batch_size: int, length: int, group_size: int) -> int:
-    """Rows of a group: the largest divisor of the global batch that keeps it small enough.
+def expert_counts(expert: jax.Array, num_experts: int) -> jax.Array:
+    """[E] int32: how often each expert occurs in an array of any shape; others do not count."""
+    return jnp.zeros(num_experts, jnp.int32).at[expert.reshape(-1)].add(1, mode="drop")
 
-    A group is a whole number of rows with at most max(group_size, length) tokens. It depends
-    on the config alone, so that the loss is the same on every mesh.
+
+def first_choices(scores: Scores) -> jax.Array:
+    """[S] int32: the expert each token ranks highest, E for padding."""
+    E = scores.rank_SxE.shape[-1]
+    return jnp.where(scores.mask_S, scores.rank_SxE.argmax(-1).astype(jnp.int32), E)
+
+
+def load_balancing_loss(scores: Scores) -> jax.Array:
+    """N Σ f·P of one group, without α (paper, eqs. 4-6); 0 for a group of padding only.
+
+    f counts first choices before anything is dropped; both means are over real tokens.
     """
-    most = max(group_size, length) // length
-    return max(r for r in range(1, min(most, batch_size) + 1) if batch_size % r == 0)
+    E = scores.probs_SxE.shape[-1]
+    count = jnp.maximum(scores.mask_S.sum(), 1)
+    f_E = expert_counts(first_choices(scores), E) / count
+    P_E = jnp.where(scores.mask_S[:, None], scores.probs_SxE, 0).sum(0) / count
+    return E * jnp.sum(f_E * P_E)
 
 
-def capacity(tokens: int, moe: MoEConfig, factor: float | None) -> int:
-    """Slots of one expert in a group of `tokens` (paper, eq. 3, without a factor k).
+def top_k(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:
+    """Each token to its k best experts; k = 1 is the Switch router (paper §2.1).
 
-    `factor` None is dropless: a slot for every token. Never more than `tokens`, nor less
-    than `moe.min_capacity`.
+    All first choices are placed before any second one, each in token order.
     """
-    if factor is None:
-        return tokens
-    rounded = {"ceil": math.ceil, "floor": math.floor}[moe.capacity_rounding]
-    # Rounded first: 1.1 × 320 / 32 must be 11 slots, not 12 for an error in the last bit.
-    share = rounded(round(factor * tokens / moe.num_experts, 9))
-    return min(max(share, moe.min_capacity), tokens)
+    del capacity
+    expert_SxK, gate_SxK = _choose(scores, moe)
+    return Assignment(expert_SxK, gate_SxK, _ranks(expert_SxK, moe.num_experts))
+
+
+def batch_prioritized(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:
+    """As `top_k`, but the surest tokens of a group are placed first (Riquelme et al. 2021).
+
+    Sure is whose first gate is largest; among equals the earlier token comes first.
+    """
+    del capacity
+    expert_SxK, gate_SxK = _choose(scores, moe)
+    order_S = jnp.argsort(-gate_SxK[:, 0], stable=True)
+    slot_SxK = _ranks(expert_SxK[order_S], moe.num_experts)
+    slot_SxK = jnp.zeros_like(slot_SxK).at[order_S].set(slot_SxK, unique_indices=True)
+    return Assignment(expert_SxK, gate_SxK, slot_SxK)
+
+
+def no_token_left_behind(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:
+    """Switch routing, then dropped tokens try their next best experts (paper, Appendix B).
+
+    `moe.choices` stages; in each, the still unplaced take the places that are left, in token
+    order. A token ends in one expert, with that expert's raw probability as its gate.
+    """
+    probs_SxE, rank_SxE, mask_S, _ = scores
+    S, E = probs_SxE.shape
+    _, choice_SxK = jax.lax.top_k(rank_SxE, moe.choices)
+    prob_SxK = jnp.take_along_axis(probs_SxE, choice_SxK, -1)
+    taken_E = jnp.zeros(E + 1, jnp.int32)
+    expert_S = jnp.full(S, E, jnp.int32)
+    gate_S = jnp.zeros(S, probs_SxE.dtype)
+    slot_S = jnp.zeros(S, jnp.int32)
+    for stage in range(moe.choices):
+        open_S = mask_S & (expert_S == E)
+        try_S = jnp.where(open_S, choice_SxK[:, stage], E)
+        place_S = taken_E[try_S] + _ranks(try_S[:, None], E)[:, 0]
+        placed_S = open_S & (place_S < capacity)
+        expert_S = jnp.where(placed_S, try_S, expert_S)
+        gate_S = jnp.where(placed_S, prob_SxK[:, stage], gate_S)
+        slot_S = jnp.where(placed_S, place_S, slot_S)
+        taken_E = taken_E.at[jnp.where(placed_S, try_S, E)].add(1)
+    return Assignment(expert_S[:, None], gate_S[:, None], slot_S[:, None])
+
+
+def expert_choice(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:
+    """Each expert takes the C tokens that like it most (Zhou et al. 2022), K = E.
+
+    No expert is over or under capacity while there are tokens; a token may be in several
+    experts or in none. Among equals an expert takes the earlier token.
+    """
+    probs_SxE, _, mask_S, _ = scores
+    E = moe.num_experts
+    like_ExS = jnp.where(mask_S, probs_SxE.T, -1.0)
+    like_ExC, token_ExC = jax.lax.top_k(like_ExS, capacity)
+    slot_ExC = jnp.where(like_ExC >= 0, jnp.arange(capacity, dtype=jnp.int32), capacity)
+    expert_E = jnp.arange(E, dtype=jnp.int32)
+    slot_SxE = jnp.full(probs_SxE.shape, capacity, jnp.int32)
+    slot_SxE = slot_SxE.at[token_ExC, expert_E[:, None]].set(slot_ExC, unique_indices=True)
+    expert_SxE = jnp.where(slot_SxE < capacity, expert_E, E)
+    return Assignment(expert_SxE, probs_SxE, slot_SxE)
+
+
+Router = Callable[[Scores, MoEConfig, int], Assignment]
+
+# Hash routing differs in its scores alone: see `router.Router`.
+ROUTERS: dict[str, Router] = {
+    "switch": top_k,
+    "top_k": top_k,
+    "ntlb": no_token_left_behind,
+    "batch_prioritized": batch_prioritized,
+    "expert_choice": expert_choice,
+    "hash": top_k,
+}
+
+
+def _choose(scores: Scores, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
+    """Expert and gate of each token's k best experts, [S, K]; expert E where there is none.
+
+    The gate is the raw probability, through which the router learns; renormalised over one
+    expert it would be 1 whatever the router says.
+    """
+    E, K = moe.num_experts, moe.choices
+    _, expert_SxK = jax.lax.top_k(scores.rank_SxE, K)
+    gate_SxK = jnp.take_along_axis(scores.probs_SxE, expert_SxK, -1)
+    if moe.renormalize and K > 1:
+        gate_SxK = gate_SxK / (gate_SxK.sum(-1, keepdims=True) + 1e-9)
+    wanted_SxK = scores.mask_S[:, None] & _wanted(gate_SxK, scores.chance_SxK, moe)
+    return jnp.where(wanted_SxK, expert_SxK, E), gate_SxK
+
+
+def _wanted(gate_SxK: jax.Array, chance_SxK: jax.Array | None, moe: MoEConfig) -> jax.Array:
+    """[S, K] bool: first choices, and the others that `moe.second_policy` lets through.
+
+    `random` without random numbers, as in evaluation, is `threshold`.
+    """
+    threshold = moe.second_threshold
+    if moe.second_policy == "random" and chance_SxK is not None:
+        others_SxK = chance_SxK * threshold < gate_SxK
+    elif moe.second_policy in ("random", "threshold"):
+        others_SxK = gate_SxK > threshold
+    else:
+        others_SxK = jnp.full(gate_SxK.shape, moe.second_policy == "all")
+    return others_SxK.at[:, 0].set(True)
 
 
 def _ranks(expert_SxK: jax.Array, num_experts: int) -> jax.Array:
@@ -71,82 +195,3 @@ def _ranks(expert_SxK: jax.Array, num_experts: int) -> jax.Array:
     rank_N = jnp.arange(N, dtype=jnp.int32) - start_E[sorted_expert_N]
     rank_N = jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)
     return rank_N.reshape(K, S).T
-
-
-def expert_counts(expert: jax.Array, num_experts: int) -> jax.Array:
-    """[E] int32: how often each expert occurs in an array of any shape; others do not count."""
-    return jnp.zeros(num_experts, jnp.int32).at[expert.reshape(-1)].add(1, mode="drop")
-
-
-def top_k(probs_SxE: jax.Array, mask_S: jax.Array, moe: MoEConfig, capacity: int) -> Assignment:
-    """Each token to its k most probable experts; k = 1 is the Switch router (paper §2.1).
-
-    The gate is the raw probability, through which the router learns; renormalised over one
-    expert it would be 1 whatever the router says.
-    """
-    del capacity
-    E = probs_SxE.shape[-1]
-    gate_SxK, expert_SxK = jax.lax.top_k(probs_SxE, moe.top_k)
-    if moe.renormalize and moe.top_k > 1:
-        gate_SxK = gate_SxK / (gate_SxK.sum(-1, keepdims=True) + 1e-9)
-    expert_SxK = jnp.where(mask_S[:, None], expert_SxK, E)
-    return Assignment(expert_SxK, gate_SxK, _ranks(expert_SxK, E))
-
-
-def no_token_left_behind(
-    probs_SxE: jax.Array, mask_S: jax.Array, moe: MoEConfig, capacity: int
-) -> Assignment:
-    """Switch routing, then dropped tokens try their next best experts (paper, Appendix B).
-
-    `moe.top_k` stages; in each, the still unplaced take the places that are left, in token
-    order. A token ends in one expert, with that expert's raw probability as its gate.
-    """
-    S, E = probs_SxE.shape
-    prob_SxK, choice_SxK = jax.lax.top_k(probs_SxE, moe.top_k)
-    taken_E = jnp.zeros(E + 1, jnp.int32)
-    expert_S = jnp.full(S, E, jnp.int32)
-    gate_S = jnp.zeros(S, probs_SxE.dtype)
-    slot_S = jnp.zeros(S, jnp.int32)
-    for stage in range(moe.top_k):
-        open_S = mask_S & (expert_S == E)
-        try_S = jnp.where(open_S, choice_SxK[:, stage], E)
-        place_S = taken_E[try_S] + _ranks(try_S[:, None], E)[:, 0]
-        placed_S = open_S & (place_S < capacity)
-        expert_S = jnp.where(placed_S, try_S, expert_S)
-        gate_S = jnp.where(placed_S, prob_SxK[:, stage], gate_S)
-        slot_S = jnp.where(placed_S, place_S, slot_S)
-        taken_E = taken_E.at[jnp.where(placed_S, try_S, E)].add(1)
-    return Assignment(expert_S[:, None], gate_S[:, None], slot_S[:, None])
-
-
-Router = Callable[[jax.Array, jax.Array, MoEConfig, int], Assignment]
-
-ROUTERS: dict[str, Router] = {"switch": top_k, "top_k": top_k, "ntlb": no_token_left_behind}
-
-
-def tokens_of_slots(assignment: Assignment, num_experts: int, capacity: int) -> jax.Array:
-    """[E, C] int32: the assignment t·K + k that a slot holds, or S·K for an empty slot."""
-    flat_N = slots_of_tokens(assignment, num_experts, capacity).reshape(-1)
-    N = flat_N.size
-    held = jnp.full(num_experts * capacity, N, jnp.int32)
-    held = held.at[flat_N].set(jnp.arange(N, dtype=jnp.int32), mode="drop")
-    return held.reshape(num_experts, capacity)
-
-
-def slots_of_tokens(assignment: Assignment, num_experts: int, capacity: int) -> jax.Array:
-    """[S, K] int32: the slot e·C + c of each assignment, or E·C where it was dropped."""
-    expert_SxK, _, slot_SxK = assignment
-    kept_SxK = (expert_SxK < num_experts) & (slot_SxK < capacity)
-    return jnp.where(kept_SxK, expert_SxK * capacity + slot_SxK, num_experts * capacity)
-
-
-def load_balancing_loss(probs_SxE: jax.Array, mask_S: jax.Array) -> jax.Array:
-    """N Σ f·P of one group, without α (paper, eqs. 4-6); 0 for a group of padding only.
-
-    f counts first choices before anything is dropped; both means are over real tokens.
-    """
-    E = probs_SxE.shape[-1]
-    count = jnp.maximum(mask_S.sum(), 1)
-    f_E = expert_counts(jnp.where(mask_S, probs_SxE.argmax(-1), E), E) / count
-    P_E = jnp.where(mask_S[:, None], probs_SxE, 0).sum(0) / count
-    return E * jnp.sum(f_E * P_E)

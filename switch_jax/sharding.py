@@ -5,6 +5,7 @@ split over slice × data × expert; experts over `expert`; heads, d_ff and vocab
 `model`; with `mesh.fsdp` parameters and optimizer state over `data` as well.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -12,9 +13,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from switch_jax import routing
-from switch_jax.config import Config, MeshConfig
 from switch_jax.errors import UserError
+from switch_jax.schema import STACKS, Config, MeshConfig
 
 MESH_AXES = ("slice", "data", "expert", "model")
 BATCH_AXES = ("slice", "data", "expert")
@@ -125,10 +125,11 @@ def check(config: Config, sizes: dict[str, int]) -> None:
 
 def _check_groups(config: Config, local_rows: int) -> None:
     """Raises `UserError` where a group is not within the rows a device has of a microbatch."""
-    lengths = {"encoder": config.data.inputs_length, "decoder": config.data.targets_length}
+    lengths = {stack: config.length(stack) for stack in STACKS if config.sparse_layers(stack)}
 
     def rows(length: int, group_size: int) -> int:
-        return routing.group_rows(config.data.batch_size, length, group_size)
+        moe = dataclasses.replace(config.moe, group_size=group_size)
+        return moe.group_rows(config.data.batch_size, length)
 
     def fits(group_size: int) -> bool:
         return all(local_rows % rows(length, group_size) == 0 for length in lengths.values())

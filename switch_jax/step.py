@@ -16,16 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from switch_jax import losses, sharding
-from switch_jax.config import Config
 from switch_jax.data.batch import feature_shapes
-from switch_jax.model import (
-    Stats,
-    SwitchTransformer,
-    layers_per_block,
-    logical_axes,
-    with_parameters,
-)
+from switch_jax.model import Stats, SwitchTransformer, logical_axes, with_parameters
 from switch_jax.optim import make_optimizer, schedule
+from switch_jax.schema import Config
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -147,7 +141,7 @@ class Program:
                 functools.partial(gradients, state.params), (batch, keys)
             )
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = self._balanced(optax.apply_updates(state.params, updates), stats)
         tokens = _add_words(state.tokens, jnp.sum(batch["decoder_loss_weights"] > 0))
         metrics = {
             "loss": sum(terms.values()),
@@ -157,9 +151,21 @@ class Program:
             "learning_rate": self._schedule(state.step),
             "grad_norm": optax.global_norm(grads),
             "param_norm": optax.global_norm(params),
-            **losses.router_metrics(stats, layers_per_block(config)),
+            **losses.router_metrics(stats, config),
         }
         return TrainState(state.step + 1, tokens, params, opt_state), metrics
+
+    def _balanced(self, params: Mapping[str, jax.Array], stats: Stats) -> dict[str, jax.Array]:
+        """`params` with routers' biases a step towards balance: up where an expert had less
+        than its share of the batch, down where it had more (Wang et al. 2024).
+        """
+        rate, moved = self.config.moe.balance_bias_rate, dict(params)
+        for name in params:
+            if name.endswith("/router/bias"):
+                stack, *_, sublayer, _, _ = name.split("/")
+                load_xE = stats[f"{stack}/{sublayer}"].load_E
+                moved[name] += rate * jnp.sign(load_xE.mean(-1, keepdims=True) - load_xE)
+        return moved
 
     def _eval_step(
         self, params: Mapping[str, jax.Array], batch: Batch
@@ -177,8 +183,7 @@ class Program:
     def _row_keys(self, step: jax.Array, batch: Batch) -> jax.Array | None:
         """A key per global row [B], or None where the config has no noise."""
         config = self.config
-        noise = config.model.dropout_rate, config.moe.expert_dropout_rate, config.moe.jitter
-        if not any(noise):
+        if not (config.model.dropout_rate or (config.sparse and config.moe.noisy)):
             return None
         key = jax.random.fold_in(jax.random.key(config.train.seed), step)
         rows = jnp.arange(batch["decoder_input_tokens"].shape[0])

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import jax
 
 from switch_jax import accounting, checkpoint, sharding
-from switch_jax.config import Config
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.evaluate import evaluate
 from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
+from switch_jax.schema import Config
 from switch_jax.step import Program, TrainState
 from switch_jax.workdir import Workdir
 

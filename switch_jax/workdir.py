@@ -15,8 +15,8 @@ from typing import Any
 
 from switch_jax import __version__
 from switch_jax import config as config_lib
-from switch_jax.config import Config
 from switch_jax.errors import UserError
+from switch_jax.schema import Config
 
 # What a checkpoint cannot be continued with once it differs. The rest (steps, intervals, mesh,
 # learning rate, …) may change between two runs of the same WORKDIR.

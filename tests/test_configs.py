@@ -153,7 +153,7 @@ def test_bad_config_argument(spec, words):
         ("moe.every", "5", ["num_encoder_layers=12", "multiple of moe.every=5"]),
         ("model.num_decoder_layers", "11", ["num_decoder_layers=11", "moe.every=2"]),
         ("moe.top_k", "129", ["moe.top_k=129", "moe.num_experts=128"]),
-        ("moe.top_k", "2", ["moe.router=switch", "moe.top_k=2", "moe.router=top_k"]),
+        ("moe.top_k", "2", ["moe.router=switch", "moe.top_k=2", "set moe.router=top_k"]),
         ("train.accumulate", "3", ["data.batch_size=2048", "train.accumulate=3"]),
         ("mesh.expert", "-1", ["mesh.expert", "only one of them may be -1"]),
         ("mesh.model", "0", ["mesh.model", "at least 1"]),

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from switch_jax.config import Config, DataConfig, ModelConfig
 from switch_jax.data import corpus, open_batches, open_vocabulary, packing, spans, store
 from switch_jax.data.batch import FEATURES, PACKED_FEATURES, feature_shapes
 from switch_jax.data.peek import peek
 from switch_jax.errors import UserError
+from switch_jax.schema import Config, DataConfig, ModelConfig
 
 SIZE = 900
 
@@ -274,7 +274,7 @@ sys.meta_path.insert(0, Blocked())
 import switch_jax.data
 import switch_jax.data.peek
 assert "jax" not in sys.modules
-from switch_jax.config import Config, DataConfig
+from switch_jax.schema import Config, DataConfig
 from switch_jax.errors import UserError
 synthetic = Config(data=DataConfig(reader="synthetic", batch_size=1))
 next(switch_jax.data.open_batches(synthetic, "train"))

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from switch_jax.config import Config, DataConfig, ModelConfig
 from switch_jax.data import corpus, open_batches, open_vocabulary, spans
 from switch_jax.data.batch import feature_shapes
 from switch_jax.errors import UserError
+from switch_jax.schema import Config, DataConfig, ModelConfig
 
 SIZE = 900
 

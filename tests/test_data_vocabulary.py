@@ -6,10 +6,10 @@ import io
 import pytest
 import sentencepiece
 
-from switch_jax.config import Config, DataConfig, ModelConfig
 from switch_jax.data import corpus, open_vocabulary, vocabulary
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.errors import UserError
+from switch_jax.schema import Config, DataConfig, ModelConfig
 
 SIZE = 900
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from switch_jax.layers import Attention, RMSNorm, dropout, fold, kernel, relative_buckets
+from switch_jax.layers import DenseAttention, RMSNorm, dropout, fold, kernel, relative_buckets
 from switch_jax.moe import SwitchMlp
 
 # Standard deviation of a standard normal that is cut at two.
@@ -58,17 +58,17 @@ def test_experts_are_initialised_with_their_own_fan_in():
     config = tiny(**{"model.d_model": 64, "model.d_ff": 256, "model.activation": "geglu"})
     mlp = SwitchMlp(config, jax.random.key(0))
     for name, fan_in in (("wi", 64), ("gate", 64), ("wo", 256)):
-        weights = np.asarray(getattr(mlp, name)[...])
+        weights = np.asarray(getattr(mlp.experts, name)[...])
         sigma = np.sqrt(0.1 / fan_in)
         np.testing.assert_allclose(weights.std((1, 2)), CUT * sigma, rtol=0.03, err_msg=name)
         assert np.abs(weights).max() <= 2 * sigma
         assert np.abs(np.diff(weights, axis=0)).min((1, 2)).max() > 0, "experts are alike"
-    np.testing.assert_allclose(np.asarray(mlp.router[...]).std(), 0.02, rtol=0.2)
+    np.testing.assert_allclose(np.asarray(mlp.router.kernel[...]).std(), 0.02, rtol=0.2)
 
 
 def test_the_query_holds_the_scores_scale():
     config = tiny(**{"model.d_model": 256, "model.head_dim": 64}).model
-    attention = Attention(config, jax.random.key(0))
+    attention = DenseAttention(config, jax.random.key(0))
     sigma = {name: np.sqrt(0.1 / 256) for name in ("query", "key", "value")}
     sigma |= {"query": sigma["query"] / np.sqrt(64), "out": np.sqrt(0.1 / 128)}
     for name, expected in sigma.items():
@@ -114,14 +114,15 @@ def test_folded_keys_are_independent_and_keyed_by_row(keys):
 def test_attention_dropout_is_shared_by_queries_and_not_by_heads(keys):
     """Mesh TensorFlow's and T5X's: what is broadcast is the length of the queries."""
     config = tiny(**{"model.dropout_rate": 0.5, "model.num_heads": 4, "model.d_model": 32}).model
-    attention = Attention(config, jax.random.key(0))
+    attention = DenseAttention(config, jax.random.key(0))
     B, T, S, H, K = 2, 6, 8, 4, 8
     # No query and no bias, so all weights are 1/S; values and output tell (head, key) apart.
     attention.query[...] = 0 * attention.query[...]
     attention.out[...] = jnp.eye(H * K)
     one_hot = jnp.broadcast_to(jnp.eye(S)[None, :, None], (B, S, H, K))
     mask = jnp.ones((B, T, S), bool)
-    y = attention(jnp.zeros((B, T, 32)), (0 * one_hot, one_hot), mask, None, keys[:B])
+    query = attention.queries(jnp.zeros((B, T, 32)))
+    y = attention(query, (0 * one_hot, one_hot), mask, None, keys[:B])
     kept = np.asarray(y).reshape(B, T, H, S) > 0
     assert 0 < kept.mean() < 1
     assert (kept == kept[:, :1]).all(), "queries of a row have different masks"

@@ -1,5 +1,7 @@
 """switch_jax.losses: sums that add up, what divides them, and what is reported."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ from conftest import make_batch, tiny
 
 from switch_jax import losses, routing
 from switch_jax.model import token_masks
-from switch_jax.moe import RouterSums, router_sums
+from switch_jax.router import RouterSums, router_sums
 
-CONFIG = tiny(**{"moe.z_loss_weight": 0.001, "moe.group_size": 32})
+FOUR = {"model.num_encoder_layers": 4, "model.num_decoder_layers": 4}
+CONFIG = tiny(**FOUR, **{"moe.z_loss_weight": 0.001, "moe.group_size": 32})
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +31,18 @@ def logits(batch):
 def layer_stats(config, mask_BxL, seed: int, blocks: int = 2) -> RouterSums:
     """What the expert layers of a stack would report for random router logits."""
     moe, (B, L) = config.moe, mask_BxL.shape
-    rows = routing.group_rows(config.data.batch_size, L, moe.group_size)
+    rows = moe.group_rows(config.data.batch_size, L)
     mask = mask_BxL.reshape(B // rows, rows * L)
-    C = routing.capacity(rows * L, moe, moe.capacity_factor)
+    C = moe.capacity(rows * L, moe.capacity_factor)
     E = moe.num_experts
     rng = np.random.default_rng(seed)
     whole = rng.normal(size=(blocks, config.data.batch_size, L, E)).astype(np.float32)
 
     def one(logits):
         probs = jax.nn.softmax(logits)
-        assignment = jax.vmap(lambda p, m: routing.top_k(p, m, moe, C))(probs, mask)
-        slots = jax.vmap(lambda a: routing.slots_of_tokens(a, E, C))(assignment)
-        return router_sums(logits, probs, mask, assignment, slots, C)
+        scores = routing.Scores(probs, logits, mask)
+        assignment = jax.vmap(lambda s: routing.top_k(s, moe, C))(scores)
+        return router_sums(logits, scores, assignment, C)
 
     return one, whole.reshape(blocks, -1, *mask.shape[1:], E)
 
@@ -51,7 +54,7 @@ def stats_of(config, batch, rows=slice(None)) -> losses.Stats:
         one, logits = layer_stats(config, np.asarray(mask)[rows], seed=i)
         groups = logits.shape[1]
         chosen = np.arange(len(mask))[rows] * groups // len(mask)
-        stats[stack] = jax.jit(jax.vmap(one))(logits[:, np.unique(chosen)])
+        stats[f"{stack}/mlp"] = jax.jit(jax.vmap(one))(logits[:, np.unique(chosen)])
     return stats
 
 
@@ -112,14 +115,15 @@ def test_auxiliary_loss_is_a_sum_over_layers_or_their_mean(batch, logits):
     sums, totals = losses.token_losses(logits, batch), losses.totals(batch, CONFIG)
     stats = stats_of(CONFIG, batch)
     summed = losses.loss_terms(sums, stats, totals, CONFIG)
-    mean_config = tiny(
-        **{"moe.z_loss_weight": 0.001, "moe.group_size": 32, "moe.aux_loss_reduction": "mean"}
-    )
+    moe = dataclasses.replace(CONFIG.moe, aux_loss_reduction="mean")
+    mean_config = dataclasses.replace(CONFIG, moe=moe)
     mean = losses.loss_terms(sums, stats, totals, mean_config)
     for name in ("aux_loss", "router_z_loss"):
         np.testing.assert_allclose(summed[name], 4 * mean[name], rtol=1e-6)  # 2 stacks × 2
     by_hand = sum(
-        float(balance) / totals.groups[stack] for stack in stats for balance in stats[stack].balance
+        float(balance) / totals.groups[key.split("/")[0]]
+        for key in stats
+        for balance in stats[key].balance
     )
     np.testing.assert_allclose(summed["aux_loss"], 0.01 * by_hand, rtol=1e-5)
     # Near balance each layer contributes α, whatever the number of experts.
@@ -127,12 +131,11 @@ def test_auxiliary_loss_is_a_sum_over_layers_or_their_mean(batch, logits):
 
 
 def test_router_metrics_stay_within_their_bounds(batch):
-    metrics = losses.router_metrics(stats_of(CONFIG, batch), every=2)
-    names = {"load_max", "load_min", "dropped_fraction", "entropy", "confidence", "z"}
+    metrics = losses.router_metrics(stats_of(CONFIG, batch), CONFIG)
+    names = {"load_max", "load_min", "load_cv", "dropped_fraction", "entropy", "confidence", "z"}
     layers = [f"{stack}/{layer}" for stack in ("encoder", "decoder") for layer in (1, 3)]
-    assert metrics.keys() == {f"router/{n}" for n in names} | {
-        f"router/{layer}/{n}" for layer in layers for n in names
-    }
+    places = ["router", "router/encoder", "router/decoder", *(f"router/{x}" for x in layers)]
+    assert metrics.keys() == {f"{place}/{n}" for place in places for n in names}
     for layer in layers:
         of = {n: float(metrics[f"router/{layer}/{n}"]) for n in names}
         assert 0 <= of["load_min"] <= 1 <= of["load_max"] <= 4
@@ -140,14 +143,22 @@ def test_router_metrics_stay_within_their_bounds(batch):
         assert 0.25 <= of["confidence"] <= 1
         assert 0 <= of["dropped_fraction"] < 1
     for n in names:
-        mean = np.mean([metrics[f"router/{layer}/{n}"] for layer in layers])
-        np.testing.assert_allclose(metrics[f"router/{n}"], mean, rtol=1e-6)
+        for of, inner in (("", layers), ("encoder/", layers[:2]), ("decoder/", layers[2:])):
+            mean = np.mean([metrics[f"router/{layer}/{n}"] for layer in inner])
+            np.testing.assert_allclose(metrics[f"router/{of}{n}"], mean, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "load, expected", [([3, 3, 3, 3], (1, 1)), ([12, 0, 0, 0], (4, 0)), ([0, 0, 0, 0], (0, 0))]
+    "load, expected",
+    [
+        ([3, 3, 3, 3], (1, 1, 0)),
+        ([12, 0, 0, 0], (4, 0, 3**0.5)),
+        ([1, 3, 1, 3], (1.5, 0.5, 0.5)),
+        ([0, 0, 0, 0], (0, 0, 0)),
+    ],
 )
 def test_loads_are_in_units_of_a_fair_share(load, expected):
-    sums = RouterSums(jnp.array([load], jnp.float32), *[jnp.zeros(1)] * 7)
-    metrics = losses.router_metrics({"encoder": sums}, every=1)
-    assert (metrics["router/load_max"], metrics["router/load_min"]) == expected
+    sums = RouterSums(jnp.array([load], jnp.float32), *[jnp.zeros(1)] * 6)
+    metrics = losses.router_metrics({"encoder/mlp": sums}, tiny())
+    got = [metrics[f"router/{name}"] for name in ("load_max", "load_min", "load_cv")]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

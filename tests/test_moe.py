@@ -10,10 +10,10 @@ import pytest
 from conftest import make_batch, tiny
 from jax.sharding import NamedSharding
 
-from switch_jax import moe as moe_lib
-from switch_jax import routing, sharding
+from switch_jax import dispatch, routing, sharding
 from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
-from switch_jax.moe import Plan, SwitchMlp
+from switch_jax.moe import SwitchMlp
+from switch_jax.router import Plan
 
 B, L, D, F, E = 4, 6, 8, 12, 4
 ROWS = 2  # of a group
@@ -26,16 +26,14 @@ def layer(*, activation: str = "relu", d_ff: int = F, **moe) -> SwitchMlp:
     values = {f"model.{key}": value for key, value in model.items()}
     values |= {f"moe.{key}": value for key, value in ({"num_experts": E} | moe).items()}
     mlp = SwitchMlp(tiny(**values), jax.random.key(0))
-    mlp.router[...] = 50 * mlp.router[...]
+    mlp.router.kernel[...] = 50 * mlp.router.kernel[...]
     return mlp
 
 
 def configured(mlp: SwitchMlp, **values) -> SwitchMlp:
     """The same weights under another `moe` configuration."""
     other = jax.tree.map(lambda x: x, mlp)
-    other.config = dataclasses.replace(
-        mlp.config, moe=dataclasses.replace(mlp.config.moe, **values)
-    )
+    other.router.config = dataclasses.replace(mlp.router.config, **values)
     return other
 
 
@@ -49,9 +47,17 @@ def inputs(holes: bool = True) -> tuple[np.ndarray, np.ndarray]:
 
 
 def call(mlp: SwitchMlp, x, mask, factor, rows=ROWS, keys=None):
-    return jax.jit(lambda m, x, mask, keys: m(x, mask, Plan(rows, factor), keys))(
-        mlp, x, mask, keys
-    )
+    """The layer's output and its sums; tokens are numbered from 0."""
+
+    def run(mlp, x, mask, keys):
+        y, routed = mlp(x, plan(mask, factor, rows), keys)
+        return y, routed.sums
+
+    return jax.jit(run)(mlp, x, mask, keys)
+
+
+def plan(mask, factor, rows=ROWS) -> Plan:
+    return Plan(jnp.arange(mask.size).reshape(mask.shape), mask, rows, factor)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -61,14 +67,16 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def loop_reference(mlp: SwitchMlp, x, mask, capacity: int) -> tuple[np.ndarray, int]:
     """Token by token, in NumPy; also the number of dropped assignments."""
-    moe = mlp.config.moe
-    router, wi, wo = (np.asarray(w[...], np.float64) for w in (mlp.router, mlp.wi, mlp.wo))
+    moe = mlp.router.config
+    router, wi, wo = (
+        np.asarray(w[...], np.float64) for w in (mlp.router.kernel, mlp.experts.wi, mlp.experts.wo)
+    )
     groups, y, dropped = x.reshape(-1, ROWS * L, D).astype(np.float64), [], 0
     for tokens, real in zip(groups, mask.reshape(-1, ROWS * L)):
         probs = softmax(tokens @ router)
         choice = np.argsort(-probs, -1, kind="stable")
         out, count = np.zeros_like(tokens), np.zeros(E, int)
-        for k in range(moe.top_k):
+        for k in range(moe.choices):
             for t in np.flatnonzero(real):
                 e = choice[t, k]
                 count[e] += 1
@@ -76,12 +84,12 @@ def loop_reference(mlp: SwitchMlp, x, mask, capacity: int) -> tuple[np.ndarray, 
                     dropped += 1
                     continue
                 h = tokens[t] @ wi[e]
-                if mlp.gate is None:
+                if mlp.experts.gate is None:
                     h = np.maximum(h, 0)
                 else:
-                    gate = tokens[t] @ np.asarray(mlp.gate[...], np.float64)[e]
+                    gate = tokens[t] @ np.asarray(mlp.experts.gate[...], np.float64)[e]
                     h *= np.asarray(jax.nn.gelu(gate.astype(np.float32)))
-                total = probs[t, choice[t, : moe.top_k]].sum() if moe.renormalize else 1
+                total = probs[t, choice[t, : moe.choices]].sum() if moe.renormalize else 1
                 out[t] += probs[t, e] / total * (h @ wo[e])
         y.append(out)
     return np.stack(y).reshape(x.shape), dropped
@@ -98,12 +106,13 @@ def loop_reference(mlp: SwitchMlp, x, mask, capacity: int) -> tuple[np.ndarray, 
 )
 def test_equals_a_loop_over_tokens(values, factor):
     mlp, (x, mask) = layer(**values), inputs()
-    capacity = routing.capacity(ROWS * L, mlp.config.moe, factor)
+    capacity = mlp.router.config.capacity(ROWS * L, factor)
     expected, dropped = loop_reference(mlp, x, mask, capacity)
     y, sums = call(mlp, x, mask, factor)
     assert dropped > 0
-    assert float(sums.dropped) == dropped
-    assert float(sums.assignments) == mask.sum() * mlp.config.moe.top_k == float(sums.load_E.sum())
+    K = mlp.router.config.choices
+    np.testing.assert_allclose(sums.dropped * K, dropped, rtol=1e-5)
+    assert sums.tokens == mask.sum() == sums.load_E.sum() / K
     np.testing.assert_allclose(y, expected, **CLOSE)
 
 
@@ -129,7 +138,7 @@ def einsum_layer(weights, x_GxSxD, mask_GxS, capacity, *, jittered=None, trap=No
 
 
 def loss_and_gradients(function, mlp, x, mask):
-    weights = (mlp.router[...], mlp.wi[...], mlp.wo[...])
+    weights = (mlp.router.kernel[...], mlp.experts.wi[...], mlp.experts.wo[...])
     direction = np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
 
     def loss(weights, x):
@@ -141,13 +150,13 @@ def loss_and_gradients(function, mlp, x, mask):
 def ours(mlp: SwitchMlp, factor):
     def function(weights, x, mask):
         other = jax.tree.unflatten(jax.tree.structure(mlp), [*_ordered(mlp, weights)])
-        return other(x, mask, Plan(ROWS, factor), None)[0]
+        return other(x, plan(mask, factor), None)[0]
 
     return function
 
 
 def _ordered(mlp, weights):
-    by_name = dict(zip(("router", "wi", "wo"), weights))
+    by_name = dict(zip(("router/kernel", "experts/wi", "experts/wo"), weights))
     return [by_name[name] for name in named_parameters(mlp)]
 
 
@@ -172,7 +181,7 @@ def test_gradients_equal_those_of_one_hot_einsums_with_drops():
 
 
 def test_the_router_learns_from_raw_top_1_gates_and_would_not_from_renormalised_ones():
-    mlp, (x, mask) = layer(renormalize=True), inputs()
+    mlp, (x, mask) = layer(), inputs()
     _, ((router, _, _), _) = loss_and_gradients(ours(mlp, None), mlp, x, mask)
     assert np.abs(router).max() > 1e-2
     renormalised = naive(ROWS * L, trap="renormalised")
@@ -183,28 +192,32 @@ def test_the_router_learns_from_raw_top_1_gates_and_would_not_from_renormalised_
 @pytest.mark.parametrize("trap", ["T1", "T3"])
 def test_traps_of_the_pseudo_code_are_not_in_the_layer(trap):
     mlp, (x, mask) = layer(), inputs()
-    weights = mlp.router[...], mlp.wi[...], mlp.wo[...]
+    weights = mlp.router.kernel[...], mlp.experts.wi[...], mlp.experts.wo[...]
     y = call(mlp, x, mask, 1.0)[0]
     np.testing.assert_allclose(y, naive(3)(weights, x, mask), **CLOSE)
     assert np.abs(y - naive(3, trap=trap)(weights, x, mask)).max() > 0.1
 
 
+def logits(mlp: SwitchMlp, x, keys):
+    return mlp.router._logits(x, plan(np.ones((B, L), bool), None), keys)
+
+
 def test_trap_2_jitter_multiplies_the_routers_input_and_nothing_else():
     mlp = layer(jitter=0.5)
     keys = jax.random.split(jax.random.key(3), B)
-    weight = np.asarray(mlp.router[...])
+    weight = np.asarray(mlp.router.kernel[...])
     # One feature a token: its logits are that feature times noise times a row of weights.
     x = np.zeros((B, L, D), np.float32)
     x[:, np.arange(L), np.arange(L)] = 2.0
-    noise = mlp._logits(x, keys) / (2.0 * weight[:L])
+    noise = logits(mlp, x, keys) / (2.0 * weight[:L])
     np.testing.assert_allclose(noise, np.broadcast_to(noise[..., :1], noise.shape), rtol=1e-5)
     assert 0.5 <= noise.min() < 0.7 and 1.3 < noise.max() <= 1.5
     assert np.unique(np.round(noise[..., 0], 5)).size == B * L
     # Fig 15 adds the noise to the logits instead, so that zeros would not stay zeros.
-    assert np.abs(mlp._logits(0 * x, keys)).max() == 0
+    assert np.abs(logits(mlp, 0 * x, keys)).max() == 0
 
     clean = configured(mlp, jitter=0.0)
-    np.testing.assert_array_equal(mlp._logits(x, None), clean._logits(x, None))
+    np.testing.assert_array_equal(logits(mlp, x, None), logits(clean, x, None))
 
 
 def test_trap_2_experts_see_clean_input():
@@ -222,9 +235,9 @@ def test_trap_2_experts_see_clean_input():
 def test_trap_5_the_router_works_in_float32_on_bfloat16_activations():
     """Two experts whose weights bfloat16 cannot tell apart."""
     mlp = layer(num_experts=2)
-    mlp.router[...] = jnp.tile(jnp.array([1.0, 1.0 + 2**-10]), (D, 1))
+    mlp.router.kernel[...] = jnp.tile(jnp.array([1.0, 1.0 + 2**-10]), (D, 1))
     x = jnp.ones((1, 1, D), jnp.bfloat16)
-    low = jnp.dot(x, mlp.router[...].astype(jnp.bfloat16)).astype(jnp.float32)
+    low = jnp.dot(x, mlp.router.kernel[...].astype(jnp.bfloat16)).astype(jnp.float32)
     assert low.argmax(-1).item() == 0
     y, sums = call(mlp, x, np.ones((1, 1), bool), None, rows=1)
     assert sums.load_E.tolist() == [0, 1]
@@ -250,7 +263,7 @@ def test_few_tokens_fetch_their_experts_weights_with_the_same_result():
         assert not mask.all()
         looked_up, sums = call(mlp, x, mask, None, rows=1)
         dispatched, other_sums = call(mlp, x, mask, 12.0, rows=1)
-        assert routing.capacity(L, mlp.config.moe, 12.0) == L
+        assert mlp.router.config.capacity(L, 12.0) == L
         np.testing.assert_allclose(looked_up, dispatched, **CLOSE)
         jax.tree.map(np.testing.assert_array_equal, sums, other_sums)
 
@@ -258,12 +271,12 @@ def test_few_tokens_fetch_their_experts_weights_with_the_same_result():
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gather_rows_has_the_gradient_of_indexing(top_k):
     C = 3
-    moe = layer(top_k=top_k, router="top_k").config.moe
+    moe = layer(top_k=top_k, router="top_k").router.config
     rng = np.random.default_rng(4)
     probs = softmax(rng.normal(size=(8, E)) + np.arange(E)).astype(np.float32)
-    assignment = routing.top_k(probs, rng.random(8) < 0.8, moe, C)
-    slot_SxK = routing.slots_of_tokens(assignment, E, C)
-    held_N = routing.tokens_of_slots(assignment, E, C).reshape(-1)
+    assignment = routing.top_k(routing.Scores(probs, probs, rng.random(8) < 0.8), moe, C)
+    slot_SxK = dispatch.slots_of_tokens(assignment, E, C)
+    held_N = dispatch.tokens_of_slots(slot_SxK, E, C).reshape(-1)
     assert (held_N == 8 * top_k).any() and (slot_SxK == E * C).any()
     tokens, slots = (jnp.array(rng.normal(size=(n, D)), jnp.float32) for n in (8, E * C))
     for x, index, inverse in (
@@ -271,7 +284,7 @@ def test_gather_rows_has_the_gradient_of_indexing(top_k):
         (slots, slot_SxK.reshape(-1), held_N[:, None]),
     ):
         direction = jnp.array(rng.normal(size=(index.size, D)), jnp.float32)
-        got, back = jax.vjp(partial(moe_lib.gather_rows, index_M=index, inverse_NxJ=inverse), x)
+        got, back = jax.vjp(partial(dispatch.gather_rows, index_M=index, inverse_NxJ=inverse), x)
         want, back_want = jax.vjp(lambda x, i=index: x.at[i].get(mode="fill", fill_value=0), x)
         np.testing.assert_array_equal(got, want)
         np.testing.assert_allclose(back(direction)[0], back_want(direction)[0], **CLOSE)
@@ -335,9 +348,10 @@ def test_one_expert_with_room_is_the_dense_model():
         for name, leaf in named_parameters(sparse).items()
     }
     shapes = {name: leaf.shape for name, leaf in named_parameters(dense).items()}
-    assert values.keys() - shapes.keys() == {n for n in values if n.endswith("router")}
+    of_dense = {name.replace("experts/", ""): value for name, value in values.items()}
+    assert of_dense.keys() - shapes.keys() == {n for n in values if "router" in n}
     sparse = with_parameters(sparse, values)
-    dense = with_parameters(dense, {name: values[name].reshape(s) for name, s in shapes.items()})
+    dense = with_parameters(dense, {n: of_dense[n].reshape(shape) for n, shape in shapes.items()})
 
     batch = make_batch(sparse_config)
     run = jax.jit(lambda model: model.forward(batch, factor=1.0)[0])

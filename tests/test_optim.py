@@ -6,8 +6,8 @@ import optax
 import pytest
 from conftest import tiny
 
-from switch_jax.config import OptimizerConfig, TrainConfig
 from switch_jax.optim import make_optimizer, schedule
+from switch_jax.schema import OptimizerConfig, TrainConfig
 from switch_jax.sharding import make_mesh, spec
 
 AXES = {
@@ -116,10 +116,10 @@ def test_schedules_at_given_steps(values, expected):
 def test_weight_decay_leaves_norms_and_biases_alone(name, shrink):
     """Adafactor's decay is not scaled by the learning rate, as in optax and T5X."""
     axes = {
-        "encoder/blocks/layers/0/self_norm/scale": ("layers", "norm"),
+        "encoder/runs/0/layers/0/self_norm/scale": ("layers", "norm"),
         "encoder/final_norm/scale": ("norm",),
         "encoder/relative_bias/table": ("heads", "buckets"),
-        "encoder/blocks/layers/0/self_attention/out": ("layers", "heads", "embed"),
+        "encoder/runs/0/layers/0/self_attention/out": ("layers", "heads", "embed"),
         "embedding": ("vocab", "embed"),
     }
     values = {"name": name, "learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0}

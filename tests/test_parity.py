@@ -41,7 +41,8 @@ def hf_name(name: str, layer: int) -> str:
     attention = f"{stack}.block.{layer}.layer.0.SelfAttention."
     if rest[0] == "relative_bias":
         return f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    part, leaf = rest[-2:]
+    leaf = rest[-1]
+    part = "mlp" if "mlp" in rest else rest[-2]
     last = 2 if stack == "decoder" else 1
     norms = {"self_norm": 0, "cross_norm": 1, "mlp_norm": last}
     if part in norms:
@@ -65,7 +66,7 @@ def load_reference(model: SwitchTransformer, stored: dict[str, np.ndarray]) -> S
             embedding = path in ("shared.weight",)
             return value if embedding or value.ndim == 1 else value.T
         sparse = config.sparse and layer % every == every - 1
-        if leaf == "router":
+        if leaf == "kernel":
             return stored[f"param/{prefix}mlp.router.classifier.weight"].T
         if config.model.activation == "geglu":
             leaf = {"gate": "wi_0", "wi": "wi_1", "wo": "wo"}[leaf]
@@ -81,7 +82,7 @@ def load_reference(model: SwitchTransformer, stored: dict[str, np.ndarray]) -> S
 
     values = {}
     for name, leaf in named_parameters(model).items():
-        if "/blocks/" in name:
+        if "/runs/" in name:
             position = int(name.split("/layers/")[1].split("/")[0])
             layers = range(position, leaf.shape[0] * every, every)
             values[name] = np.stack([one(name, i) for i in layers]).astype(np.float32)

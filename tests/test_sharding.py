@@ -7,8 +7,8 @@ import pytest
 from conftest import tiny
 from jax.sharding import PartitionSpec as P
 
-from switch_jax.config import MeshConfig
 from switch_jax.errors import UserError
+from switch_jax.schema import MeshConfig
 from switch_jax.sharding import MESH_AXES, RULES, check, make_mesh, num_batch_shards, resolve, spec
 
 

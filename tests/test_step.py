@@ -141,7 +141,7 @@ def test_optimizer_state_lies_where_its_parameter_lies(name):
         assert leaf.size < smallest or not leaf.sharding.is_fully_replicated, path
         if leaf.shape == params[path].shape:
             assert leaf.sharding == params[path].sharding, path
-        if re.search(r"mlp/w[io]$", path) and params[path].ndim == 4:
+        if re.search(r"experts/w[io]$", path):
             experts += 1
             assert leaf.shape[:2] == params[path].shape[:2]
             assert leaf.sharding.spec[1] == "expert", path
@@ -246,8 +246,8 @@ def test_names_of_parameters_and_their_axes_agree():
     for path, leaf in named_parameters(model).items():
         assert len(axes[path]) == len(leaf.shape), path
         assert leaf.dtype == jnp.float32, path
-        assert ("layers" in axes[path]) == ("/blocks/" in path), path
+        assert ("layers" in axes[path]) == ("/runs/" in path), path
     routers = [path for path in axes if "router" in path]
     assert sorted(routers) == [
-        f"{stack}/blocks/layers/1/mlp/router" for stack in ("decoder", "encoder")
+        f"{stack}/runs/0/layers/1/mlp/router/kernel" for stack in ("decoder", "encoder")
     ]

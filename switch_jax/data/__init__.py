@@ -6,11 +6,11 @@
 Only `tasks`, the streaming reader, imports TensorFlow; it is loaded when asked for.
 """
 
-from switch_jax.config import Config
 from switch_jax.data.batch import BatchIterator, SyntheticIterator
 from switch_jax.data.corpus import Split
 from switch_jax.data.store import StoreIterator
 from switch_jax.data.vocabulary import open_vocabulary
+from switch_jax.schema import Config
 
 __all__ = ["open_batches", "open_vocabulary"]
 

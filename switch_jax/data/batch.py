@@ -20,9 +20,9 @@ from typing import Protocol
 
 import numpy as np
 
-from switch_jax.config import Config
 from switch_jax.data.counter import random_bits
 from switch_jax.errors import UserError
+from switch_jax.schema import Config
 
 Batch = dict[str, np.ndarray]
 

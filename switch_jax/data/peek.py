@@ -7,11 +7,11 @@ from itertools import islice
 
 import numpy as np
 
-from switch_jax.config import Config
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.data.batch import Batch
 from switch_jax.data.corpus import Split
 from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.schema import Config
 
 _STACKS = {"inputs": "encoder", "targets": "decoder"}
 _TOKENS = {"inputs": "encoder_input_tokens", "targets": "decoder_target_tokens"}

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from switch_jax.cache import cache_root, made_once
-from switch_jax.config import Config
 from switch_jax.data import corpus, packing
 from switch_jax.data.batch import Batch, RowIterator, shifted_right
 from switch_jax.data.corpus import Split
@@ -25,6 +24,7 @@ from switch_jax.data.counter import permuted
 from switch_jax.data.spans import corrupt, span_lengths
 from switch_jax.data.vocabulary import FILE_NAME, Vocabulary, open_vocabulary
 from switch_jax.errors import UserError
+from switch_jax.schema import Config
 
 
 class TokenStore:

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from switch_jax.config import Config
 from switch_jax.data import corpus
 from switch_jax.data.batch import Batch, rows_per_process
 from switch_jax.data.corpus import Split
 from switch_jax.data.spans import MEAN_SPAN, NOISE_DENSITY, span_lengths
 from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary, open_vocabulary
 from switch_jax.errors import UserError
+from switch_jax.schema import Config
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 try:

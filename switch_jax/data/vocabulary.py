@@ -11,10 +11,10 @@ from pathlib import Path
 import sentencepiece
 
 from switch_jax.cache import cache_root, made_once
-from switch_jax.config import Config
 from switch_jax.data import corpus
 from switch_jax.data.spans import EOS
 from switch_jax.errors import UserError
+from switch_jax.schema import Config
 
 PAD, UNK = 0, 2
 NUM_SENTINELS = 100

@@ -1,0 +1,167 @@
+"""The way of tokens to the slots of their experts, and back.
+
+Both permutations are `shard_map`ped: they build no one-hot tensors, but gather rows by index
+and exchange them with an all-to-all over the mesh's `expert` axis, so that they cost O(S·D).
+Axis letters: see `routing.py`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from switch_jax.routing import Assignment
+from switch_jax.sharding import spec
+
+
+class Indices(NamedTuple):
+    """The permutation between tokens and slots, both ways; all int32.
+
+    slot_GxSxK: e·C + c, or E·C where the assignment was dropped.
+    held_GxExC: the assignment t·K + k that a slot holds, or S·K for an empty slot.
+    """
+
+    slot_GxSxK: jax.Array
+    held_GxExC: jax.Array
+
+
+def make_indices(assignment: Assignment, num_experts: int, capacity: int) -> Indices:
+    """Indices of all groups; the leaves of `assignment` have a leading axis G."""
+
+    def one(assignment: Assignment) -> Indices:
+        slot_SxK = slots_of_tokens(assignment, num_experts, capacity)
+        return Indices(slot_SxK, tokens_of_slots(slot_SxK, num_experts, capacity))
+
+    return jax.vmap(one)(assignment)
+
+
+def slots_of_tokens(assignment: Assignment, num_experts: int, capacity: int) -> jax.Array:
+    """[S, K] int32: the slot e·C + c of each assignment, or E·C where it was dropped."""
+    expert_SxK, _, slot_SxK = assignment
+    kept_SxK = (expert_SxK < num_experts) & (slot_SxK < capacity)
+    return jnp.where(kept_SxK, expert_SxK * capacity + slot_SxK, num_experts * capacity)
+
+
+def tokens_of_slots(slot_SxK: jax.Array, num_experts: int, capacity: int) -> jax.Array:
+    """[E, C] int32, the inverse: the assignment t·K + k a slot holds, or S·K for an empty slot."""
+    flat_N = slot_SxK.reshape(-1)
+    N = flat_N.size
+    held = jnp.full(num_experts * capacity, N, jnp.int32)
+    held = held.at[flat_N].set(jnp.arange(N, dtype=jnp.int32), mode="drop")
+    return held.reshape(num_experts, capacity)
+
+
+_GROUPED = ("batch", None, None)
+_TOKENS = ("batch", None, "activation_split")
+_SLOTS = ("expert", "expert_group", None, "activation_split")
+
+
+def dispatch(x_GxSxD: jax.Array, indices: Indices) -> jax.Array:
+    """[E, G, C, D]: the tokens in their slots, zeros in empty ones.
+
+    Tokens are split over slice × data × expert, slots over `expert` (experts) and slice × data
+    (groups); both are cut along D over `model`, so that no shard sends what another sends.
+    """
+
+    def local(x_GxSxD, *indices):
+        (G, S, D), (_, E, C) = x_GxSxD.shape, indices[1].shape
+        slot_NxK, held_M = _flat(Indices(*indices))
+        x_NxD = x_GxSxD.reshape(G * S, D)
+        token_M = held_M // slot_NxK.shape[1]  # N for an empty slot, as N·K // K
+        if _token_major(slot_NxK, held_M):
+            slots_MxD = gather_rows(x_NxD, token_M, slot_NxK)
+        else:
+            slots_MxD = x_NxD.at[token_M].get(mode="fill", fill_value=0)
+        return _exchange(slots_MxD.reshape(E, G, C, D), 0, 1)
+
+    return _on_mesh(local, (_TOKENS, _GROUPED, _GROUPED), _SLOTS)(x_GxSxD, *indices)
+
+
+def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, indices: Indices) -> jax.Array:
+    """[G, S, D]: Σ over a token's slots of gate · what the slot holds; 0 where all were dropped.
+
+    Gates are of the dtype of the slots: nothing of a token's size is ever float32 (paper §2.4).
+    """
+
+    def local(slots_ExGxCxD, gate_GxSxK, *indices):
+        slots = _exchange(slots_ExGxCxD, 1, 0)
+        G, S, K = gate_GxSxK.shape
+        slots_MxD = slots.reshape(-1, slots.shape[-1])
+        slot_NxK, held_M = _flat(Indices(*indices))
+        if _token_major(slot_NxK, held_M):
+            rows = gather_rows(slots_MxD, slot_NxK.reshape(-1), held_M[:, None])
+            return jnp.sum(rows.reshape(G, S, K, -1) * gate_GxSxK[..., None], axis=2)
+        gate_M = gate_GxSxK.reshape(-1).at[held_M].get(mode="fill", fill_value=0)
+        y_NxD = jnp.zeros((G * S, slots_MxD.shape[-1]), slots_MxD.dtype)
+        y_NxD = y_NxD.at[held_M // K].add(slots_MxD * gate_M[:, None], mode="drop")
+        return y_NxD.reshape(G, S, -1)
+
+    return _on_mesh(local, (_SLOTS, _GROUPED, _GROUPED, _GROUPED), _TOKENS)(
+        slots_ExGxCxD, gate_GxSxK, *indices
+    )
+
+
+def _token_major(slot_NxK: jax.Array, held_M: jax.Array) -> bool:
+    """Whether to go through the K places of every token or through all slots.
+
+    The first is a gather forward and backward, the second a scatter-add one way, which is
+    several times slower a row; worth it where most places are empty, as for expert choice.
+    """
+    return slot_NxK.size <= 4 * held_M.size
+
+
+@jax.custom_vjp
+def gather_rows(x_NxD: jax.Array, index_M: jax.Array, inverse_NxJ: jax.Array) -> jax.Array:
+    """[M, D]: row index_M[m] of x, or zeros where the index is N.
+
+    `inverse_NxJ` lists where in the result each row went (M: nowhere). With it the backward
+    pass is a gather too; the scatter-add of a plain `take` is several times slower.
+    """
+    del inverse_NxJ
+    return x_NxD.at[index_M].get(mode="fill", fill_value=0)
+
+
+def _gather_rows_fwd(x_NxD, index_M, inverse_NxJ):
+    return gather_rows(x_NxD, index_M, inverse_NxJ), inverse_NxJ
+
+
+def _gather_rows_bwd(inverse_NxJ, g_MxD):
+    g_NxJxD = g_MxD.at[inverse_NxJ].get(mode="fill", fill_value=0)
+    return g_NxJxD[:, 0] if inverse_NxJ.shape[1] == 1 else g_NxJxD.sum(1), None, None
+
+
+gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+
+
+def _flat(indices: Indices) -> tuple[jax.Array, jax.Array]:
+    """Indices over all groups of a device at once, with slots in the order [E, G, C].
+
+    Returns the flat slot of each assignment, [G·S, K] with E·G·C for none, and the flat
+    assignment of each slot, [E·G·C] with G·S·K for none.
+    """
+    slot_GxSxK, held_GxExC = indices
+    G, S, K = slot_GxSxK.shape
+    _, E, C = held_GxExC.shape
+    group_G = jnp.arange(G, dtype=jnp.int32)
+    expert, place = jnp.divmod(slot_GxSxK, C)
+    slot = jnp.where(
+        slot_GxSxK < E * C, (expert * G + group_G[:, None, None]) * C + place, E * G * C
+    )
+    held = jnp.where(held_GxExC < S * K, group_G[:, None, None] * S * K + held_GxExC, G * S * K)
+    return slot.reshape(G * S, K), held.transpose(1, 0, 2).reshape(-1)
+
+
+def _on_mesh(local, in_axes: tuple, out_axes: tuple):
+    """`local` as a `shard_map` over the mesh in context, or as it is where there is none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return local
+    return jax.shard_map(
+        local, in_specs=tuple(spec(axes) for axes in in_axes), out_specs=spec(out_axes)
+    )
+
+
+def _exchange(x: jax.Array, split_axis: int, concat_axis: int) -> jax.Array:
+    """All-to-all over the expert axis, where there is one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.all_to_all(x, "expert", split_axis, concat_axis, tiled=True)
