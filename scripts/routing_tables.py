@@ -11,13 +11,17 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 import time
 from pathlib import Path
 
 from switch_jax import backend, config
+from switch_jax.bench import alternate, train_step_case
 from switch_jax.plots import new_figure
 from switch_jax.report import read_metrics
+from switch_jax.sharding import make_mesh
+from switch_jax.step import Program
 from switch_jax.train import train
 from switch_jax.workdir import Workdir
 
@@ -169,57 +173,72 @@ class Run:
 
     quality: float  # final validation neg. log perplexity, nats
     curve: tuple[tuple[int, float], ...]  # the same by step
-    step_seconds: float  # median
-    sequences_per_second: float
-    dropped: float | None  # over the last readings
+    dropped: float | None  # mean fraction over the last readings
 
 
-def workdir_of(runs: Path, overrides: Overrides, seed: int) -> Workdir:
-    """Named after what is trained, so that equal rows are one run."""
+def name_of(overrides: Overrides) -> str:
+    """The name of what is trained, so that equal rows are one run."""
     text = json.dumps(BASE | overrides, sort_keys=True)
-    return Workdir(runs / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-{seed}")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load(overrides: Overrides, seed: int) -> config.Config:
+    seeds = {"train.seed": str(seed), "data.seed": str(seed)}
+    return config.load(str(ROOT / "configs" / "switch_mini.py"), BASE | overrides | seeds)
 
 
 def make(workdir: Workdir, overrides: Overrides, seed: int) -> Run:
     """Trains a run where it is not finished, and reads what it came to."""
-    seeds = {"train.seed": str(seed), "data.seed": str(seed)}
-    resolved = config.load(str(ROOT / "configs" / "switch_mini.py"), BASE | overrides | seeds)
     lines = read_metrics(workdir)
     if not lines or lines[-1]["step"] < STEPS or lines[-1]["split"] != "eval":
-        train(resolved, workdir)
+        train(load(overrides, seed), workdir)
         lines = read_metrics(workdir)
     steps = [line for line in lines if line["split"] == "train"]
     evals = [line for line in lines if line["split"] == "eval"]
-    curve = tuple((e["step"], e["neg_log_perplexity"] or float("-inf")) for e in evals)
-    seconds = statistics.median(s["step_seconds"] for s in steps if "step_seconds" in s)
-    drops = [s.get("router/dropped_fraction") for s in steps[-4:]]
-    return Run(
-        quality=curve[-1][1],
-        curve=curve,
-        step_seconds=seconds,
-        sequences_per_second=resolved.data.batch_size / seconds,
-        dropped=statistics.mean(drops) if None not in drops else None,
-    )
+    # A loss that is not finite is null in the file.
+    curve = tuple((e["step"], e["neg_log_perplexity"] or -math.inf) for e in evals)
+    drops = [line["router/dropped_fraction"] for line in steps[-4:] if "router/z" in line]
+    return Run(curve[-1][1], curve, statistics.mean(drops) if drops else None)
 
 
-def seconds_to(run: Run, quality: float) -> float | None:
-    """Training time, without compilation and evaluation, until the validation reaches it."""
+def measure_steps(path: Path) -> dict[str, float]:
+    """Median seconds of a train step by `name_of`: all rows in one process, taking turns.
+
+    What training itself took would hold the machine's moods. Kept in `path`; remove it to
+    measure anew.
+    """
+    if path.exists():
+        return json.loads(path.read_text())
+    rows = {name_of(o): o for table in TABLES for o in table.rows.values()}
+    cases = {}
+    for number, (name, overrides) in enumerate(rows.items(), 1):
+        print(f"compiling train step {number} of {len(rows)} to time it", flush=True)
+        resolved = load(overrides, SEEDS[0])
+        cases[name] = train_step_case(resolved, Program(resolved, make_mesh(resolved)))
+    seconds = {name: statistics.median(times) for name, times in alternate(cases, 10).items()}
+    path.write_text(json.dumps(seconds))
+    return seconds
+
+
+def seconds_to(run: Run, quality: float, step_seconds: float) -> float | None:
+    """Time of the train steps until the validation reaches a quality."""
     step = next((step for step, value in run.curve if value >= quality), None)
-    return None if step is None else step * run.step_seconds
+    return None if step is None else step * step_seconds
 
 
 def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def render(table: Table, results: dict[str, list[Run]]) -> str:
-    """A table in Markdown."""
+def render(table: Table, results: dict[str, list[Run]], step_seconds: dict[str, float]) -> str:
+    """A table in Markdown; the quality to reach is the first row's final one."""
     target = statistics.mean(run.quality for run in results[next(iter(table.rows))])
     columns = ["", "neg. log perplexity", "paper's", f"seconds to {target:.3f}", "sequences/s"]
     lines = [f"### Table {table.number}: {table.title}", "", f"The paper: {table.finding}", ""]
     lines += [f"| {' | '.join([*columns, 'dropped'])} |", "|---|" + "---|" * len(columns)]
     for row, runs in results.items():
-        times = [seconds_to(run, target) for run in runs]
+        seconds = step_seconds[name_of(table.rows[row])]
+        times = [seconds_to(run, target, seconds) for run in runs]
         reached = [t for t in times if t is not None]
         dropped = [run.dropped for run in runs if run.dropped is not None]
         cells = [
@@ -227,7 +246,7 @@ def render(table: Table, results: dict[str, list[Run]]) -> str:
             spread([run.quality for run in runs], 3),
             table.paper[row],
             f"{statistics.mean(reached):.1f}" if len(reached) == len(runs) else "not by all seeds",
-            f"{statistics.median(run.sequences_per_second for run in runs):.0f}",
+            f"{load(table.rows[row], SEEDS[0]).data.batch_size / seconds:.0f}",
             f"{statistics.mean(dropped):.1%}" if dropped else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -257,28 +276,28 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/routing"), help="where runs lie")
     arguments = parser.parse_args()
     backend.start()
-    jobs = {}
-    # Seed by seed, so that a machine whose speed drifts drifts for all rows.
-    for seed in SEEDS:
-        for table in TABLES:
-            for row, overrides in table.rows.items():
-                workdir = workdir_of(arguments.runs, overrides, seed)
-                job = workdir, overrides, seed, f"table {table.number}, {row}"
-                jobs.setdefault(workdir.path, job)
-    done: dict[Path, Run] = {}
-    for number, (path, (workdir, overrides, seed, what)) in enumerate(jobs.items(), 1):
+    # Seed by seed: a first look at every table comes after a third of the time.
+    jobs = {
+        (name_of(overrides), seed): (overrides, f"table {table.number}, {row}, seed {seed}")
+        for seed in SEEDS
+        for table in TABLES
+        for row, overrides in table.rows.items()
+    }
+    done: dict[tuple[str, int], Run] = {}
+    for number, ((name, seed), (overrides, what)) in enumerate(jobs.items(), 1):
         began = time.time()
-        print(f"run {number} of {len(jobs)}: {what}, seed {seed}", flush=True)
-        done[path] = make(workdir, overrides, seed)
-        print(f"  {done[path].quality:.3f} after {time.time() - began:.0f} s", flush=True)
+        print(f"run {number} of {len(jobs)}: {what}", flush=True)
+        done[name, seed] = make(Workdir(arguments.runs / f"{name}-{seed}"), overrides, seed)
+        print(f"  {done[name, seed].quality:.3f} after {time.time() - began:.0f} s", flush=True)
+    step_seconds = measure_steps(arguments.runs / "step_seconds.json")
     results = {
         table.number: {
-            row: [done[workdir_of(arguments.runs, overrides, seed).path] for seed in SEEDS]
+            row: [done[name_of(overrides), seed] for seed in SEEDS]
             for row, overrides in table.rows.items()
         }
         for table in TABLES
     }
-    text = "\n\n".join(render(table, results[table.number]) for table in TABLES)
+    text = "\n\n".join(render(table, results[table.number], step_seconds) for table in TABLES)
     before, _, rest = DOCUMENT.read_text().partition("<!-- tables -->\n")
     _, end, after = rest.partition("<!-- end of tables -->")
     document = f"{before}<!-- tables -->\n\n{text}\n\n{end}{after}"

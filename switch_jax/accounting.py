@@ -66,7 +66,8 @@ class ExpertLayer:
 
     `slots_per_token`, E·C / S, is the capacity factor that really holds. Where it is not
     `capacity_factor`, `changed_by` says why: "rounding", "min_capacity", or "group_tokens"
-    (no expert needs more slots than its group has tokens).
+    (no expert needs more slots than its group has tokens). Dropless, there are as many slots as
+    assignments (what fills up blocks of rows is not counted).
     `dropped_if_uniform`: see the function; what a router that is balanced on average drops
     nevertheless, before ntlb's second tries.
     """
@@ -242,6 +243,11 @@ def _expert_layer(config: Config, stack: str, layer: int, sublayer: str) -> Expe
     S = rows * config.length(stack)
     C = moe.capacity(S, moe.capacity_factor)
     eval_C = moe.capacity(S, moe.eval_capacity_factor)
+    assignments = _assignments(S, C, moe)
+
+    def slots(factor: float | None, capacity: int) -> float:
+        return assignments if factor is None else E * capacity / S
+
     return ExpertLayer(
         stack=stack,
         layer=layer,
@@ -250,12 +256,12 @@ def _expert_layer(config: Config, stack: str, layer: int, sublayer: str) -> Expe
         group_tokens=S,
         capacity=C,
         capacity_factor=moe.capacity_factor,
-        slots_per_token=E * C / S,
+        slots_per_token=slots(moe.capacity_factor, C),
         changed_by=_changed_by(S, C, moe),
-        assignments_per_token=_assignments(S, C, moe),
+        assignments_per_token=assignments,
         dropped_if_uniform=dropped_if_uniform(S, C, moe),
         eval_capacity=eval_C,
-        eval_slots_per_token=E * eval_C / S,
+        eval_slots_per_token=slots(moe.eval_capacity_factor, eval_C),
     )
 
 

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,10 @@ from switch_jax.step import Program
 
 PARTS = ("train_step", "forward", "layer")
 MODELS = ("sparse", "dense")
+
+Lower = Callable[[], jax.stages.Lowered]
+# Calls what was compiled, on what its last call returned (None at first).
+Advance = Callable[[Callable, Any], Any]
 
 
 def run(config: Config, repeats: int) -> dict[str, Any]:
@@ -52,8 +56,8 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
             cases = {
                 model: _Case(part, c, Program(c, mesh)) for model, c in zip(MODELS, (config, dense))
             }
-            _alternate(cases, repeats)
-            result[part] = _compare({model: case.report() for model, case in cases.items()})
+            seconds = alternate({model: case.call for model, case in cases.items()}, repeats)
+            result[part] = _compare({m: case.report(seconds[m]) for m, case in cases.items()})
     for model, one in zip(MODELS, (config, dense)):
         step = result["train_step"][model]
         tokens = config.data.batch_size * (config.data.inputs_length + config.data.targets_length)
@@ -63,10 +67,10 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
 
 
 class _Case:
-    """One part of one model: compiled, and timed call by call."""
+    """One part of one model: compiled, and called again and again."""
 
     def __init__(self, part: str, config: Config, program: Program):
-        lower, self._next = {
+        lower, advance = {
             "train_step": _train_step,
             "forward": _forward,
             "layer": _layer,
@@ -79,24 +83,15 @@ class _Case:
         began = time.perf_counter()
         compiled = lower().compile()
         self._compile_cached = time.perf_counter() - began
-        self._call = compiled
+        self.call = _repeated(compiled, advance)
         self._memory: Any = compiled.memory_analysis()
-        self._seconds: list[float] = []
-        self._state: Any = None
 
-    def once(self, *, timed: bool) -> None:
-        began = time.perf_counter()
-        self._state = self._next(self._call, self._state)
-        jax.block_until_ready(self._state)
-        if timed:
-            self._seconds.append(time.perf_counter() - began)
-
-    def report(self) -> dict[str, Any]:
+    def report(self, seconds: list[float]) -> dict[str, Any]:
         memory = self._memory
         return {
-            "seconds": statistics.median(self._seconds),
-            "seconds_min": min(self._seconds),
-            "seconds_max": max(self._seconds),
+            "seconds": statistics.median(seconds),
+            "seconds_min": min(seconds),
+            "seconds_max": max(seconds),
             "compile_seconds": self._compile,
             "compile_seconds_cached": self._compile_cached,
             "memory_bytes": memory.argument_size_in_bytes
@@ -106,10 +101,36 @@ class _Case:
         }
 
 
-def _alternate(cases: dict[str, _Case], repeats: int) -> None:
+def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each case. They take turns, so that a machine whose speed
+    drifts drifts for all, and begin with a call that is not timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(repeats + 1):
-        for case in cases.values():
-            case.once(timed=number > 0)
+        for name, call in cases.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def train_step_case(config: Config, program: Program) -> Callable[[], Any]:
+    """A compiled train step on synthetic tokens, for `alternate`."""
+    lower, advance = _train_step(config, program)
+    return _repeated(lower().compile(), advance)
+
+
+def _repeated(compiled: Callable, advance: Advance) -> Callable[[], Any]:
+    """Calls `compiled` once more, on what its last call left."""
+    last = None
+
+    def call() -> Any:
+        nonlocal last
+        last = advance(compiled, last)
+        return last
+
+    return call
 
 
 def _compare(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -117,11 +138,7 @@ def _compare(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {**reports, "ratio": sparse / dense}
 
 
-Lower = Callable[[], jax.stages.Lowered]
-Next = Callable[[Callable, Any], Any]
-
-
-def _train_step(config: Config, program: Program) -> tuple[Lower, Next]:
+def _train_step(config: Config, program: Program) -> tuple[Lower, Advance]:
     batch = program.put(next(SyntheticIterator(config, jax.process_index(), jax.process_count())))
 
     def advance(call, state):
@@ -130,13 +147,13 @@ def _train_step(config: Config, program: Program) -> tuple[Lower, Next]:
     return partial(program.train_step.lower, program.abstract_state, batch), advance
 
 
-def _forward(config: Config, program: Program) -> tuple[Lower, Next]:
+def _forward(config: Config, program: Program) -> tuple[Lower, Advance]:
     batch = program.put(next(SyntheticIterator(config, jax.process_index(), jax.process_count())))
     params = program.init().params
     return partial(program.eval_step.lower, params, batch), lambda call, _: call(params, batch)
 
 
-def _layer(config: Config, program: Program) -> tuple[Lower, Next]:
+def _layer(config: Config, program: Program) -> tuple[Lower, Advance]:
     """Gradients of one feed-forward layer with respect to its input and parameters."""
     data, model = config.data, config.model
     shape = (data.batch_size, data.inputs_length, model.d_model)

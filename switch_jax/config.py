@@ -145,6 +145,8 @@ def _check(key: str, value: Any, kind: Any) -> Any:
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
+        if value is None and "none" in choices:  # how the command line reads `none`
+            return "none"
         if value not in choices:
             raise UserError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
         return value

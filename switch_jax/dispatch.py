@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from switch_jax.routing import Assignment
-from switch_jax.sharding import spec
+from switch_jax.sharding import on_mesh, spec
 
 
 class Indices(NamedTuple):
@@ -51,9 +51,9 @@ def tokens_of_slots(slot_SxK: jax.Array, num_experts: int, capacity: int) -> jax
     return held.reshape(num_experts, capacity)
 
 
-_GROUPED = ("batch", None, None)
-_TOKENS = ("batch", None, "activation_split")
-_SLOTS = ("expert", "expert_group", None, "activation_split")
+_GROUPED = spec(("batch", None, None))
+_TOKENS = spec(("batch", None, "activation_split"))
+_SLOTS = spec(("expert", "expert_group", None, "activation_split"))
 
 
 def dispatch(x_GxSxD: jax.Array, indices: Indices) -> jax.Array:
@@ -74,7 +74,8 @@ def dispatch(x_GxSxD: jax.Array, indices: Indices) -> jax.Array:
             slots_MxD = x_NxD.at[token_M].get(mode="fill", fill_value=0)
         return _exchange(slots_MxD.reshape(E, G, C, D), 0, 1)
 
-    return _on_mesh(local, (_TOKENS, _GROUPED, _GROUPED), _SLOTS)(x_GxSxD, *indices)
+    in_specs = (_TOKENS, _GROUPED, _GROUPED)
+    return on_mesh(local, in_specs=in_specs, out_specs=_SLOTS)(x_GxSxD, *indices)
 
 
 def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, indices: Indices) -> jax.Array:
@@ -96,9 +97,8 @@ def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, indices: Indices) -
         y_NxD = y_NxD.at[held_M // K].add(slots_MxD * gate_M[:, None], mode="drop")
         return y_NxD.reshape(G, S, -1)
 
-    return _on_mesh(local, (_SLOTS, _GROUPED, _GROUPED, _GROUPED), _TOKENS)(
-        slots_ExGxCxD, gate_GxSxK, *indices
-    )
+    in_specs = (_SLOTS, _GROUPED, _GROUPED, _GROUPED)
+    return on_mesh(local, in_specs=in_specs, out_specs=_TOKENS)(slots_ExGxCxD, gate_GxSxK, *indices)
 
 
 def _token_major(slot_NxK: jax.Array, held_M: jax.Array) -> bool:
@@ -149,15 +149,6 @@ def _flat(indices: Indices) -> tuple[jax.Array, jax.Array]:
     )
     held = jnp.where(held_GxExC < S * K, group_G[:, None, None] * S * K + held_GxExC, G * S * K)
     return slot.reshape(G * S, K), held.transpose(1, 0, 2).reshape(-1)
-
-
-def _on_mesh(local, in_axes: tuple, out_axes: tuple):
-    """`local` as a `shard_map` over the mesh in context, or as it is where there is none."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return local
-    return jax.shard_map(
-        local, in_specs=tuple(spec(axes) for axes in in_axes), out_specs=spec(out_axes)
-    )
 
 
 def _exchange(x: jax.Array, split_axis: int, concat_axis: int) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from switch_jax import dropless
 from switch_jax.dispatch import combine, dispatch, make_indices
 from switch_jax.layers import (
     Attention,
@@ -140,17 +141,16 @@ def through_experts(
     C = moe.capacity(S, plan.factor)
     x_GxSxD = x_BxLxD.reshape(G, S, D)
     routed = router(x_BxLxD, plan, fold(keys, 0))
-    # The gates are cast first: nothing of a token's size is ever float32 (paper §2.4).
-    gate_GxSxK = routed.assignment.gate_SxK.astype(dtype)
-    if plan.factor is None and keys is None and gate_GxSxK.size <= E:
-        y_GxSxKxD = _look_up(experts, x_GxSxD, routed.assignment.expert_SxK)
-        outputs = tuple(jnp.sum(y * gate_GxSxK[..., None], axis=2) for y in y_GxSxKxD)
+    group_keys = None if keys is None else fold(keys[:: plan.rows], 1)
+    rate = moe.expert_dropout_rate
+    if plan.factor is None:
+        outputs = dropless.compute(experts, x_GxSxD, routed.assignment, rate, group_keys)
     else:
         indices = make_indices(routed.assignment, E, C)
-        slots_ExGxCxD = dispatch(x_GxSxD, indices)
-        group_keys = None if keys is None else fold(keys[:: plan.rows], 1)
-        computed = _compute(experts, slots_ExGxCxD, moe.expert_dropout_rate, group_keys)
-        outputs = tuple(combine(slots, gate_GxSxK, indices) for slots in computed)
+        slots = _compute(experts, dispatch(x_GxSxD, indices), rate, group_keys)
+        # The gates are cast first: nothing of a token's size is ever float32 (paper §2.4).
+        gate_GxSxK = routed.assignment.gate_SxK.astype(dtype)
+        outputs = tuple(combine(slots_ExGxCxD, gate_GxSxK, indices) for slots_ExGxCxD in slots)
     return tuple(y.reshape(B, L, -1) for y in outputs), routed
 
 
@@ -173,19 +173,3 @@ def _compute(
         return jnp.where(keep, h_ExGxCxF / (1 - rate), 0)
 
     return experts(constrain(slots_ExGxCxD, *along, "activation"), matmul, drop)
-
-
-def _look_up(
-    experts: Experts, x_GxSxD: jax.Array, expert_GxSxK: jax.Array
-) -> tuple[jax.Array, ...]:
-    """[G, S, K, ..] for fewer assignments than experts, as in decoding: fetches the weights of
-    the chosen experts instead of computing slots for all of them.
-    """
-
-    def matmul(x_GxSxKxX: jax.Array, stacked: nnx.Param, last: str) -> jax.Array:
-        del last
-        chosen = stacked[...].at[expert_GxSxK].get(mode="fill", fill_value=0)
-        return jnp.einsum("GSKX,GSKXY->GSKY", x_GxSxKxX, chosen.astype(x_GxSxKxX.dtype))
-
-    x = jnp.broadcast_to(x_GxSxD[:, :, None], (*expert_GxSxK.shape, x_GxSxD.shape[-1]))
-    return experts(x, matmul, lambda h: h)

@@ -74,8 +74,8 @@ class Router(nnx.Module):
             return x_BxLxE.reshape(G, S, -1)
 
         logits_BxLxE = self._logits(x_BxLxD, plan, fold(keys, 0))
-        probs_BxLxE = jax.nn.softmax(logits_BxLxE).astype(jnp.float32)
-        logits_BxLxE = logits_BxLxE.astype(jnp.float32)
+        probs_BxLxE = _rounded(jax.nn.softmax(logits_BxLxE))
+        logits_BxLxE = _rounded(logits_BxLxE)
         scores = Scores(
             probs_SxE=grouped(probs_BxLxE),
             rank_SxE=grouped(self._rank(logits_BxLxE, probs_BxLxE, fold(keys, 1))),
@@ -125,6 +125,15 @@ class Router(nnx.Module):
         if keys is None or self.config.second_policy != "random":
             return None
         return jax.vmap(partial(jax.random.uniform, shape=shape))(keys).reshape(*group, -1)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """float32 with no more digits than the dtype of `x` has; XLA may keep more by itself."""
+    digits = jnp.finfo(x.dtype)
+    x32 = x.astype(jnp.float32)
+    if x.dtype == jnp.float32:
+        return x32
+    return jax.lax.reduce_precision(x32, digits.nexp, digits.nmant)
 
 
 def hashed(token: jax.Array, num_experts: int) -> jax.Array:

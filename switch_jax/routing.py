@@ -77,7 +77,7 @@ def top_k(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:
     """
     del capacity
     expert_SxK, gate_SxK = _choose(scores, moe)
-    return Assignment(expert_SxK, gate_SxK, _ranks(expert_SxK, moe.num_experts))
+    return Assignment(expert_SxK, gate_SxK, ranks(expert_SxK, moe.num_experts))
 
 
 def batch_prioritized(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:
@@ -88,7 +88,7 @@ def batch_prioritized(scores: Scores, moe: MoEConfig, capacity: int) -> Assignme
     del capacity
     expert_SxK, gate_SxK = _choose(scores, moe)
     order_S = jnp.argsort(-gate_SxK[:, 0], stable=True)
-    slot_SxK = _ranks(expert_SxK[order_S], moe.num_experts)
+    slot_SxK = ranks(expert_SxK[order_S], moe.num_experts)
     slot_SxK = jnp.zeros_like(slot_SxK).at[order_S].set(slot_SxK, unique_indices=True)
     return Assignment(expert_SxK, gate_SxK, slot_SxK)
 
@@ -110,7 +110,7 @@ def no_token_left_behind(scores: Scores, moe: MoEConfig, capacity: int) -> Assig
     for stage in range(moe.choices):
         open_S = mask_S & (expert_S == E)
         try_S = jnp.where(open_S, choice_SxK[:, stage], E)
-        place_S = taken_E[try_S] + _ranks(try_S[:, None], E)[:, 0]
+        place_S = taken_E[try_S] + ranks(try_S[:, None], E)[:, 0]
         placed_S = open_S & (place_S < capacity)
         expert_S = jnp.where(placed_S, try_S, expert_S)
         gate_S = jnp.where(placed_S, prob_SxK[:, stage], gate_S)
@@ -180,7 +180,7 @@ def _wanted(gate_SxK: jax.Array, chance_SxK: jax.Array | None, moe: MoEConfig) -
     return others_SxK.at[:, 0].set(True)
 
 
-def _ranks(expert_SxK: jax.Array, num_experts: int) -> jax.Array:
+def ranks(expert_SxK: jax.Array, num_experts: int) -> jax.Array:
     """Position of each assignment among those of its expert: first choices first, then in
     token order; the first position is 0 (the paper's Fig 15 would begin at 1: trap T1).
     """

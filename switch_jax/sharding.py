@@ -7,7 +7,9 @@ split over slice × data × expert; experts over `expert`; heads, d_ff and vocab
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -64,6 +66,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     sizes = _fitting(config, len(devices))
+    _check_dropless(config, sizes, devices)
     shape = tuple(sizes.values())
     return jax.make_mesh(
         shape,
@@ -148,6 +151,48 @@ def _check_groups(config: Config, local_rows: int) -> None:
     )
 
 
+def _check_dropless(config: Config, sizes: dict[str, int], devices: Sequence[jax.Device]) -> None:
+    """Raises `UserError` where a device cannot hold what a dropless expert layer may send it.
+
+    Without capacity, all tokens of an `expert` row may come to one device. Counted is what a
+    layer cannot do without at once: inputs, hidden activations and outputs of their experts.
+    """
+    model, moe, memory = config.model, config.moe, device_memory(devices)
+    factors = {"capacity_factor": config.train.accumulate, "eval_capacity_factor": 1}
+    dropless = {key: parts for key, parts in factors.items() if getattr(moe, key) is None}
+    if not (config.sparse and dropless and memory):
+        return
+    key, parts = min(dropless.items(), key=lambda item: item[1])
+    stack = max(filter(config.sparse_layers, STACKS), key=config.length)
+    tokens = config.data.batch_size * config.length(stack) // parts
+    tokens //= sizes["slice"] * sizes["data"]
+    if moe.sublayer == "attention":
+        outputs = 2 * model.num_heads * model.head_dim
+    else:
+        outputs = {"relu": 1, "geglu": 2}[model.activation] * model.d_ff + model.d_model
+    width = model.d_model + outputs // sizes["model"]
+    needed = tokens * moe.choices * width * {"float32": 4, "bfloat16": 2}[model.dtype]
+    if needed > memory:
+        raise UserError(
+            f"moe.{key}=None may send all {tokens:,} {stack} tokens of slice × data to the experts"
+            f" of one device, which takes {needed / 1e9:,.1f} GB on a device of"
+            f" {memory / 1e9:,.1f} GB; set moe.{key} to a number such as 2.0, make data.batch_size"
+            " smaller, or mesh.data or mesh.model larger."
+        )
+
+
+def device_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that one device may use; None where nobody says."""
+    device = devices[0]
+    if device.platform == "cpu":
+        local = max(1, len(jax.local_devices(backend="cpu")))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except (AttributeError, jax.errors.JaxRuntimeError):  # a described device, not a real one
+        return None
+
+
 def spec(axes: Sequence[str | None], *, fsdp: bool = False) -> P:
     """The partition of an array whose dimensions have these logical names.
 
@@ -162,6 +207,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def on_mesh(local: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
+    """`local` as a `shard_map` over the mesh in context, or as it is where there is none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return local
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

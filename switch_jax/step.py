@@ -89,7 +89,7 @@ class Program:
             mesh,
             self._train_step,
             donate_argnums=0,
-            out_shardings=(self.state_sharding, whole),
+            out_shardings=(self.state_sharding, whole, whole),
         )
         self.eval_step = OnMesh(mesh, self._eval_step, out_shardings=whole)
 
@@ -116,8 +116,14 @@ class Program:
         step, tokens = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
         return TrainState(step, tokens, params, self._optimizer.init(params))
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One optimizer step over a global batch, in `train.accumulate` microbatches."""
+    def _train_step(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
+        """One optimizer step over a global batch, in `train.accumulate` microbatches.
+
+        Returns the state, metrics, and how many assignments each expert had: [layers, E] by
+        `Stats` key.
+        """
         config = self.config
         totals = losses.totals(batch, config)
         keys = self._row_keys(state.step, batch)
@@ -153,7 +159,8 @@ class Program:
             "param_norm": optax.global_norm(params),
             **losses.router_metrics(stats, config),
         }
-        return TrainState(state.step + 1, tokens, params, opt_state), metrics
+        load = {key: sums.load_E for key, sums in stats.items()}
+        return TrainState(state.step + 1, tokens, params, opt_state), metrics, load
 
     def _balanced(self, params: Mapping[str, jax.Array], stats: Stats) -> dict[str, jax.Array]:
         """`params` with routers' biases a step towards balance: up where an expert had less

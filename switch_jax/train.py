@@ -11,6 +11,7 @@ import jax
 from switch_jax import accounting, checkpoint, sharding
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.evaluate import evaluate
+from switch_jax.idle_experts import IdleExperts
 from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
 from switch_jax.schema import Config
 from switch_jax.step import Program, TrainState
@@ -59,6 +60,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     device_kind = mesh.devices.flat[0].device_kind
     meter = Meter(lambda s: accounting.mfu(config, s, device_kind, mesh.devices.size))
     writer = MetricsWriter(workdir, first_step, active=first_process)
+    idle = IdleExperts(config)
     display = ProgressDisplay(settings.steps, first_step, active=first_process)
     with display, writer, _stop_requests() as stops:
         if first_step:
@@ -68,7 +70,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         batch = program.put(next(batches))
         previous = None
         for step in range(first_step + 1, settings.steps + 1):
-            state, metrics = program.train_step(state, batch)
+            state, metrics, load = program.train_step(state, batch)
+            idle.update(load)
             if previous is None:
                 jax.block_until_ready(state)  # compilation is not a step
                 meter.restart(step, metrics)
@@ -87,6 +90,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
                 values = meter.read(step, metrics)
                 writer.write(step, "train", values)
                 display.status(step, values)
+                for sentence in idle.news():
+                    display.say(f"step {step}  {sentence}")
             if finished or step % settings.eval_every == 0:
                 values = evaluate(program, state.params, validation)
                 writer.write(step, "eval", values)

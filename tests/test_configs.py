@@ -166,6 +166,84 @@ def test_bad_override(key, value, words):
     assert all(word in message for word in words), message
 
 
+CHOICE = {"moe.router": "expert_choice", "moe.stacks": "encoder"}
+TOP_2 = {"moe.router": "top_k"}
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"moe.router": "expert_choice"}, ["expert_choice", "later ones", "moe.stacks=encoder"]),
+        (CHOICE | {"moe.stacks": "decoder"}, ["later ones", "moe.stacks=encoder"]),
+        (CHOICE | {"moe.capacity_factor": "None"}, ["expert_choice", "moe.capacity_factor"]),
+        (CHOICE | {"moe.top_k": "2"}, ["expert_choice", "moe.top_k=2", "None"]),
+        (CHOICE | {"moe.sampling_temperature": "1"}, ["no expert to draw", "sampling"]),
+        (CHOICE | {"moe.balance_bias_rate": "0.1"}, ["expert_choice", "moe.balance_bias_rate=0"]),
+        ({"moe.router": "hash", "moe.top_k": "2"}, ["moe.router=hash", "moe.top_k=2"]),
+        ({"moe.router": "hash", "moe.jitter": "0.1"}, ["moe.router=hash", "moe.jitter=0"]),
+        ({"moe.router": "hash", "moe.balance_bias_rate": "0.1"}, ["hash", "balance_bias_rate=0"]),
+        ({"moe.router": "ntlb", "moe.top_k": "200"}, ["moe.top_k=200", "moe.num_experts=128"]),
+        (TOP_2 | {"moe.top_k": "129"}, ["moe.top_k=129", "moe.num_experts=128"]),
+        ({"moe.renormalize": "True"}, ["moe.renormalize=True", "moe.router=top_k"]),
+        ({"moe.second_policy": "random"}, ["moe.second_policy=random", "moe.top_k=2"]),
+        (
+            TOP_2 | {"moe.top_k": "1", "moe.second_policy": "none"},
+            ["moe.second_policy=none", "moe.top_k=2"],
+        ),
+        (
+            {"moe.jitter": "0.1", "moe.sampling_temperature": "1.0"},
+            ["moe.jitter and moe.sampling_temperature", "all but one"],
+        ),
+        (
+            {"moe.balance_bias_rate": "0.1", "moe.sampling_temperature": "1.0"},
+            ["moe.balance_bias_rate", "moe.sampling_temperature", "one of them"],
+        ),
+        ({"moe.first": "4", "moe.last": "4"}, ["moe.first=4", "moe.last=4", "None"]),
+        ({"moe.first": "3"}, ["moe.first=3", "moe.every=2"]),
+        ({"moe.last": "14"}, ["moe.last=14", "model.num_encoder_layers=12"]),
+        (
+            {"moe.sublayer": "attention", "moe.shared_d_ff": "64"},
+            ["moe.shared_d_ff=64", "moe.sublayer=attention"],
+        ),
+        (
+            {
+                "moe.min_capacity": "0",
+                "moe.capacity_rounding": "floor",
+                "moe.group_size": "64",
+                "data.targets_length": "64",
+            },
+            ["moe.capacity_factor=1.25", "decoder", "64", "128 experts", "moe.min_capacity=1"],
+        ),
+        ({"moe.input_dropout_rate": "1"}, ["moe.input_dropout_rate", "below 1"]),
+        ({"moe.router": "soft"}, ["moe.router", "expert_choice", "'soft'"]),
+    ],
+)
+def test_contradictory_routing_says_what_to_change(overrides, words):
+    with pytest.raises(UserError) as error:
+        config_lib.load(SPECS["switch_base"], overrides)
+    message = one_sentence(error)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "overrides, choices",
+    [
+        ({}, 1),
+        (TOP_2, 2),
+        (TOP_2 | {"moe.top_k": "4", "moe.renormalize": "True"}, 4),
+        ({"moe.router": "ntlb"}, 4),
+        ({"moe.router": "ntlb", "moe.num_experts": "2"}, 2),
+        ({"moe.router": "batch_prioritized"}, 1),
+        ({"moe.router": "hash"}, 1),
+        (CHOICE, 1),
+        ({"moe.min_capacity": "0", "moe.capacity_rounding": "floor"}, 1),
+        ({"moe.last": "4", "moe.every": "1", "moe.sublayer": "both"}, 1),
+    ],
+)
+def test_one_key_is_enough_for_another_router(overrides, choices):
+    assert config_lib.load(SPECS["switch_base"], overrides).moe.choices == choices
+
+
 @pytest.mark.parametrize(
     "body, words",
     [

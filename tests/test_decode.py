@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny
 from test_parity import load_reference, model_config, reference
 
 from switch_jax import decode
@@ -25,11 +26,10 @@ def model():
     return load_reference(abstract, stored)
 
 
-@pytest.mark.parametrize("rows", [3, 6])
-def test_cached_steps_equal_the_whole_decoder(model, rows):
-    """Row counts on both sides of the number of experts: weights looked up, and dispatch."""
-    source = jax.random.randint(jax.random.key(rows), (rows, 13), 2, 96).at[0, 9:].set(0)
-    target = jax.random.randint(jax.random.key(7), (rows, 11), 2, 96)
+def check_cached_steps_equal_the_whole_decoder(model, rows: int):
+    vocab_size = model.config.model.vocab_size
+    source = jax.random.randint(jax.random.key(rows), (rows, 13), 2, vocab_size).at[0, 9:].set(0)
+    target = jax.random.randint(jax.random.key(7), (rows, 11), 2, vocab_size)
     batch = {"encoder_input_tokens": source, "decoder_input_tokens": target}
     logits, _ = jax.jit(lambda m, b: m.forward(b, factor=None))(model, batch)
 
@@ -47,6 +47,39 @@ def test_cached_steps_equal_the_whole_decoder(model, rows):
         return jax.lax.scan(step, cache, (jnp.arange(target.shape[1]), target.T))[1]
 
     np.testing.assert_allclose(stepwise(model).swapaxes(0, 1), logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 6])
+def test_cached_steps_equal_the_whole_decoder(model, rows):
+    check_cached_steps_equal_the_whole_decoder(model, rows)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"moe.sublayer": "both", "moe.last": 2, "moe.shared_d_ff": 8},
+        {"moe.router": "hash", "moe.first": 2, "moe.every": 1},
+    ],
+    ids=["attention", "hash"],
+)
+def test_experts_anywhere_decode_as_they_train(values):
+    layers = {"model.num_encoder_layers": 2, "model.num_decoder_layers": 4}
+    config = tiny(**layers, **values, **{"model.init_scale": 1.0})
+    model = SwitchTransformer(config, jax.random.key(0))
+    check_cached_steps_equal_the_whole_decoder(model, 3)
+
+
+def test_expert_choice_generates_at_its_evaluation_capacity():
+    values = {"moe.router": "expert_choice", "moe.stacks": "encoder", "model.init_scale": 1.0}
+    model = SwitchTransformer(tiny(**values), jax.random.key(0))
+    source = jax.random.randint(jax.random.key(0), (2, 16), 2, 32)
+    output = decode.generate(model, source, max_length=4)
+    batch = np.pad(np.asarray(output), ((0, 0), (1, 0)))[:, :-1]
+    logits = model(source, jnp.asarray(batch))
+    first_end = np.asarray((output == 1).cumsum(-1) > 1)
+    np.testing.assert_array_equal(
+        np.where(first_end, 0, output), np.where(first_end, 0, logits.argmax(-1))
+    )
 
 
 def test_greedy_takes_the_best_token_and_stops_at_eos(model):

@@ -255,19 +255,6 @@ def test_dropped_tokens_and_padding_get_exactly_zero():
     assert zero[~mask].all()
 
 
-def test_few_tokens_fetch_their_experts_weights_with_the_same_result():
-    for values in ({"top_k": 2, "router": "top_k", "activation": "geglu"}, {}):
-        mlp, (x, mask) = layer(num_experts=12, **values), inputs()
-        row = (~mask).sum(-1).argmax()
-        x, mask = x[row : row + 1], mask[row : row + 1]
-        assert not mask.all()
-        looked_up, sums = call(mlp, x, mask, None, rows=1)
-        dispatched, other_sums = call(mlp, x, mask, 12.0, rows=1)
-        assert mlp.router.config.capacity(L, 12.0) == L
-        np.testing.assert_allclose(looked_up, dispatched, **CLOSE)
-        jax.tree.map(np.testing.assert_array_equal, sums, other_sums)
-
-
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gather_rows_has_the_gradient_of_indexing(top_k):
     C = 3

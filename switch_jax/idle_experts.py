@@ -1,0 +1,47 @@
+"""Experts that receive nothing: who, and for how long."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from switch_jax.losses import layer_names
+from switch_jax.schema import Config
+
+
+class IdleExperts:
+    """Counts, on the device, the steps since each expert last received a token of the batch."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._limit = config.train.idle_expert_steps
+        self._steps: Mapping[str, jax.Array | np.ndarray] = {}
+        self._told: set[tuple[str, int]] = set()
+
+    def update(self, load: Mapping[str, jax.Array]) -> None:
+        """After a step, with the assignments of every expert: by `Stats` key, [layers, E]."""
+        if not self._steps:
+            # NumPy's, which any mesh and any number of processes takes.
+            self._steps = {key: np.zeros(x.shape, np.int32) for key, x in load.items()}
+        self._steps = _counted(self._steps, load)
+
+    def news(self) -> list[str]:
+        """A sentence for every layer with experts that have become idle; each is told once."""
+        sentences = []
+        for key, steps_xE in jax.device_get(self._steps).items():
+            for layer, steps_E in zip(layer_names(key, self._config), steps_xE):
+                experts = [int(e) for e in np.flatnonzero(steps_E >= self._limit)]
+                fresh = [e for e in experts if (layer, e) not in self._told]
+                self._told |= {(layer, e) for e in fresh}
+                if fresh:
+                    names = ", ".join(map(str, fresh))
+                    sentences.append(
+                        f"{layer}: expert {names} received no token for {self._limit} steps"
+                    )
+        return sentences
+
+
+@jax.jit
+def _counted(steps, load):
+    return jax.tree.map(lambda n, x: jnp.where(x > 0, 0, n + 1), steps, load)
