@@ -62,8 +62,8 @@ def counted():
     decoder = {name.replace("encoder", "decoder"): rows for name, rows in encoder.items()}
     tokens = experts.batch_tokens(encoder | decoder)["encoder"]
     # 2 is no expert; the padding has some nevertheless, which nobody must see.
-    expert_NxK = np.array([[0, 1], [1, 2], [0, 2], [0, 1], [2, 2], [0, 2], [1, 0], [1, 2]])
-    gate_NxK = np.array([[8, 4], [2, 9], [6, 9], [9, 9], [9, 9], [5, 9], [1, 5], [1, 9]]) / 10
+    expert_NxK = np.array([[0, 1], [1, 2], [0, 2], [0, 1], [0, 2], [0, 2], [1, 0], [1, 2]])
+    gate_NxK = np.array([[8, 4], [2, 9], [6, 9], [9, 9], [6, 9], [5, 9], [1, 5], [1, 9]]) / 10
     counts = experts.Counts(vocab_size=8, num_experts=2)
     counts.add(tokens, expert_NxK, gate_NxK)
     return tokens, counts
@@ -74,33 +74,41 @@ def test_counts_by_hand():
     none = experts.NONE
     assert tokens.preceding_N.tolist() == [none, 5, none, none, none, 7, 5, 5]
     expected = np.zeros((8, 2), int)
-    expected[5], expected[6] = (4, 2), (0, 2)
+    expected[5], expected[6], expected[7] = (4, 2), (0, 2), (1, 0)
     np.testing.assert_array_equal(counts.token_VxE, expected)
     before = np.zeros((8, 2), int)
     before[5], before[7] = (1, 3), (1, 0)
     np.testing.assert_array_equal(counts.preceding_VxE, before)
-    np.testing.assert_allclose(counts.gate_E, [2.4, 0.8])
+    np.testing.assert_allclose(counts.gate_E, [3.0, 0.8])
 
 
 def test_information_and_tokens_of_the_experts_by_hand():
     layer = experts.describe(counted()[1], str)
-    information = 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3) + 0.25 * math.log(2)
+    # 9 assignments: 4 of token 5 to expert 0, 2 of it and 2 of token 6 to 1, 1 of token 7 to 0.
+    information = (
+        4 * math.log(4 * 9 / (6 * 5))
+        + 2 * math.log(2 * 9 / (6 * 4))
+        + 2 * math.log(2 * 9 / (2 * 4))
+        + 1 * math.log(1 * 9 / (1 * 5))
+    ) / 9
+    entropy = (5 * math.log(9 / 5) + 4 * math.log(9 / 4)) / 9
     assert layer["mutual_information"] == pytest.approx(information)
-    assert layer["expert_entropy"] == pytest.approx(math.log(2))
-    assert layer["mutual_information_of_entropy"] == pytest.approx(information / math.log(2))
-    assert (layer["load_max"], layer["load_min"], layer["load_cv"]) == (1, 1, 0)
-    assert (layer["assignments"], layer["idle_experts"]) == (8, 0)
+    assert layer["expert_entropy"] == pytest.approx(entropy)
+    assert layer["mutual_information_of_entropy"] == pytest.approx(information / entropy)
+    loads = [layer[name] for name in ("load_max", "load_min", "load_cv")]
+    assert loads == pytest.approx([10 / 9, 8 / 9, 1 / 9])
+    assert (layer["assignments"], layer["idle_experts"]) == (9, 0)
     first, second = layer["experts"]
-    assert (first["load"], second["load"]) == (0.5, 0.5)
+    assert (first["load"], second["load"]) == (5 / 9, 4 / 9)
     assert (first["mean_gate"], second["mean_gate"]) == (pytest.approx(0.6), pytest.approx(0.2))
 
     def shown(expert, kind):
         return [(t["token"], t["id"], t["count"], t["share"]) for t in expert[kind]]
 
-    assert shown(first, "tokens") == [("5", 5, 4, 1)]
+    assert shown(first, "tokens") == [("5", 5, 4, 0.8), ("7", 7, 1, 0.2)]
     assert shown(second, "tokens") == [("5", 5, 2, 0.5), ("6", 6, 2, 0.5)]
     assert shown(second, "characteristic") == [("6", 6, 2, 0.5)]
-    assert second["characteristic"][0]["lift"] == pytest.approx(2)
+    assert second["characteristic"][0]["lift"] == pytest.approx(9 / 4)
     assert shown(first, "preceding") == [("5", 5, 1, 0.5), ("7", 7, 1, 0.5)]
     assert shown(second, "preceding") == [("5", 5, 3, 1)]
 
@@ -174,7 +182,7 @@ def test_every_choice_counts_before_any_is_dropped():
 @pytest.mark.parametrize("text", [TEXT, "import", "a module"])
 def test_a_text_becomes_batches_with_nothing_left_out(config, tmp_path, text):
     path, words = tmp_path / "text.txt", Vocabulary(config.parent / "tiny.model")
-    path.write_text("\ufeff" + text)
+    path.write_text(text)
     made_with = loaded(config)
     batches = text_batches(path, words, made_with)
     tokens = []

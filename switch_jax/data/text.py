@@ -48,7 +48,7 @@ def text_batches(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors put a mark at the start
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"Input file {str(path)!r} cannot be read ({error.strerror}); name a text file."
