@@ -267,5 +267,6 @@ token, each counts. A decoder’s tokens are its inputs, which begin with <code>
 with counts and shares of the expert’s total. Characteristic ones add most to the mutual
 information of token and expert; × says how many times as often the expert takes them as if
 experts did not depend on tokens. Mutual information by chance is what the same tokens show with
-their experts shuffled: only what is above it means something.</p>
+their experts shuffled: only what is above it means something. Loads of layers are in units of a
+fair share.</p>
 """
