@@ -13,6 +13,7 @@ from switch_jax.errors import UserError
 
 if TYPE_CHECKING:
     from switch_jax.schema import Config
+    from switch_jax.workdir import Workdir
 
 _CONFIG_HELP = "configs/NAME.py or configs/NAME.py:key=value,…; change keys with --config.KEY=VALUE"
 
@@ -99,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     workdir(sub, "a WORKDIR, or one of its checkpoints")
     as_json(sub)
 
+    sub = verb("experts", _experts, "show what each expert of a checkpoint specialises in")
+    config(sub, required=False)
+    workdir(sub, "a WORKDIR, or one of its checkpoints")
+    sub.add_argument("--input", metavar="FILE", help="a text (default: validation batches)")
+    sub.add_argument("--output", metavar="DIR", help="where to (default: DIR/experts)")
+    as_json(sub)
+
     sub = verb("generate", _generate, "fill the blanks (___ or <extra_id_0> …) of a text")
     workdir(sub, "a WORKDIR, or one of its checkpoints")
     text = sub.add_mutually_exclusive_group(required=True)
@@ -161,20 +169,46 @@ def _train(args: argparse.Namespace) -> int:
     return 0 if stopped_by is None else 128 + stopped_by
 
 
-def _eval(args: argparse.Namespace) -> None:
-    from switch_jax import backend, checkpoint
-    from switch_jax import config as config_lib
-    from switch_jax.evaluate import evaluate_checkpoint
+def _find_checkpoint(args: argparse.Namespace) -> "tuple[Workdir, Path, Config]":
+    """WORKDIR and checkpoint of `--workdir`, and the config they are used with."""
+    from switch_jax import backend, checkpoint, config
 
     backend.start()
     workdir, folder = checkpoint.find(args.workdir)
-    made_with = config_lib.override(workdir.config(), args.overrides)
-    metrics = evaluate_checkpoint(workdir, folder, _load_config(args) if args.config else made_with)
+    made_with = config.override(workdir.config(), args.overrides)
+    return workdir, folder, _load_config(args) if args.config else made_with
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from switch_jax.evaluate import evaluate_checkpoint
+
+    metrics = evaluate_checkpoint(*_find_checkpoint(args))
     if args.json:
         print(json.dumps(metrics))
     else:
         for name in ("cross_entropy", "neg_log_perplexity", "accuracy", "unigram_entropy"):
             print(f"{name:20} {metrics[name]:.4f}")
+
+
+def _experts(args: argparse.Namespace) -> None:
+    if args.output and Path(args.output).is_file():
+        raise UserError(f"{args.output} is a file; name a folder as --output.")
+    import jax
+
+    from switch_jax import experts, experts_report, plots
+
+    plots.matplotlib()  # missing: say so before anything is computed
+    workdir, folder, config = _find_checkpoint(args)
+    text = None if args.input is None else Path(args.input)
+    analysis = experts.analyse(workdir, folder, config, text)
+    if jax.process_index():
+        return
+    output = Path(args.output) if args.output else workdir.experts
+    written = experts_report.write(analysis, output)
+    if args.json:
+        print(json.dumps(analysis))
+    else:
+        print("\n".join([*map(str, written), "", experts_report.render(analysis)]))
 
 
 def _generate(args: argparse.Namespace) -> None:

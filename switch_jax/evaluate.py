@@ -50,6 +50,18 @@ def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[
     With `unigram_entropy` of the same targets, to compare with. Raises `UserError`, also where
     the batches are not in the vocabulary that the run was trained with.
     """
+    program = Program(config, sharding.make_mesh(config))
+    batches = validation_batches(workdir, config)
+    params = restore_params(folder, program.abstract_state.params)
+    metrics = evaluate(program, params, batches)
+    return metrics | {"unigram_entropy": unigram_entropy(batches)}
+
+
+def validation_batches(workdir: Workdir, config: Config) -> list[Batch]:
+    """This process's rows of `train.eval_batches` validation batches.
+
+    Raises `UserError` where they are not in the vocabulary that the run was trained with.
+    """
     if config.data.reader != "synthetic" and workdir.vocabulary.exists():
         text, trained = open_vocabulary(config), Vocabulary(workdir.vocabulary)
         if text.fingerprint != trained.fingerprint:
@@ -57,13 +69,8 @@ def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[
                 f"The validation text is in another vocabulary than {workdir.path}; set"
                 f" data.vocabulary={workdir.vocabulary}."
             )
-    mesh = sharding.make_mesh(config)
-    program = Program(config, mesh)
-    params = restore_params(folder, program.abstract_state.params)
     stream = open_batches(config, "validation", jax.process_index(), jax.process_count())
-    batches = list(itertools.islice(stream, config.train.eval_batches))
-    metrics = evaluate(program, params, batches)
-    return metrics | {"unigram_entropy": unigram_entropy(batches)}
+    return list(itertools.islice(stream, config.train.eval_batches))
 
 
 def unigram_entropy(batches: Iterable[Batch]) -> float:

@@ -43,13 +43,18 @@ def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
     return written
 
 
-def new_figure(rows: int, columns: int, size: tuple[float, float], **grid: Any) -> Any:
-    """A Matplotlib figure of `size` inches; `grid` goes to `subplots`. Raises `UserError`."""
+def matplotlib() -> Any:
+    """The library; raises `UserError` where it is not installed."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError:
         raise UserError('Figures need Matplotlib: pip install "switch_jax[plots]".') from None
-    figure = Figure(figsize=size, layout="constrained")
+    return matplotlib
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **grid: Any) -> Any:
+    """A Matplotlib figure of `size` inches; `grid` goes to `subplots`. Raises `UserError`."""
+    figure = matplotlib().figure.Figure(figsize=size, layout="constrained")
     figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid)
     for axes in figure.axes:
         axes.grid(alpha=0.3)

@@ -5,6 +5,7 @@ metrics.jsonl          one JSON object a line
 tensorboard/           the same
 checkpoints/STEP/      state, data position
 figures/*.png
+experts/experts.*       what each expert specialises in, as HTML and JSON
 """
 
 import importlib.metadata
@@ -35,6 +36,7 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.figures = self.path / "figures"
+        self.experts = self.path / "experts"
 
     def config(self) -> Config:
         """The config the run was made with; raises `UserError` where there is none."""
@@ -85,15 +87,15 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if tokens is not None:
-                _write(self.vocabulary, tokens)
-            _write(self.config_file, (json.dumps(content, indent=2) + "\n").encode())
+                write_whole(self.vocabulary, tokens)
+            write_whole(self.config_file, (json.dumps(content, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); use another --workdir."
             ) from error
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Writes a file all or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_bytes(content)

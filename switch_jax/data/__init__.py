@@ -1,6 +1,6 @@
 """From a mixture of texts to batches.
 
-    corpus → vocabulary → {store, tasks} → batches
+    corpus → vocabulary → {store, tasks, text} → batches
              spans, packing, counter: pure functions under them
 
 Only `tasks`, the streaming reader, imports TensorFlow; it is loaded when asked for.

@@ -22,7 +22,7 @@ import numpy as np
 
 from switch_jax.data.counter import random_bits
 from switch_jax.errors import UserError
-from switch_jax.schema import Config
+from switch_jax.schema import Config, DataConfig
 
 Batch = dict[str, np.ndarray]
 
@@ -149,6 +149,27 @@ def shifted_right(targets: np.ndarray, positions: np.ndarray | None = None) -> n
     """
     shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
     return shifted if positions is None else np.where(positions == 0, 0, shifted)
+
+
+def padded_batch(inputs: np.ndarray, targets: np.ndarray, data: DataConfig) -> Batch:
+    """Rows of equal length, unpacked, with padding behind them.
+
+    Args:
+      inputs: [B, I] int32, I at most `inputs_length`.
+      targets: [B, J] int32, J at most `targets_length`; all of them count.
+    """
+    weights = np.ones(targets.shape, np.float32)
+    targets = _padded(targets, data.targets_length)
+    return {
+        "encoder_input_tokens": _padded(inputs, data.inputs_length),
+        "decoder_input_tokens": shifted_right(targets),
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": _padded(weights, data.targets_length),
+    }
+
+
+def _padded(rows: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(rows, ((0, 0), (0, length - rows.shape[1])))
 
 
 def feature_shapes(config: Config) -> dict[str, tuple[tuple[int, int], type]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from switch_jax.cache import cache_root, made_once
 from switch_jax.data import corpus, packing
-from switch_jax.data.batch import Batch, RowIterator, shifted_right
+from switch_jax.data.batch import Batch, RowIterator, padded_batch, shifted_right
 from switch_jax.data.corpus import Split
 from switch_jax.data.counter import permuted
 from switch_jax.data.spans import corrupt, span_lengths
@@ -159,15 +159,8 @@ class StoreIterator(RowIterator):
 
     def _joined(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
         tokens = self._tokens[rows[:, None] * self._length + np.arange(self._length)]
-        inputs, targets = self._corrupt(tokens, epochs * self._size + rows)
-        weights = np.ones(targets.shape, np.float32)
-        targets = _padded(targets, self._data.targets_length)
-        return {
-            "encoder_input_tokens": _padded(inputs, self._data.inputs_length),
-            "decoder_input_tokens": shifted_right(targets),
-            "decoder_target_tokens": targets,
-            "decoder_loss_weights": _padded(weights, self._data.targets_length),
-        }
+        corrupted = self._corrupt(tokens, epochs * self._size + rows)
+        return padded_batch(*corrupted, self._data)
 
     def _packed(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
         plan = self._plan
@@ -195,10 +188,6 @@ class StoreIterator(RowIterator):
 
     def _corrupt(self, tokens: np.ndarray, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return corrupt(tokens, self._data.seed, examples, self._first_sentinel)
-
-
-def _padded(rows: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(rows, ((0, 0), (0, length - rows.shape[1])))
 
 
 def _segments(

@@ -68,6 +68,16 @@ class Vocabulary:
         """The id of `<extra_id_NUMBER>`, counting down from the last."""
         return self.size - 1 - number
 
+    def piece(self, token: int) -> str:
+        """How an id is written: `▁the` with `▁` for a space, `</s>`, `<0x0A>`, `<extra_id_0>`;
+        `#900` past the end.
+        """
+        if token >= self.size:
+            return f"#{token}"
+        if token >= self.size - NUM_SENTINELS:
+            return f"<extra_id_{self.size - 1 - token}>"
+        return self._pieces.id_to_piece(token)
+
     def encode(self, text: str) -> list[int]:
         """Ids without EOS; `<extra_id_0>` … `<extra_id_99>` in the text become sentinels."""
         ids: list[int] = []
