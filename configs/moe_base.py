@@ -16,10 +16,10 @@ def get_config(arg: str = "") -> ConfigDict:
     """Takes no arguments."""
     parse_arg(arg)
     config = defaults()
-    # Gates are the raw probabilities of the paper's eq. 2. Mesh TensorFlow's top-2 divides them
-    # by their sum, rounds capacities down and has groups of at most 1024 tokens: for that set
-    # renormalize=True, capacity_rounding="floor" and group_size=1024. That it keeps second
-    # experts of low probability only at random has no counterpart here.
+    # Gates are the raw probabilities of the paper's eq. 2, and both experts always count. Mesh
+    # TensorFlow's top-2, which the paper ran, divides the gates by their sum, keeps second experts
+    # at random, rounds capacities down and has groups of at most 1024 tokens: for that set
+    # renormalize=True, second_policy="random", capacity_rounding="floor" and group_size=1024.
     config.moe.update(num_experts=128, router="top_k", top_k=2)
     # Capacity has no factor k: of Table 1's 2.0, 1.25 and 1.0, 2.0 has a slot for either expert.
     config.moe.capacity_factor = 2.0

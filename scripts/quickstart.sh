@@ -19,6 +19,7 @@ Look at $workdir/figures/loss.png and router.png, then try
 
   source .venv/bin/activate
   switch-jax generate --workdir $workdir --text "for i in ___(10):"
+  switch-jax experts --workdir $workdir
   switch-jax data peek --config configs/switch_mini.py
   switch-jax inspect --config configs/switch_c.py
   switch-jax bench --config configs/switch_mini.py
