@@ -317,7 +317,7 @@ def mfu(config: Config, step_seconds: float, device_kind: str, num_devices: int)
     if peak is None:
         return None
     parts = flops_by_part(config)
-    flops = 3 * (sum(parts.values()) - parts["empty_slots"]) * config.data.batch_size
+    flops = 3 * (sum(parts.values()) - parts.get("empty_slots", 0)) * config.data.batch_size
     return flops / (step_seconds * num_devices * peak)
 
 

@@ -140,6 +140,53 @@ def test_two_experts_a_token_cost_twice_the_expert_flops():
     assert experts < parts["experts"] < 2 * experts
 
 
+def test_other_experts_by_hand():
+    """Base: six expert layers a stack, 626 tokens, matrices of 768 × 768 in attention."""
+    tokens, square = 6 * (512 + 114), 768 * 768
+
+    def both(**overrides):
+        config = load("switch_base.py", **overrides)
+        return accounting.flops_per_sequence(config), accounting.flops_by_part(config)
+
+    flops, parts = both()
+    # Queries, and shared keys and values, from experts: three dense matrices become two.
+    attention, attention_parts = both(moe__sublayer="attention")
+    assert attention - flops == -2 * tokens * square
+    assert attention_parts["experts"] == 2 * tokens * 2 * square
+    assert attention_parts["attention"] - parts["attention"] == -2 * tokens * 3 * square
+    assert attention_parts["dense_ffn"] == 2 * parts["dense_ffn"]
+    every, every_parts = both(moe__sublayer="both")
+    assert every == attention
+    assert every_parts["experts"] == parts["experts"] + attention_parts["experts"]
+    assert every_parts["routers"] == 2 * parts["routers"]
+    layers = accounting.expert_layers(load("switch_base.py", moe__sublayer="both"))
+    assert [x.sublayer for x in layers[:2]] == ["attention", "ff"] and len(layers) == 24
+
+    shared, shared_parts = both(moe__shared_d_ff=100)
+    assert shared - flops == shared_parts["dense_ffn"] - parts["dense_ffn"]
+    assert shared - flops == 2 * tokens * 2 * 768 * 100
+    assert "routers" not in both(moe__router="hash")[1]
+
+    dropless, dropless_parts = both(moe__capacity_factor=None)
+    assert dropless == flops and "empty_slots" not in dropless_parts
+    assert dropless_parts["experts"] == parts["experts"]
+    second = {"moe__router": "top_k", "moe__capacity_factor": 2.0}
+    assert both(**second)[0] - flops == parts["experts"]
+    assert both(**second, moe__second_policy="none")[0] == flops
+
+
+def test_expert_choice_fills_every_slot():
+    config = load("switch_base.py", moe__router="expert_choice", moe__stacks="encoder")
+    layers = accounting.expert_layers(config)
+    assert [(x.stack, x.layer) for x in layers] == [("encoder", i) for i in range(1, 12, 2)]
+    assert {(x.slots_per_token, x.assignments_per_token) for x in layers} == {(1.25, 1.25)}
+    parts = accounting.flops_by_part(config)
+    assert "empty_slots" not in parts
+    assert parts["experts"] == 6 * 512 * 1.25 * 2 * 2 * 768 * 3072
+    # 128 experts that choose 80 of 8192 tokens at random leave this many alone.
+    assert layers[0].dropped_if_uniform == pytest.approx((1 - 80 / 8192) ** 128)
+
+
 def test_slots_of_switch_base_by_hand():
     layers = accounting.expert_layers(load("switch_base.py"))
     assert [(x.stack, x.layer) for x in layers] == [
@@ -243,7 +290,7 @@ def test_summary_is_json_and_renders(spec):
 
 def test_a_dropless_config_renders():
     text = accounting.render(accounting.summary(load("switch_base.py", moe__capacity_factor=None)))
-    assert "128.000  configured dropless" in text
+    assert "1.000  configured dropless" in text
 
 
 @pytest.mark.parametrize(
