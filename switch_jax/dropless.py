@@ -101,8 +101,8 @@ def compute(
         rows = block_rows(T * K, num_experts)
         slot_TxK, held_M, expert_N, used = make_blocks(expert_TxK, E, rows)
 
-        def matmul(x_MxX: jax.Array, stacked: nnx.Param, last: str) -> jax.Array:
-            y_MxY = grouped_matmul(x_MxX, _varying(stacked[...], ("slice", "data")), expert_N, used)
+        def matmul(x_MxX: jax.Array, own: nnx.Param, last: str) -> jax.Array:
+            y_MxY = grouped_matmul(x_MxX, _varying(own[...], ("slice", "data")), expert_N, used)
             return _scattered_sum(y_MxY, "model", 1) if last == "activation_split" else y_MxY
 
         def drop(h_MxF: jax.Array) -> jax.Array:

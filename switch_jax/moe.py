@@ -1,7 +1,8 @@
 """Expert layers: route, send tokens to slots, compute the experts, bring tokens back.
 
 `dispatch.py` moves the tokens; what lies between its two ways is a batched matmul, which XLA
-partitions over `expert`, `data` and `model` by itself. Axis letters: see `routing.py`.
+partitions over `expert`, `data` and `model` by itself. `dropless.py` does all of it where there is
+no capacity. Axis letters: see `routing.py`.
 """
 
 import dataclasses
@@ -160,8 +161,8 @@ def _compute(
     """[E, G, C, ..]: every slot through its expert."""
     along = ("expert", "expert_group", None)
 
-    def matmul(x_ExGxCxX: jax.Array, stacked: nnx.Param, last: str) -> jax.Array:
-        y = jnp.einsum("EGCX,EXY->EGCY", x_ExGxCxX, weight(stacked, x_ExGxCxX.dtype))
+    def matmul(x_ExGxCxX: jax.Array, own: nnx.Param, last: str) -> jax.Array:
+        y = jnp.einsum("EGCX,EXY->EGCY", x_ExGxCxX, weight(own, x_ExGxCxX.dtype))
         return constrain(y, *along, last)
 
     def drop(h_ExGxCxF: jax.Array) -> jax.Array:
