@@ -132,7 +132,9 @@ def compute(
     def rebuilt(leaves: list) -> Any:
         return jax.tree.unflatten(jax.tree.structure(experts), leaves)
 
-    weights = rebuilt([weight(parameter, dtype) for parameter in parameters])
+    # Fewer assignments than experts, as in decoding: only what is used is cast.
+    few = assignment.expert_SxK.size < num_experts
+    weights = rebuilt([weight(p, p.dtype if few else dtype) for p in parameters])
     specs = rebuilt([spec(parameter.get_metadata()["axes"]) for parameter in parameters])
     return on_mesh(
         local,
@@ -153,7 +155,7 @@ def grouped_matmul(
 
     def body(i, y_MxY):
         x_RxX = jax.lax.dynamic_slice_in_dim(x_MxX, i * rows, rows)
-        y_RxY = x_RxX @ w_ExXxY[expert_N[i]]
+        y_RxY = x_RxX @ w_ExXxY[expert_N[i]].astype(x_RxX.dtype)
         return jax.lax.dynamic_update_slice_in_dim(y_MxY, y_RxY, i * rows, 0)
 
     zeros = jnp.zeros((len(x_MxX), w_ExXxY.shape[2]), x_MxX.dtype)

@@ -9,14 +9,20 @@ import numpy as np
 from switch_jax.losses import layer_names
 from switch_jax.schema import Config
 
+Arrays = Mapping[str, jax.Array]  # [layers, E], by `Stats` key
+
 
 class IdleExperts:
-    """Counts, on the device, the steps since each expert last received a token of the batch."""
+    """Counts, on the device, the steps since each expert last received a token of the batch.
+
+    It begins anew when a run is continued: a warning may then come later, or again.
+    """
 
     def __init__(self, config: Config):
         self._config = config
         self._limit = config.train.idle_expert_steps
         self._steps: Mapping[str, jax.Array | np.ndarray] = {}
+        self._longest: Mapping[str, jax.Array | np.ndarray] = {}
         self._told: set[tuple[str, int]] = set()
 
     def update(self, load: Mapping[str, jax.Array]) -> None:
@@ -24,12 +30,13 @@ class IdleExperts:
         if not self._steps:
             # NumPy's, which any mesh and any number of processes takes.
             self._steps = {key: np.zeros(x.shape, np.int32) for key, x in load.items()}
-        self._steps = _counted(self._steps, load)
+            self._longest = dict(self._steps)
+        self._steps, self._longest = _counted(self._steps, self._longest, load)
 
     def news(self) -> list[str]:
         """A sentence for every layer with experts that have become idle; each is told once."""
         sentences = []
-        for key, steps_xE in jax.device_get(self._steps).items():
+        for key, steps_xE in jax.device_get(self._longest).items():
             for layer, steps_E in zip(layer_names(key, self._config), steps_xE):
                 experts = [int(e) for e in np.flatnonzero(steps_E >= self._limit)]
                 fresh = [e for e in experts if (layer, e) not in self._told]
@@ -43,5 +50,7 @@ class IdleExperts:
 
 
 @jax.jit
-def _counted(steps, load):
-    return jax.tree.map(lambda n, x: jnp.where(x > 0, 0, n + 1), steps, load)
+def _counted(steps: Arrays, longest: Arrays, load: Arrays) -> tuple[Arrays, Arrays]:
+    """Steps without a token up to now, and the most there have been."""
+    steps = jax.tree.map(lambda n, x: jnp.where(x > 0, 0, n + 1), steps, load)
+    return steps, jax.tree.map(jnp.maximum, longest, steps)

@@ -122,14 +122,17 @@ def no_token_left_behind(scores: Scores, moe: MoEConfig, capacity: int) -> Assig
 def expert_choice(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:
     """Each expert takes the C tokens that like it most (Zhou et al. 2022), K = E.
 
-    No expert is over or under capacity while there are tokens; a token may be in several
-    experts or in none. Among equals an expert takes the earlier token.
+    A token may be in several experts or in none. Among equals an expert takes the earlier token.
+    Of a group with padding an expert takes fewer, in proportion, so that a text's routing does
+    not depend on how much of it is padding.
     """
     probs_SxE, _, mask_S, _ = scores
     E = moe.num_experts
+    room = jnp.ceil(capacity * jnp.mean(mask_S, dtype=jnp.float32) - 1e-4).astype(jnp.int32)
     like_ExS = jnp.where(mask_S, probs_SxE.T, -1.0)
     like_ExC, token_ExC = jax.lax.top_k(like_ExS, capacity)
-    slot_ExC = jnp.where(like_ExC >= 0, jnp.arange(capacity, dtype=jnp.int32), capacity)
+    slot_C = jnp.arange(capacity, dtype=jnp.int32)
+    slot_ExC = jnp.where((like_ExC >= 0) & (slot_C < room), slot_C, capacity)
     expert_E = jnp.arange(E, dtype=jnp.int32)
     slot_SxE = jnp.full(probs_SxE.shape, capacity, jnp.int32)
     slot_SxE = slot_SxE.at[token_ExC, expert_E[:, None]].set(slot_ExC, unique_indices=True)
@@ -137,10 +140,10 @@ def expert_choice(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:
     return Assignment(expert_SxE, probs_SxE, slot_SxE)
 
 
-Router = Callable[[Scores, MoEConfig, int], Assignment]
+Assign = Callable[[Scores, MoEConfig, int], Assignment]
 
 # Hash routing differs in its scores alone: see `router.Router`.
-ROUTERS: dict[str, Router] = {
+ROUTERS: dict[str, Assign] = {
     "switch": top_k,
     "top_k": top_k,
     "ntlb": no_token_left_behind,
@@ -187,11 +190,20 @@ def ranks(expert_SxK: jax.Array, num_experts: int) -> jax.Array:
     S, K = expert_SxK.shape
     N = S * K
     expert_N = expert_SxK.T.reshape(N)
+    if (num_experts + 1) * N >= 2**32:  # the keys below would not fit
+        order_N = jnp.argsort(expert_N, stable=True)
+        return _placed(expert_N, expert_N[order_N], order_N, num_experts).reshape(K, S).T
     # One sort of expert·N + position: it needs no payload, which makes it several times faster.
     key_N = expert_N.astype(jnp.uint32) * N + jnp.arange(N, dtype=jnp.uint32)
     sorted_expert_N, order_N = jnp.divmod(jnp.sort(key_N), jnp.uint32(N))
+    return _placed(expert_N, sorted_expert_N, order_N, num_experts).reshape(K, S).T
+
+
+def _placed(
+    expert_N: jax.Array, sorted_expert_N: jax.Array, order_N: jax.Array, num_experts: int
+) -> jax.Array:
+    """[N] int32: the position of each among its expert's, from the order that sorts by expert."""
     count_E = expert_counts(expert_N, num_experts + 1)
     start_E = jnp.cumsum(count_E) - count_E
-    rank_N = jnp.arange(N, dtype=jnp.int32) - start_E[sorted_expert_N]
-    rank_N = jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)
-    return rank_N.reshape(K, S).T
+    rank_N = jnp.arange(len(order_N), dtype=jnp.int32) - start_E[sorted_expert_N]
+    return jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)

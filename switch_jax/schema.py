@@ -55,7 +55,7 @@ class MoEConfig:
     input_dropout_rate: float = 0.0
     sampling_temperature: float = 0.0  # draw from softmax(logits / temperature); 0: the best
     router_dtype: Literal["float32", "bfloat16"] = "float32"
-    capacity_factor: float | None = 1.25  # None: dropless, with slots for every token everywhere
+    capacity_factor: float | None = 1.25  # None: dropless
     eval_capacity_factor: float | None = 2.0
     capacity_rounding: Literal["ceil", "floor"] = "ceil"  # floor: Mesh TensorFlow
     min_capacity: int = 4
@@ -73,6 +73,11 @@ class MoEConfig:
         if self.top_k is not None:
             return self.top_k
         return min({"top_k": 2, "ntlb": 4}.get(self.router, 1), self.num_experts)
+
+    @property
+    def places(self) -> int:
+        """Experts a token is in at the most: ntlb tries several and takes one."""
+        return {"ntlb": 1, "expert_choice": self.num_experts}.get(self.router, self.choices)
 
     @property
     def noisy(self) -> bool:

@@ -105,6 +105,7 @@ def check(config: Config, sizes: dict[str, int]) -> None:
         divided += [
             ("moe.num_experts", config.moe.num_experts, "expert"),
             ("model.d_model", config.model.d_model, "model"),
+            ("moe.shared_d_ff", config.moe.shared_d_ff, "model"),
         ]
     if config.mesh.fsdp:
         divided.append(("model.d_model", config.model.d_model, "data"))
@@ -171,7 +172,7 @@ def _check_dropless(config: Config, sizes: dict[str, int], devices: Sequence[jax
     else:
         outputs = {"relu": 1, "geglu": 2}[model.activation] * model.d_ff + model.d_model
     width = model.d_model + outputs // sizes["model"]
-    needed = tokens * moe.choices * width * {"float32": 4, "bfloat16": 2}[model.dtype]
+    needed = tokens * moe.places * width * {"float32": 4, "bfloat16": 2}[model.dtype]
     if needed > memory:
         raise UserError(
             f"moe.{key}=None may send all {tokens:,} {stack} tokens of slice × data to the experts"
@@ -183,7 +184,8 @@ def _check_dropless(config: Config, sizes: dict[str, int], devices: Sequence[jax
 
 def device_memory(devices: Sequence[jax.Device]) -> int | None:
     """Bytes that one device may use; None where nobody says."""
-    device = devices[0]
+    # Others do not tell; the devices of a mesh are alike.
+    device = next(d for d in devices if d.process_index == jax.process_index())
     if device.platform == "cpu":
         local = max(1, len(jax.local_devices(backend="cpu")))
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local

@@ -115,13 +115,19 @@ def _check_placement(config: Config) -> None:
         f"moe.shared_d_ff={moe.shared_d_ff} is a feed-forward expert and moe.sublayer=attention"
         " has none; set moe.sublayer=both or moe.shared_d_ff=0.",
     )
+    _require(
+        moe.expert_dropout_rate == 0 or moe.sublayer != "attention",
+        f"moe.expert_dropout_rate={moe.expert_dropout_rate} is for hidden activations, and experts"
+        " of moe.sublayer=attention have none; set it to 0.",
+    )
 
 
 def _check_router(config: Config) -> None:
     moe = config.moe
     _require(
         moe.choices <= moe.num_experts,
-        f"moe.top_k={moe.top_k} is more than moe.num_experts={moe.num_experts}.",
+        f"moe.top_k={moe.top_k} is more than moe.num_experts={moe.num_experts}; make it at most"
+        " that.",
     )
     one_expert = {
         "switch": "for moe.top_k={} set moe.router=top_k",
@@ -144,6 +150,11 @@ def _check_router(config: Config) -> None:
             None not in (moe.capacity_factor, moe.eval_capacity_factor),
             "moe.router=expert_choice needs a capacity, which is how many tokens an expert"
             " chooses; set moe.capacity_factor and moe.eval_capacity_factor.",
+        )
+        _require(
+            moe.capacity_factor == moe.eval_capacity_factor,
+            "With moe.router=expert_choice, how many tokens an expert takes is part of what is"
+            f" learned; set moe.eval_capacity_factor={moe.capacity_factor} as in training.",
         )
     several = moe.router in ("top_k", "batch_prioritized")
     _require(

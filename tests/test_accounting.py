@@ -176,7 +176,12 @@ def test_other_experts_by_hand():
 
 
 def test_expert_choice_fills_every_slot():
-    config = load("switch_base.py", moe__router="expert_choice", moe__stacks="encoder")
+    config = load(
+        "switch_base.py",
+        moe__router="expert_choice",
+        moe__stacks="encoder",
+        moe__eval_capacity_factor=1.25,
+    )
     layers = accounting.expert_layers(config)
     assert [(x.stack, x.layer) for x in layers] == [("encoder", i) for i in range(1, 12, 2)]
     assert {(x.slots_per_token, x.assignments_per_token) for x in layers} == {(1.25, 1.25)}

@@ -166,7 +166,11 @@ def test_bad_override(key, value, words):
     assert all(word in message for word in words), message
 
 
-CHOICE = {"moe.router": "expert_choice", "moe.stacks": "encoder"}
+CHOICE = {
+    "moe.router": "expert_choice",
+    "moe.stacks": "encoder",
+    "moe.eval_capacity_factor": "1.25",
+}
 TOP_2 = {"moe.router": "top_k"}
 
 
@@ -176,6 +180,7 @@ TOP_2 = {"moe.router": "top_k"}
         ({"moe.router": "expert_choice"}, ["expert_choice", "later ones", "moe.stacks=encoder"]),
         (CHOICE | {"moe.stacks": "decoder"}, ["later ones", "moe.stacks=encoder"]),
         (CHOICE | {"moe.capacity_factor": "None"}, ["expert_choice", "moe.capacity_factor"]),
+        (CHOICE | {"moe.eval_capacity_factor": "2.0"}, ["moe.eval_capacity_factor=1.25"]),
         (CHOICE | {"moe.top_k": "2"}, ["expert_choice", "moe.top_k=2", "None"]),
         (CHOICE | {"moe.sampling_temperature": "1"}, ["no expert to draw", "sampling"]),
         (CHOICE | {"moe.balance_bias_rate": "0.1"}, ["expert_choice", "moe.balance_bias_rate=0"]),
@@ -204,6 +209,10 @@ TOP_2 = {"moe.router": "top_k"}
         (
             {"moe.sublayer": "attention", "moe.shared_d_ff": "64"},
             ["moe.shared_d_ff=64", "moe.sublayer=attention"],
+        ),
+        (
+            {"moe.sublayer": "attention", "moe.expert_dropout_rate": "0.4"},
+            ["moe.expert_dropout_rate=0.4", "moe.sublayer=attention"],
         ),
         (
             {

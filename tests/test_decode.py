@@ -71,6 +71,7 @@ def test_experts_anywhere_decode_as_they_train(values):
 
 def test_expert_choice_generates_at_its_evaluation_capacity():
     values = {"moe.router": "expert_choice", "moe.stacks": "encoder", "model.init_scale": 1.0}
+    values["moe.eval_capacity_factor"] = 1.25
     model = SwitchTransformer(tiny(**values), jax.random.key(0))
     source = jax.random.randint(jax.random.key(0), (2, 16), 2, 32)
     output = decode.generate(model, source, max_length=4)

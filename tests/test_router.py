@@ -212,6 +212,11 @@ def test_a_dead_expert_is_reported_once_by_name():
         news.append(idle.news())
     told = "encoder/1: expert 1 received no token for 3 steps"
     assert news == [[]] * 6 + [[told]] + [[]] * 3
+    # Asked only later, when it has tokens again: it was idle nevertheless.
+    late = IdleExperts(config)
+    for load in [starved, starved, starved, busy]:
+        late.update({"encoder/mlp": jnp.asarray(load)})
+    assert late.news() == [told]
     dense = IdleExperts(tiny(**{"moe.num_experts": 0}))
     dense.update({})
     assert dense.news() == []

@@ -284,6 +284,7 @@ def by_hand(case: Case) -> list[tuple[int, int, int, float]]:
         return False
 
     if moe.router == "expert_choice":
+        capacity = math.ceil(capacity * len(tokens) / S)
         for e in range(E):
             for t in tokens[np.argsort(-probs[tokens, e], kind="stable")]:
                 place(t, e, probs[t, e])

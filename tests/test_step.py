@@ -202,6 +202,7 @@ SPLIT = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2, "train.accumulate": 
 OTHERS = {
     "expert choice, in attention too, a shared expert": {
         "moe.router": "expert_choice",
+        "moe.eval_capacity_factor": 1.25,
         "moe.stacks": "encoder",
         "moe.sublayer": "both",
         "moe.shared_d_ff": 16,
