@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from switch_jax.routing import Assignment
-from switch_jax.sharding import on_mesh, spec
+from switch_jax.sharding import on_mesh, spec, varying
 
 
 class Indices(NamedTuple):
@@ -90,8 +90,9 @@ def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, indices: Indices) -
         slots_MxD = slots.reshape(-1, slots.shape[-1])
         slot_NxK, held_M = _flat(Indices(*indices))
         if _token_major(slot_NxK, held_M):
-            rows = gather_rows(slots_MxD, slot_NxK.reshape(-1), held_M[:, None])
-            return jnp.sum(rows.reshape(G, S, K, -1) * gate_GxSxK[..., None], axis=2)
+            gate_NxK = varying(gate_GxSxK.reshape(-1, K), "model")  # as the slots' D is
+            y_NxD = gather_sum(slots_MxD, gate_NxK, slot_NxK, held_M)
+            return y_NxD.reshape(G, S, -1)
         gate_M = gate_GxSxK.reshape(-1).at[held_M].get(mode="fill", fill_value=0)
         y_NxD = jnp.zeros((G * S, slots_MxD.shape[-1]), slots_MxD.dtype)
         y_NxD = y_NxD.at[held_M // K].add(slots_MxD * gate_M[:, None], mode="drop")
@@ -104,10 +105,10 @@ def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, indices: Indices) -
 def _token_major(slot_NxK: jax.Array, held_M: jax.Array) -> bool:
     """Whether to go through the K places of every token or through all slots.
 
-    The first is a gather forward and backward, the second a scatter-add one way, which is
+    The first is gathers forward and backward, the second a scatter-add one way, which is
     several times slower a row; worth it where most places are empty, as for expert choice.
     """
-    return slot_NxK.size <= 4 * held_M.size
+    return slot_NxK.size <= 16 * held_M.size
 
 
 @jax.custom_vjp
@@ -118,7 +119,7 @@ def gather_rows(x_NxD: jax.Array, index_M: jax.Array, inverse_NxJ: jax.Array) ->
     pass is a gather too; the scatter-add of a plain `take` is several times slower.
     """
     del inverse_NxJ
-    return x_NxD.at[index_M].get(mode="fill", fill_value=0)
+    return _rows(x_NxD, index_M)
 
 
 def _gather_rows_fwd(x_NxD, index_M, inverse_NxJ):
@@ -126,11 +127,51 @@ def _gather_rows_fwd(x_NxD, index_M, inverse_NxJ):
 
 
 def _gather_rows_bwd(inverse_NxJ, g_MxD):
-    g_NxJxD = g_MxD.at[inverse_NxJ].get(mode="fill", fill_value=0)
-    return g_NxJxD[:, 0] if inverse_NxJ.shape[1] == 1 else g_NxJxD.sum(1), None, None
+    return sum(_rows(g_MxD, index_N) for index_N in inverse_NxJ.T), None, None
 
 
 gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+
+
+@jax.custom_vjp
+def gather_sum(
+    x_MxD: jax.Array, weight_NxK: jax.Array, index_NxK: jax.Array, inverse_M: jax.Array
+) -> jax.Array:
+    """[N, D]: Σ over k of weight · row index_NxK[n, k] of x, nothing where the index is M.
+
+    `inverse_M` is n·K + k for the place that row went to (N·K: none). With it nothing of the
+    size N·K·D is made, neither here nor in the backward pass.
+    """
+    del inverse_M
+    # One loop of K gathers; as one gather of all, XLA would write and read [N, K, D].
+    pairs = zip(index_NxK.T, weight_NxK.T)
+    return sum(_rows(x_MxD, index_N) * weight_N[:, None] for index_N, weight_N in pairs)
+
+
+def _gather_sum_fwd(x_MxD, weight_NxK, index_NxK, inverse_M):
+    y_NxD = gather_sum(x_MxD, weight_NxK, index_NxK, inverse_M)
+    return y_NxD, (x_MxD, weight_NxK, index_NxK, inverse_M)
+
+
+def _gather_sum_bwd(residuals, g_NxD):
+    x_MxD, weight_NxK, index_NxK, inverse_M = residuals
+    g_MxD = _rows(g_NxD, inverse_M // weight_NxK.shape[1])
+    weight_M = _rows(weight_NxK.reshape(-1), inverse_M)
+    # The products with rows of x, on the side that has fewer of them.
+    if index_NxK.size <= inverse_M.size:
+        columns = (jnp.sum(g_NxD * _rows(x_MxD, index_N), axis=1) for index_N in index_NxK.T)
+        dweight_NxK = jnp.stack([*columns], axis=1)
+    else:
+        dweight_NxK = _rows(jnp.sum(g_MxD * x_MxD, axis=1), index_NxK)
+    return g_MxD * weight_M[:, None], dweight_NxK, None, None
+
+
+gather_sum.defvjp(_gather_sum_fwd, _gather_sum_bwd)
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of x, zeros where the index is beyond them."""
+    return x.at[index].get(mode="fill", fill_value=0)
 
 
 def _flat(indices: Indices) -> tuple[jax.Array, jax.Array]:

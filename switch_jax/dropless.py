@@ -21,7 +21,7 @@ from switch_jax import routing
 from switch_jax.dispatch import gather_rows
 from switch_jax.layers import Keys, weight
 from switch_jax.routing import Assignment
-from switch_jax.sharding import MESH_AXES, on_mesh, spec
+from switch_jax.sharding import MESH_AXES, on_mesh, spec, varying
 
 # Rows of a block: multiples of what any matrix unit likes, and few enough to waste little.
 SMALLEST, LARGEST = 8, 256
@@ -102,7 +102,7 @@ def compute(
         slot_TxK, held_M, expert_N, used = make_blocks(expert_TxK, E, rows)
 
         def matmul(x_MxX: jax.Array, own: nnx.Param, last: str) -> jax.Array:
-            y_MxY = grouped_matmul(x_MxX, _varying(own[...], ("slice", "data")), expert_N, used)
+            y_MxY = grouped_matmul(x_MxX, varying(own[...], ("slice", "data")), expert_N, used)
             return _scattered_sum(y_MxY, "model", 1) if last == "activation_split" else y_MxY
 
         def drop(h_MxF: jax.Array) -> jax.Array:
@@ -159,7 +159,7 @@ def grouped_matmul(
         return jax.lax.dynamic_update_slice_in_dim(y_MxY, y_RxY, i * rows, 0)
 
     zeros = jnp.zeros((len(x_MxX), w_ExXxY.shape[2]), x_MxX.dtype)
-    return jax.lax.fori_loop(0, used, body, _varying(zeros, MESH_AXES))
+    return jax.lax.fori_loop(0, used, body, varying(zeros, MESH_AXES))
 
 
 def _grouped_matmul_fwd(x_MxX, w_ExXxY, expert_N, used):
@@ -178,7 +178,7 @@ def _grouped_matmul_bwd(residuals, g_MxY):
         return dw_ExXxY.at[expert_N[i]].add(dw_XxY)
 
     dx_MxX = grouped_matmul(g_MxY, w_ExXxY.swapaxes(1, 2), expert_N, used)
-    zeros = _varying(jnp.zeros(w_ExXxY.shape, jnp.float32), MESH_AXES)
+    zeros = varying(jnp.zeros(w_ExXxY.shape, jnp.float32), MESH_AXES)
     dw_ExXxY = jax.lax.fori_loop(0, used, body, zeros)
     return dx_MxX, dw_ExXxY.astype(w_ExXxY.dtype), None, None
 
@@ -209,8 +209,3 @@ def _position(axis_name: str) -> Any:
 
 def _size(axis_name: str) -> int:
     return 1 if _alone() else jax.lax.axis_size(axis_name)
-
-
-def _varying(x: jax.Array, axis_names: tuple[str, ...]) -> jax.Array:
-    """`x`, which is the same along these axes, marked as one that may differ."""
-    return x if _alone() else jax.lax.pcast(x, axis_names, to="varying")

@@ -218,6 +218,13 @@ def on_mesh(local: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)
 
 
+def varying(x: jax.Array, axis_names: str | tuple[str, ...]) -> jax.Array:
+    """`x` in a `shard_map`, the same along these axes, marked as one that may differ."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.pcast(x, axis_names, to="varying")
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How every feature of a batch lies on the mesh: rows split, the rest whole."""
     return NamedSharding(mesh, spec(("batch",)))

@@ -255,8 +255,8 @@ def test_dropped_tokens_and_padding_get_exactly_zero():
     assert zero[~mask].all()
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_gather_rows_has_the_gradient_of_indexing(top_k):
+@pytest.mark.parametrize("top_k", [1, 2])  # fewer and more places than slots
+def test_gathers_have_the_gradients_of_indexing(top_k):
     C = 3
     moe = layer(top_k=top_k, router="top_k").router.config
     rng = np.random.default_rng(4)
@@ -275,6 +275,26 @@ def test_gather_rows_has_the_gradient_of_indexing(top_k):
         want, back_want = jax.vjp(lambda x, i=index: x.at[i].get(mode="fill", fill_value=0), x)
         np.testing.assert_array_equal(got, want)
         np.testing.assert_allclose(back(direction)[0], back_want(direction)[0], **CLOSE)
+
+    def indexed_sum(slots, gates):
+        rows = slots.at[slot_SxK].get(mode="fill", fill_value=0)
+        return jnp.sum(rows * gates[..., None], axis=1)
+
+    gather_sum = partial(dispatch.gather_sum, index_NxK=slot_SxK, inverse_M=held_N)
+    got, back = jax.vjp(gather_sum, slots, jnp.asarray(assignment.gate_SxK))
+    want, back_want = jax.vjp(indexed_sum, slots, jnp.asarray(assignment.gate_SxK))
+    direction = jnp.array(rng.normal(size=got.shape), jnp.float32)
+    for a, b in zip((got, *back(direction)), (want, *back_want(direction))):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+def test_the_way_through_tokens_and_the_way_through_slots_are_the_same(monkeypatch):
+    mlp, (x, mask) = layer(router="expert_choice", stacks="encoder"), inputs()
+    results = []
+    for token_major in (True, False):
+        monkeypatch.setattr(dispatch, "_token_major", lambda *_, way=token_major: way)
+        results.append(loss_and_gradients(ours(mlp, 1.0), mlp, x, mask))
+    jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), *results)
 
 
 def test_expert_dropout_acts_on_hidden_activations_and_is_keyed_by_row():
@@ -308,17 +328,23 @@ def test_equals_itself_on_a_mesh_whose_weights_are_split_over_data(mesh):
     config = tiny(**mesh, **{"mesh.fsdp": True, "model.init_scale": 1.0})
     mlp = SwitchMlp(config, jax.random.key(0))
     rng = np.random.default_rng(7)
-    x, mask = rng.normal(size=(16, 16, 16)).astype(np.float32), rng.random((16, 16)) < 0.9
-    expected = call(mlp, x, mask, 0.5, rows=1)[0]
+    x, direction = rng.normal(size=(2, 16, 16, 16)).astype(np.float32)
+    batch = x, rng.random((16, 16)) < 0.9, direction
 
+    @jax.jit
+    def run(mlp, x, mask, direction):
+        y, back = jax.vjp(lambda mlp, x: mlp(x, plan(mask, 0.5, 1), None)[0], mlp, x)
+        return y, back(direction)
+
+    expected = run(mlp, *batch)
     devices = sharding.make_mesh(config)
     axes = [p.get_metadata()["axes"] for p in named_parameters(mlp).values()]
     where = [NamedSharding(devices, sharding.spec(a, fsdp=True)) for a in axes]
     split = jax.device_put(mlp, jax.tree.unflatten(jax.tree.structure(mlp), where))
     rows = sharding.batch_sharding(devices)
     with jax.set_mesh(devices):
-        got = call(split, *jax.device_put((x, mask), rows), 0.5, rows=1)[0]
-    np.testing.assert_allclose(got, expected, **CLOSE)
+        got = run(split, *jax.device_put(batch, rows))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
 def test_one_expert_with_room_is_the_dense_model():
