@@ -176,15 +176,15 @@ class Run:
     dropped: float | None  # mean fraction over the last readings
 
 
-def name_of(overrides: Overrides) -> str:
-    """The name of what is trained, so that equal rows are one run."""
-    text = json.dumps(BASE | overrides, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def load(overrides: Overrides, seed: int) -> config.Config:
     seeds = {"train.seed": str(seed), "data.seed": str(seed)}
     return config.load(str(ROOT / "configs" / "switch_mini.py"), BASE | overrides | seeds)
+
+
+def name_of(overrides: Overrides) -> str:
+    """The name of what is trained, so that equal rows are one run and others never are."""
+    text = json.dumps(config.to_dict(load(overrides, SEEDS[0])), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def make(workdir: Workdir, overrides: Overrides, seed: int) -> Run:
@@ -204,12 +204,14 @@ def make(workdir: Workdir, overrides: Overrides, seed: int) -> Run:
 def measure_steps(path: Path) -> dict[str, float]:
     """Median seconds of a train step by `name_of`: all rows in one process, taking turns.
 
-    What training itself took would hold the machine's moods. Kept in `path`; remove it to
-    measure anew.
+    What training itself took would hold the machine's moods. Kept in `path`, all rows or none;
+    remove it to measure anew.
     """
-    if path.exists():
-        return json.loads(path.read_text())
     rows = {name_of(o): o for table in TABLES for o in table.rows.values()}
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept.keys() == rows.keys():
+            return kept
     cases = {}
     for number, (name, overrides) in enumerate(rows.items(), 1):
         print(f"compiling train step {number} of {len(rows)} to time it", flush=True)
@@ -231,21 +233,28 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def render(table: Table, results: dict[str, list[Run]], step_seconds: dict[str, float]) -> str:
-    """A table in Markdown; the quality to reach is the first row's final one."""
-    target = statistics.mean(run.quality for run in results[next(iter(table.rows))])
-    columns = ["", "neg. log perplexity", "paper's", f"seconds to {target:.3f}", "sequences/s"]
+    """A table in Markdown. Runs are compared with the first row's of the same seed."""
+    first = results[next(iter(table.rows))]
+    columns = ["", "neg. log perplexity", "against the first row", "paper's", "time to the first's"]
+    columns += ["sequences/s"]
     lines = [f"### Table {table.number}: {table.title}", "", f"The paper: {table.finding}", ""]
     lines += [f"| {' | '.join([*columns, 'dropped'])} |", "|---|" + "---|" * len(columns)]
     for row, runs in results.items():
         seconds = step_seconds[name_of(table.rows[row])]
-        times = [seconds_to(run, target, seconds) for run in runs]
+        times = [seconds_to(run, one.quality, seconds) for run, one in zip(runs, first)]
         reached = [t for t in times if t is not None]
         dropped = [run.dropped for run in runs if run.dropped is not None]
         cells = [
             row,
             spread([run.quality for run in runs], 3),
+            spread([run.quality - one.quality for run, one in zip(runs, first)], 3)
+            if runs is not first
+            else "",
             table.paper[row],
-            f"{statistics.mean(reached):.1f}" if len(reached) == len(runs) else "not by all seeds",
+            f"{statistics.mean(reached):.1f} s"
+            + ("" if len(reached) == len(runs) else f" ({len(reached)} of {len(runs)})")
+            if reached
+            else "not reached",
             f"{load(table.rows[row], SEEDS[0]).data.batch_size / seconds:.0f}",
             f"{statistics.mean(dropped):.1%}" if dropped else "–",
         ]
@@ -298,10 +307,11 @@ def main() -> None:
         for table in TABLES
     }
     text = "\n\n".join(render(table, results[table.number], step_seconds) for table in TABLES)
-    before, _, rest = DOCUMENT.read_text().partition("<!-- tables -->\n")
+    before, begin, rest = DOCUMENT.read_text().partition("<!-- tables -->\n")
     _, end, after = rest.partition("<!-- end of tables -->")
-    document = f"{before}<!-- tables -->\n\n{text}\n\n{end}{after}"
-    DOCUMENT.write_text(document)
+    if not (begin and end):
+        raise SystemExit(f"{DOCUMENT} has no place for tables between <!-- tables --> marks.")
+    DOCUMENT.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
     draw(results)
     print(f"{DOCUMENT} and {FIGURE} are written")
 

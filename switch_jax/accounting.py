@@ -266,7 +266,9 @@ def _expert_layer(config: Config, stack: str, layer: int, sublayer: str) -> Expe
 
 
 def _assignments(tokens: int, capacity: int, moe: MoEConfig) -> float:
-    """Experts a token asks for; with expert choice, those that take it on average."""
+    """Experts a token asks for; with expert choice, those that take it on average. Where
+    `second_policy` leaves some second experts out, this counts them nevertheless.
+    """
     if moe.router == "expert_choice":
         return moe.num_experts * capacity / tokens
     several = moe.router in ("top_k", "batch_prioritized") and moe.second_policy != "none"

@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 def generate(
     model: SwitchTransformer, encoder_input_tokens: jax.Array, *, max_length: int = 128
 ) -> jax.Array:
-    """Greedy decoding; no token is ever dropped by an expert layer.
+    """Greedy decoding; no token is dropped by an expert layer (but for expert choice).
 
     Args:
       model: as from `switch_jax.load`.

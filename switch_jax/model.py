@@ -1,4 +1,4 @@
-"""The encoder-decoder: T5 layers, with a Switch layer at every `moe.every`-th place.
+"""The encoder-decoder: T5 layers, some of them with experts.
 
 Layers come in blocks of `moe.every`, of which the last is sparse; the blocks of a run are alike,
 so their parameters are stacked and the run is one `lax.scan`: compile time does not grow with

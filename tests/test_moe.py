@@ -289,7 +289,8 @@ def test_gathers_have_the_gradients_of_indexing(top_k):
 
 
 def test_the_way_through_tokens_and_the_way_through_slots_are_the_same(monkeypatch):
-    mlp, (x, mask) = layer(router="expert_choice", stacks="encoder"), inputs()
+    values = {"router": "expert_choice", "stacks": "encoder", "eval_capacity_factor": 1.25}
+    mlp, (x, mask) = layer(**values), inputs()
     results = []
     for token_major in (True, False):
         monkeypatch.setattr(dispatch, "_token_major", lambda *_, way=token_major: way)
