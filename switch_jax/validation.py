@@ -204,7 +204,7 @@ def _check_capacity(config: Config) -> None:
             factor = getattr(moe, key)
             _require(
                 moe.capacity(tokens, factor) > 0,
-                f"moe.{key}={factor} leaves an expert no slot in a {stack} group: {factor} ×"
+                f"moe.{key}={factor} leaves an expert no slot in a group of the {stack}: {factor} ×"
                 f" {tokens} tokens / {moe.num_experts} experts, rounded down, is 0; set"
                 " moe.min_capacity=1, moe.capacity_rounding=ceil or a larger factor.",
             )

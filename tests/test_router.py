@@ -148,6 +148,36 @@ def test_sums_do_not_change_with_padding_or_grouping(x):
         np.testing.assert_allclose(summed, value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"router": "top_k", "renormalize": True},
+        {"router": "ntlb"},
+        {"router": "batch_prioritized"},
+        {"router": "expert_choice", "stacks": "encoder", "eval_capacity_factor": 1.25},
+        {"router": "hash"},
+    ],
+    ids=lambda values: values.get("router", "switch"),
+)
+def test_permuting_groups_permutes_results(x, values):
+    made, rng = router(**values), np.random.default_rng(4)
+    tokens = jnp.asarray(rng.integers(0, 500, (B, L)), jnp.int32)
+    mask = rng.random((B, L)) < 0.8
+    order = rng.permutation(B // 2)
+    rows = (2 * order[:, None] + np.arange(2)).reshape(-1)  # of groups of two rows
+
+    def grouped(rows):
+        return Plan(tokens[rows], mask[rows], rows=2, factor=1.0)
+
+    one, other = (route(made, x[r], grouped(r)) for r in (np.arange(B), rows))
+    for got, want in zip(other.assignment, one.assignment):
+        np.testing.assert_array_equal(got, want[order])
+    for got, want in zip(other.sums, one.sums):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert one.sums.dropped > 10 or made.config.router == "ntlb"
+
+
 def test_dropped_counts_tokens_by_the_share_of_their_places():
     expert = jnp.array([[0, 1], [0, 4], [4, 4], [0, 1]])  # 4: none
     slot = jnp.array([[0, 0], [1, 0], [0, 0], [2, 1]])
