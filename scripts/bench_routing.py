@@ -24,7 +24,7 @@ from switch_jax import backend, routing
 from switch_jax.dispatch import Indices, combine, dispatch, make_indices
 from switch_jax.layers import weight
 from switch_jax.moe import FeedForwardExperts, SwitchMlp
-from switch_jax.router import Plan, Router, router_sums
+from switch_jax.router import Decision, Plan, Router, router_sums
 from switch_jax.routing import Assignment, Scores
 from switch_jax.schema import Config, DataConfig, ModelConfig, MoEConfig
 
@@ -167,7 +167,7 @@ class Layer:
 
     def sums(self, probs_GxSxE, logits_GxSxE, mask_GxS, assignment: Assignment):
         scores = Scores(probs_GxSxE, logits_GxSxE, mask_GxS)
-        sums = router_sums(logits_GxSxE, scores, assignment, self.C)
+        sums = router_sums(Decision(logits_GxSxE, scores, assignment), self.C)
         return sums.balance, sums
 
     def route(self, router: str) -> Callable:

@@ -29,17 +29,19 @@ def make_indices(assignment: Assignment, num_experts: int, capacity: int) -> Ind
     """Indices of all groups; the leaves of `assignment` have a leading axis G."""
 
     def one(assignment: Assignment) -> Indices:
-        slot_SxK = slots_of_tokens(assignment, num_experts, capacity)
+        expert_SxK, _, place_SxK = assignment
+        slot_SxK = slots_of_tokens(expert_SxK, place_SxK, num_experts, capacity)
         return Indices(slot_SxK, tokens_of_slots(slot_SxK, num_experts, capacity))
 
     return jax.vmap(one)(assignment)
 
 
-def slots_of_tokens(assignment: Assignment, num_experts: int, capacity: int) -> jax.Array:
+def slots_of_tokens(
+    expert_SxK: jax.Array, place_SxK: jax.Array, num_experts: int, capacity: int
+) -> jax.Array:
     """[S, K] int32: the slot e·C + c of each assignment, or E·C where it was dropped."""
-    expert_SxK, _, slot_SxK = assignment
-    kept_SxK = (expert_SxK < num_experts) & (slot_SxK < capacity)
-    return jnp.where(kept_SxK, expert_SxK * capacity + slot_SxK, num_experts * capacity)
+    kept_SxK = (expert_SxK < num_experts) & (place_SxK < capacity)
+    return jnp.where(kept_SxK, expert_SxK * capacity + place_SxK, num_experts * capacity)
 
 
 def tokens_of_slots(slot_SxK: jax.Array, num_experts: int, capacity: int) -> jax.Array:

@@ -38,7 +38,8 @@ def totals(batch: Mapping[str, jax.Array], config: Config) -> Totals:
         B, L = mask_BxL.shape
         rows = config.moe.group_rows(B, L)
         tokens[stack] = jnp.sum(mask_BxL, dtype=jnp.float32)
-        groups[stack] = jnp.sum(mask_BxL.reshape(B // rows, -1).any(-1), dtype=jnp.float32)
+        real_B = mask_BxL.any(-1)
+        groups[stack] = jnp.sum(real_B.reshape(B // rows, rows).any(-1), dtype=jnp.float32)
     targets = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
     return Totals(targets, tokens, groups)
 

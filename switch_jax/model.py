@@ -28,7 +28,7 @@ from switch_jax.layers import (
 from switch_jax.moe import SwitchAttention, SwitchMlp
 from switch_jax.router import Plan, Routed, RouterSums
 from switch_jax.schema import Config, Run
-from switch_jax.sharding import constrain
+from switch_jax.sharding import constrain, span
 
 # By sub-layer of a stack ("mlp", "self_attention"): leaves with a leading axis of sparse layers.
 Routes = dict[str, Routed]
@@ -289,7 +289,7 @@ class SwitchTransformer(nnx.Module):
 
     def _plan(self, token_BxL, mask_BxL, batch_size: int, factor: float | None) -> Plan:
         rows = self.config.moe.group_rows(batch_size, token_BxL.shape[1])
-        return Plan(token_BxL, mask_BxL, rows, factor)
+        return Plan(token_BxL, mask_BxL, rows, factor, span(rows, len(token_BxL)))
 
 
 def token_masks(batch: Mapping[str, Any]) -> tuple[Any, Any]:

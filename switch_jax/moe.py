@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_jax import dropless
-from switch_jax.dispatch import combine, dispatch, make_indices
+from switch_jax import dispatch, dropless, transit
 from switch_jax.layers import (
     Attention,
     Keys,
@@ -26,7 +25,7 @@ from switch_jax.layers import (
     param,
     weight,
 )
-from switch_jax.router import Plan, Routed, Router
+from switch_jax.router import Plan, Routed, Router, router_sums
 from switch_jax.schema import Config
 from switch_jax.sharding import constrain
 
@@ -136,23 +135,30 @@ def through_experts(
 
     Returns the experts' outputs, [B, L, ..] and zero where a token was dropped, and the routing.
     """
-    moe, E, dtype = router.config, router.config.num_experts, x_BxLxD.dtype
-    B, L, D = x_BxLxD.shape
-    G, S = B // plan.rows, plan.rows * L
-    C = moe.capacity(S, plan.factor)
-    x_GxSxD = x_BxLxD.reshape(G, S, D)
-    routed = router(x_BxLxD, plan, fold(keys, 0))
-    group_keys = None if keys is None else fold(keys[:: plan.rows], 1)
-    rate = moe.expert_dropout_rate
+    moe, E, rate = router.config, router.config.num_experts, router.config.expert_dropout_rate
+    B, L, _ = x_BxLxD.shape
+    C = moe.capacity(plan.rows * L, plan.factor)
+    decision = router(x_BxLxD, plan, fold(keys, 0))
+    assignment = decision.assignment
     if plan.factor is None:
-        outputs = dropless.compute(experts, x_GxSxD, routed.assignment, rate, group_keys)
+        row_assignment = jax.tree.map(lambda leaf: leaf.reshape(B, L, -1), assignment)
+        outputs = dropless.compute(experts, x_BxLxD, row_assignment, rate, fold(keys, 1))
     else:
-        indices = make_indices(routed.assignment, E, C)
-        slots = _compute(experts, dispatch(x_GxSxD, indices), rate, group_keys)
+        x_GxSxD = x_BxLxD.reshape(*assignment.gate_SxK.shape[:2], -1)
         # The gates are cast first: nothing of a token's size is ever float32 (paper §2.4).
-        gate_GxSxK = routed.assignment.gate_SxK.astype(dtype)
-        outputs = tuple(combine(slots_ExGxCxD, gate_GxSxK, indices) for slots_ExGxCxD in slots)
-    return tuple(y.reshape(B, L, -1) for y in outputs), routed
+        gate_GxSxK = assignment.gate_SxK.astype(x_BxLxD.dtype)
+        group_keys = None if keys is None else fold(keys[:: plan.rows], 1)
+        if plan.span == 1:
+            indices = dispatch.make_indices(assignment, E, C)
+            slots = _compute(experts, dispatch.dispatch(x_GxSxD, indices), rate, group_keys)
+            outputs = tuple(dispatch.combine(y, gate_GxSxK, indices) for y in slots)
+        else:
+            route, assignment = transit.make_route(assignment, E, C, plan)
+            x_ExGxCxD = transit.dispatch(x_GxSxD, route, E, C)
+            slots = _compute(experts, x_ExGxCxD, rate, group_keys)
+            outputs = tuple(transit.combine(y, gate_GxSxK, route) for y in slots)
+    sums = router_sums(decision._replace(assignment=assignment), C, plan.span)
+    return tuple(y.reshape(B, L, -1) for y in outputs), Routed(assignment, sums)
 
 
 def _compute(

@@ -24,6 +24,7 @@ class Plan(NamedTuple):
     mask_BxL: jax.Array  # bool, false for padding, which is not routed and takes no slot
     rows: int  # of a group
     factor: float | None  # capacity factor; None: nothing is dropped
+    span: int = 1  # devices that a group is spread over, in equal parts of whole rows
 
 
 class RouterSums(NamedTuple):
@@ -36,6 +37,14 @@ class RouterSums(NamedTuple):
     confidence: jax.Array  # Σ over tokens of max p
     z: jax.Array  # Σ over tokens of logsumexp(logits)²
     balance: jax.Array  # Σ over groups of the load-balancing loss, without α
+
+
+class Decision(NamedTuple):
+    """What a router made of the tokens of each group, or of its parts where it spans devices."""
+
+    logits_GxSxE: jax.Array
+    scores: Scores  # leaves [G, S, ..]
+    assignment: Assignment  # leaves [G, S, K]
 
 
 class Routed(NamedTuple):
@@ -57,8 +66,8 @@ class Router(nnx.Module):
         # Moved by the train step, not by gradients: it only ranks.
         self.bias = param(jnp.zeros(E), "router") if moe.balance_bias_rate else None
 
-    def __call__(self, x_BxLxD: jax.Array, plan: Plan, keys: Keys) -> Routed:
-        """Routes the tokens of a batch.
+    def __call__(self, x_BxLxD: jax.Array, plan: Plan, keys: Keys) -> Decision:
+        """Decides about the tokens of a batch.
 
         Args:
           x_BxLxD: normed activations.
@@ -67,8 +76,8 @@ class Router(nnx.Module):
         """
         moe = self.config
         B, L = plan.mask_BxL.shape
-        G, S = B // plan.rows, plan.rows * L
-        C = moe.capacity(S, plan.factor)
+        G, S = B * plan.span // plan.rows, plan.rows * L // plan.span
+        C = moe.capacity(S * plan.span, plan.factor)
 
         def grouped(x_BxLxE: jax.Array) -> jax.Array:
             return x_BxLxE.reshape(G, S, -1)
@@ -83,7 +92,7 @@ class Router(nnx.Module):
             chance_SxK=self._chance((L, moe.choices), (G, S), fold(keys, 2)),
         )
         assignment = jax.vmap(lambda scores: routing.ROUTERS[moe.router](scores, moe, C))(scores)
-        return Routed(assignment, router_sums(grouped(logits_BxLxE), scores, assignment, C))
+        return Decision(grouped(logits_BxLxE), scores, assignment)
 
     def _logits(self, x_BxLxD: jax.Array, plan: Plan, keys: Keys) -> jax.Array:
         """[B, L, E] in the router's dtype, from a copy of the input in that dtype (trap T5).
@@ -147,10 +156,15 @@ def hashed(token: jax.Array, num_experts: int) -> jax.Array:
     return ((bits ^ (bits >> 16)) % num_experts).astype(jnp.int32)
 
 
-def router_sums(
-    logits_GxSxE: jax.Array, scores: Scores, assignment: Assignment, capacity: int
-) -> RouterSums:
-    """The statistics of one layer over its real tokens; leaves of the arguments begin with G."""
+def router_sums(decision: Decision, capacity: int, span: int = 1) -> RouterSums:
+    """The statistics of one layer over its real tokens.
+
+    Args:
+      decision: with the slots that assignments have in their group.
+      capacity: slots of an expert in a group.
+      span: parts of a group, which follow each other.
+    """
+    logits_GxSxE, scores, assignment = decision
     mask_GxS, expert_GxSxK = scores.mask_S, assignment.expert_SxK
     E = logits_GxSxE.shape[-1]
 
@@ -161,6 +175,8 @@ def router_sums(
     kept_GxSxK = wanted_GxSxK & (assignment.slot_SxK < capacity)
     # A token nobody wanted to take is dropped as a whole.
     kept_share_GxS = kept_GxSxK.sum(-1) / jnp.maximum(wanted_GxSxK.sum(-1), 1)
+    parts = jax.vmap(routing.shares)(scores)
+    groups = jax.tree.map(lambda x: x.reshape(-1, span, *x.shape[1:]).sum(1), parts)
     return RouterSums(
         load_E=routing.expert_counts(expert_GxSxK, E).astype(jnp.float32),
         dropped=over_tokens(1 - kept_share_GxS),
@@ -168,5 +184,5 @@ def router_sums(
         entropy=over_tokens(jax.scipy.special.entr(scores.probs_SxE).sum(-1)),
         confidence=over_tokens(scores.probs_SxE.max(-1)),
         z=over_tokens(jax.nn.logsumexp(logits_GxSxE, -1) ** 2),
-        balance=jnp.sum(jax.vmap(routing.load_balancing_loss)(scores)),
+        balance=jnp.sum(jax.vmap(routing.load_balancing_loss)(groups)),
     )

@@ -6,7 +6,8 @@ Axis letters, here and in `dispatch.py`, `router.py` and `moe.py`:
     G groups              S tokens of a group    E experts    C slots of an expert in a group
     K experts a token may be in (for expert choice, E)
 
-Routers work on one group; the expert layer maps them over groups.
+Routers work on one group; the expert layer maps them over groups. Where a group spans devices
+they work on the part that a device has, and `transit.py` gives out the slots.
 """
 
 from collections.abc import Callable
@@ -58,16 +59,28 @@ def first_choices(scores: Scores) -> jax.Array:
     return jnp.where(scores.mask_S, scores.rank_SxE.argmax(-1).astype(jnp.int32), E)
 
 
-def load_balancing_loss(scores: Scores) -> jax.Array:
-    """N Σ f·P of one group, without α (paper, eqs. 4-6); 0 for a group of padding only.
+class Shares(NamedTuple):
+    """What experts have of a group, or of a part of one: the parts' add up to the group's."""
 
-    f counts first choices before anything is dropped; both means are over real tokens.
-    """
-    E = scores.probs_SxE.shape[-1]
-    count = jnp.maximum(scores.mask_S.sum(), 1)
-    f_E = expert_counts(first_choices(scores), E) / count
-    P_E = jnp.where(scores.mask_S[:, None], scores.probs_SxE, 0).sum(0) / count
-    return E * jnp.sum(f_E * P_E)
+    first_E: jax.Array  # float32, first choices before anything is dropped
+    prob_E: jax.Array  # float32, Σ p over real tokens
+    tokens: jax.Array  # float32, real ones
+
+
+def shares(scores: Scores) -> Shares:
+    """The shares of a group's experts."""
+    E, mask_S = scores.probs_SxE.shape[-1], scores.mask_S
+    return Shares(
+        first_E=expert_counts(first_choices(scores), E).astype(jnp.float32),
+        prob_E=jnp.where(mask_S[:, None], scores.probs_SxE, 0).sum(0),
+        tokens=mask_S.sum(dtype=jnp.float32),
+    )
+
+
+def load_balancing_loss(group: Shares) -> jax.Array:
+    """N Σ f·P of one group, without α (paper, eqs. 4-6); 0 for a group of padding only."""
+    count = jnp.maximum(group.tokens, 1)
+    return group.first_E.size * jnp.sum(group.first_E / count * group.prob_E / count)
 
 
 def top_k(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:

@@ -80,6 +80,11 @@ class MoEConfig:
         return {"ntlb": 1, "expert_choice": self.num_experts}.get(self.router, self.choices)
 
     @property
+    def in_token_order(self) -> bool:
+        """Whether experts take tokens in order, so that a group need not be seen as a whole."""
+        return self.router in ("switch", "top_k", "hash")
+
+    @property
     def noisy(self) -> bool:
         """Whether training draws random numbers for the router or the experts."""
         rates = self.jitter, self.input_dropout_rate, self.sampling_temperature

@@ -124,32 +124,52 @@ def check(config: Config, sizes: dict[str, int]) -> None:
             f" make data.batch_size a multiple of {shards * config.train.accumulate}."
         )
     if config.sparse:
-        _check_groups(config, microbatch // shards)
+        _check_groups(config, sizes, microbatch)
 
 
-def _check_groups(config: Config, local_rows: int) -> None:
-    """Raises `UserError` where a group is not within the rows a device has of a microbatch."""
+def _check_groups(config: Config, sizes: dict[str, int], microbatch: int) -> None:
+    """Raises `UserError` where a group is neither within the rows of a device nor spread evenly
+    over devices that have all experts between them, or not within a microbatch.
+    """
+    moe, batch, experts = config.moe, config.data.batch_size, sizes["expert"]
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
     lengths = {stack: config.length(stack) for stack in STACKS if config.sparse_layers(stack)}
 
     def rows(length: int, group_size: int) -> int:
-        moe = dataclasses.replace(config.moe, group_size=group_size)
-        return moe.group_rows(config.data.batch_size, length)
+        return dataclasses.replace(moe, group_size=group_size).group_rows(batch, length)
 
-    def fits(group_size: int) -> bool:
-        return all(local_rows % rows(length, group_size) == 0 for length in lengths.values())
+    def fits(length: int, group_size: int) -> bool:
+        group = rows(length, group_size)
+        for local_rows in (microbatch // shards, batch // shards):  # training, evaluation
+            spread = moe.in_token_order and group % local_rows == 0 == microbatch % group
+            if local_rows % group and not (spread and experts % (group // local_rows) == 0):
+                return False
+        return True
 
-    if fits(config.moe.group_size):
+    def all_fit(group_size: int) -> bool:
+        return all(fits(length, group_size) for length in lengths.values())
+
+    if all_fit(moe.group_size):
         return
-    sizes = (r * length for r in _divisors(local_rows) for length in lengths.values())
-    stack, length = next(
-        (s, n) for s, n in lengths.items() if local_rows % rows(n, config.moe.group_size)
-    )
+    candidates = (r * length for r in _divisors(microbatch) for length in lengths.values())
+    works = max((c for c in candidates if c <= moe.group_size and all_fit(c)), default=1)
+    stack, length = next((s, n) for s, n in lengths.items() if not fits(n, moe.group_size))
+    why = "" if moe.in_token_order else f" (moe.router={moe.router} must see all of a group)"
     raise UserError(
-        f"A {stack} group of {rows(length, config.moe.group_size)} rows × {length} tokens would"
-        f" span devices or microbatches, which hold {local_rows} rows each; set moe.group_size to"
-        f" {max(filter(fits, sizes), default=1)}, or make data.batch_size larger, or slice × data"
-        " × expert or train.accumulate smaller."
+        f"A {stack} group of {rows(length, moe.group_size)} rows × {length} tokens is neither"
+        f" within the {microbatch // shards} rows that a device has of a microbatch nor spread"
+        f" evenly over mesh.expert={experts} devices{why}; set moe.group_size to {works}, or make"
+        " data.batch_size or mesh.expert larger, or slice × data or train.accumulate smaller."
     )
+
+
+def span(group_rows: int, batch_rows: int) -> int:
+    """Over how many devices each group of a (micro)batch is spread, by the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return max(1, group_rows * shards // batch_rows)
 
 
 def _check_dropless(config: Config, sizes: dict[str, int], devices: Sequence[jax.Device]) -> None:

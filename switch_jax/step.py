@@ -199,15 +199,14 @@ class Program:
     def _accumulate(self, function, inputs):
         """Σ of `function(*microbatch)` over the microbatches of `inputs`, in float32.
 
-        Each device cuts its own rows, so that no row moves; groups stay whole because a
-        device's share of a microbatch is a whole number of them.
+        A microbatch is consecutive rows, so that its groups are whole, also where they span
+        devices. Its rows come from few devices and go to all; a row is a few kilobytes of ids.
         """
-        shards, parts = sharding.num_batch_shards(self.mesh), self.config.train.accumulate
+        parts = self.config.train.accumulate
 
         def cut(x):
-            rows = x.shape[0] // (shards * parts)
-            x = x.reshape(shards, parts, rows, *x.shape[1:]).swapaxes(0, 1)
-            x = x.reshape(parts, shards * rows, *x.shape[3:])
+            x = sharding.constrain(x, None)  # in two steps: XLA splits what is whole anywhere
+            x = x.reshape(parts, -1, *x.shape[1:])
             return sharding.constrain(x, None, "batch")
 
         microbatches = jax.tree.map(cut, inputs)

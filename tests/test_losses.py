@@ -10,7 +10,7 @@ from conftest import make_batch, tiny
 
 from switch_jax import losses, routing
 from switch_jax.model import token_masks
-from switch_jax.router import RouterSums, router_sums
+from switch_jax.router import Decision, RouterSums, router_sums
 
 FOUR = {"model.num_encoder_layers": 4, "model.num_decoder_layers": 4}
 CONFIG = tiny(**FOUR, **{"moe.z_loss_weight": 0.001, "moe.group_size": 32})
@@ -42,7 +42,7 @@ def layer_stats(config, mask_BxL, seed: int, blocks: int = 2) -> RouterSums:
         probs = jax.nn.softmax(logits)
         scores = routing.Scores(probs, logits, mask)
         assignment = jax.vmap(lambda s: routing.top_k(s, moe, C))(scores)
-        return router_sums(logits, scores, assignment, C)
+        return router_sums(Decision(logits, scores, assignment), C)
 
     return one, whole.reshape(blocks, -1, *mask.shape[1:], E)
 

@@ -261,8 +261,8 @@ def test_gathers_have_the_gradients_of_indexing(top_k):
     moe = layer(top_k=top_k, router="top_k").router.config
     rng = np.random.default_rng(4)
     probs = softmax(rng.normal(size=(8, E)) + np.arange(E)).astype(np.float32)
-    assignment = routing.top_k(routing.Scores(probs, probs, rng.random(8) < 0.8), moe, C)
-    slot_SxK = dispatch.slots_of_tokens(assignment, E, C)
+    expert, gate, place = routing.top_k(routing.Scores(probs, probs, rng.random(8) < 0.8), moe, C)
+    slot_SxK = dispatch.slots_of_tokens(expert, place, E, C)
     held_N = dispatch.tokens_of_slots(slot_SxK, E, C).reshape(-1)
     assert (held_N == 8 * top_k).any() and (slot_SxK == E * C).any()
     tokens, slots = (jnp.array(rng.normal(size=(n, D)), jnp.float32) for n in (8, E * C))
@@ -281,8 +281,8 @@ def test_gathers_have_the_gradients_of_indexing(top_k):
         return jnp.sum(rows * gates[..., None], axis=1)
 
     gather_sum = partial(dispatch.gather_sum, index_NxK=slot_SxK, inverse_M=held_N)
-    got, back = jax.vjp(gather_sum, slots, jnp.asarray(assignment.gate_SxK))
-    want, back_want = jax.vjp(indexed_sum, slots, jnp.asarray(assignment.gate_SxK))
+    got, back = jax.vjp(gather_sum, slots, jnp.asarray(gate))
+    want, back_want = jax.vjp(indexed_sum, slots, jnp.asarray(gate))
     direction = jnp.array(rng.normal(size=got.shape), jnp.float32)
     for a, b in zip((got, *back(direction)), (want, *back_want(direction))):
         np.testing.assert_allclose(a, b, **CLOSE)

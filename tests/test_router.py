@@ -10,7 +10,7 @@ from switch_jax import routing
 from switch_jax.idle_experts import IdleExperts
 from switch_jax.model import SwitchTransformer, named_parameters
 from switch_jax.moe import SwitchMlp
-from switch_jax.router import Plan, Router, hashed, router_sums
+from switch_jax.router import Decision, Plan, Routed, Router, hashed, router_sums
 from switch_jax.sharding import make_mesh
 from switch_jax.step import Program
 
@@ -43,7 +43,9 @@ def route(made: Router, x, plan=None, keys=None):
     rows, factor = plan.rows, plan.factor  # static
 
     def run(made, x, token, mask, keys):
-        return made(x, Plan(token, mask, rows, factor), keys)
+        decision = made(x, Plan(token, mask, rows, factor), keys)
+        C = made.config.capacity(rows * x.shape[1], factor)
+        return Routed(decision.assignment, router_sums(decision, C))
 
     routed = jax.jit(run)(made, x, plan.token_BxL, plan.mask_BxL, keys)
     return jax.tree.map(np.asarray, routed)
@@ -185,12 +187,13 @@ def test_dropped_counts_tokens_by_the_share_of_their_places():
     probs = jnp.full((4, 4), 0.25)
     scores = routing.Scores(probs, probs, mask)
     assignment = routing.Assignment(expert, jnp.ones((4, 2)), slot)
-    grouped = jax.tree.map(lambda a: a[None], (jnp.log(probs), scores, assignment))
+    grouped = Decision(jnp.log(probs), scores, assignment)
+    grouped = jax.tree.map(lambda a: a[None], grouped)
     # Capacity 1: t0 whole, t1's only place is full, t2 has no place at all, t3 both full.
-    assert router_sums(*grouped, 1).dropped == 3
+    assert router_sums(grouped, 1).dropped == 3
     # Capacity 2: t3 loses one of its two.
-    assert router_sums(*grouped, 2).dropped == 1.5
-    np.testing.assert_array_equal(router_sums(*grouped, 1).load_E, [3, 2, 0, 0])
+    assert router_sums(grouped, 2).dropped == 1.5
+    np.testing.assert_array_equal(router_sums(grouped, 1).load_E, [3, 2, 0, 0])
 
 
 def test_the_bias_of_bias_balancing_ranks_but_is_no_gate(x):

@@ -41,7 +41,7 @@ def route(moe: MoEConfig, capacity: int, chance=None) -> tuple[np.ndarray, ...]:
 
 
 def balance(probs, mask):
-    return routing.load_balancing_loss(scores(probs, mask))
+    return routing.load_balancing_loss(routing.shares(scores(probs, mask)))
 
 
 def test_golden_load_balancing_loss():
@@ -67,7 +67,7 @@ def test_load_balancing_loss_ignores_padding_and_spans_one_to_E():
 
 def test_load_balancing_loss_counts_what_was_drawn_and_not_what_is_likeliest():
     drawn = np.eye(3, dtype=np.float32)[[2] * 6]
-    loss = routing.load_balancing_loss(routing.Scores(FIG11, drawn, ALL))
+    loss = routing.load_balancing_loss(routing.shares(routing.Scores(FIG11, drawn, ALL)))
     np.testing.assert_allclose(loss, 3 * FIG11[:, 2].mean(), rtol=1e-6)
 
 
