@@ -1,0 +1,89 @@
+# Sourced by the launchers, and written for the bash 3.2 of macOS as well.
+#
+#   parse REQUIRED OPTIONAL "$@"   sets a variable per option, and `train`, the arguments of switch-jax
+#   run COMMAND…                   prints a command and, without --dry-run, runs it
+#   succeeds COMMAND…              the same, quietly, for a question; under --dry-run the answer is no
+#   need TOOL INSTALL              exits unless TOOL is there; INSTALL says how to get it
+#   fail SENTENCE                  a mistake of the user's: exit 2
+
+launcher=scripts/launch/$(basename "$0")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+fail() {
+  echo "$launcher: $1" >&2
+  exit 2
+}
+
+usage() {
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$launcher"
+}
+
+# gs://BUCKET/PATH as WORKDIR becomes /mnt/BUCKET/PATH, and `bucket` is what is to be mounted there.
+parse() {
+  local required="config workdir $1" optional=$2 option
+  shift 2
+  dry_run='' bucket='' train=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --dry-run) dry_run=yes ;;
+      --help)
+        usage
+        exit
+        ;;
+      --)
+        shift
+        train+=("$@")
+        break
+        ;;
+      --config.*=*) train+=("$1") ;;
+      --*)
+        option=${1#--}
+        option=${option%%=*}
+        [[ " $required $optional " == *" $option "* || $option == config.* ]] \
+          || fail "there is no --$option; see --help, and put options of switch-jax train after --."
+        if [[ $1 != *=* ]]; then
+          [ $# -gt 1 ] || fail "--$option needs a value."
+          set -- "--$option=$2" "${@:3}"
+          continue
+        fi
+        printf -v "$option" %s "${1#*=}"
+        ;;
+      *) fail "'$1' is not an option; see --help." ;;
+    esac
+    shift
+  done
+  for option in $required; do
+    [ -n "${!option:-}" ] || fail "give --$option, as in: $(usage | sed -n 's/^  *\(bash .*\)/\1/p')"
+  done
+  [ -f "${config%%:*}" ] || fail "config ${config%%:*} does not exist in this checkout."
+  if [[ $workdir == gs://* ]]; then
+    workdir=${workdir#gs://} && bucket=${workdir%%/*} && workdir=/mnt/$workdir
+  fi
+  train=(train --config "$config" --workdir "$workdir" ${train[@]+"${train[@]}"})
+}
+
+# The words as a shell would read them back.
+quoted() {
+  local word line='' single="'" escaped="'\\''"
+  for word; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) word=$single${word//$single/$escaped}$single ;;
+    esac
+    line+=" $word"
+  done
+  echo "${line# }"
+}
+
+run() {
+  quoted "$@"
+  [ -n "$dry_run" ] || "$@"
+}
+
+succeeds() {
+  quoted "$@"
+  [ -z "$dry_run" ] && "$@" >/dev/null 2>&1
+}
+
+need() {
+  [ -n "$dry_run" ] || command -v "$1" >/dev/null || fail "$1 is not installed; $2"
+}

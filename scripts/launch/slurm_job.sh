@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The batch script of slurm_gpu.sh: runs its arguments on all tasks, and when Slurm says (USR1) that
+# the time limit is near, lets them save and queues the job again. What Slurm preempts, it queues
+# again itself, and the tasks have been sent SIGTERM.
+set -u
+
+queue_again() {
+  # Not by a signal to srun, which at SIGTERM kills its tasks.
+  scancel --signal=TERM "$SLURM_JOB_ID"
+  timeout 480 tail --pid="$step" -f /dev/null
+  scontrol requeue "$SLURM_JOB_ID"
+}
+
+trap queue_again USR1
+srun --kill-on-bad-exit=1 --cpu-bind=none "$@" &
+step=$!
+wait "$step"
