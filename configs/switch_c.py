@@ -1,7 +1,7 @@
 """Switch-C: 2048 experts in every layer, the paper's largest model.
 
     switch-jax train --config configs/switch_c.py --workdir runs/switch_c \\
-        --config.mesh.data=1 --config.mesh.expert=128
+        --config.mesh.data=1 --config.mesh.expert=1024
 
     default         1,571,327,875,360 parameters   869.1 GFLOP a sequence   6.289 TB
     variant=table9  1,571,375,798,688 parameters     894 GFLOP a sequence    6.29 TB
@@ -32,9 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
         num_decoder_layers=15,
         tied_embeddings=False,
     )
-    # Capacities and group size are those of flaxformer's configuration. A group has about as
-    # many tokens as there are experts, so it is min_capacity that decides while training.
-    config.moe.update(
-        num_experts=2048, every=1, capacity_factor=1.0, min_capacity=2, group_size=2048
-    )
+    # A group of 2^17 tokens has 64 for each expert, spread over as many devices as it takes. In
+    # flaxformer's 2048 an expert expects one: rounding and variance then take two to four slots a
+    # token, or drop much.
+    config.moe.update(num_experts=2048, every=1, group_size=2**17)
     return config

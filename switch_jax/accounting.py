@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from switch_jax.chips import peak_flops
 from switch_jax.model import SwitchTransformer, logical_axes, named_parameters
 from switch_jax.optim import make_optimizer
 from switch_jax.schema import STACKS, Config, MoEConfig
@@ -32,31 +33,6 @@ CONVENTIONS = {
     "flops_per_sequence": "paper: forward, scores once, no router, no padding",
     "flops_per_sequence_computed": "computed: forward, every matmul, all expert slots",
     "train_flops_per_step": "3 x computed, over the global batch",
-}
-
-# Dense bfloat16 FLOP/s of one JAX device, as published by its maker. TPU v2, v3 and 7x chips
-# are two devices each, with half of the chip's figure. Exact names: a fraction of a GPU (MIG)
-# or another board of the same family is another device.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
 }
 
 
@@ -303,11 +279,6 @@ def dropped_if_uniform(tokens: int, capacity: int, moe: MoEConfig) -> float:
     log_pmf = tokens * math.log1p(-chance) + np.concatenate([[0.0], np.cumsum(np.log(ratio))])
     excess = np.maximum(np.arange(tokens + 1) - capacity, 0)
     return float(excess @ np.exp(log_pmf)) / (tokens * chance)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Published bfloat16 FLOP/s of a `jax.Device.device_kind`; None where we know none."""
-    return PEAK_FLOPS.get(device_kind)
 
 
 def mfu(config: Config, step_seconds: float, device_kind: str, num_devices: int) -> float | None:

@@ -118,6 +118,17 @@ def _parser() -> argparse.ArgumentParser:
     config(sub)
     as_json(sub)
 
+    sub = verb("compile", _compile, "compile the train step for a machine that is not here")
+    config(sub)
+    sub.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="v5p:8x16x16 (TPU and shape of a slice), cpu:8 (pretended devices) or gpu (attached)",
+    )
+    sub.add_argument("--slices", type=_positive, default=1, metavar="N", help="TPU slices (1)")
+    as_json(sub)
+
     sub = verb("bench", _bench, "time a config against its FLOP-matched dense twin")
     config(sub)
     sub.add_argument("--repeats", type=_positive, default=10, help="timed runs of each (10)")
@@ -232,6 +243,15 @@ def _inspect(args: argparse.Namespace) -> None:
 
     summary = accounting.summary(_load_config(args))
     print(json.dumps(summary) if args.json else accounting.render(summary))
+
+
+def _compile(args: argparse.Namespace) -> None:
+    config = _load_config(args)
+    from switch_jax import aot
+
+    result = aot.compile_step(config, aot.Target(args.topology, args.slices))
+    print(json.dumps(result) if args.json else aot.render(result), flush=True)
+    aot.require_fit(result)
 
 
 def _bench(args: argparse.Namespace) -> None:

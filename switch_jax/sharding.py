@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,12 +69,19 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     sizes = _fitting(config, len(devices))
     _check_dropless(config, sizes, devices)
     shape = tuple(sizes.values())
-    return jax.make_mesh(
-        shape,
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[: math.prod(shape)],
-    )
+    devices = devices[: math.prod(shape)]
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if len(slices) == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    if sizes["slice"] != len(slices):
+        raise UserError(
+            f"The devices are on {len(slices)} slices and mesh.slice is {sizes['slice']};"
+            f" set mesh.slice={len(slices)}."
+        )
+    inside = (1, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (len(slices), 1, 1, 1), devices)
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def _fitting(config: Config, num_devices: int) -> dict[str, int]:

@@ -50,6 +50,11 @@ class OnMesh:
         with jax.set_mesh(self._mesh):
             return self._jitted(*args)
 
+    def trace(self, *args: Any) -> jax.stages.Traced:
+        """Traces for (abstract) arguments."""
+        with jax.set_mesh(self._mesh):
+            return self._jitted.trace(*args)
+
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """Lowers for (abstract) arguments; `.compile()` it ahead of time."""
         with jax.set_mesh(self._mesh):

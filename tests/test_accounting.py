@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from switch_jax import accounting
+from switch_jax import accounting, chips
 from switch_jax import config as config_lib
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -275,7 +275,7 @@ def test_mfu_counts_neither_empty_slots_nor_unknown_devices():
     dropless = load("switch_base.py", moe__capacity_factor=None)
     assert accounting.mfu(dropless, seconds, "TPU v4", 32) == pytest.approx(1.0)
     assert accounting.mfu(config, seconds, "cpu", 1) is None
-    assert accounting.peak_flops("NVIDIA H200 MIG 1g.18gb") is None
+    assert chips.peak_flops("NVIDIA H200 MIG 1g.18gb") is None
 
 
 @pytest.mark.parametrize("spec", ["t5_base.py", "switch_c.py", "moe_base.py"])

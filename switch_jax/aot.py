@@ -1,0 +1,305 @@
+"""Compiles the train step for machines that are not here, and says what it would need there.
+
+The compiler is the real one: of TPUs (`libtpu` runs on any computer), of the GPUs that are
+attached, or of the CPU for any number of pretended devices. What it says is read off the program:
+memory of a device, FLOPs, bytes to and from memory, bytes sent along each mesh axis.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from switch_jax import accounting, hlo, roofline, sharding
+from switch_jax import config as config_lib
+from switch_jax.cache import cache_root, made_once
+from switch_jax.chips import CHIPS
+from switch_jax.errors import UserError
+from switch_jax.schema import Config
+from switch_jax.step import Program
+
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to compile for.
+
+    `topology` is `v5p:8x16x16` (a TPU and the shape of a slice), `cpu:8` (so many pretended
+    devices) or `gpu` (the attached ones).
+    """
+
+    topology: str
+    slices: int = 1
+
+    def devices(self) -> Sequence[jax.Device]:
+        """Raises `UserError` where there is no such machine or no compiler for it.
+
+        To be called before JAX is used for anything else.
+        """
+        name, _, shape = self.topology.partition(":")
+        if name in ("cpu", "gpu"):
+            if self.slices != 1:
+                raise UserError(f"--slices is for TPUs; leave it out for {self.topology}.")
+            return _cpu_devices(shape) if name == "cpu" else _gpu_devices()
+        return _tpu_devices(self.topology, self.slices)
+
+
+def _cpu_devices(count: str) -> Sequence[jax.Device]:
+    if not count.isdigit() or int(count) < 1:
+        raise UserError("--topology cpu needs a number of devices: write cpu:8.")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", int(count))
+    return jax.devices("cpu")
+
+
+def _gpu_devices() -> Sequence[jax.Device]:
+    try:
+        return jax.devices("gpu")
+    except RuntimeError:
+        raise UserError("No GPU is attached; name a TPU topology such as v5p:8x8x8.") from None
+
+
+def _tpu_devices(topology: str, slices: int) -> Sequence[jax.Device]:
+    try:
+        metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            "The TPU compiler is not installed; run `pip install 'switch_jax[tpu]'`."
+        ) from None
+    # Nothing is attached, and nobody is to be asked what would be.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
+    try:
+        described = topologies.get_topology_desc(topology, platform="tpu", **options)
+    except Exception as error:  # whatever the compiler's library makes of a wrong name
+        reason = str(error).split(": ", 1)[-1].split("\n")[0][:200]
+        raise UserError(
+            f"--topology {topology} does not exist ({reason}); name a TPU and the shape of a slice,"
+            " such as v4:8x8x16, v5p:8x16x16, v5e:16x16 or v6e:16x16."
+        ) from error
+    return described.devices
+
+
+def compile_step(config: Config, target: Target) -> Result:
+    """What a train step of `config` needs on `target`; from the cache where it is known.
+
+    Raises `UserError` for a target or mesh that cannot be. A program that does not fit is no
+    error: its `fits` is false, and what is not known of it is None.
+    """
+
+    def build(path: Path) -> None:
+        path.write_text(json.dumps(_compile(config, target)))
+
+    folder = cache_root() / "compile"
+    return json.loads(made_once(folder / f"{_fingerprint(config, target)}.json", build).read_text())
+
+
+def _fingerprint(config: Config, target: Target) -> str:
+    """Of all that the result depends on: configuration, target, compilers, this package."""
+    compilers = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        try:
+            compilers[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    asked = [config_lib.to_dict(config), dataclasses.asdict(target), compilers]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _compile(config: Config, target: Target) -> Result:
+    devices = target.devices()
+    mesh = sharding.make_mesh(config, devices)
+    kind = mesh.devices.flat[0].device_kind
+    program = Program(config, mesh)
+    state, batch = program.abstract_state, program.abstract_batch
+    began = time.perf_counter()
+    traced = program.train_step.trace(state, batch)
+    layers = accounting.expert_layers(config)
+    parameters = _bytes_per_device(state.params)
+    result: Result = {
+        "topology": target.topology,
+        "slices": target.slices,
+        "device_kind": kind,
+        "devices": mesh.devices.size,
+        "mesh": dict(mesh.shape),
+        "fsdp": config.mesh.fsdp,
+        "params": accounting.summary(config)["params"],
+        "parameter_bytes": parameters,
+        "optimizer_bytes": _bytes_per_device(state.opt_state),
+        "parameters": _placement(program),
+        "tokens_per_step": config.data.batch_size * config.data.inputs_length,
+        "slots_per_token": _slots_per_token(config, layers),
+    }
+    with jax.set_mesh(mesh):
+        lowered = traced.lower()
+    result["hlo_bytes"] = len(lowered.as_text())
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed, available = _exhausted(error)
+        result |= dict.fromkeys(_KNOWN_OF_WHAT_FITS)
+        return result | {
+            "hbm_bytes_per_device": needed,
+            "hbm_available_bytes": available,
+            "argument_bytes": _bytes_per_device((state, batch)),
+            "temp_bytes": needed - _bytes_per_device((state, batch)),
+            "compile_seconds": time.perf_counter() - began,
+            "fits": False,
+        }
+    seconds = time.perf_counter() - began
+    used, arguments = _memory(compiled.memory_analysis())
+    chip = CHIPS.get(kind)
+    room = chip.memory if chip and chip.memory else sharding.device_memory(devices)
+    text = hlo.Program(compiled.as_text())
+    flops = roofline.matmul_flops(traced.jaxpr, mesh.devices.size) / mesh.devices.size
+    traffic, collectives = text.memory_bytes(), text.collectives(mesh)
+    result |= {
+        "hbm_bytes_per_device": used,
+        "hbm_available_bytes": room,
+        "argument_bytes": arguments,
+        "temp_bytes": used - arguments,
+        "flops_per_device": flops,
+        "memory_traffic_bytes": traffic,
+        "collectives": [dataclasses.asdict(c) for c in collectives],
+        "collective_bytes": _by_kind_and_axis(collectives),
+        "compile_seconds": seconds,
+        "fits": room is None or used <= room,
+    }
+    return result | roofline.predict(config, mesh, flops, traffic, collectives)
+
+
+_KNOWN_OF_WHAT_FITS = (
+    "flops_per_device",
+    "memory_traffic_bytes",
+    "collectives",
+    "collective_bytes",
+    *roofline.FIELDS,
+)
+
+
+def _exhausted(error: Exception) -> tuple[int, int]:
+    """Bytes needed and available, from the compiler's message."""
+    sizes = re.findall(r"\(?(\d+(?:\.\d+)?)([KMGT])\)?", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
+        raise error
+    needed, available = (int(float(n) * 1024 ** ("KMGT".index(unit) + 1)) for n, unit in sizes[:2])
+    return needed, available
+
+
+def _memory(analysis: Any) -> tuple[int, int]:
+    """Bytes of a device in use at the worst moment, and of arguments among them."""
+    arguments = analysis.argument_size_in_bytes
+    peak = getattr(analysis, "peak_memory_in_bytes", 0)
+    if peak > arguments:
+        return peak, arguments
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return arguments + results + analysis.temp_size_in_bytes, arguments
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _placement(program: Program) -> dict[str, dict[str, Any]]:
+    """Where each parameter lies: shape, mesh axes of its dimensions, shape on a device."""
+    return {
+        name: {
+            "shape": list(leaf.shape),
+            "spec": [axis if axis is None else str(axis) for axis in leaf.sharding.spec],
+            "shard": list(leaf.sharding.shard_shape(leaf.shape)),
+        }
+        for name, leaf in program.abstract_state.params.items()
+    }
+
+
+def _slots_per_token(config: Config, layers: list[accounting.ExpertLayer]) -> float | None:
+    """Expert slots computed per routed token, over all layers of both stacks."""
+    tokens = [config.length(layer.stack) for layer in layers]
+    slots = sum(n * layer.slots_per_token for n, layer in zip(tokens, layers))
+    return slots / sum(tokens) if layers else None
+
+
+def _by_kind_and_axis(collectives: list[hlo.Collective]) -> dict[str, dict[str, int]]:
+    """Bytes that a device sends in a step: kind → mesh axes → bytes."""
+    table: dict[str, dict[str, int]] = {}
+    for one in collectives:
+        by_axis = table.setdefault(one.kind, {})
+        axes = "+".join(one.axes)
+        by_axis[axes] = by_axis.get(axes, 0) + round(one.sent)
+    return table
+
+
+def render(result: Result) -> str:
+    """A result as aligned lines for people."""
+    lines: list[str] = []
+
+    def line(name: str, value: str, note: str = "") -> None:
+        lines.append(f"{name:28}{value:>16}  {note}".rstrip())
+
+    mesh = " × ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1)
+    line("devices", f"{result['devices']:,}", f"{result['device_kind']}, {mesh or 'alone'}")
+    used, available = result["hbm_bytes_per_device"], result["hbm_available_bytes"]
+    of = f"of {_gib(available)}, {used / available:.0%}" if available else ""
+    line("memory of a device", _gib(used), of if result["fits"] else f"{of}: does not fit")
+    line("  parameters", _gib(result["parameter_bytes"]))
+    line("  optimizer", _gib(result["optimizer_bytes"]))
+    rest = used - result["parameter_bytes"] - result["optimizer_bytes"]
+    line("  gradients, activations …", _gib(rest))
+    if result["slots_per_token"] is not None:
+        line("expert slots per token", f"{result['slots_per_token']:.3f}")
+    line("compiled in", f"{result['compile_seconds']:.0f} s")
+    if not result["fits"]:
+        return "\n".join(lines)
+    line("a step, on a device", accounting.si(result["flops_per_device"], "FLOP"), "matmuls")
+    line("  memory traffic", accounting.si(result["memory_traffic_bytes"], "B"))
+    for kind, by_axis in result["collective_bytes"].items():
+        for axes, size in by_axis.items():
+            line(f"  {kind}", accounting.si(size, "B"), f"sent along {axes}")
+    if result["step_seconds_roofline"] is not None:
+        line("roofline step", f"{result['step_seconds_roofline']:.3f} s", result["binding"])
+        for resource, seconds in result["seconds_by_resource"].items():
+            line(f"  {resource}", f"{seconds:.3f} s")
+        line("  MFU", f"{result['mfu_roofline']:.1%}")
+        line("  tokens a day", accounting.si(result["tokens_per_day"], ""))
+        line("  days to 576.7 G tokens", f"{result['days_to_paper_tokens']:,.1f}")
+    return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def require_fit(result: Result) -> None:
+    """Raises `UserError` that says by how much a program does not fit, and what takes it."""
+    if result["fits"]:
+        return
+    used, available = result["hbm_bytes_per_device"], result["hbm_available_bytes"]
+    parts = {part: result[f"{part}_bytes"] for part in ("parameter", "optimizer")}
+    rest = used - sum(parts.values())
+    raise UserError(
+        f"A train step needs {_gib(used)} of a {result['device_kind']}'s {_gib(available)},"
+        f" {_gib(used - available)} too many: parameters {_gib(parts['parameter'])}, optimizer"
+        f" {_gib(parts['optimizer'])}, gradients and activations {_gib(rest)}."
+    )

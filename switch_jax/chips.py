@@ -1,0 +1,70 @@
+"""What accelerators can do, as published by their makers."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One JAX device; rates in units a second, sizes in bytes; None: not known to us."""
+
+    flops: float  # dense bfloat16
+    memory_rate: float | None = None
+    link_rate: float | None = None  # all links to chips of the same slice or box, one way
+    torus: int = 0  # dimensions of the network of a slice; 0: every chip reaches every other
+    slice_rate: float | None = None  # to other slices or boxes, a chip's share
+    memory: int | None = None  # what the TPU compiler lets a program use
+
+
+def _gib(value: float) -> int:
+    return int(value * 2**30)
+
+
+# By `jax.Device.device_kind`. Exact names: a fraction of a GPU (MIG) or another board of the same
+# family is another device. TPU v2, v3 and 7x chips are two devices each, with half of the chip's
+# figures. Data-centre rates of v4 and v5p are 200 Gb/s for a host of four chips.
+CHIPS = {
+    "TPU v2": Chip(22.5e12),
+    "TPU v3": Chip(61.5e12),
+    "TPU v4": Chip(275e12, 1228e9, 300e9, 3, 6.25e9, _gib(30.75)),
+    "TPU v5 lite": Chip(197e12, 819e9, 200e9, 2, 3.125e9, _gib(15.75)),
+    "TPU v5": Chip(459e12, 2765e9, 600e9, 3, 6.25e9, _gib(95.74)),
+    "TPU v6 lite": Chip(918e12, 1640e9, 400e9, 2, 12.5e9, _gib(31.25)),
+    "TPU7x": Chip(1153.5e12),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12, 1555e9),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 1935e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 450e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 2000e9),
+    "NVIDIA H200": Chip(989e12, 4800e9, 450e9),
+    "NVIDIA B200": Chip(2250e12, 8000e9, 900e9),
+    "NVIDIA GB200": Chip(2500e12, 8000e9, 900e9),
+}
+# Other names of the same device.
+CHIPS |= {
+    "TPU v5e": CHIPS["TPU v5 lite"],
+    "TPU v5p": CHIPS["TPU v5"],
+    "TPU v6e": CHIPS["TPU v6 lite"],
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a `jax.Device.device_kind`; None where we know none."""
+    chip = CHIPS.get(device_kind)
+    return None if chip is None else chip.flops
+
+
+def exchange_seconds(chip: Chip, size: float, devices: int) -> float:
+    """Least time of an all-to-all in which each of `devices` sends `size` bytes to the others.
+
+    What a chip's links carry, or what crosses the middle of the torus: there n·size/4 bytes go one
+    way through 2·n/k links, k chips long, each with its share of the chip's rate.
+    """
+    if chip.link_rate is None:
+        return math.nan
+    seconds = size / chip.link_rate
+    if chip.torus:
+        longest = devices ** (1 / chip.torus)
+        seconds = max(seconds, size * longest / 8 / (chip.link_rate / (2 * chip.torus)))
+    return seconds
