@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from switch_jax.routing import Assignment
-from switch_jax.sharding import on_mesh, spec, varying
+from switch_jax.sharding import exchanged, on_mesh, spec, varying
 
 
 class Indices(NamedTuple):
@@ -74,7 +74,7 @@ def dispatch(x_GxSxD: jax.Array, indices: Indices) -> jax.Array:
             slots_MxD = gather_rows(x_NxD, token_M, slot_NxK)
         else:
             slots_MxD = x_NxD.at[token_M].get(mode="fill", fill_value=0)
-        return _exchange(slots_MxD.reshape(E, G, C, D), 0, 1)
+        return exchanged(slots_MxD.reshape(E, G, C, D), "expert", 0, 1)
 
     in_specs = (_TOKENS, _GROUPED, _GROUPED)
     return on_mesh(local, in_specs=in_specs, out_specs=_SLOTS)(x_GxSxD, *indices)
@@ -87,7 +87,7 @@ def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, indices: Indices) -
     """
 
     def local(slots_ExGxCxD, gate_GxSxK, *indices):
-        slots = _exchange(slots_ExGxCxD, 1, 0)
+        slots = exchanged(slots_ExGxCxD, "expert", 1, 0)
         G, S, K = gate_GxSxK.shape
         slots_MxD = slots.reshape(-1, slots.shape[-1])
         slot_NxK, held_M = _flat(Indices(*indices))
@@ -192,10 +192,3 @@ def _flat(indices: Indices) -> tuple[jax.Array, jax.Array]:
     )
     held = jnp.where(held_GxExC < S * K, group_G[:, None, None] * S * K + held_GxExC, G * S * K)
     return slot.reshape(G * S, K), held.transpose(1, 0, 2).reshape(-1)
-
-
-def _exchange(x: jax.Array, split_axis: int, concat_axis: int) -> jax.Array:
-    """All-to-all over the expert axis, where there is one."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.all_to_all(x, "expert", split_axis, concat_axis, tiled=True)

@@ -21,7 +21,16 @@ from switch_jax import routing
 from switch_jax.dispatch import gather_rows
 from switch_jax.layers import Keys, weight
 from switch_jax.routing import Assignment
-from switch_jax.sharding import MESH_AXES, on_mesh, spec, varying
+from switch_jax.sharding import (
+    MESH_AXES,
+    gathered,
+    on_mesh,
+    position,
+    scattered_sum,
+    size,
+    spec,
+    varying,
+)
 
 # Rows of a block: multiples of what any matrix unit likes, and few enough to waste little.
 SMALLEST, LARGEST = 8, 256
@@ -91,33 +100,33 @@ def compute(
 
     def local(experts, *arrays):
         x_GxSxD, expert_GxSxK, gate_GxSxK, *key_data = (
-            _gathered(array, "expert", 0) for array in arrays
+            gathered(array, "expert", 0) for array in arrays
         )
         (G, S, K), E = gate_GxSxK.shape, jax.tree.leaves(experts)[0].shape[0]
         T = G * S
-        x_TxD = _gathered(x_GxSxD, "model", 2).reshape(T, -1)
-        expert_TxK = expert_GxSxK.reshape(T, K) - E * _position("expert")
+        x_TxD = gathered(x_GxSxD, "model", 2).reshape(T, -1)
+        expert_TxK = expert_GxSxK.reshape(T, K) - E * position("expert")
         expert_TxK = jnp.where((expert_TxK >= 0) & (expert_TxK < E), expert_TxK, E)
         rows = block_rows(T * K, num_experts)
         slot_TxK, held_M, expert_N, used = make_blocks(expert_TxK, E, rows)
 
         def matmul(x_MxX: jax.Array, own: nnx.Param, last: str) -> jax.Array:
             y_MxY = grouped_matmul(x_MxX, varying(own[...], ("slice", "data")), expert_N, used)
-            return _scattered_sum(y_MxY, "model", 1) if last == "activation_split" else y_MxY
+            return scattered_sum(y_MxY, "model", 1) if last == "activation_split" else y_MxY
 
         def drop(h_MxF: jax.Array) -> jax.Array:
             if not key_data:
                 return h_MxF
             F = h_MxF.shape[1]
-            draw = partial(jax.random.bernoulli, p=1 - rate, shape=(S * K, F * _size("model")))
+            draw = partial(jax.random.bernoulli, p=1 - rate, shape=(S * K, F * size("model")))
             keep_AxF = jax.vmap(draw)(jax.random.wrap_key_data(*key_data)).reshape(T * K, -1)
-            keep_AxF = jax.lax.dynamic_slice_in_dim(keep_AxF, F * _position("model"), F, 1)
+            keep_AxF = jax.lax.dynamic_slice_in_dim(keep_AxF, F * position("model"), F, 1)
             keep_MxF = keep_AxF.at[held_M].get(mode="fill", fill_value=False)
             return jnp.where(keep_MxF, h_MxF / (1 - rate), 0)
 
         def back(y_MxY: jax.Array) -> jax.Array:
             y = gather_rows(y_MxY, slot_TxK.reshape(-1), held_M[:, None]).reshape(G, S, K, -1)
-            return _scattered_sum(jnp.sum(y * gate_GxSxK[..., None], 2), "expert", 0)
+            return scattered_sum(jnp.sum(y * gate_GxSxK[..., None], 2), "expert", 0)
 
         rows_MxD = gather_rows(x_TxD, held_M // K, slot_TxK)
         return tuple(back(y_MxY) for y_MxY in experts(rows_MxD, matmul, drop))
@@ -184,28 +193,3 @@ def _grouped_matmul_bwd(residuals, g_MxY):
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
-
-
-# Collectives and positions along a mesh axis, where there is a mesh.
-
-
-def _alone() -> bool:
-    return jax.sharding.get_abstract_mesh().empty
-
-
-def _gathered(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
-    return x if _alone() else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
-
-
-def _scattered_sum(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
-    if _alone():
-        return x
-    return jax.lax.psum_scatter(x, axis_name, scatter_dimension=axis, tiled=True)
-
-
-def _position(axis_name: str) -> Any:
-    return 0 if _alone() else jax.lax.axis_index(axis_name)
-
-
-def _size(axis_name: str) -> int:
-    return 1 if _alone() else jax.lax.axis_size(axis_name)

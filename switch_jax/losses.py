@@ -4,6 +4,7 @@ Every denominator (`Totals`) comes from the global batch before the first microb
 computed, so that neither loss nor metrics change with gradient accumulation.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,10 @@ import jax.numpy as jnp
 from switch_jax.model import Stats, token_masks
 from switch_jax.router import RouterSums
 from switch_jax.schema import STACKS, Config
+from switch_jax.sharding import BATCH_AXES, highest, on_mesh, position, spec, summed, varying
+
+# Logits of more than that are made in parts.
+LOGITS_BYTES = 2**29
 
 
 class Totals(NamedTuple):
@@ -44,20 +49,69 @@ def totals(batch: Mapping[str, jax.Array], config: Config) -> Totals:
     return Totals(targets, tokens, groups)
 
 
-def token_losses(logits_BxTxV: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
-    """Cross-entropy, z and accuracy of the targets, weighted by their loss weights."""
-    target_BxT, weight_BxT = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    log_z_BxT = jax.nn.logsumexp(logits_BxTxV, -1)
-    # A masked sum instead of an index: it stays local where the vocabulary is sharded.
-    vocabulary_V = jnp.arange(logits_BxTxV.shape[-1], dtype=target_BxT.dtype)
+def token_losses(
+    states_BxTxD: jax.Array, head_DxV: jax.Array, batch: Mapping[str, jax.Array]
+) -> LossSums:
+    """Cross-entropy, z and accuracy of the targets, weighted by their loss weights.
+
+    The logits are states @ head, in float32. A device makes those of its own rows and part of the
+    vocabulary alone, and of so many positions at a time that they take LOGITS_BYTES at the most;
+    the backward pass makes them again.
+    """
+
+    def local(states_BxTxD, head_DxV, target_BxT, weight_BxT):
+        (B, T, _), V = states_BxTxD.shape, head_DxV.shape[1]
+        chunks = min(math.ceil(B * T * V * 4 / LOGITS_BYTES), T)
+        states_BxTxD = varying(states_BxTxD, "model")
+        # Marked here and not in the loop: its gradient is then summed over devices once.
+        head_DxV = varying(head_DxV, BATCH_AXES)
+
+        def chunk(total: LossSums, arrays: tuple) -> tuple[LossSums, None]:
+            states_BxtxD, target_Bxt, weight_Bxt = arrays
+            logits_BxtxV = jnp.dot(states_BxtxD, head_DxV, preferred_element_type=jnp.float32)
+            sums = _sums(logits_BxtxV, target_Bxt, weight_Bxt)
+            return jax.tree.map(jnp.add, total, sums), None
+
+        if chunks == 1:
+            sums = _sums(
+                jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32),
+                target_BxT,
+                weight_BxT,
+            )
+        else:
+            zero = LossSums(*[varying(jnp.zeros(()), BATCH_AXES)] * 3)
+            parts = [_cut(x, chunks) for x in (states_BxTxD, target_BxT, weight_BxT)]
+            sums, _ = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), zero, parts)
+        return jax.tree.map(lambda x: summed(x, BATCH_AXES), sums)
+
+    rows, whole = spec(("batch",)), spec(())
+    in_specs = (rows, spec((None, "vocab")), rows, rows)
+    targets = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    return on_mesh(local, in_specs=in_specs, out_specs=whole)(states_BxTxD, head_DxV, *targets)
+
+
+def _sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array) -> LossSums:
+    """Sums over a device's rows, from its part V of the vocabulary."""
+    V = logits_BxTxV.shape[-1]
+    largest_BxT = highest(jax.lax.stop_gradient(logits_BxTxV.max(-1)), "model")
+    scaled_BxTxV = jnp.exp(logits_BxTxV - largest_BxT[..., None])
+    log_z_BxT = jnp.log(summed(scaled_BxTxV.sum(-1), "model")) + largest_BxT
+    # A masked sum instead of an index: only one device has the target's logit.
+    vocabulary_V = V * position("model") + jnp.arange(V, dtype=target_BxT.dtype)
     at_target = vocabulary_V == target_BxT[..., None]
-    target_logit_BxT = jnp.sum(jnp.where(at_target, logits_BxTxV, 0), -1)
-    correct_BxT = logits_BxTxV.argmax(-1) == target_BxT
+    target_logit_BxT = summed(jnp.sum(jnp.where(at_target, logits_BxTxV, 0), -1), "model")
     return LossSums(
         cross_entropy=jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT)),
         z=jnp.sum(weight_BxT * log_z_BxT**2),
-        correct=jnp.sum(weight_BxT * correct_BxT),
+        correct=jnp.sum(weight_BxT * (target_logit_BxT >= largest_BxT)),
     )
+
+
+def _cut(x_BxT: jax.Array, chunks: int) -> jax.Array:
+    """[chunks, B, ⌈T / chunks⌉, ..], with zeros behind the end."""
+    B, T, *rest = x_BxT.shape
+    padding = [(0, 0), (0, -T % chunks), *[(0, 0)] * len(rest)]
+    return jnp.pad(x_BxT, padding).reshape(B, chunks, -1, *rest).swapaxes(0, 1)
 
 
 def loss_terms(

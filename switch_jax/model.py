@@ -215,12 +215,7 @@ class SwitchTransformer(nnx.Module):
           batch_size: rows of the global batch, where `batch` is a microbatch of it.
         """
         decoded, routes = self.route(batch, factor=factor, keys=keys, batch_size=batch_size)
-        stats = {
-            f"{stack}/{sublayer}": routed.sums
-            for stack, of_stack in routes.items()
-            for sublayer, routed in of_stack.items()
-        }
-        return self.logits(decoded), stats
+        return self.logits(decoded), stats_of(routes)
 
     def route(
         self,
@@ -278,18 +273,31 @@ class SwitchTransformer(nnx.Module):
         return constrain(x_BxLxD, "batch", None, "activation")
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
-        """[B, T, V] float32; a tied head scales the states by D^-0.5, an untied one does not."""
-        if self.head is None:
-            x_BxTxD = x_BxTxD * self.config.model.d_model**-0.5
-            head_DxV = weight(self.embedding, x_BxTxD.dtype).T
-        else:
-            head_DxV = weight(self.head, x_BxTxD.dtype)
-        logits = jnp.dot(x_BxTxD, head_DxV, preferred_element_type=jnp.float32)
+        """[B, T, V] float32 of decoder states."""
+        logits = jnp.dot(*self.factors(x_BxTxD), preferred_element_type=jnp.float32)
         return constrain(logits, "batch", None, "vocab")
+
+    def factors(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """States [B, T, D] and head [D, V] whose product the logits are.
+
+        A tied head scales the states by D^-0.5, an untied one does not.
+        """
+        if self.head is not None:
+            return x_BxTxD, weight(self.head, x_BxTxD.dtype)
+        return x_BxTxD * self.config.model.d_model**-0.5, weight(self.embedding, x_BxTxD.dtype).T
 
     def _plan(self, token_BxL, mask_BxL, batch_size: int, factor: float | None) -> Plan:
         rows = self.config.moe.group_rows(batch_size, token_BxL.shape[1])
         return Plan(token_BxL, mask_BxL, rows, factor, span(rows, len(token_BxL)))
+
+
+def stats_of(routes: Mapping[str, Routes]) -> Stats:
+    """The router sums of what `SwitchTransformer.route` returned."""
+    return {
+        f"{stack}/{sublayer}": routed.sums
+        for stack, of_stack in routes.items()
+        for sublayer, routed in of_stack.items()
+    }
 
 
 def token_masks(batch: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -71,17 +71,19 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     shape = tuple(sizes.values())
     devices = devices[: math.prod(shape)]
     slices = {getattr(device, "slice_index", None) for device in devices}
-    types = (AxisType.Auto,) * len(MESH_AXES)
     if len(slices) == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-    if sizes["slice"] != len(slices):
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif sizes["slice"] == len(slices):
+        inside, between = (1, *shape[1:]), (len(slices), 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, between, devices, allow_split_physical_axes=True
+        )
+    else:
         raise UserError(
             f"The devices are on {len(slices)} slices and mesh.slice is {sizes['slice']};"
             f" set mesh.slice={len(slices)}."
         )
-    inside = (1, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(inside, (len(slices), 1, 1, 1), devices)
-    return Mesh(grid, MESH_AXES, axis_types=types)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _fitting(config: Config, num_devices: int) -> dict[str, int]:
@@ -234,23 +236,78 @@ def spec(axes: Sequence[str | None], *, fsdp: bool = False) -> P:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the sharding of `x` by logical names; does nothing outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if alone():
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
 def on_mesh(local: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
     """`local` as a `shard_map` over the mesh in context, or as it is where there is none."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if alone():
         return local
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)
 
 
 def varying(x: jax.Array, axis_names: str | tuple[str, ...]) -> jax.Array:
     """`x` in a `shard_map`, the same along these axes, marked as one that may differ."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if alone():
         return x
     return jax.lax.pcast(x, axis_names, to="varying")
+
+
+# In a `shard_map`, along mesh axes; where there is no mesh, there is one device.
+
+
+def summed(x: jax.Array, axis_names: str | tuple[str, ...]) -> jax.Array:
+    """Σ over the devices."""
+    return x if alone() else jax.lax.psum(x, axis_names)
+
+
+def highest(x: jax.Array, axis_names: str | tuple[str, ...]) -> jax.Array:
+    """The largest of the devices'; without a derivative."""
+    return x if alone() else jax.lax.pmax(x, axis_names)
+
+
+def gathered(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
+    """All devices' parts, one after the other along an array axis."""
+    return x if alone() else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
+
+
+def scattered_sum(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
+    """Σ over the devices, of which each keeps its part of an array axis."""
+    if alone():
+        return x
+    return jax.lax.psum_scatter(x, axis_name, scatter_dimension=axis, tiled=True)
+
+
+def exchanged(
+    x: jax.Array,
+    axis_name: str,
+    split_axis: int,
+    concat_axis: int,
+    groups: list[list[int]] | None = None,
+) -> jax.Array:
+    """All-to-all, among all devices or within groups of them."""
+    if alone():
+        return x
+    return jax.lax.all_to_all(
+        x, axis_name, split_axis, concat_axis, axis_index_groups=groups, tiled=True
+    )
+
+
+def position(axis_name: str) -> Any:
+    """The device's number."""
+    return 0 if alone() else jax.lax.axis_index(axis_name)
+
+
+def size(axis_name: str) -> int:
+    """How many devices there are."""
+    return 1 if alone() else jax.lax.axis_size(axis_name)
+
+
+def alone() -> bool:
+    """Whether there is no mesh in context."""
+    return jax.sharding.get_abstract_mesh().empty
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from switch_jax import losses, sharding
 from switch_jax.data.batch import feature_shapes
-from switch_jax.model import Stats, SwitchTransformer, logical_axes, with_parameters
+from switch_jax.model import Stats, SwitchTransformer, logical_axes, stats_of, with_parameters
 from switch_jax.optim import make_optimizer, schedule
 from switch_jax.schema import Config
 
@@ -134,13 +134,14 @@ class Program:
         keys = self._row_keys(state.step, batch)
 
         def loss(params, microbatch, keys):
-            logits, stats = self.model(params).forward(
+            model = self.model(params)
+            decoded, routes = model.route(
                 microbatch,
                 factor=config.moe.capacity_factor,
                 keys=keys,
                 batch_size=config.data.batch_size,
             )
-            sums = losses.token_losses(logits, microbatch)
+            sums, stats = losses.token_losses(*model.factors(decoded), microbatch), stats_of(routes)
             terms = losses.loss_terms(sums, stats, totals, config)
             return sum(terms.values()), (terms, sums, stats)
 
@@ -183,13 +184,12 @@ class Program:
         self, params: Mapping[str, jax.Array], batch: Batch
     ) -> tuple[losses.LossSums, jax.Array, Stats]:
         """Sums over a batch without dropout: `LossSums`, number of targets, router sums."""
-        logits, stats = self.model(params).forward(
-            batch, factor=self.config.moe.eval_capacity_factor
-        )
+        model = self.model(params)
+        decoded, routes = model.route(batch, factor=self.config.moe.eval_capacity_factor)
         return (
-            losses.token_losses(logits, batch),
+            losses.token_losses(*model.factors(decoded), batch),
             jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32),
-            stats,
+            stats_of(routes),
         )
 
     def _row_keys(self, step: jax.Array, batch: Batch) -> jax.Array | None:

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from switch_jax import routing
+from switch_jax import routing, sharding
 from switch_jax.dispatch import gather_rows, gather_sum, slots_of_tokens, tokens_of_slots
 from switch_jax.router import Plan
 from switch_jax.routing import Assignment
-from switch_jax.sharding import on_mesh, spec, varying
+from switch_jax.sharding import exchanged, on_mesh, position, spec, varying
 
 
 class Leg(NamedTuple):
@@ -99,7 +99,7 @@ def make_route(
         assignments = S * max(factor, K)
         sizes = hops(devices, assignments)
         # What an item must know: its owner, expert and group there, and which choice it is.
-        group = jax.lax.axis_index("expert") // plan.span
+        group = position("expert") // plan.span
         choice_K = jnp.arange(K, dtype=jnp.int32)
         nobody = num_experts * groups * K
         code_GxSxK = (expert_GxSxK * groups + group) * K + choice_K
@@ -188,7 +188,7 @@ def _backwards(legs, sizes) -> list[tuple[Leg, int, int]]:
 
 def _exchange(x: jax.Array, size: int, stride: int) -> jax.Array:
     """All-to-all of equal parcels among each `size` devices that are `stride` apart."""
-    devices = jax.lax.axis_size("expert")
+    devices = sharding.size("expert")
     starts = (s for s in range(devices) if s // stride % size == 0)
     groups = [[start + stride * i for i in range(size)] for start in starts]
-    return jax.lax.all_to_all(x, "expert", 0, 0, axis_index_groups=groups, tiled=True)
+    return exchanged(x, "expert", 0, 0, groups)

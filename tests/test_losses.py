@@ -58,8 +58,13 @@ def stats_of(config, batch, rows=slice(None)) -> losses.Stats:
     return stats
 
 
+def token_losses(logits, batch) -> losses.LossSums:
+    """Of given logits: the head leaves the states as they are."""
+    return losses.token_losses(logits, jnp.eye(logits.shape[-1]), batch)
+
+
 def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits):
-    sums = losses.token_losses(logits, batch)
+    sums = token_losses(logits, batch)
     weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
     assert 0 < (weights == 0).mean() < 1
     log_z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
@@ -80,7 +85,7 @@ def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits
 
 def test_padded_targets_do_not_matter(batch, logits):
     noise = 10 * (batch["decoder_loss_weights"] == 0)[..., None].astype(np.float32)
-    clean, other = (losses.token_losses(x, batch) for x in (logits, logits + noise * logits))
+    clean, other = (token_losses(x, batch) for x in (logits, logits + noise * logits))
     np.testing.assert_allclose(clean, other, rtol=1e-6)
 
 
@@ -97,14 +102,12 @@ def test_totals_count_real_tokens_and_groups():
 
 def test_terms_of_microbatches_add_up_to_those_of_the_batch(batch, logits):
     totals = losses.totals(batch, CONFIG)
-    whole = losses.loss_terms(
-        losses.token_losses(logits, batch), stats_of(CONFIG, batch), totals, CONFIG
-    )
+    whole = losses.loss_terms(token_losses(logits, batch), stats_of(CONFIG, batch), totals, CONFIG)
     assert all(value > 0 for value in whole.values())
     parts = []
     for i in range(0, 16, 8):
         rows = slice(i, i + 8)
-        sums = losses.token_losses(logits[rows], {k: v[rows] for k, v in batch.items()})
+        sums = token_losses(logits[rows], {k: v[rows] for k, v in batch.items()})
         stats = stats_of(CONFIG, batch, rows)
         parts.append(losses.loss_terms(sums, stats, totals, CONFIG))
     for name, value in whole.items():
@@ -112,7 +115,7 @@ def test_terms_of_microbatches_add_up_to_those_of_the_batch(batch, logits):
 
 
 def test_auxiliary_loss_is_a_sum_over_layers_or_their_mean(batch, logits):
-    sums, totals = losses.token_losses(logits, batch), losses.totals(batch, CONFIG)
+    sums, totals = token_losses(logits, batch), losses.totals(batch, CONFIG)
     stats = stats_of(CONFIG, batch)
     summed = losses.loss_terms(sums, stats, totals, CONFIG)
     moe = dataclasses.replace(CONFIG.moe, aux_loss_reduction="mean")
