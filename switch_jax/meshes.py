@@ -1,0 +1,245 @@
+"""Which meshes suit a config on a number of chips: memory and step time by arithmetic.
+
+Rougher than compiling (`aot.py`), which takes minutes where this takes milliseconds: activations
+are counted by the size of what a layer keeps for the backward pass, and every resource works at
+its published rate. Good enough to rank meshes; compile the one you choose.
+
+Axis letters: see `routing.py`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from switch_jax import accounting, sharding, transit
+from switch_jax.chips import Chip, exchange_seconds
+from switch_jax.errors import UserError
+from switch_jax.losses import LOGITS_BYTES
+from switch_jax.model import logical_axes, named_parameters
+from switch_jax.schema import STACKS, Config, MeshConfig
+from switch_jax.sharding import BATCH_AXES, MESH_AXES
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Suggestion:
+    """A mesh, and what a train step is predicted to take of each device."""
+
+    mesh: dict[str, int]
+    fsdp: bool
+    memory_bytes: dict[str, float]  # parameters, optimizer, gradients, activations
+    seconds: dict[str, float]  # compute, memory, links, and with several slices slices
+    fits: bool
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a device in use."""
+        return sum(self.memory_bytes.values())
+
+    @property
+    def step_seconds(self) -> float:
+        """Matmuls and memory overlap, communication with neither."""
+        return step_seconds(self.seconds)
+
+
+def step_seconds(seconds: dict[str, float]) -> float:
+    """A step's time from that of each resource, where only matmuls and memory overlap."""
+    network = sum(seconds.get(name, 0.0) for name in ("links", "slices"))
+    return max(seconds["compute"], seconds["memory"]) + network
+
+
+def suggest(config: Config, chip: Chip, devices: int, slices: int = 1) -> list[Suggestion]:
+    """The legal meshes of so many devices, those that fit first, the fastest of them first.
+
+    `mesh.fsdp` is set where it makes a mesh fit, or faster. Raises `UserError` where no mesh is
+    legal.
+    """
+    work = _Work(config, chip)
+    found = []
+    for model in _divisors(devices // slices):
+        for expert in _divisors(devices // (slices * model)):
+            data = devices // (slices * model * expert)
+            sizes = dict(zip(MESH_AXES, (slices, data, expert, model)))
+            choices = (False, True) if data > 1 else (False,)
+            legal = [
+                work.suggestion(sizes, fsdp) for fsdp in choices if _legal(config, sizes, fsdp)
+            ]
+            found += sorted(legal, key=_order)[:1]
+    if not found:
+        sharding.check(config, dict(zip(MESH_AXES, (slices, devices // slices, 1, 1))))
+        raise UserError(f"No mesh of {devices} devices divides the model and its batch.")
+    return sorted(found, key=_order)
+
+
+def _order(suggestion: Suggestion) -> tuple[bool, float]:
+    return not suggestion.fits, suggestion.step_seconds
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def _legal(config: Config, sizes: dict[str, int], fsdp: bool) -> bool:
+    """Whether a mesh divides the model and its batch, and no device would be idle."""
+    if sizes["expert"] > max(config.moe.num_experts, 1):
+        return False
+    try:
+        sharding.check(dataclasses.replace(config, mesh=MeshConfig(fsdp=fsdp)), sizes)
+    except UserError:
+        return False
+    return True
+
+
+class _Work:
+    """What a train step of a config does, and what of it falls to a device of a mesh."""
+
+    def __init__(self, config: Config, chip: Chip):
+        model, state = accounting.abstract_model(config), accounting.state_bytes(config)
+        axes = logical_axes(model)
+        self._config, self._chip = config, chip
+        self._parameters = [
+            (axes[name], math.prod(leaf.shape)) for name, leaf in named_parameters(model).items()
+        ]
+        self._optimizer = state["optimizer"] / state["parameters"]
+        self._flops = sum(accounting.flops_by_part(config).values())
+        self._expert_layers = accounting.expert_layers(config)
+
+    def suggestion(self, sizes: dict[str, int], fsdp: bool) -> Suggestion:
+        """What a mesh would take."""
+        memory = self._memory(sizes, fsdp)
+        fits = self._chip.memory is None or sum(memory.values()) <= self._chip.memory
+        return Suggestion(sizes, fsdp, memory, self._seconds(sizes, fsdp, memory), fits)
+
+    def _count(self, sizes: dict[str, int], fsdp: bool, *, experts: bool) -> float:
+        """Parameters of expert layers' experts, or of all else, on a device."""
+        return sum(
+            count / math.prod(sizes[axis] for axis in sharding.spec(axes, fsdp=fsdp) if axis)
+            for axes, count in self._parameters
+            if ("expert" in axes) == experts
+        )
+
+    def _rows(self, sizes: dict[str, int]) -> float:
+        """Rows of a microbatch on a device."""
+        shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+        return self._config.data.batch_size / self._config.train.accumulate / shards
+
+    def _memory(self, sizes: dict[str, int], fsdp: bool) -> dict[str, float]:
+        kept = 4 * sum(self._count(sizes, fsdp, experts=experts) for experts in (False, True))
+        return {
+            "parameters": kept,
+            "optimizer": kept * self._optimizer,
+            "gradients": kept * (2 if self._config.train.accumulate > 1 else 1),
+            "activations": self._activations(sizes),
+        }
+
+    def _activations(self, sizes: dict[str, int]) -> float:
+        """What the forward pass keeps for the backward pass, logits included."""
+        config, m, split = self._config, self._config.model, sizes["model"]
+        item, rows = ITEM_BYTES[m.dtype], self._rows(sizes)
+        inner, gates = m.num_heads * m.head_dim, 2 if m.activation == "geglu" else 1
+        total, largest = 0.0, 0.0
+        for stack in STACKS:
+            length, layers = config.length(stack), config.num_layers(stack)
+            keys = length + (config.length("encoder") if stack == "decoder" else 0)
+            attentions = 2 if stack == "decoder" else 1
+            # Inputs of norms and matmuls, in the width of the residual and of all heads.
+            stream = rows * length * (3 * attentions + 2) * m.d_model
+            heads = rows * length * 4 * attentions * inner / split
+            scores = rows * m.num_heads / split * length * keys * 2
+            hidden = rows * length * (gates + 1) * m.d_ff / split
+            sparse = len(config.sparse_layers(stack)) / layers
+            slots = max((e.slots_per_token for e in self._layers_of(stack)), default=1.0)
+            hidden *= 1 + sparse * (slots - 1)
+            whole = item * (stream + heads + scores + hidden)
+            kept = {
+                "none": whole,
+                "dots": item * (rows * length * 2 * m.d_model + heads + hidden * (1 - sparse)),
+                "full": item * rows * length * m.d_model,
+            }[m.remat]
+            total += layers * kept
+            largest = max(largest, whole * (config.moe.every if config.sparse else 1))
+        logits = rows * config.data.targets_length * m.vocab_size * 4 / split
+        return total + (largest if m.remat != "none" else 0) + 3 * min(logits, LOGITS_BYTES)
+
+    def _layers_of(self, stack: str) -> list[accounting.ExpertLayer]:
+        return [layer for layer in self._expert_layers if layer.stack == stack]
+
+    def _seconds(
+        self, sizes: dict[str, int], fsdp: bool, memory: dict[str, float]
+    ) -> dict[str, float]:
+        config, chip = self._config, self._chip
+        passes = {"none": 3, "dots": 3.3, "full": 4}[config.model.remat]
+        flops = self._flops * config.data.batch_size / math.prod(sizes.values())
+        # How often weights, with gradients and optimizer, and activations are read or written:
+        # about what the compiler made of the paper's models.
+        accumulate = config.train.accumulate
+        traffic = (14 + 4 * accumulate) * memory["parameters"]
+        traffic += 10 * accumulate * memory["activations"]
+        seconds = {
+            "compute": passes * flops / chip.flops,
+            "memory": traffic / (chip.memory_rate or math.inf),
+            "links": self._link_seconds(sizes, fsdp),
+        }
+        if sizes["slice"] > 1:
+            dense, experts = (self._count(sizes, True, experts=e) for e in (False, True))
+            size = ITEM_BYTES[config.model.dtype] * (dense / sizes["expert"] + experts)
+            share = (sizes["slice"] - 1) / sizes["slice"]
+            seconds["slices"] = 2 * share * size / (chip.slice_rate or math.inf)
+        return seconds
+
+    def _link_seconds(self, sizes: dict[str, int], fsdp: bool) -> float:
+        """Gradients over the batch axes, tokens over `expert`, activations over `model`."""
+        config, m, rate = self._config, self._config.model, self._chip.link_rate or math.inf
+        item, accumulate = ITEM_BYTES[m.dtype], config.train.accumulate
+        data, expert, split = sizes["data"], sizes["expert"], sizes["model"]
+        dense, experts = (self._count(sizes, False, experts=e) for e in (False, True))
+
+        def ring(size: float, devices: int) -> float:
+            return size * (devices - 1) / devices / rate
+
+        total = 2 * ring(item * dense, data * expert) + 2 * ring(item * experts, data)
+        if fsdp:
+            total += accumulate * ring(item * (dense + experts), data)
+        for stack in STACKS:
+            tokens = self._rows(sizes) * config.length(stack)
+            # Sums of activations, forward and backward, after each sub-layer.
+            sums = 2 * (3 if stack == "decoder" else 2) * config.num_layers(stack)
+            total += accumulate * sums * 2 * ring(item * tokens * m.d_model, split)
+            for layer in self._layers_of(stack):
+                for size, places in self._parcels(layer, expert, tokens):
+                    sent = item * places * m.d_model / split * (size - 1) / size
+                    total += accumulate * 4 * exchange_seconds(self._chip, sent, size)
+        return total
+
+    def _parcels(
+        self, layer: accounting.ExpertLayer, expert: int, tokens: float
+    ) -> list[tuple[int, float]]:
+        """Devices of each hop to the experts, and places for tokens that a device sends in it."""
+        if expert == 1:
+            return []
+        if layer.group_tokens <= tokens:
+            return [(expert, tokens * layer.slots_per_token)]
+        most = tokens * max(layer.capacity_factor or 1.0, self._config.moe.places)
+        return [(size, size * transit.room(most / size)) for size in transit.hops(expert, most)]
+
+
+def as_json(suggestion: Suggestion) -> dict[str, Any]:
+    """JSON values."""
+    return dataclasses.asdict(suggestion) | {
+        "memory": suggestion.memory,
+        "step_seconds": suggestion.step_seconds,
+    }
+
+
+def render(suggestions: list[Suggestion], most: int = 10) -> str:
+    """The first suggestions as a table for people."""
+    lines = [f"{'data':>6}{'expert':>8}{'model':>7}  {'fsdp':5}{'step':>10}{'memory':>12}"]
+    for one in suggestions[:most]:
+        mesh = one.mesh
+        lines.append(
+            f"{mesh['data']:>6}{mesh['expert']:>8}{mesh['model']:>7}  {'yes' if one.fsdp else '':5}"
+            f"{1e3 * one.step_seconds:>7,.0f} ms{one.memory / 2**30:>8,.1f} GiB"
+            f"{'' if one.fits else '  does not fit'}"
+        )
+    return "\n".join(lines)
