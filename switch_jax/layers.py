@@ -61,15 +61,21 @@ def kernel(key: jax.Array, shape: tuple[int, int], scale: float) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · scale, with the mean square taken in float32; no mean, no bias."""
+    """x / rms(x) · scale, with the mean square taken in float32; no mean, no bias.
+
+    Before and after it every `model` shard has all of a token: left to itself, XLA lets the
+    residual stream go about in pieces, and sends more of it.
+    """
 
     def __init__(self, dim: int):
         self.scale = param(jnp.ones(dim), "norm")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        x_BxLxD = constrain(x_BxLxD, "batch", None, "activation")
+        x32 = x_BxLxD.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-6)
-        return (x32 * self.scale[...]).astype(x.dtype)
+        y_BxLxD = (x32 * self.scale[...]).astype(x_BxLxD.dtype)
+        return constrain(y_BxLxD, "batch", None, "activation")
 
 
 class RelativeBias(nnx.Module):

@@ -176,7 +176,8 @@ def _compute(
             return h_ExGxCxF
         E, _, C, F = h_ExGxCxF.shape
         draw = partial(jax.random.bernoulli, p=1 - rate, shape=(E, C, F))
-        keep = constrain(jax.vmap(draw, out_axes=1)(group_keys), *along, "mlp")
+        keys = constrain(group_keys, "expert_group")  # and not each round of the generator's
+        keep = constrain(jax.vmap(draw, out_axes=1)(keys), *along, "mlp")
         return jnp.where(keep, h_ExGxCxF / (1 - rate), 0)
 
     return experts(constrain(slots_ExGxCxD, *along, "activation"), matmul, drop)
