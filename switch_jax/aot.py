@@ -12,7 +12,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def _compile(config: Config, target: Target) -> Result:
     state, batch = program.abstract_state, program.abstract_batch
     began = time.perf_counter()
     traced = program.train_step.trace(state, batch)
-    layers = accounting.expert_layers(config)
+    summary = accounting.summary(config)
     parameters = _bytes_per_device(state.params)
     result: Result = {
         "topology": target.topology,
@@ -142,12 +142,12 @@ def _compile(config: Config, target: Target) -> Result:
         "devices": mesh.devices.size,
         "mesh": dict(mesh.shape),
         "fsdp": config.mesh.fsdp,
-        "params": accounting.summary(config)["params"],
+        "params": summary["params"],
         "parameter_bytes": parameters,
         "optimizer_bytes": _bytes_per_device(state.opt_state),
         "parameters": _placement(program),
         "tokens_per_step": config.data.batch_size * config.data.inputs_length,
-        "slots_per_token": _slots_per_token(config, layers),
+        "slots_per_token": summary["slots_per_token"],
     }
     with jax.set_mesh(mesh):
         lowered = traced.lower()
@@ -227,18 +227,11 @@ def _placement(program: Program) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "shape": list(leaf.shape),
-            "spec": [axis if axis is None else str(axis) for axis in leaf.sharding.spec],
+            "spec": [(axes,) if isinstance(axes, str) else axes for axes in leaf.sharding.spec],
             "shard": list(leaf.sharding.shard_shape(leaf.shape)),
         }
         for name, leaf in program.abstract_state.params.items()
     }
-
-
-def _slots_per_token(config: Config, layers: list[accounting.ExpertLayer]) -> float | None:
-    """Expert slots computed per routed token, over all layers of both stacks."""
-    tokens = [config.length(layer.stack) for layer in layers]
-    slots = sum(n * layer.slots_per_token for n, layer in zip(tokens, layers))
-    return slots / sum(tokens) if layers else None
 
 
 def _by_kind_and_axis(collectives: list[hlo.Collective]) -> dict[str, dict[str, int]]:
@@ -291,15 +284,35 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
-def require_fit(result: Result) -> None:
-    """Raises `UserError` that says by how much a program does not fit, and what takes it."""
-    if result["fits"]:
-        return
+def remedy(config: Config, target: Target, result: Result) -> str:
+    """By how much a program does not fit, what takes it, and the least change that would.
+
+    The change is one that compiles: changes are tried from the one that costs least time.
+    """
     used, available = result["hbm_bytes_per_device"], result["hbm_available_bytes"]
     parts = {part: result[f"{part}_bytes"] for part in ("parameter", "optimizer")}
     rest = used - sum(parts.values())
-    raise UserError(
+    message = (
         f"A train step needs {_gib(used)} of a {result['device_kind']}'s {_gib(available)},"
         f" {_gib(used - available)} too many: parameters {_gib(parts['parameter'])}, optimizer"
-        f" {_gib(parts['optimizer'])}, gradients and activations {_gib(rest)}."
+        f" {_gib(parts['optimizer'])}, gradients and activations {_gib(rest)}"
     )
+    for change in _changes(config):
+        keys = [f"--config.{key}={value}" for key, value in change.items()]
+        try:
+            changed = config_lib.override(config, {k: str(v) for k, v in change.items()})
+            if compile_step(changed, target)["fits"]:
+                return f"{message}; with {' '.join(keys)} it fits."
+        except UserError:
+            continue
+    return f"{message}; take more chips or a smaller data.batch_size."
+
+
+def _changes(config: Config) -> Iterator[dict[str, Any]]:
+    """What may make a program fit, the cheaper first: less kept, then less at once, then both."""
+    if config.mesh.data != 1 and not config.mesh.fsdp:
+        yield {"mesh.fsdp": True}
+    if config.model.remat != "full":
+        yield {"model.remat": "full"}
+    yield {"model.remat": "full", "train.accumulate": 2 * config.train.accumulate}
+    yield {"model.remat": "full", "train.accumulate": 8 * config.train.accumulate}

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import re
+
+from switch_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Chip:
     link_rate: float | None = None  # all links to chips of the same slice or box, one way
     torus: int = 0  # dimensions of the network of a slice; 0: every chip reaches every other
     slice_rate: float | None = None  # to other slices or boxes, a chip's share
-    memory: int | None = None  # what the TPU compiler lets a program use
+    memory: int | None = None  # of a TPU, what its compiler lets a program use
 
 
 def _gib(value: float) -> int:
@@ -32,13 +35,13 @@ CHIPS = {
     "TPU v6 lite": Chip(918e12, 1640e9, 400e9, 2, 12.5e9, _gib(31.25)),
     "TPU7x": Chip(1153.5e12),
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9, memory=_gib(80)),
     "NVIDIA A100-PCIE-40GB": Chip(312e12, 1555e9),
     "NVIDIA A100 80GB PCIe": Chip(312e12, 1935e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 450e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 450e9, memory=_gib(80)),
     "NVIDIA H100 PCIe": Chip(756e12, 2000e9),
-    "NVIDIA H200": Chip(989e12, 4800e9, 450e9),
-    "NVIDIA B200": Chip(2250e12, 8000e9, 900e9),
+    "NVIDIA H200": Chip(989e12, 4800e9, 450e9, memory=_gib(141 / 1.074)),
+    "NVIDIA B200": Chip(2250e12, 8000e9, 900e9, memory=_gib(192 / 1.074)),
     "NVIDIA GB200": Chip(2500e12, 8000e9, 900e9),
 }
 # Other names of the same device.
@@ -47,6 +50,30 @@ CHIPS |= {
     "TPU v5p": CHIPS["TPU v5"],
     "TPU v6e": CHIPS["TPU v6 lite"],
 }
+
+
+# What `--topology` calls them.
+NAMES = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
+
+
+def of_topology(topology: str) -> tuple[Chip, int]:
+    """Chip and how many of them `v5p:8x16x16` or `h100:64` means; raises `UserError`."""
+    name, _, shape = topology.partition(":")
+    if name not in NAMES or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise UserError(
+            f"--topology {topology} must be one of {', '.join(NAMES)} with its number or shape,"
+            " such as v5p:8x16x16 or h100:64."
+        )
+    return CHIPS[NAMES[name]], math.prod(int(size) for size in shape.split("x"))
 
 
 def peak_flops(device_kind: str) -> float | None:

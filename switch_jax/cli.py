@@ -116,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("inspect", _inspect, "parameters, FLOPs and memory of a config; needs no data")
     config(sub)
+    sub.add_argument(
+        "--topology", metavar="NAME", help="suggest meshes for v5p:8x16x16, h100:64 or the like"
+    )
+    sub.add_argument("--slices", type=_positive, default=1, metavar="N", help="TPU slices (1)")
     as_json(sub)
 
     sub = verb("compile", _compile, "compile the train step for a machine that is not here")
@@ -127,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         help="v5p:8x16x16 (TPU and shape of a slice), cpu:8 (pretended devices) or gpu (attached)",
     )
     sub.add_argument("--slices", type=_positive, default=1, metavar="N", help="TPU slices (1)")
+    sub.add_argument("--output", metavar="FILE", help="picture of which device holds what, .png")
     as_json(sub)
 
     sub = verb("bench", _bench, "time a config against its FLOP-matched dense twin")
@@ -239,19 +244,35 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from switch_jax import accounting
+    from switch_jax import accounting, chips, meshes
 
-    summary = accounting.summary(_load_config(args))
-    print(json.dumps(summary) if args.json else accounting.render(summary))
+    config = _load_config(args)
+    summary, suggestions = accounting.summary(config), []
+    if args.topology:
+        chip, devices = chips.of_topology(args.topology)
+        suggestions = meshes.suggest(config, chip, devices * args.slices, args.slices)
+        summary["meshes"] = [meshes.as_json(suggestion) for suggestion in suggestions]
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(accounting.render(summary))
+        if suggestions:
+            print("", meshes.render(suggestions), sep="\n")
 
 
 def _compile(args: argparse.Namespace) -> None:
     config = _load_config(args)
-    from switch_jax import aot
+    from switch_jax import aot, plots
 
-    result = aot.compile_step(config, aot.Target(args.topology, args.slices))
+    if args.output:
+        plots.matplotlib()  # missing: say so before minutes of compilation
+    target = aot.Target(args.topology, args.slices)
+    result = aot.compile_step(config, target)
+    if args.output:
+        plots.placement(result, Path(args.output))
     print(json.dumps(result) if args.json else aot.render(result), flush=True)
-    aot.require_fit(result)
+    if not result["fits"]:
+        raise UserError(aot.remedy(config, target, result))
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
 """switch_jax.step: the same numbers on any mesh, and where everything lies."""
 
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import make_batch, tiny
 
+from switch_jax import hlo, transit
 from switch_jax import step as step_lib
 from switch_jax.model import SwitchTransformer, logical_axes, named_parameters
 from switch_jax.sharding import make_mesh
@@ -29,6 +32,7 @@ NOISY = {
     "optimizer.schedule": "constant",
 }
 ALONE = {"mesh.data": 1}
+SMALL = {"moe.every": 1, "model.num_encoder_layers": 1, "model.num_decoder_layers": 1}
 MESHES = {
     "data=8": {"mesh.data": 8},
     "data=2 expert=4": {"mesh.data": 2, "mesh.expert": 4},
@@ -64,25 +68,46 @@ def initial() -> TrainState:
     return jax.device_get(program(NOISY | ALONE).init())
 
 
+class Run(NamedTuple):
+    """The metrics of each step, and the parameters after the last."""
+
+    metrics: list[dict]
+    params: dict[str, np.ndarray]
+
+
+def trained(initial: TrainState, made: Program, train_step) -> Run:
+    state, metrics = jax.device_put(initial, made.state_sharding), []
+    for step in range(STEPS):
+        state, m, _ = train_step(state, made.put(make_batch(made.config, seed=step)))
+        metrics.append(jax.device_get(m))
+    assert state.step == STEPS
+    return Run(metrics, jax.device_get(state.params))
+
+
+def same(one: Run, other: Run) -> None:
+    """Losses within 1e-5, and all else as close as float32 sums in another order are."""
+    losses = [np.array([m["loss"] for m in run.metrics]) for run in (one, other)]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+    for a, b in zip(one.metrics, other.metrics):
+        assert a.keys() == b.keys()
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        for key in b:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-6, err_msg=key)
+    for name, value in other.params.items():
+        np.testing.assert_allclose(one.params[name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def runs(initial):
-    """Mesh → the metrics of its steps, from the same state over the same batches."""
+    """Mesh → its run, from the same state over the same batches."""
     cases = {"alone": ALONE} | MESHES
     with ThreadPoolExecutor(2) as pool:
         programs = dict(zip(cases, pool.map(compiled, [NOISY | c for c in cases.values()])))
-    metrics = {}
-    for name, (made, train_step) in programs.items():
-        state = jax.device_put(initial, made.state_sharding)
-        metrics[name] = []
-        for step in range(STEPS):
-            state, m, _ = train_step(state, made.put(make_batch(made.config, seed=step)))
-            metrics[name].append(jax.device_get(m))
-        assert state.step == STEPS
-    return metrics
+    return {name: trained(initial, *program) for name, program in programs.items()}
 
 
 def test_the_run_that_others_are_compared_with_has_it_all(runs):
-    first, last = runs["alone"][0], runs["alone"][-1]
+    first, last = (runs["alone"].metrics[i] for i in (0, -1))
     assert 0.1 < first["router/dropped_fraction"] < 0.9
     assert abs(last["loss"] - first["loss"]) > 0.05
     terms = ("cross_entropy", "z_loss", "aux_loss", "router_z_loss")
@@ -101,14 +126,66 @@ def test_the_count_of_tokens_has_64_bits():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_losses_and_metrics_do_not_depend_on_the_mesh_nor_on_accumulation(runs, mesh):
-    got, expected = (np.array([m["loss"] for m in runs[name]]) for name in (mesh, "alone"))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
-    for one, other in zip(runs[mesh], runs["alone"]):
-        assert one.keys() == other.keys()
-        np.testing.assert_array_equal(one["tokens"], other["tokens"])
-        for key in other:
-            np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-6, err_msg=key)
+def test_metrics_and_parameters_do_not_depend_on_the_mesh_nor_on_accumulation(runs, mesh):
+    same(runs[mesh], runs["alone"])
+    initial, final = (runs["alone"].metrics[i]["param_norm"] for i in (0, -1))
+    assert abs(final - initial) > 1e-3
+
+
+def test_two_hops_give_the_same_numbers_as_one_device(monkeypatch):
+    """A group of the whole batch, on eight devices with one expert each."""
+    monkeypatch.setattr(transit, "hops", lambda *_: (2, 4))
+    monkeypatch.setattr(transit, "room", lambda mean: 32)  # for all of a device's tokens
+    values = NOISY | SMALL | {"moe.num_experts": 8, "moe.group_size": 256}
+    alone, spread = (compiled(values | mesh) for mesh in (ALONE, FORMS["two hops"]))
+    initial = jax.device_get(alone[0].init())
+    one, other = trained(initial, *alone), trained(initial, *spread)
+    assert other.metrics[0]["router/dropped_fraction"] > 0.1
+    same(one, other)
+
+
+# Each form of parallelism, and the collectives that its train step should hold and no others: how
+# many of each kind along which axes. Gradients and sums over the batch are all-reduced together;
+# FSDP gathers weights; tokens go to experts and back, forwards and backwards, in both stacks.
+FORMS = {
+    "data": {"mesh.data": 8},
+    "fsdp": {"mesh.data": 8, "mesh.fsdp": True},
+    "expert": {"mesh.data": 1, "mesh.expert": 4},
+    "two hops": {
+        "mesh.data": 1,
+        "mesh.expert": 8,
+        "moe.num_experts": 8,
+        "moe.group_size": 256,
+    },
+    "model": {"mesh.data": 1, "mesh.model": 2},
+}
+COLLECTIVES = {
+    "data": {("all-reduce", "data", 8): 5},
+    "fsdp": {("all-reduce", "data", 8): 6, ("all-gather", "data", 8): 19},
+    "expert": {
+        ("all-reduce", "expert", 4): 5,
+        ("all-gather", "expert", 4): 2,  # the keys of expert dropout
+        ("all-to-all", "expert", 4): 8,
+    },
+    # Twice as many for each hop, and the experts' numbers there and the slots' back.
+    "two hops": {
+        ("all-reduce", "expert", 8): 7,
+        ("all-to-all", "expert", 2): 12,
+        ("all-to-all", "expert", 4): 12,
+    },
+    "model": {("all-reduce", "model", 2): 15, ("all-gather", "model", 2): 8},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_of_parallelism_has_its_collectives_and_no_others(form, monkeypatch, capfd):
+    monkeypatch.setattr(transit, "hops", lambda *_: (2, 4))
+    monkeypatch.setattr(transit, "room", lambda mean: 32)
+    made, train_step = compiled(NOISY | SMALL | FORMS[form])
+    collectives = hlo.Program(train_step.as_text()).collectives(made.mesh)
+    found = Counter((c.kind, "+".join(c.axes), c.devices) for c in collectives)
+    assert found == COLLECTIVES[form]
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 def test_initial_values_do_not_depend_on_the_mesh(initial):
@@ -197,7 +274,6 @@ def test_padding_changes_no_logits(packed):
     np.testing.assert_allclose(logits(batch)[real], logits(other)[real], rtol=0, atol=1e-5)
 
 
-SMALL = {"moe.every": 1, "model.num_encoder_layers": 1, "model.num_decoder_layers": 1}
 SPLIT = {
     "mesh.data": 2,
     "mesh.expert": 2,
@@ -236,7 +312,8 @@ OTHERS = {
         "moe.router": "ntlb",
         "moe.sampling_temperature": 1.0,
     },
-    "hash": {"moe.router": "hash", "model.dropout_rate": 0.1},
+    # Decoder groups of four rows span two devices.
+    "hash": {"moe.router": "hash", "model.dropout_rate": 0.1, "moe.group_size": 32},
 }
 
 
