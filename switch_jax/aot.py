@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from switch_jax import accounting, hlo, roofline, sharding
 from switch_jax import config as config_lib
@@ -77,11 +78,12 @@ def _tpu_devices(topology: str, slices: int) -> Sequence[jax.Device]:
         raise UserError(
             "The TPU compiler is not installed; run `pip install 'switch_jax[tpu]'`."
         ) from None
-    # Nothing is attached, and nobody is to be asked what would be.
+    # Nothing is attached, nobody is to be asked what would be, and several may compile at once.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if topology.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
@@ -97,103 +99,101 @@ def _tpu_devices(topology: str, slices: int) -> Sequence[jax.Device]:
 
 
 def compile_step(config: Config, target: Target) -> Result:
-    """What a train step of `config` needs on `target`; from the cache where it is known.
+    """What a train step of `config` needs on `target`; compiled once for each program.
 
     Raises `UserError` for a target or mesh that cannot be. A program that does not fit is no
     error: its `fits` is false, and what is not known of it is None.
     """
+    devices = target.devices()
+    mesh = sharding.make_mesh(config, devices)
+    program = Program(config, mesh)
+    state, batch = program.abstract_state, program.abstract_batch
+    traced = program.train_step.trace(state, batch)
+    with jax.set_mesh(mesh):
+        lowered = traced.lower()
+    facts = _compiled(lowered, target, mesh, _bytes_per_device((state, batch)))
+    summary = accounting.summary(config)
+    result: Result = {
+        "topology": target.topology,
+        "slices": target.slices,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "devices": mesh.devices.size,
+        "mesh": dict(mesh.shape),
+        "params": summary["params"],
+        "parameter_bytes": _bytes_per_device(state.params),
+        "optimizer_bytes": _bytes_per_device(_on_device(state.opt_state)),
+        "parameters": _placement(program),
+        "tokens_per_step": config.data.batch_size * config.data.inputs_length,
+        "slots_per_token": summary["slots_per_token"],
+        "hlo_bytes": len(lowered.as_text()),
+        "flops_per_device": roofline.matmul_flops(traced.jaxpr, mesh.size) / mesh.size,
+        **facts,
+        "temp_bytes": facts["hbm_bytes_per_device"] - facts["argument_bytes"],
+    }
+    if facts["collectives"] is None:
+        return result | dict.fromkeys(("collective_bytes", *roofline.FIELDS))
+    collectives = [hlo.Collective(**fields) for fields in facts["collectives"]]
+    work = result["flops_per_device"], facts["memory_traffic_bytes"], collectives
+    result["collective_bytes"] = _by_kind_and_axis(collectives)
+    return result | roofline.predict(config, mesh, *work)
+
+
+def _compiled(
+    lowered: jax.stages.Lowered, target: Target, mesh: Mesh, argument_bytes: int
+) -> Result:
+    """What the compiler makes of a program; from the cache where it did so before."""
 
     def build(path: Path) -> None:
-        path.write_text(json.dumps(_compile(config, target)))
+        path.write_text(json.dumps(_compile(lowered, mesh, argument_bytes)))
 
-    folder = cache_root() / "compile"
-    return json.loads(made_once(folder / f"{_fingerprint(config, target)}.json", build).read_text())
+    path = cache_root() / "compile" / f"{_fingerprint(lowered, target)}.json"
+    return json.loads(made_once(path, build).read_text())
 
 
-def _fingerprint(config: Config, target: Target) -> str:
-    """Of all that the result depends on: configuration, target, compilers, this package."""
+def _fingerprint(lowered: jax.stages.Lowered, target: Target) -> str:
+    """Of the program, the machine, the compilers, and the reader of what they made."""
     compilers = {}
     for name in ("jax", "jaxlib", "libtpu"):
         try:
             compilers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    asked = [config_lib.to_dict(config), dataclasses.asdict(target), compilers]
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
+    digest = hashlib.sha256(lowered.as_text().encode())
+    digest.update(json.dumps([dataclasses.asdict(target), compilers]).encode())
+    for source in (__file__, hlo.__file__):
+        digest.update(Path(source).read_bytes())
     return digest.hexdigest()[:24]
 
 
-def _compile(config: Config, target: Target) -> Result:
-    devices = target.devices()
-    mesh = sharding.make_mesh(config, devices)
-    kind = mesh.devices.flat[0].device_kind
-    program = Program(config, mesh)
-    state, batch = program.abstract_state, program.abstract_batch
+def _compile(lowered: jax.stages.Lowered, mesh: Mesh, argument_bytes: int) -> Result:
     began = time.perf_counter()
-    traced = program.train_step.trace(state, batch)
-    summary = accounting.summary(config)
-    parameters = _bytes_per_device(state.params)
-    result: Result = {
-        "topology": target.topology,
-        "slices": target.slices,
-        "device_kind": kind,
-        "devices": mesh.devices.size,
-        "mesh": dict(mesh.shape),
-        "fsdp": config.mesh.fsdp,
-        "params": summary["params"],
-        "parameter_bytes": parameters,
-        "optimizer_bytes": _bytes_per_device(state.opt_state),
-        "parameters": _placement(program),
-        "tokens_per_step": config.data.batch_size * config.data.inputs_length,
-        "slots_per_token": summary["slots_per_token"],
-    }
-    with jax.set_mesh(mesh):
-        lowered = traced.lower()
-    result["hlo_bytes"] = len(lowered.as_text())
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed, available = _exhausted(error)
-        result |= dict.fromkeys(_KNOWN_OF_WHAT_FITS)
-        return result | {
+        return {
             "hbm_bytes_per_device": needed,
             "hbm_available_bytes": available,
-            "argument_bytes": _bytes_per_device((state, batch)),
-            "temp_bytes": needed - _bytes_per_device((state, batch)),
+            "argument_bytes": argument_bytes,
+            "memory_traffic_bytes": None,
+            "collectives": None,
             "compile_seconds": time.perf_counter() - began,
             "fits": False,
         }
     seconds = time.perf_counter() - began
-    used, arguments = _memory(compiled.memory_analysis())
-    chip = CHIPS.get(kind)
-    room = chip.memory if chip and chip.memory else sharding.device_memory(devices)
-    text = hlo.Program(compiled.as_text())
-    flops = roofline.matmul_flops(traced.jaxpr, mesh.devices.size) / mesh.devices.size
-    traffic, collectives = text.memory_bytes(), text.collectives(mesh)
-    result |= {
+    used, argument_bytes = _memory(compiled.memory_analysis())
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    room = chip.memory if chip and chip.memory else sharding.device_memory([*mesh.devices.flat])
+    program = hlo.Program(compiled.as_text() or "")
+    return {
         "hbm_bytes_per_device": used,
         "hbm_available_bytes": room,
-        "argument_bytes": arguments,
-        "temp_bytes": used - arguments,
-        "flops_per_device": flops,
-        "memory_traffic_bytes": traffic,
-        "collectives": [dataclasses.asdict(c) for c in collectives],
-        "collective_bytes": _by_kind_and_axis(collectives),
+        "argument_bytes": argument_bytes,
+        "memory_traffic_bytes": program.memory_bytes(),
+        "collectives": [dataclasses.asdict(c) for c in program.collectives(mesh)],
         "compile_seconds": seconds,
         "fits": room is None or used <= room,
     }
-    return result | roofline.predict(config, mesh, flops, traffic, collectives)
-
-
-_KNOWN_OF_WHAT_FITS = (
-    "flops_per_device",
-    "memory_traffic_bytes",
-    "collectives",
-    "collective_bytes",
-    *roofline.FIELDS,
-)
 
 
 def _exhausted(error: Exception) -> tuple[int, int]:
@@ -219,6 +219,13 @@ def _bytes_per_device(tree: Any) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _on_device(tree: Any) -> Any:
+    """Without what lies in the memory of the host."""
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.sharding.memory_kind != "pinned_host" else None, tree
     )
 
 

@@ -143,10 +143,10 @@ class _Work:
             length, layers = config.length(stack), config.num_layers(stack)
             keys = length + (config.length("encoder") if stack == "decoder" else 0)
             attentions = 2 if stack == "decoder" else 1
-            # Inputs of norms and matmuls, in the width of the residual and of all heads.
-            stream = rows * length * (3 * attentions + 2) * m.d_model
+            # Of each sub-layer: its input, that in float32, and normed.
+            stream = rows * length * 4 * (attentions + 1) * m.d_model
             heads = rows * length * 4 * attentions * inner / split
-            scores = rows * m.num_heads / split * length * keys * 2
+            scores = rows * m.num_heads / split * length * keys * 3  # in float32 and rounded
             hidden = rows * length * (gates + 1) * m.d_ff / split
             sparse = len(config.sparse_layers(stack)) / layers
             slots = max((e.slots_per_token for e in self._layers_of(stack)), default=1.0)
@@ -160,7 +160,10 @@ class _Work:
             total += layers * kept
             largest = max(largest, whole * (config.moe.every if config.sparse else 1))
         logits = rows * config.data.targets_length * m.vocab_size * 4 / split
-        return total + (largest if m.remat != "none" else 0) + 3 * min(logits, LOGITS_BYTES)
+        # Weights as they were used: rounded, and gathered where FSDP splits them.
+        weights = sum(self._count(sizes, False, experts=experts) for experts in (False, True))
+        once = item * weights if m.remat == "none" else largest
+        return total + once + 3 * min(logits, LOGITS_BYTES)
 
     def _layers_of(self, stack: str) -> list[accounting.ExpertLayer]:
         return [layer for layer in self._expert_layers if layer.stack == stack]
@@ -174,8 +177,8 @@ class _Work:
         # How often weights, with gradients and optimizer, and activations are read or written:
         # about what the compiler made of the paper's models.
         accumulate = config.train.accumulate
-        traffic = (14 + 4 * accumulate) * memory["parameters"]
-        traffic += 10 * accumulate * memory["activations"]
+        traffic = (14 + 2 * accumulate) * memory["parameters"]
+        traffic += 8 * accumulate * memory["activations"]
         seconds = {
             "compute": passes * flops / chip.flops,
             "memory": traffic / (chip.memory_rate or math.inf),

@@ -138,6 +138,7 @@ class OptimizerConfig:
     warmup_steps: int = 10_000
     cooldown_steps: int = 0  # linear descent to zero at the end of training
     weight_decay: float = 0.0  # not of norms and relative biases
+    memory: Literal["device", "host"] = "device"  # where its state lies between two steps
     max_grad_norm: float | None = None
 
 

@@ -225,6 +225,18 @@ def device_memory(devices: Sequence[jax.Device]) -> int | None:
         return None
 
 
+def host_memory(mesh: Mesh) -> str:
+    """The memory kind of the devices' host; raises `UserError` where there is none."""
+    device = mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if "pinned_host" not in kinds or device.platform == "cpu":
+        raise UserError(
+            f"optimizer.memory=host is not possible on {device.device_kind}, which has no host"
+            " memory of its own; set optimizer.memory=device."
+        )
+    return "pinned_host"
+
+
 def spec(axes: Sequence[str | None], *, fsdp: bool = False) -> P:
     """The partition of an array whose dimensions have these logical names.
 

@@ -78,6 +78,11 @@ class Program:
             TrainState(P(), P(), specs, _optimizer_specs(shapes, specs, axes)),
             is_leaf=lambda node: isinstance(node, P),
         )
+        self._near = self.state_sharding.opt_state
+        if config.optimizer.memory == "host":
+            host = sharding.host_memory(mesh)
+            far = jax.tree.map(lambda s: s.with_memory_kind(host), self._near)
+            self.state_sharding = dataclasses.replace(self.state_sharding, opt_state=far)
         self.abstract_state: TrainState = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             shapes,
@@ -152,7 +157,10 @@ class Program:
             grads, (terms, sums, stats) = self._accumulate(
                 functools.partial(gradients, state.params), (batch, keys)
             )
-        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        opt_state = state.opt_state
+        if config.optimizer.memory == "host":
+            opt_state = jax.device_put(opt_state, self._near)
+        updates, opt_state = self._optimizer.update(grads, opt_state, state.params)
         params = self._balanced(optax.apply_updates(state.params, updates), stats)
         tokens = _add_words(state.tokens, jnp.sum(batch["decoder_loss_weights"] > 0))
         metrics = {

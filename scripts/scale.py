@@ -1,0 +1,245 @@
+"""Compiles the paper's models for pods and fills in the tables and figures of docs/scale.md.
+
+    pip install 'switch_jax[tpu,plots]'
+    python scripts/scale.py
+
+Needs no TPU. Each program takes a minute or a few on two cores; what was compiled before comes
+from the cache. Stop it at any time and run it again.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from switch_jax import accounting, config, meshes, plots, transit
+from switch_jax.chips import CHIPS
+from switch_jax.schema import STACKS
+
+ROOT = Path(__file__).parent.parent
+
+
+class Case(NamedTuple):
+    """A preset on a machine, with a mesh."""
+
+    preset: str
+    topology: str
+    mesh: dict[str, int | bool]
+    slices: int = 1
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        return {f"mesh.{axis}": str(size) for axis, size in self.mesh.items()}
+
+    @property
+    def machine(self) -> str:
+        return f"{self.slices} × {self.topology}" if self.slices > 1 else self.topology
+
+
+CASES = [
+    Case("switch_base", "v4:4x4x4", {"data": 1, "expert": 64}),
+    Case("switch_base", "v5e:16x16", {"slice": 2, "data": 2, "expert": 128}, slices=2),
+    Case("switch_large", "v5p:4x4x8", {"data": 1, "expert": 128}),
+    Case("switch_large", "v6e:16x16", {"data": 2, "expert": 128}),
+    Case("switch_xxl", "v5p:8x8x8", {"data": 1, "expert": 128, "model": 4}),
+    Case("switch_c", "v4:8x8x16", {"data": 1, "expert": 1024}),
+    Case("switch_c", "v5p:8x8x8", {"data": 1, "expert": 512}),
+    Case("t5_xxl", "v5p:8x8x8", {"data": 128, "model": 4, "fsdp": True}),
+    Case("mswitch_base", "v5p:4x4x4", {"data": 1, "expert": 64}),
+]
+# The same model on the same chips, to see whether the arithmetic ranks meshes as compiling does.
+RANKED = [
+    CASES[0],
+    Case("switch_base", "v4:4x4x4", {"data": 8, "expert": 8, "fsdp": True}),
+    Case("switch_base", "v4:4x4x4", {"data": 1, "expert": 16, "model": 4}),
+]
+MEMORY = ["model", "10⁹ parameters", "TPU", "chips", "mesh", "HBM used, GiB", "parameters"]
+MEMORY += ["optimizer", "gradients, activations …"]
+STEPS = ["model, TPU", "TFLOP", "GB to and from HBM", "GB sent along axes"]
+STEPS += ["ms: compute / memory / links (/ slices)", "roofline step, ms", "MFU"]
+STEPS += ["10⁹ tokens a day", "days", "compiled in, s"]
+RANKING = ["model", "TPU", "mesh", "step, ms", "compiled", "memory, GiB", "compiled"]
+GROUPS = (2**11, 2**14, 2**17, 2**20)
+FACTORS = (1.0, 1.05, 1.1, 1.15, 1.25, 1.5, 2.0)
+
+
+def compiled(case: Case) -> dict:
+    """What `switch-jax compile --json` says."""
+    command = [sys.executable, "-m", "switch_jax", "compile", "--json"]
+    command += ["--config", f"configs/{case.preset}.py", "--topology", case.topology]
+    command += ["--slices", str(case.slices)]
+    command += [f"--config.{key}={value}" for key, value in case.overrides.items()]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    result = json.loads(done.stdout)
+    used, available = (
+        gib(result[f"hbm_{name}"]) for name in ("bytes_per_device", "available_bytes")
+    )
+    print(f"{case.preset:14}{case.machine:16}{used} of {available} GiB", flush=True)
+    return result
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mesh_text(result: dict) -> str:
+    return " · ".join(f"{axis} {n}" for axis, n in result["mesh"].items() if n > 1)
+
+
+def memory_row(case: Case, result: dict) -> list[str]:
+    used, available = result["hbm_bytes_per_device"], result["hbm_available_bytes"]
+    rest = used - result["parameter_bytes"] - result["optimizer_bytes"]
+    return [
+        case.preset,
+        f"{result['params'] / 1e9:,.1f}",
+        case.machine,
+        f"{result['devices']:,}",
+        mesh_text(result) + (", FSDP" if case.mesh.get("fsdp") else ""),
+        f"{gib(used)} of {gib(available)} ({1 - used / available:.0%} to spare)",
+        gib(result["parameter_bytes"]),
+        gib(result["optimizer_bytes"]),
+        gib(rest),
+    ]
+
+
+def step_row(case: Case, result: dict) -> list[str]:
+    sent: dict[str, float] = {}
+    for by_axis in result["collective_bytes"].values():
+        for axes, size in by_axis.items():
+            sent[axes] = sent.get(axes, 0.0) + size
+    along = ", ".join(f"{axes} {size / 1e9:.1f}" for axes, size in sent.items() if size > 5e7)
+    seconds = result["seconds_by_resource"]
+    return [
+        f"{case.preset}, {case.machine}",
+        f"{result['flops_per_device'] / 1e12:.1f}",
+        f"{result['memory_traffic_bytes'] / 1e9:.0f}",
+        along,
+        " / ".join(f"{1e3 * value:.0f}" for value in seconds.values()),
+        f"{1e3 * result['step_seconds_roofline']:.0f} ({result['binding']})",
+        f"{result['mfu_roofline']:.0%}",
+        f"{result['tokens_per_day'] / 1e9:,.0f}",
+        f"{result['days_to_paper_tokens']:.1f}",
+        f"{result['compile_seconds']:.0f}",
+    ]
+
+
+def ranking_row(case: Case, result: dict) -> list[str]:
+    made = config.load(str(ROOT / f"configs/{case.preset}.py"), case.overrides)
+    found = meshes.suggest(made, CHIPS[result["device_kind"]], result["devices"], case.slices)
+    one = next(s for s in found if s.mesh == result["mesh"])
+    seconds = meshes.step_seconds(result["seconds_by_resource"])
+    return [
+        case.preset,
+        case.machine,
+        mesh_text(result) + (", FSDP" if one.fsdp else ""),
+        f"{1e3 * one.step_seconds:.0f}",
+        f"{1e3 * seconds:.0f}",
+        gib(one.memory),
+        gib(result["hbm_bytes_per_device"]),
+    ]
+
+
+def switch_c(group_size: int, factor: float) -> tuple[float, float]:
+    """Slots computed and tokens dropped, of all routed ones, if routing is balanced on average."""
+    values = {"moe.group_size": str(group_size), "moe.capacity_factor": str(factor)}
+    made = config.load(str(ROOT / "configs/switch_c.py"), values)
+    layers = accounting.expert_layers(made)
+    tokens = np.array([made.length(layer.stack) for layer in layers])
+    slots = np.array([layer.slots_per_token for layer in layers])
+    dropped = np.array([layer.dropped_if_uniform for layer in layers])
+    return tokens @ slots / tokens.sum(), tokens @ dropped / tokens.sum()
+
+
+def simulated(stack: str, devices: int = 1024, seed: int = 0) -> dict[str, float]:
+    """Tokens of Switch-C lost in each hop and at the experts, drawn at random.
+
+    Of a layer whose router sends every token to each expert with the same probability.
+    """
+    made = config.load(str(ROOT / "configs/switch_c.py"))
+    layer = next(x for x in accounting.expert_layers(made) if x.stack == stack)
+    E, local = made.moe.num_experts, made.data.batch_size * made.length(stack) // devices
+    most = local * made.moe.capacity_factor
+    first, second = transit.hops(devices, most)
+    rng, span = np.random.default_rng(seed), layer.group_tokens // local
+    expert = rng.integers(0, E, (devices, local))
+    source = np.arange(devices)[:, None] + np.zeros_like(expert)
+    owner, alive, lost = expert // (E // devices), np.ones(expert.shape, bool), {}
+
+    def limit(name: str, key: np.ndarray, room: int) -> None:
+        """Keeps the first `room` of each key, in token order."""
+        order = np.flatnonzero(alive.ravel())
+        keys = key.ravel()[order]
+        by_key = np.argsort(keys, kind="stable")
+        begin = np.concatenate([[True], np.diff(keys[by_key]) != 0])
+        start = np.maximum.accumulate(np.where(begin, np.arange(len(keys)), 0))
+        over = order[by_key[np.arange(len(keys)) - start >= room]]
+        alive.ravel()[over] = False
+        lost[name] = len(over) / alive.size
+
+    digit = owner % first
+    limit("first hop", source * devices + digit, transit.room(most / first))
+    between = source // first * first + digit
+    limit("second hop", between * devices + owner // first, transit.room(most / second))
+    limit("experts", source // span * E + expert, layer.capacity)
+    return lost
+
+
+def draw_slots(path: Path) -> None:
+    figure = plots.new_figure(1, 1, (6.4, 4.2))
+    axes = figure.axes[0]
+    factors = np.linspace(1, 2.5, 31)
+    for group_size in GROUPS:
+        slots, dropped = np.array([switch_c(group_size, float(f)) for f in factors]).T
+        axes.plot(slots, 100 * dropped, ".-", label=f"groups of {group_size:,} tokens")
+    slots, dropped = switch_c(2**17, 1.25)
+    axes.plot([slots], [100 * dropped], "k*", markersize=14, label="configs/switch_c.py")
+    axes.set(yscale="log", ylim=(0.01, 40), xlim=(1, 4.5))
+    axes.set(xlabel="expert slots computed per token", ylabel="tokens dropped, %")
+    axes.set_title("Switch-C, 2²⁰ tokens a batch, balanced routing")
+    axes.legend()
+    figure.savefig(path, dpi=144)
+
+
+def main() -> None:
+    results = {case: compiled(case) for case in [*CASES, *RANKED[1:]]}
+    images = ROOT / "docs/images"
+    draw_slots(images / "switch_c_slots.png")
+    plots.placement(results[CASES[4]], images / "switch_xxl_placement.png")
+    losses = {stack: simulated(stack) for stack in STACKS}
+    blocks = {
+        "memory": table(MEMORY, [memory_row(case, results[case]) for case in CASES]),
+        "steps": table(STEPS, [step_row(case, results[case]) for case in CASES]),
+        "ranking": table(RANKING, [ranking_row(c, results[c]) for c in [*RANKED, *CASES[1:]]]),
+        "slots": table(
+            ["capacity factor", *(f"{size:,} tokens" for size in GROUPS)],
+            [
+                [str(f), *("{:.2f} slots, {:.2%}".format(*switch_c(size, f)) for size in GROUPS)]
+                for f in FACTORS
+            ],
+        ),
+        "losses": table(
+            ["Switch-C on 1024 chips", *losses["encoder"]],
+            [[stack, *(f"{x:.3%}" for x in lost.values())] for stack, lost in losses.items()],
+        ),
+    }
+    page = ROOT / "docs/scale.md"
+    text = page.read_text()
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        text = before + begin + block + end + rest.partition(end)[2]
+    page.write_text(text)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
