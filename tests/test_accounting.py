@@ -209,6 +209,19 @@ def test_slots_of_switch_base_by_hand():
 
 def test_slots_of_switch_c_by_hand():
     config = load("switch_c.py")
+    encoder, decoder = (accounting.expert_layers(config)[i] for i in (0, 15))
+    assert (encoder.group_rows, encoder.group_tokens, encoder.capacity) == (256, 2**17, 80)
+    assert (decoder.group_rows, decoder.group_tokens, decoder.capacity) == (1024, 116736, 72)
+    together = (512 * 1.25 + 114 * 2048 * 72 / 116736) / (512 + 114)
+    assert accounting.summary(config)["slots_per_token"] == pytest.approx(together)
+    assert max(encoder.dropped_if_uniform, decoder.dropped_if_uniform) < 0.002
+
+
+FLAXFORMER = {"moe__group_size": 2048, "moe__min_capacity": 2, "moe__capacity_factor": 1.0}
+
+
+def test_slots_of_switch_c_in_small_groups_by_hand():
+    config = load("switch_c.py", **FLAXFORMER)
     layers = accounting.expert_layers(config)
     assert [x.layer for x in layers] == 2 * list(range(15))
     encoder, decoder = layers[0], layers[15]
@@ -289,8 +302,12 @@ def test_summary_is_json_and_renders(spec):
     for name, convention in summary["flops_conventions"].items():
         line = next(line for line in text.splitlines() if line.startswith(name + " "))
         assert accounting.si(summary[name], "FLOP") in line and convention in line
-    assert ("configured 1.0, changed by min_capacity" in text) == (spec == "switch_c.py")
     assert max(map(len, text.splitlines())) < 100
+
+
+def test_what_changed_the_capacity_is_said():
+    text = accounting.render(accounting.summary(load("switch_c.py", **FLAXFORMER)))
+    assert "configured 1.0, changed by min_capacity" in text
 
 
 def test_a_dropless_config_renders():
