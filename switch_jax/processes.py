@@ -20,6 +20,7 @@ _START = "SWITCH_JAX_START_TIMEOUT"
 # Seconds without a sign of life after which a process counts as dead and JAX ends the others. They
 # come from a thread of JAX's own, so that a long compilation does not keep them up.
 _HEARTBEAT = 60
+_DAY = 24 * 60 * 60 * 1000  # milliseconds
 
 
 def join(flags: launch.Launch | None, facts: Mapping[str, Any], *, stoppable: bool) -> None:
@@ -37,6 +38,10 @@ def join(flags: launch.Launch | None, facts: Mapping[str, Any], *, stoppable: bo
     if found is None or found.count == 1:
         return
     rendezvous.meet(found, facts, seconds)
+    # Gloo, which connects CPUs, tells of itself on stdout, where only results belong.
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", 1, sys.stdout.encoding)
+    os.dup2(2, 1)
     # JAX takes over SIGTERM for this, also in programs that never ask.
     jax.config.update("jax_enable_preemption_service", stoppable)
     jax.distributed.initialize(
@@ -44,13 +49,27 @@ def join(flags: launch.Launch | None, facts: Mapping[str, Any], *, stoppable: bo
     )
 
 
+def wait() -> None:
+    """Returns when all processes are here, however long that takes. All must call it.
+
+    For before they first compute together: Gloo, which connects CPUs, gives up after 30 seconds,
+    and one process may have found in a cache what another takes minutes to make.
+    """
+    if jax.process_count() > 1:
+        import orbax.checkpoint as ocp  # the only public way to a barrier that is no computation
+
+        ocp.multihost.get_barrier_sync_fn()(key="switch_jax", timeout_ms=_DAY)
+
+
 def gather(value: int) -> list[int]:
     """The values of all processes, in order. All must call it."""
+    wait()
     return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()
 
 
 def total(counts: np.ndarray) -> np.ndarray:
     """The sum of the processes' integers, of one shape. All must call it."""
+    wait()
     return multihost_utils.process_allgather(counts.astype(np.int32)).sum(0, dtype=np.int64)
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import share
 
 from switch_jax.data import corpus, open_batches, open_vocabulary, packing, spans, store
-from switch_jax.data.batch import FEATURES, PACKED_FEATURES, feature_shapes
+from switch_jax.data.batch import FEATURES, PACKED_FEATURES, Feed, feature_shapes
 from switch_jax.data.peek import peek
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig, ModelConfig
@@ -140,6 +140,12 @@ def test_processes_share_the_same_global_batch(reader, pack):
     for _ in range(3):
         batch, parts = next(alone), [next(it) for it in together]
         assert same(batch, {name: np.concatenate([p[name] for p in parts]) for name in batch})
+
+
+def test_a_feed_need_not_be_neighbours():
+    batch = next(open_batches(config(), "train"))
+    part = next(open_batches(config(), "train", Feed(4, (1, 3), 1, 2)))
+    assert same(part, {name: rows[[2, 3, 6, 7]] for name, rows in batch.items()})
 
 
 @pytest.mark.parametrize("reader", ["store", "synthetic"])
