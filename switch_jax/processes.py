@@ -98,9 +98,10 @@ def together() -> Iterator[None]:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[int], signal.Signals | None]]:
+def stop_requests(first_step: int) -> Iterator[Callable[[int], signal.Signals | None]]:
     """Yields a function of the step just done: the signal to stop for, None to go on.
 
+    `first_step` steps are done already, and it must be called after each of those that follow.
     The first SIGTERM or SIGINT asks to stop, a second one acts as it usually does. Of several
     processes one is enough: all get to know, and stop after the same step a second or so later.
     There, SIGTERM is JAX's and a second one does nothing; the processes that had no signal of
@@ -110,11 +111,17 @@ def stop_requests() -> Iterator[Callable[[int], signal.Signals | None]]:
     """
     received: list[signal.Signals] = []
     several = jax.process_count() > 1
+    reached = multihost_utils.reached_preemption_sync_point
+    # After a signal, JAX says yes once: to the number after the largest that a process has asked
+    # for. So none may be left out, for one that came during the start has a small one.
+    early = several and any([reached(step) for step in range(1, first_step + 1)])
 
     def stop(step: int) -> signal.Signals | None:
-        if several and multihost_utils.reached_preemption_sync_point(step):
+        if not several:
+            return received[0] if received else None
+        if reached(step) or early:
             return received[0] if received else signal.SIGTERM
-        return received[0] if received and not several else None
+        return None
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 import runs
+from jax.experimental import multihost_utils
 
 from switch_jax import config as config_lib
-from switch_jax import rendezvous
+from switch_jax import processes, rendezvous
 from switch_jax.checkpoint import Checkpoints
 from switch_jax.data import open_batches
 from switch_jax.errors import UserError
@@ -105,22 +106,15 @@ def start(launches, command, script=None):
     ]
 
 
-def ends(processes, seconds=300):
+def ends(group, seconds=300):
     """Exit code, stdout and stderr of each; none may outlast `seconds`."""
     deadline = time.time() + seconds
     try:
-        outputs = [p.communicate(timeout=max(1, deadline - time.time())) for p in processes]
+        outputs = [p.communicate(timeout=max(1, deadline - time.time())) for p in group]
     finally:
-        for process in processes:
+        for process in group:
             process.kill()
-    return [(p.returncode, *output) for p, output in zip(processes, outputs)]
-
-
-def wait_for_checkpoint(process, path):
-    deadline = time.time() + 300
-    while not path.exists():
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.05)
+    return [(p.returncode, *output) for p, output in zip(group, outputs)]
 
 
 def losses(workdir):
@@ -175,12 +169,12 @@ def test_four_two_and_one_process_are_one_run(config, tmp_path):
     # Four processes, each with half of the experts of half of the model
     shutil.copytree(workdir, four_dir)
     shutil.rmtree(four_dir / "checkpoints" / "60")
+    (four_dir / "metrics.jsonl").unlink()
     four = start(
         by_flags(4),
         [*command, "--workdir", four_dir, "--config.mesh.expert=2", "--config.mesh.model=2"],
         UNREADABLE.format(step=40),
     )
-    wait_for_checkpoint(four[0], four_dir / "checkpoints" / "corrupt-40")
     runs.wait_for_step(four[0], four_dir, 22)
     four[3].send_signal(signal.SIGTERM)
     codes, outs, errs = zip(*ends(four))
@@ -189,14 +183,17 @@ def test_four_two_and_one_process_are_one_run(config, tmp_path):
     assert outs[0].startswith("Stopped at step ") and not any(outs[1:])
     of_four = losses(four_dir)
     stopped = max(of_four)
-    steps = {int(p.name) for p in (four_dir / "checkpoints").iterdir() if p.name.isdigit()}
-    assert max(steps) == stopped
+    assert {p.name for p in (four_dir / "checkpoints").iterdir()} == {
+        "20",
+        "corrupt-40",
+        str(stopped),
+    }
     assert same_losses(of_four, reference)
     assert restored_anywhere(four_dir, stopped)
 
     last = f"--config.train.steps={stopped + 3}"
     runs.run(*one, "--workdir", four_dir, last, XLA_FLAGS=devices(2))
-    assert len(losses(four_dir)) == stopped + 3 and same_losses(losses(four_dir), reference)
+    assert max(losses(four_dir)) == stopped + 3 and same_losses(losses(four_dir), reference)
 
     two = start(
         by_slurm(2),
@@ -207,6 +204,15 @@ def test_four_two_and_one_process_are_one_run(config, tmp_path):
     (code, _, err), _ = ends(two, seconds=30)
     assert code not in (0, 128 + signal.SIGTERM), err
     assert same_losses(losses(two_dir), reference)
+
+
+@pytest.mark.parametrize("done", [0, 20])
+def test_a_signal_before_the_first_step_is_not_lost(monkeypatch, done):
+    """JAX agrees on the call after the last one of any process, here the first of all."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda call: call == 1)
+    with processes.stop_requests(done) as stop:
+        assert stop(done + 1) == signal.SIGTERM
 
 
 def test_missing_processes_are_named_by_those_that_are_there(config, tmp_path):
