@@ -23,6 +23,7 @@ _TALK = 5.0  # seconds that a message may take
 _SHOWN = 8  # processes named in a message
 _LARGEST = 1 << 20  # bytes of a message
 
+_HELLO = {"process", "count", "host", "facts"}  # keys of a first message
 _Guest = tuple[socket.socket, dict[str, Any]]  # connection and first message of one that waits
 
 
@@ -63,21 +64,16 @@ def _receive_all(launch: Launch, hello: dict[str, Any], seconds: float) -> str |
             if passed > _NOTICE and not told:
                 told = True
                 print(f"Waiting for {_missing(launch, guests)}.", file=sys.stderr, flush=True)
-            # Who has left comes before who arrives: it may be the same process, started again.
+            arrived = _welcome(door)
+            # Only now: one that has left may be the one that has arrived, started again.
             for index in _gone(guests):
                 guests.pop(index)[0].close()
-            door.settimeout(0.2)
-            try:
-                guest = door.accept()[0]
-                guest.settimeout(_TALK)
-                other = _read(guest)
-                fault = _fault(launch, hello, other, guests)
-            except (OSError, ValueError):
-                continue  # not one of ours, or gone again
-            if fault is None:
-                guests[other["process"]] = guest, other
-            else:
-                _tell(guest, fault)
+            if arrived:
+                fault = _fault(launch, hello, arrived[1], guests)
+                if fault is None:
+                    guests[arrived[1]["process"]] = arrived
+                else:
+                    _tell(arrived[0], fault)
     for guest, _ in guests.values():  # now that the port is free for JAX
         _tell(guest, fault)
     return fault
@@ -115,9 +111,7 @@ def _fault(
     other: dict[str, Any],
     guests: Mapping[int, _Guest],
 ) -> str | None:
-    """What is wrong with one that came; `ValueError` for one that is none of ours."""
-    if not (isinstance(other, dict) and other.keys() == hello.keys()):
-        raise ValueError("not a process of a run")
+    """What is wrong with one that came."""
     index, host = other["process"], other["host"]
     if other["count"] != launch.count:
         return (
@@ -156,6 +150,24 @@ def _listen(launch: Launch) -> socket.socket:
             f"Process 0 cannot listen on port {port} ({error.strerror}); choose another port in"
             " --coordinator."
         ) from error
+
+
+def _welcome(door: socket.socket) -> _Guest | None:
+    """The next process of a run that comes within a moment; others are sent away."""
+    door.settimeout(0.2)
+    try:
+        guest = door.accept()[0]
+    except OSError:
+        return None
+    guest.settimeout(_TALK)
+    try:
+        hello = _read(guest)
+        if hello.keys() == _HELLO and isinstance(hello["process"], int):
+            return guest, hello
+    except (OSError, ValueError, AttributeError):
+        pass  # it speaks another language, or has gone again
+    guest.close()
+    return None
 
 
 def _gone(guests: Mapping[int, _Guest]) -> list[int]:

@@ -40,6 +40,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
 
         if config.init_from is not None and not workdir.checkpoints.exists():
             checkpoint.find(config.init_from)  # missing: say so before anything is written
+    with processes.together():
         if first_process:
             synthetic = config.data.reader == "synthetic"
             workdir.prepare(config, None if synthetic else open_vocabulary(config).path)

@@ -281,21 +281,33 @@ def test_another_config_is_named():
 def test_strangers_and_those_who_left_are_no_processes():
     """One that came and left may come again, and whoever else knocks at the port is let go."""
     address = f"localhost:{free_port()}"
-    host = threading.Thread(target=rendezvous.meet, args=(Launch(address, 2, 0), {}, 20))
-    host.start()
-    place = ("localhost", int(address.split(":")[1]))
-    for message in (b"GET / HTTP/1.1\n", json.dumps({"process": 1}).encode() + b"\n", b""):
+    failures = []
+
+    def run(index):
+        try:
+            rendezvous.meet(Launch(address, 3, index), {}, 20)
+        except UserError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(3)]
+    threads[0].start()
+    left = {"process": 1, "count": 3, "host": "x", "facts": {}}
+    for message in ("GET / HTTP/1.1", json.dumps({"process": 1}), json.dumps(left)):
         for _ in range(100):
             try:
-                talk = socket.create_connection(place)
+                talk = socket.create_connection(("localhost", int(address.split(":")[1])))
                 break
             except OSError:
                 time.sleep(0.05)
-        talk.sendall(message)
+        talk.sendall(message.encode() + b"\n")
+        time.sleep(0.3)
         talk.close()
-    rendezvous.meet(Launch(address, 2, 1), {}, 20)
-    host.join(timeout=20)
-    assert not host.is_alive()
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert not failures
 
 
 def test_a_port_that_is_taken_is_named():
