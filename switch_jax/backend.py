@@ -2,19 +2,24 @@
 
 import importlib.metadata
 import os
+import platform
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
+from switch_jax import processes
 from switch_jax.cache import cache_root
+from switch_jax.launch import Launch
 
 
 def start(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    flags: Launch | None = None, facts: Mapping[str, Any] | None = None, *, stoppable: bool = False
 ) -> None:
-    """Call once, before anything is computed.
+    """Call once, before anything is computed; the arguments are those of `processes.join`.
 
     Compiled programs are kept in the cache and taken from it by the next start of the same
-    config. With `coordinator` ("host:port" of process 0), joins a run of several processes.
+    config. Raises `UserError` where this is one of several processes and they do not fit together.
     """
     # The reductions over leading dimensions that jaxlib 0.10 hands to its CPU kernel library run
     # 50 times slower there than XLA's own; later versions mended that.
@@ -23,14 +28,6 @@ def start(
         os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if coordinator is not None:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif _launched_together():
-        jax.distributed.initialize()
-
-
-def _launched_together() -> bool:
-    """Whether a launcher that JAX knows started several processes (Slurm, Open MPI, TPU pod)."""
-    counts = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return any(count.isdigit() and int(count) > 1 for count in counts) or len(hosts) > 1
+    # Programs must be the same everywhere, and so must text: the built-in one is Python's own.
+    versions = {"Python": platform.python_version(), "jax": jax.__version__}
+    processes.join(flags, {**versions, **(facts or {})}, stoppable=stoppable)

@@ -139,7 +139,7 @@ def _compare(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _train_step(config: Config, program: Program) -> tuple[Lower, Advance]:
-    batch = program.put(next(SyntheticIterator(config, jax.process_index(), jax.process_count())))
+    batch = program.put(next(SyntheticIterator(config, sharding.feed(program.mesh))))
 
     def advance(call, state):
         return call(program.init() if state is None else state, batch)[0]
@@ -148,7 +148,7 @@ def _train_step(config: Config, program: Program) -> tuple[Lower, Advance]:
 
 
 def _forward(config: Config, program: Program) -> tuple[Lower, Advance]:
-    batch = program.put(next(SyntheticIterator(config, jax.process_index(), jax.process_count())))
+    batch = program.put(next(SyntheticIterator(config, sharding.feed(program.mesh))))
     params = program.init().params
     return partial(program.eval_step.lower, params, batch), lambda call, _: call(params, batch)
 

@@ -15,11 +15,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from switch_jax import processes
 from switch_jax.data.batch import BatchIterator
 from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
 from switch_jax.step import TrainState
 from switch_jax.workdir import Workdir
+
+_NONE = -1  # in place of a step
 
 
 class _IteratorHandler(ocp.CheckpointHandler):
@@ -47,6 +50,14 @@ class Checkpoints:
             max_to_keep=keep, enable_async_checkpointing=True, create=True
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        # Each process reads by itself: one that cannot must not leave the others waiting in Orbax.
+        me = jax.process_index()
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader-{me}"
+            ),
+        )
 
     def save(self, state: TrainState, batches: BatchIterator) -> None:
         """Starts writing a checkpoint; training goes on meanwhile."""
@@ -60,25 +71,34 @@ class Checkpoints:
     def restore(self, abstract: TrainState, batches: BatchIterator) -> TrainState | None:
         """The state of the newest good checkpoint; `batches` is moved to its position.
 
-        A checkpoint that cannot be read is set aside as `corrupt-STEP` and the one before is
-        taken. None where there is no checkpoint at all; `UserError` where none is good.
+        The mesh and the number of processes may be others than those it was made with. A
+        checkpoint that cannot be read, by one process or by all, is set aside as `corrupt-STEP`
+        and the one before is taken. None where there is no checkpoint at all; `UserError` where
+        none is good.
         """
         unreadable: list[int] = []
-        reason = ""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        reason = "by another process"
+        steps = sorted(self._manager.all_steps())
+        # What process 0 sees counts; another may not see the folder at all.
+        while (step := processes.gather(steps.pop() if steps else _NONE)[0]) != _NONE:
+            state, refusal, failed = None, None, False
             try:
                 state = self._restore_step(step, abstract, batches)
-            except UserError:
-                raise
+            except UserError as error:
+                refusal = error
             except Exception as error:  # whatever Orbax says of a damaged file
                 reason = str(error).strip().split("\n")[0][:200]
                 print(f"Checkpoint {step} cannot be read: {reason}", file=sys.stderr)
+                failed = True
+            processes.agree(refusal)
+            if any(processes.gather(failed)):
                 unreadable.append(step)
                 continue
             # Only now: where none can be read, the files may not be what is wrong.
             if unreadable and jax.process_index() == 0:
                 for bad in unreadable:
                     (self._folder / str(bad)).rename(self._folder / f"corrupt-{bad}")
+            processes.gather(0)  # they are renamed before any process looks again
             self._manager.reload()
             return state
         if unreadable:
@@ -94,13 +114,14 @@ class Checkpoints:
             "optimizer": ocp.args.StandardRestore(_rest(abstract)),
             "data": _IteratorArgs(batches),
         }
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        restored = self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**items))
         return TrainState(params=restored["params"], **restored["optimizer"])
 
     def close(self) -> None:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+        self._reader.close()
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -127,6 +148,12 @@ def find(path: str | Path) -> tuple[Workdir, Path]:
     return workdir, workdir.checkpoints / str(max(steps))
 
 
+def find_together(path: str | Path) -> tuple[Workdir, Path]:
+    """As `find`; of several processes, the choice of process 0 holds. All must call it."""
+    workdir, folder = find(path)
+    return workdir, folder.with_name(str(processes.gather(int(folder.name))[0]))
+
+
 def restore_params(
     checkpoint: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
@@ -149,7 +176,7 @@ def load(path: str | Path) -> SwitchTransformer:
     workdir, checkpoint = find(path)
     config = workdir.config()
     model: Any = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    where = SingleDeviceSharding(jax.devices()[0])
+    where = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         for name, leaf in named_parameters(model).items()

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,27 @@ _CONFIG_HELP = "configs/NAME.py or configs/NAME.py:key=value,…; change keys wi
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; 0 is success, 2 a mistake of the user's, told in one sentence on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(arguments)
+    except BaseException:
+        if not _among_others():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code in (1, 2) and _among_others():
+        from switch_jax import processes
+
+        processes.leave(code)
+    return code
+
+
+def _among_others() -> bool:
+    """Whether this is one of several processes that JAX has connected."""
+    jax = sys.modules.get("jax")  # without it, a mistake in a flag is told at once
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _run(arguments: list[str]) -> int:
     verbose = "--verbose" in arguments
     try:
         overrides, rest = _take_overrides(arguments)
@@ -84,20 +106,24 @@ def _parser() -> argparse.ArgumentParser:
     def workdir(sub: argparse.ArgumentParser, text: str) -> None:
         sub.add_argument("--workdir", required=True, metavar="DIR", help=text)
 
+    def processes(sub: argparse.ArgumentParser) -> None:
+        group = sub.add_argument_group("several processes, where they do not find each other")
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+        group.add_argument("--num_processes", type=int, metavar="N")
+        group.add_argument("--process_id", type=int, metavar="I", help="0 … N-1")
+
     def as_json(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = verb("train", _train, "train a model, or continue from the newest good checkpoint")
     config(sub)
     workdir(sub, "folder of the run; made if it does not exist")
-    processes = sub.add_argument_group("several processes, where they do not find each other")
-    processes.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    processes.add_argument("--num_processes", type=int, metavar="N")
-    processes.add_argument("--process_id", type=int, metavar="I", help="0 … N-1")
+    processes(sub)
 
     sub = verb("eval", _eval, "evaluate a checkpoint on the validation set of its config")
     config(sub, required=False)
     workdir(sub, "a WORKDIR, or one of its checkpoints")
+    processes(sub)
     as_json(sub)
 
     sub = verb("experts", _experts, "show what each expert of a checkpoint specialises in")
@@ -105,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     workdir(sub, "a WORKDIR, or one of its checkpoints")
     sub.add_argument("--input", metavar="FILE", help="a text (default: validation batches)")
     sub.add_argument("--output", metavar="DIR", help="where to (default: DIR/experts)")
+    processes(sub)
     as_json(sub)
 
     sub = verb("generate", _generate, "fill the blanks (___ or <extra_id_0> …) of a text")
@@ -137,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("bench", _bench, "time a config against its FLOP-matched dense twin")
     config(sub)
     sub.add_argument("--repeats", type=_positive, default=10, help="timed runs of each (10)")
+    processes(sub)
     as_json(sub)
 
     sub = verb("plot", _plot, "draw the metrics of one or more runs")
@@ -168,16 +196,34 @@ def _load_config(args: argparse.Namespace) -> "Config":
     return config.load(args.config, args.overrides)
 
 
-def _train(args: argparse.Namespace) -> int:
-    config = _load_config(args)
-    processes = (args.coordinator, args.num_processes, args.process_id)
-    if any(p is not None for p in processes) and None in processes:
-        raise UserError("--coordinator, --num_processes and --process_id go together: give all.")
-    if None not in processes and not 0 <= args.process_id < args.num_processes:
-        raise UserError(f"--process_id must be from 0 to {args.num_processes - 1}.")
+def _start(args: argparse.Namespace, config: "Config | None" = None) -> None:
+    """Starts JAX, and finds the other processes where there are several."""
+    from switch_jax import config as config_lib
+    from switch_jax import launch
+
+    flags = None
+    if hasattr(args, "process_id"):
+        flags = launch.from_flags(args.coordinator, args.num_processes, args.process_id)
+    facts = {"the verb": args.verb}
+    if hasattr(args, "workdir"):
+        facts["--workdir"] = os.path.abspath(args.workdir)
+    facts |= args.overrides if config is None else config_lib.flat(config)
     from switch_jax import backend
 
-    backend.start(*processes)
+    backend.start(flags, facts, stoppable=args.verb == "train")
+
+
+def _show(text: str) -> None:
+    """Prints a result; of several processes, the first does."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text)
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _load_config(args)
+    _start(args, config)
     from switch_jax.train import train
     from switch_jax.workdir import Workdir
 
@@ -187,10 +233,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _find_checkpoint(args: argparse.Namespace) -> "tuple[Workdir, Path, Config]":
     """WORKDIR and checkpoint of `--workdir`, and the config they are used with."""
-    from switch_jax import backend, checkpoint, config
+    from switch_jax import checkpoint, config
 
-    backend.start()
-    workdir, folder = checkpoint.find(args.workdir)
+    _start(args)
+    workdir, folder = checkpoint.find_together(args.workdir)
     made_with = config.override(workdir.config(), args.overrides)
     return workdir, folder, _load_config(args) if args.config else made_with
 
@@ -199,11 +245,9 @@ def _eval(args: argparse.Namespace) -> None:
     from switch_jax.evaluate import evaluate_checkpoint
 
     metrics = evaluate_checkpoint(*_find_checkpoint(args))
-    if args.json:
-        print(json.dumps(metrics))
-    else:
-        for name in ("cross_entropy", "neg_log_perplexity", "accuracy", "unigram_entropy"):
-            print(f"{name:20} {metrics[name]:.4f}")
+    shown = ("cross_entropy", "neg_log_perplexity", "accuracy", "unigram_entropy")
+    lines = "\n".join(f"{name:20} {metrics[name]:.4f}" for name in shown)
+    _show(json.dumps(metrics) if args.json else lines)
 
 
 def _experts(args: argparse.Namespace) -> None:
@@ -231,16 +275,16 @@ def _generate(args: argparse.Namespace) -> None:
     if args.input and not Path(args.input).is_file():
         raise UserError(f"Input file {args.input!r} does not exist.")
     texts = Path(args.input).read_text(errors="replace").splitlines() if args.input else [args.text]
-    from switch_jax import backend, checkpoint
+    from switch_jax import checkpoint
     from switch_jax.data.vocabulary import Vocabulary
     from switch_jax.decode import fill_blanks
 
-    backend.start()
-    workdir, folder = checkpoint.find(args.workdir)
+    _start(args)
+    workdir, folder = checkpoint.find_together(args.workdir)
     vocabulary = Vocabulary(workdir.vocabulary)
     model = checkpoint.load(folder)
     for text in texts:
-        print(fill_blanks(model, vocabulary, text, max_length=args.max_length))
+        _show(fill_blanks(model, vocabulary, text, max_length=args.max_length))
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -277,11 +321,11 @@ def _compile(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     config = _load_config(args)
-    from switch_jax import backend, bench
+    _start(args, config)
+    from switch_jax import bench
 
-    backend.start()
     result = bench.run(config, args.repeats)
-    print(json.dumps(result) if args.json else bench.render(result))
+    _show(json.dumps(result) if args.json else bench.render(result))
 
 
 def _plot(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import math
 import runpy
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,19 @@ def from_dict(raw: dict[str, Any]) -> Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values, the inverse of `from_dict`."""
     return dataclasses.asdict(config)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Plain values by dotted key."""
+    return dict(_flat(to_dict(config), ""))
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _literal(text: str) -> Any:

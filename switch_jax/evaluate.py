@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_jax import losses, sharding
+from switch_jax import losses, processes, sharding
 from switch_jax.checkpoint import restore_params
 from switch_jax.data import open_batches, open_vocabulary
-from switch_jax.data.batch import Batch
+from switch_jax.data.batch import Batch, Feed
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.schema import Config
@@ -51,13 +51,15 @@ def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[
     the batches are not in the vocabulary that the run was trained with.
     """
     program = Program(config, sharding.make_mesh(config))
-    batches = validation_batches(workdir, config)
+    feed = sharding.feed(program.mesh)
+    batches = validation_batches(workdir, config, feed)
     params = restore_params(folder, program.abstract_state.params)
     metrics = evaluate(program, params, batches)
-    return metrics | {"unigram_entropy": unigram_entropy(batches)}
+    counts_V = processes.total(_token_counts(batches if feed.saves else [], config))
+    return metrics | {"unigram_entropy": unigram_entropy(counts_V)}
 
 
-def validation_batches(workdir: Workdir, config: Config) -> list[Batch]:
+def validation_batches(workdir: Workdir, config: Config, feed: Feed) -> list[Batch]:
     """This process's rows of `train.eval_batches` validation batches.
 
     Raises `UserError` where they are not in the vocabulary that the run was trained with.
@@ -69,18 +71,23 @@ def validation_batches(workdir: Workdir, config: Config) -> list[Batch]:
                 f"The validation text is in another vocabulary than {workdir.path}; set"
                 f" data.vocabulary={workdir.vocabulary}."
             )
-    stream = open_batches(config, "validation", jax.process_index(), jax.process_count())
+    stream = open_batches(config, "validation", feed)
     return list(itertools.islice(stream, config.train.eval_batches))
 
 
-def unigram_entropy(batches: Iterable[Batch]) -> float:
-    """Entropy, in nats, of the target tokens of the batches, sentinels included.
+def _token_counts(batches: Iterable[Batch], config: Config) -> np.ndarray:
+    """[V] how often each target token occurs, sentinels included."""
+    counts_V = np.zeros(config.model.vocab_size, np.int64)
+    for batch in batches:
+        tokens = batch["decoder_target_tokens"][batch["decoder_loss_weights"] > 0]
+        counts_V += np.bincount(tokens, minlength=len(counts_V))
+    return counts_V
+
+
+def unigram_entropy(counts_V: np.ndarray) -> float:
+    """Entropy, in nats, of tokens that occur so often.
 
     The cross-entropy of a model that knows how often each token occurs and nothing else.
     """
-    tokens = [
-        batch["decoder_target_tokens"][batch["decoder_loss_weights"] > 0] for batch in batches
-    ]
-    _, counts = np.unique(np.concatenate(tokens), return_counts=True)
-    share = counts / counts.sum()
+    share = counts_V[counts_V > 0] / counts_V.sum()
     return float(-np.sum(share * np.log(share)))

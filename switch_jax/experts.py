@@ -21,7 +21,7 @@ import numpy as np
 from switch_jax import sharding
 from switch_jax.checkpoint import restore_params
 from switch_jax.data import open_vocabulary
-from switch_jax.data.batch import Batch
+from switch_jax.data.batch import Batch, Feed
 from switch_jax.data.text import text_batches
 from switch_jax.data.vocabulary import PAD, Vocabulary
 from switch_jax.errors import UserError
@@ -252,7 +252,8 @@ def analyse(
     if not any(map(config.sparse_layers, STACKS)):
         raise UserError(f"{workdir.path} has no experts; name the WORKDIR of a sparse model.")
     program = Program(config, sharding.make_mesh(config))
-    names, batches = _names(workdir, config), _batches(workdir, config, text)
+    names = _names(workdir, config)
+    batches = _batches(workdir, config, sharding.feed(program.mesh), text)
     counts = count(program, restore_params(folder, program.abstract_state.params), batches)
     layers = []
     for key, of_key in counts.items():
@@ -272,16 +273,15 @@ def analyse(
     }
 
 
-def _batches(workdir: Workdir, config: Config, text: Path | None) -> list[Batch]:
+def _batches(workdir: Workdir, config: Config, feed: Feed, text: Path | None) -> list[Batch]:
     if text is None:
-        return validation_batches(workdir, config)
+        return validation_batches(workdir, config, feed)
     if not workdir.vocabulary.is_file():
         raise UserError(
             f"{workdir.path} has no {workdir.vocabulary.name} to read a text with; leave --input"
             " out."
         )
-    processes = jax.process_index(), jax.process_count()
-    return text_batches(text, Vocabulary(workdir.vocabulary), config, *processes)
+    return text_batches(text, Vocabulary(workdir.vocabulary), config, feed)
 
 
 def _names(workdir: Workdir, config: Config) -> Names:

@@ -8,7 +8,7 @@ split over slice × data × expert; experts over `expert`; heads, d_ff and vocab
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from switch_jax.data.batch import Feed
 from switch_jax.errors import UserError
 from switch_jax.schema import STACKS, Config, MeshConfig
 
@@ -325,6 +326,34 @@ def alone() -> bool:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How every feature of a batch lies on the mesh: rows split, the rest whole."""
     return NamedSharding(mesh, spec(("batch",)))
+
+
+def feed(mesh: Mesh) -> Feed:
+    """The rows of every batch that this process feeds: those that its devices hold.
+
+    Raises `UserError` for a mesh that leaves a process out or cuts the batch within processes.
+    """
+    parts = num_batch_shards(mesh)
+    held: dict[int, set[int]] = {index: set() for index in range(jax.process_count())}
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((parts,))
+    for device, (rows,) in places.items():
+        held[device.process_index].add(rows.indices(parts)[0])
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len({len(share) for share in shares}) > 1:
+        raise UserError(
+            f"A mesh of {mesh.devices.size} devices gives the {len(held)} processes unequal parts"
+            f" of the batch; make the product of mesh.* {jax.device_count()}, all there are."
+        )
+    if sum(map(len, shares)) != parts:
+        raise UserError(
+            f"mesh.model={mesh.shape['model']} lets processes share some of their rows and not"
+            f" others; make it a divisor or a multiple of {jax.local_device_count()}, the devices"
+            " of a process."
+        )
+    mine = tuple(sorted(held[jax.process_index()]))
+    first = next(index for index, rows in held.items() if tuple(sorted(rows)) == mine)
+    saves = first == jax.process_index()
+    return Feed(parts, mine, shares.index(mine), len(shares), saves)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

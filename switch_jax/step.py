@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from switch_jax import losses, sharding
+from switch_jax import losses, processes, sharding
 from switch_jax.data.batch import feature_shapes
 from switch_jax.model import Stats, SwitchTransformer, logical_axes, stats_of, with_parameters
 from switch_jax.optim import make_optimizer, schedule
@@ -40,15 +40,23 @@ class TrainState:
 
 
 class OnMesh:
-    """A jitted function, traced, lowered and called with its mesh in context."""
+    """A jitted function, traced, lowered and called with its mesh in context.
+
+    Several processes wait for each other between compiling and the first call, which decides on
+    the shapes.
+    """
 
     def __init__(self, mesh: Mesh, function: Callable, **options: Any):
         self._mesh = mesh
         self._jitted = jax.jit(function, **options)
+        self._call: Callable | None = self._jitted if jax.process_count() == 1 else None
 
     def __call__(self, *args: Any) -> Any:
+        if self._call is None:
+            self._call = self.lower(*args).compile()
+            processes.wait()
         with jax.set_mesh(self._mesh):
-            return self._jitted(*args)
+            return self._call(*args)
 
     def trace(self, *args: Any) -> jax.stages.Traced:
         """Traces for (abstract) arguments."""

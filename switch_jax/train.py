@@ -2,13 +2,10 @@
 
 import itertools
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import jax
 
-from switch_jax import accounting, checkpoint, sharding
+from switch_jax import accounting, checkpoint, processes, sharding
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.evaluate import evaluate
 from switch_jax.idle_experts import IdleExperts
@@ -23,30 +20,32 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
 
     A run that was stopped, at whatever moment, and continued ends with the same bits as one
     that was not: parameters, optimizer, random numbers and data follow from the checkpoint.
-    SIGTERM and SIGINT end the loop after the current step, with a checkpoint.
+    SIGTERM and SIGINT end the loop after the current step, with a checkpoint; of several
+    processes one that receives it is enough.
 
     Returns the signal that ended the run early, or None when it is finished.
     """
     settings = config.train
-    workdir.check(config)
+    first_process = jax.process_index() == 0
+    with processes.together():
+        workdir.check(config)
 
-    # Mesh and data
-    mesh = sharding.make_mesh(config)
-    program = Program(config, mesh)
-    processes = jax.process_index(), jax.process_count()
-    first_process = processes[0] == 0
-    batches = open_batches(config, "train", *processes)
-    validation = list(
-        itertools.islice(open_batches(config, "validation", *processes), settings.eval_batches)
-    )
+        # Mesh and data
+        mesh = sharding.make_mesh(config)
+        program, feed = Program(config, mesh), sharding.feed(mesh)
+        batches = open_batches(config, "train", feed)
+        validation = list(
+            itertools.islice(open_batches(config, "validation", feed), settings.eval_batches)
+        )
 
-    if config.init_from is not None and not workdir.checkpoints.exists():
-        checkpoint.find(config.init_from)  # missing: say so before anything is written
+        if config.init_from is not None and not workdir.checkpoints.exists():
+            checkpoint.find(config.init_from)  # missing: say so before anything is written
+    with processes.together():
+        if first_process:
+            synthetic = config.data.reader == "synthetic"
+            workdir.prepare(config, None if synthetic else open_vocabulary(config).path)
 
     # State
-    if first_process:
-        synthetic = config.data.reader == "synthetic"
-        workdir.prepare(config, None if synthetic else open_vocabulary(config).path)
     checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints)
     state = checkpoints.restore(program.abstract_state, batches) or _initial_state(program)
     first_step = int(state.step)
@@ -62,7 +61,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     writer = MetricsWriter(workdir, first_step, active=first_process)
     idle = IdleExperts(config)
     display = ProgressDisplay(settings.steps, first_step, active=first_process)
-    with display, writer, _stop_requests() as stops:
+    with display, writer, processes.stop_requests(first_step) as stop_request:
         if first_step:
             display.say(f"continuing from step {first_step}")
         if mesh.devices.size < jax.device_count():
@@ -81,7 +80,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
             previous = metrics["loss"]
             display.step(step)
             finished = step == settings.steps
-            last = finished or bool(stops)
+            stopped_by = stop_request(step)
+            last = finished or stopped_by is not None
             saving = last or step % settings.checkpoint_every == 0
             if not saving:
                 with meter.waiting(metrics):  # the device is computing this step meanwhile
@@ -109,8 +109,9 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         checkpoints.close()
     if finished:
         return None
-    print(f"Stopped at step {step}; the same command continues from there.")
-    return stops[0]
+    if first_process:
+        print(f"Stopped at step {step}; the same command continues from there.")
+    return stopped_by
 
 
 def _initial_state(program: Program) -> TrainState:
@@ -119,30 +120,6 @@ def _initial_state(program: Program) -> TrainState:
     source = program.config.init_from
     if source is None:
         return state
-    _, folder = checkpoint.find(source)
+    _, folder = checkpoint.find_together(source)
     params = checkpoint.restore_params(folder, program.abstract_state.params)
     return TrainState(state.step, state.tokens, params, state.opt_state)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[signal.Signals]]:
-    """Collects the first SIGTERM or SIGINT; a second one acts as it usually does.
-
-    Several processes would have to agree on the step to stop at, so there, and outside the
-    main thread, signals are left alone.
-    """
-    received: list[signal.Signals] = []
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handle(number, frame):
-        received.append(signal.Signals(number))
-        signal.signal(number, previous[number])
-
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from switch_jax import __version__
 from switch_jax import config as config_lib
@@ -103,22 +102,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _differences(old: Config, new: Config) -> list[str]:
-    before, after = _flat(config_lib.to_dict(old)), _flat(config_lib.to_dict(new))
+    before, after = config_lib.flat(old), config_lib.flat(new)
     return [
         f"{key} is {before.get(key)!r} there and {value!r} here"
         for key, value in after.items()
         if value != before.get(key) and key.startswith(_FIXED) and key not in _FREE
     ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _versions() -> dict[str, str]:

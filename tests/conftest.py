@@ -27,7 +27,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "tests_xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 from switch_jax import config as config_lib  # noqa: E402
-from switch_jax.data.batch import shifted_right  # noqa: E402
+from switch_jax.data.batch import Feed, shifted_right  # noqa: E402
 
 _TINY = {
     "model.vocab_size": 32,
@@ -58,6 +58,11 @@ def tiny(**overrides: Any) -> config_lib.Config:
         assert name in raw[group], key
         raw[group][name] = value
     return config_lib.from_dict(raw)
+
+
+def share(index: int, count: int) -> Feed:
+    """One of `count` feeds that cut a batch in equal parts."""
+    return Feed(count, (index,), index, count)
 
 
 def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:

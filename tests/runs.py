@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,11 @@ def write_config(folder: Path, store_folder: Path) -> Path:
     return path
 
 
-def start(*arguments: object, **environment: str) -> subprocess.Popen:
+def start(
+    *arguments: object, program: Sequence[str] = ("-m", "switch_jax"), **environment: str
+) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "switch_jax", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -6,9 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import share
 
 from switch_jax.data import corpus, open_batches, open_vocabulary, packing, spans, store
-from switch_jax.data.batch import FEATURES, PACKED_FEATURES, feature_shapes
+from switch_jax.data.batch import FEATURES, PACKED_FEATURES, Feed, feature_shapes
 from switch_jax.data.peek import peek
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig, ModelConfig
@@ -135,17 +136,23 @@ def test_an_epoch_corrupts_anew():
 def test_processes_share_the_same_global_batch(reader, pack):
     c = config(reader=reader, pack=pack)
     alone = open_batches(c, "train")
-    together = [open_batches(c, "train", p, 4) for p in range(4)]
+    together = [open_batches(c, "train", share(p, 4)) for p in range(4)]
     for _ in range(3):
         batch, parts = next(alone), [next(it) for it in together]
         assert same(batch, {name: np.concatenate([p[name] for p in parts]) for name in batch})
+
+
+def test_a_feed_need_not_be_neighbours():
+    batch = next(open_batches(config(), "train"))
+    part = next(open_batches(config(), "train", Feed(4, (1, 3), 1, 2)))
+    assert same(part, {name: rows[[2, 3, 6, 7]] for name, rows in batch.items()})
 
 
 @pytest.mark.parametrize("reader", ["store", "synthetic"])
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_position_is_restored_exactly_with_any_number_of_processes(tmp_path, reader, pack):
     c = config(reader=reader, pack=pack)
-    writers = [open_batches(c, "train", p, 2) for p in range(2)]
+    writers = [open_batches(c, "train", share(p, 2)) for p in range(2)]
     for it in writers:
         for _ in range(37):  # into another epoch
             next(it)
@@ -230,8 +237,8 @@ def test_a_row_longer_than_the_split_is_refused():
 
 def test_processes_must_divide_the_batch():
     for reader in ("store", "synthetic"):
-        with pytest.raises(UserError, match=r"data\.batch_size=8 .* 3 processes"):
-            open_batches(config(reader=reader), "train", 0, 3)
+        with pytest.raises(UserError, match=r"data\.batch_size=8 .* 3 parts"):
+            open_batches(config(reader=reader), "train", share(0, 3))
 
 
 def test_a_named_store_must_be_there_whole_and_of_the_vocabulary(tmp_path):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import share
 
 from switch_jax.data import corpus, open_batches, open_vocabulary, spans
 from switch_jax.data.batch import feature_shapes
@@ -83,29 +84,29 @@ def test_corruption_is_equal_in_distribution_to_the_store():
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_position_is_restored_exactly(tmp_path, pack):
-    it = open_batches(config(pack=pack), "train", 1, 2)
+    it = open_batches(config(pack=pack), "train", share(1, 2))
     take(it, 7)
     it.save(tmp_path / "it")
     expected = take(it, 5)
-    fresh = open_batches(config(pack=pack), "train", 1, 2)
+    fresh = open_batches(config(pack=pack), "train", share(1, 2))
     fresh.restore(tmp_path / "it")
     assert same(take(fresh, 5), expected)
-    assert not same(take(open_batches(config(pack=pack), "train", 1, 2), 5), expected)
+    assert not same(take(open_batches(config(pack=pack), "train", share(1, 2)), 5), expected)
 
 
 def test_another_number_of_processes_or_other_data_is_refused(tmp_path):
-    open_batches(config(), "train", 0, 2).save(tmp_path)
+    open_batches(config(), "train", share(0, 2)).save(tmp_path)
     with pytest.raises(UserError, match=r"as many processes .* data\.reader=store"):
         open_batches(config(), "train").restore(tmp_path)
     with pytest.raises(UserError, match="other packing"):
-        open_batches(config(pack=True), "train", 0, 2).restore(tmp_path)
+        open_batches(config(pack=True), "train", share(0, 2)).restore(tmp_path)
 
 
 def test_processes_read_different_documents():
-    parts = [take(open_batches(config(), "validation", p, 2), 2) for p in range(2)]
+    parts = [take(open_batches(config(), "validation", share(p, 2)), 2) for p in range(2)]
     assert not same(*parts)
     with pytest.raises(UserError, match="fewer documents"):
-        open_batches(config(), "validation", 0, 8)
+        open_batches(config(), "validation", share(0, 8))
 
 
 def test_lengths_that_do_not_fit_are_refused():

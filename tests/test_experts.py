@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from conftest import make_batch, tiny
+from conftest import make_batch, share, tiny
 
 from switch_jax import config as config_lib
 from switch_jax import experts, experts_report
@@ -201,7 +201,7 @@ def test_a_text_becomes_batches_with_nothing_left_out(config, tmp_path, text):
     last = batches[-1]["decoder_loss_weights"]
     assert last[0].any() and not last[-1].any()  # the last batch is filled with padding
     # Two processes feed halves of the same rows.
-    halves = [text_batches(path, words, made_with, index, 2) for index in range(2)]
+    halves = [text_batches(path, words, made_with, share(index, 2)) for index in range(2)]
     for whole, *parts in zip(batches, *halves):
         for name, rows in whole.items():
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), rows)

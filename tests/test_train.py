@@ -1,10 +1,8 @@
-"""switch_jax.train as a process: killed, stopped, continued, refused, and on two processes."""
+"""switch_jax.train as a process: killed, stopped, continued, refused."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 
 import pytest
 import runs
@@ -24,11 +22,6 @@ def finished(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     runs.run("train", "--config", config, "--workdir", workdir)
     return workdir
-
-
-def devices(count):
-    """The tests' compiler flags with another number of devices."""
-    return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")
 
 
 def metrics(workdir):
@@ -88,34 +81,3 @@ def test_workdir_of_another_model_is_refused(config, finished, change):
     )
     assert key in err and value in err and "--workdir" in err and err.count("\n") == 1
     assert (finished / "config.json").read_bytes() == before
-
-
-def test_two_processes_equal_one(config, tmp_path):
-    """Two processes of one device each, against one process with two devices."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    common = ["train", "--config", config, "--config.mesh.data=2", "--config.train.steps=12"]
-    pair = [
-        runs.start(
-            *common,
-            f"--workdir={tmp_path / 'two'}",
-            f"--coordinator={address}",
-            "--num_processes=2",
-            f"--process_id={i}",
-            XLA_FLAGS=devices(1),
-        )
-        for i in range(2)
-    ]
-    for process in pair:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err or out
-    runs.run(
-        *common,
-        f"--workdir={tmp_path / 'one'}",
-        XLA_FLAGS=devices(2),
-    )
-    two, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
-    assert len(two) == len(one) == 13
-    for a, b in zip(two, one):
-        assert a["cross_entropy"] == pytest.approx(b["cross_entropy"], abs=1e-5)

@@ -6,7 +6,7 @@
 Only `tasks`, the streaming reader, imports TensorFlow; it is loaded when asked for.
 """
 
-from switch_jax.data.batch import BatchIterator, SyntheticIterator
+from switch_jax.data.batch import EVERYTHING, BatchIterator, Feed, SyntheticIterator
 from switch_jax.data.corpus import Split
 from switch_jax.data.store import StoreIterator
 from switch_jax.data.vocabulary import open_vocabulary
@@ -15,22 +15,20 @@ from switch_jax.schema import Config
 __all__ = ["open_batches", "open_vocabulary"]
 
 
-def open_batches(
-    config: Config, split: Split, process_index: int = 0, process_count: int = 1
-) -> BatchIterator:
+def open_batches(config: Config, split: Split, feed: Feed = EVERYTHING) -> BatchIterator:
     """One process's endless stream of batches, as `data.reader` says.
 
-    Together the processes' rows make global batches of `data.batch_size`. What the reader
+    Together the feeds' rows make global batches of `data.batch_size`. What the reader
     needs and the config does not name is made on first use, in the cache.
 
     Raises `UserError` for anything missing or impossible.
     """
     match config.data.reader:
         case "store":
-            return StoreIterator(config, split, process_index, process_count)
+            return StoreIterator(config, split, feed)
         case "synthetic":
-            return SyntheticIterator(config, process_index, process_count)
+            return SyntheticIterator(config, feed)
         case "seqio":
             from switch_jax.data.tasks import SeqioIterator
 
-            return SeqioIterator(config, split, process_index, process_count)
+            return SeqioIterator(config, split, feed)

@@ -14,6 +14,7 @@ process feeds, S and T the lengths of inputs and targets.
 """
 
 import abc
+import dataclasses
 import json
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,32 @@ from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig
 
 Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """The rows of each global batch that one process feeds, with the batch cut in `parts`.
+
+    Processes whose devices hold the same rows feed the same ones: they are one feed.
+    """
+
+    parts: int = 1
+    held: tuple[int, ...] = (0,)  # ascending; a mesh need not give a process neighbours
+    index: int = 0  # of this feed
+    count: int = 1  # of different feeds
+    saves: bool = True  # whether this process is the first of its feed
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Their places in a batch, ascending; raises `UserError`."""
+        if batch_size % self.parts:
+            raise UserError(
+                f"data.batch_size={batch_size} does not divide into {self.parts} parts, one for"
+                " each process or device; change one of them."
+            )
+        return np.arange(batch_size).reshape(self.parts, -1)[list(self.held)].reshape(-1)
+
+
+EVERYTHING = Feed()
 
 FEATURES = (
     "encoder_input_tokens",
@@ -53,30 +80,18 @@ class BatchIterator(Protocol):
     def restore(self, directory: Path) -> None: ...
 
 
-def rows_per_process(batch_size: int, process_count: int) -> int:
-    """How many rows of a global batch each process feeds; raises `UserError`."""
-    if batch_size % process_count:
-        raise UserError(
-            f"data.batch_size={batch_size} is not a multiple of the {process_count} processes;"
-            " change one of them."
-        )
-    return batch_size // process_count
-
-
 class RowIterator(abc.ABC):
     """A `BatchIterator` whose rows are numbered and depend on their number alone.
 
-    Global batch k holds rows [k·batch_size, (k+1)·batch_size), of which each process feeds
-    an equal, contiguous share. The only state is the number of the next row, so a position
-    can be restored with any number of processes.
+    Global batch k holds rows [k·batch_size, (k+1)·batch_size). The only state is the number of
+    the next row, so a position can be restored with any number of processes.
     """
 
-    def __init__(self, batch_size: int, process_index: int, process_count: int, source: str):
+    def __init__(self, batch_size: int, feed: Feed, source: str):
         """`source` identifies the data; a position in other data is refused."""
-        local = rows_per_process(batch_size, process_count)
-        self._offsets = process_index * local + np.arange(local)
+        self._offsets = feed.rows(batch_size)
         self._batch_size = batch_size
-        self._process_index = process_index
+        self._saves = feed.saves and feed.index == 0
         self._source = source
         self._next_row = 0
 
@@ -93,11 +108,10 @@ class RowIterator(abc.ABC):
         return batch
 
     def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        # All processes write the same; each renames a file of its own.
-        partial = directory / f"position.{self._process_index}.partial"
-        partial.write_text(json.dumps({"next_row": self._next_row, "source": self._source}))
-        partial.replace(directory / "position.json")
+        if self._saves:  # it is the same for all processes
+            directory.mkdir(parents=True, exist_ok=True)
+            position = json.dumps({"next_row": self._next_row, "source": self._source})
+            (directory / "position.json").write_text(position)
 
     def restore(self, directory: Path) -> None:
         """Raises `UserError` for a position in other data, and `OSError` or `ValueError` for
@@ -118,9 +132,8 @@ class SyntheticIterator(RowIterator):
     A row is a function of `data.seed` and its number.
     """
 
-    def __init__(self, config: Config, process_index: int = 0, process_count: int = 1):
-        data = config.data
-        super().__init__(data.batch_size, process_index, process_count, source="synthetic")
+    def __init__(self, config: Config, feed: Feed = EVERYTHING):
+        super().__init__(config.data.batch_size, feed, source="synthetic")
         self._config = config
 
     def rows(self, numbers: np.ndarray) -> Batch:

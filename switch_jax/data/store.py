@@ -18,7 +18,7 @@ import numpy as np
 
 from switch_jax.cache import cache_root, made_once
 from switch_jax.data import corpus, packing
-from switch_jax.data.batch import Batch, RowIterator, padded_batch, shifted_right
+from switch_jax.data.batch import EVERYTHING, Batch, Feed, RowIterator, padded_batch, shifted_right
 from switch_jax.data.corpus import Split
 from switch_jax.data.counter import permuted
 from switch_jax.data.spans import corrupt, span_lengths
@@ -126,13 +126,11 @@ class StoreIterator(RowIterator):
     Raises `UserError` where the lengths do not fit each other or the store.
     """
 
-    def __init__(
-        self, config: Config, split: Split, process_index: int = 0, process_count: int = 1
-    ):
+    def __init__(self, config: Config, split: Split, feed: Feed = EVERYTHING):
         data = config.data
         vocabulary = open_vocabulary(config)
         store = open_store(config, split, vocabulary)
-        super().__init__(data.batch_size, process_index, process_count, store.fingerprint)
+        super().__init__(data.batch_size, feed, store.fingerprint)
         self._data = data
         self._tokens = store.tokens
         self._first_sentinel = vocabulary.sentinel(0)

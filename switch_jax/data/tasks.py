@@ -2,7 +2,7 @@
 
 It makes the same examples as the token store, equal in distribution, but draws them from a
 tf.data pipeline that tokenises as it goes. Where the store's position is a number, this
-one's is a shuffle buffer: megabytes for each process, tied to the number of processes.
+one's is a shuffle buffer: megabytes for each feed, tied to the number of feeds.
 """
 
 import os
@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from switch_jax.data import corpus
-from switch_jax.data.batch import Batch, rows_per_process
+from switch_jax.data.batch import EVERYTHING, Batch, Feed
 from switch_jax.data.corpus import Split
 from switch_jax.data.spans import MEAN_SPAN, NOISE_DENSITY, span_lengths
 from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary, open_vocabulary
@@ -35,25 +35,24 @@ _JOINED_DOCUMENTS = 128  # joined before they are cut, as in T5
 
 
 class SeqioIterator:
-    """A `BatchIterator` over a seqio task; each process reads its own share of the documents.
+    """A `BatchIterator` over a seqio task; each feed reads its own share of the documents.
 
     Training examples are shuffled with `data.seed`, in every epoch differently. Raises
-    `UserError` where lengths do not fit or processes outnumber documents.
+    `UserError` where lengths do not fit or feeds outnumber documents.
     """
 
-    def __init__(
-        self, config: Config, split: Split, process_index: int = 0, process_count: int = 1
-    ):
+    def __init__(self, config: Config, split: Split, feed: Feed = EVERYTHING):
         data = config.data
-        rows = rows_per_process(data.batch_size, process_count)
+        rows = len(feed.rows(data.batch_size))
         span_lengths(data.inputs_length, data.targets_length)
-        if sum(1 for _ in corpus.documents(data.mixture, split)) < process_count:
+        if sum(1 for _ in corpus.documents(data.mixture, split)) < feed.count:
             raise UserError(
                 f"The {split} split of {data.mixture} has fewer documents than there are"
-                f" processes ({process_count}); set data.reader=store."
+                f" processes to feed ({feed.count}); set data.reader=store."
             )
         self._task = _register(data.mixture, open_vocabulary(config), data.pack)
-        self._folder = f"process_{process_index}_of_{process_count}"
+        self._folder = f"process_{feed.index}_of_{feed.count}"
+        self._saves = feed.saves
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # seqio warns of restarts, but `save` is exact
         dataset = seqio.get_dataset(
@@ -63,7 +62,7 @@ class SeqioIterator:
             dataset_split=split,
             shuffle=split == "train",
             num_epochs=None,
-            shard_info=seqio.ShardInfo(process_index, process_count),
+            shard_info=seqio.ShardInfo(feed.index, feed.count),
             seed=data.seed,
             verbose=False,
         )
@@ -80,18 +79,21 @@ class SeqioIterator:
         }
 
     def save(self, directory: Path) -> None:
+        if not self._saves:
+            return
         folder = directory / self._folder
         folder.mkdir(parents=True, exist_ok=True)
         tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(folder / "iterator"))
         (folder / "task").write_text(self._task)
 
     def restore(self, directory: Path) -> None:
-        """Raises `UserError` for a position of other data or another number of processes."""
+        """Raises `UserError` for a position of other data or another number of feeds."""
         folder = directory / self._folder
         if not (folder / "task").is_file():
             raise UserError(
-                f"{directory} holds no position of the seqio reader for {self._folder}; use as"
-                " many processes as wrote it, or train with data.reader=store, which does not mind."
+                f"{directory} holds no position of the seqio reader for {self._folder}; use the"
+                " mesh and as many processes as wrote it, or train with data.reader=store, which"
+                " does not mind."
             )
         if (folder / "task").read_text() != self._task:
             raise UserError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from switch_jax.data.batch import Batch, padded_batch, rows_per_process
+from switch_jax.data.batch import EVERYTHING, Batch, Feed, padded_batch
 from switch_jax.data.spans import corrupt, span_lengths
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.errors import UserError
@@ -12,11 +12,7 @@ from switch_jax.schema import Config
 
 
 def text_batches(
-    path: Path,
-    vocabulary: Vocabulary,
-    config: Config,
-    process_index: int = 0,
-    process_count: int = 1,
+    path: Path, vocabulary: Vocabulary, config: Config, feed: Feed = EVERYTHING
 ) -> list[Batch]:
     """One process's rows of the batches that a UTF-8 text makes, span-corrupted.
 
@@ -38,12 +34,12 @@ def text_batches(
             examples = number + np.arange(len(part))
             corrupted = corrupt(part, data.seed, examples, vocabulary.sentinel(0))
             rows.append(padded_batch(*corrupted, data))
-    B, local = data.batch_size, rows_per_process(data.batch_size, process_count)
+    B, offsets = data.batch_size, feed.rows(data.batch_size)
     joined = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
     count = len(joined["encoder_input_tokens"])
     padded = {name: np.pad(x, ((0, -count % B), (0, 0))) for name, x in joined.items()}
-    starts = range(process_index * local, count + -count % B, B)
-    return [{name: x[start : start + local] for name, x in padded.items()} for start in starts]
+    starts = range(0, count, B)
+    return [{name: x[start + offsets] for name, x in padded.items()} for start in starts]
 
 
 def _read(path: Path) -> str:
