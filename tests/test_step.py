@@ -35,7 +35,8 @@ ALONE = {"mesh.data": 1}
 SMALL = {"moe.every": 1, "model.num_encoder_layers": 1, "model.num_decoder_layers": 1}
 MESHES = {
     "data=8": {"mesh.data": 8},
-    "data=2 expert=4": {"mesh.data": 2, "mesh.expert": 4},
+    "expert=4, accumulate=4": {"mesh.data": 1, "mesh.expert": 4, "train.accumulate": 4},
+    "model=2": {"mesh.data": 1, "mesh.model": 2},
     "data=2 expert=2 model=2": {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2},
     "fsdp, slice=2 data=2 model=2, accumulate=2": {
         "mesh.slice": 2,
@@ -43,11 +44,6 @@ MESHES = {
         "mesh.model": 2,
         "mesh.fsdp": True,
         "train.accumulate": 2,
-    },
-    "expert=2, accumulate=4": {
-        "mesh.data": 1,
-        "mesh.expert": 2,
-        "train.accumulate": 4,
     },
 }
 
@@ -69,10 +65,11 @@ def initial() -> TrainState:
 
 
 class Run(NamedTuple):
-    """The metrics of each step, and the parameters after the last."""
+    """The metrics of each step, the parameters after the last, and what crossed devices."""
 
     metrics: list[dict]
     params: dict[str, np.ndarray]
+    collectives: Counter
 
 
 def trained(initial: TrainState, made: Program, train_step) -> Run:
@@ -81,7 +78,9 @@ def trained(initial: TrainState, made: Program, train_step) -> Run:
         state, m, _ = train_step(state, made.put(make_batch(made.config, seed=step)))
         metrics.append(jax.device_get(m))
     assert state.step == STEPS
-    return Run(metrics, jax.device_get(state.params))
+    found = hlo.Program(train_step.as_text()).collectives(made.mesh)
+    collectives = Counter((c.kind, "+".join(c.axes), c.devices) for c in found)
+    return Run(metrics, jax.device_get(state.params), collectives)
 
 
 def same(one: Run, other: Run) -> None:
@@ -132,60 +131,83 @@ def test_metrics_and_parameters_do_not_depend_on_the_mesh_nor_on_accumulation(ru
     assert abs(final - initial) > 1e-3
 
 
-def test_two_hops_give_the_same_numbers_as_one_device(monkeypatch):
-    """A group of the whole batch, on eight devices with one expert each."""
-    monkeypatch.setattr(transit, "hops", lambda *_: (2, 4))
-    monkeypatch.setattr(transit, "room", lambda mean: 32)  # for all of a device's tokens
-    values = NOISY | SMALL | {"moe.num_experts": 8, "moe.group_size": 256}
-    alone, spread = (compiled(values | mesh) for mesh in (ALONE, FORMS["two hops"]))
-    initial = jax.device_get(alone[0].init())
-    one, other = trained(initial, *alone), trained(initial, *spread)
-    assert other.metrics[0]["router/dropped_fraction"] > 0.1
-    same(one, other)
+@pytest.fixture(scope="module")
+def hopping():
+    """Groups of the whole batch, on one device, and in two hops on eight with one expert each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transit, "hops", lambda *_: (2, 4))
+        patch.setattr(transit, "room", lambda mean: 32)  # for all of a device's tokens
+        values = NOISY | SMALL | {"moe.num_experts": 8, "moe.group_size": 256}
+        spread = {"mesh.data": 1, "mesh.expert": 8}
+        programs = [compiled(values | mesh) for mesh in (ALONE, spread)]
+    start = jax.device_get(programs[0][0].init())
+    return [trained(start, *program) for program in programs]
 
 
-# Each form of parallelism, and the collectives that its train step should hold and no others: how
-# many of each kind along which axes. Gradients and sums over the batch are all-reduced together;
-# FSDP gathers weights; tokens go to experts and back, forwards and backwards, in both stacks.
-FORMS = {
-    "data": {"mesh.data": 8},
-    "fsdp": {"mesh.data": 8, "mesh.fsdp": True},
-    "expert": {"mesh.data": 1, "mesh.expert": 4},
-    "two hops": {
-        "mesh.data": 1,
-        "mesh.expert": 8,
-        "moe.num_experts": 8,
-        "moe.group_size": 256,
-    },
-    "model": {"mesh.data": 1, "mesh.model": 2},
-}
+def test_two_hops_give_the_same_numbers_as_one_device(hopping):
+    alone, spread = hopping
+    assert spread.metrics[0]["router/dropped_fraction"] > 0.1
+    same(spread, alone)
+
+
+# What each mesh's train step sends, and nothing else: how often along which axes. Gradients and
+# sums over the batch are all-reduced; tokens go to experts and back, forwards and backwards, in
+# both stacks; every sub-layer is summed over `model`; FSDP gathers weights. Accumulating gathers
+# ids to deal them out anew, and expert dropout the keys of groups.
 COLLECTIVES = {
-    "data": {("all-reduce", "data", 8): 5},
-    "fsdp": {("all-reduce", "data", 8): 6, ("all-gather", "data", 8): 19},
-    "expert": {
-        ("all-reduce", "expert", 4): 5,
-        ("all-gather", "expert", 4): 2,  # the keys of expert dropout
-        ("all-to-all", "expert", 4): 8,
+    "data=8": {("all-reduce", "data", 8): 5},
+    "expert=4, accumulate=4": {
+        ("all-gather", "expert", 4): 5,
+        ("all-reduce", "expert", 4): 6,
+        ("collective-permute", "expert", 2): 1,
+        ("all-to-all", "expert", 4): 10,  # decoder groups span two devices: numbers travel too
+        ("all-reduce", "expert", 2): 2,
     },
-    # Twice as many for each hop, and the experts' numbers there and the slots' back.
+    "model=2": {("all-reduce", "model", 2): 25, ("all-gather", "model", 2): 8},
+    "data=2 expert=2 model=2": {
+        ("all-reduce", "data+expert", 4): 6,
+        ("all-reduce", "model", 2): 26,
+        ("all-gather", "expert", 2): 2,
+        ("all-to-all", "expert", 2): 8,
+        ("all-gather", "model", 2): 10,
+        ("all-reduce", "data", 2): 1,
+        ("all-reduce", "data+expert+model", 8): 2,
+    },
+    "fsdp, slice=2 data=2 model=2, accumulate=2": {
+        ("all-gather", "slice+data", 4): 4,
+        ("all-reduce", "slice+data", 4): 4,
+        ("all-gather", "data", 2): 33,
+        ("all-gather", "slice+data+model", 8): 2,
+        ("all-reduce", "model", 2): 24,
+        ("all-gather", "model", 2): 8,
+        ("all-reduce", "slice+data+model", 8): 5,
+    },
+    # In each hop as often, and the experts' numbers there and the slots' back.
     "two hops": {
         ("all-reduce", "expert", 8): 7,
         ("all-to-all", "expert", 2): 12,
         ("all-to-all", "expert", 4): 12,
     },
-    "model": {("all-reduce", "model", 2): 15, ("all-gather", "model", 2): 8},
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_each_form_of_parallelism_has_its_collectives_and_no_others(form, monkeypatch, capfd):
-    monkeypatch.setattr(transit, "hops", lambda *_: (2, 4))
-    monkeypatch.setattr(transit, "room", lambda mean: 32)
-    made, train_step = compiled(NOISY | SMALL | FORMS[form])
-    collectives = hlo.Program(train_step.as_text()).collectives(made.mesh)
-    found = Counter((c.kind, "+".join(c.axes), c.devices) for c in collectives)
-    assert found == COLLECTIVES[form]
-    assert "rematerialization" not in capfd.readouterr().err
+@pytest.mark.parametrize("mesh", [*MESHES, "two hops"])
+def test_each_form_of_parallelism_has_its_collectives_and_no_others(runs, hopping, mesh):
+    found = hopping[1].collectives if mesh == "two hops" else runs[mesh].collectives
+    expected = COLLECTIVES[mesh]
+    if jax.__version__.startswith("0.10."):  # others combine a little differently
+        assert found == expected
+    assert found.keys() == expected.keys()
+    exchanges = {key: count for key, count in expected.items() if key[0] == "all-to-all"}
+    assert found.items() >= exchanges.items()
+
+
+def test_no_array_is_made_whole_for_want_of_a_better_way(capfd):
+    made = program(NOISY | SMALL | {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2})
+    lowered = made.train_step.lower(made.abstract_state, made.abstract_batch)
+    # Not from the cache, which says nothing.
+    lowered.compile(compiler_options={"xla_llvm_disable_expensive_passes": True})
+    assert "full rematerialization" not in capfd.readouterr().err
 
 
 def test_initial_values_do_not_depend_on_the_mesh(initial):
