@@ -13,9 +13,7 @@ from switch_jax.cache import cache_root
 from switch_jax.launch import Launch
 
 
-def start(
-    flags: Launch | None = None, facts: Mapping[str, Any] | None = None, *, stoppable: bool = False
-) -> None:
+def start(flags: Launch | None = None, facts: Mapping[str, Any] | None = None) -> None:
     """Call once, before anything is computed; the arguments are those of `processes.join`.
 
     Compiled programs are kept in the cache and taken from it by the next start of the same
@@ -30,4 +28,4 @@ def start(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     # Programs must be the same everywhere, and so must text: the built-in one is Python's own.
     versions = {"Python": platform.python_version(), "jax": jax.__version__}
-    processes.join(flags, {**versions, **(facts or {})}, stoppable=stoppable)
+    processes.join(flags, {**versions, **(facts or {})})

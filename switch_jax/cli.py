@@ -210,7 +210,7 @@ def _start(args: argparse.Namespace, config: "Config | None" = None) -> None:
     facts |= args.overrides if config is None else config_lib.flat(config)
     from switch_jax import backend
 
-    backend.start(flags, facts, stoppable=args.verb == "train")
+    backend.start(flags, facts)
 
 
 def _show(text: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -23,13 +24,12 @@ _HEARTBEAT = 60
 _DAY = 24 * 60 * 60 * 1000  # milliseconds
 
 
-def join(flags: launch.Launch | None, facts: Mapping[str, Any], *, stoppable: bool) -> None:
+def join(flags: launch.Launch | None, facts: Mapping[str, Any]) -> None:
     """Connects this process with the others of its run; does nothing where it is alone.
 
     Args:
       flags: what the command line says; None asks the launcher.
       facts: what must be the same in all of them.
-      stoppable: the program asks `stop_requests` after every step, so that SIGTERM may wait.
 
     Raises `UserError` where processes are missing, or do not fit together.
     """
@@ -42,8 +42,9 @@ def join(flags: launch.Launch | None, facts: Mapping[str, Any], *, stoppable: bo
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", 1, sys.stdout.encoding)
     os.dup2(2, 1)
-    # JAX takes over SIGTERM for this, also in programs that never ask.
-    jax.config.update("jax_enable_preemption_service", stoppable)
+    # It would take SIGTERM over, also from programs that never ask it, and is not told which
+    # steps are ours and which Orbax asks about in its threads.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         found.coordinator, found.count, found.index, heartbeat_timeout_seconds=_HEARTBEAT
     )
@@ -98,30 +99,28 @@ def together() -> Iterator[None]:
 
 
 @contextmanager
-def stop_requests(first_step: int) -> Iterator[Callable[[int], signal.Signals | None]]:
-    """Yields a function of the step just done: the signal to stop for, None to go on.
+def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Yields a function to call after every step: the signal to stop for, None to go on.
 
-    `first_step` steps are done already, and it must be called after each of those that follow.
     The first SIGTERM or SIGINT asks to stop, a second one acts as it usually does. Of several
-    processes one is enough: all get to know, and stop after the same step a second or so later.
-    There, SIGTERM is JAX's and a second one does nothing; the processes that had no signal of
-    their own stop for SIGTERM.
+    processes one that is asked is enough: a step later all know of it, and stop; those that had
+    no signal of their own stop for SIGTERM.
 
     Outside the main thread, signals are left alone.
     """
     received: list[signal.Signals] = []
-    several = jax.process_count() > 1
-    reached = multihost_utils.reached_preemption_sync_point
-    # After a signal, JAX says yes once: to the number after the largest that a process has asked
-    # for. So none may be left out, for one that came during the start has a small one.
-    early = several and any([reached(step) for step in range(1, first_step + 1)])
+    ask = _asked() if jax.process_count() > 1 else None
+    known: jax.Array | None = None  # whether any process had been asked a step ago
 
-    def stop(step: int) -> signal.Signals | None:
-        if not several:
+    def stop() -> signal.Signals | None:
+        nonlocal known
+        if ask is None:
             return received[0] if received else None
-        if reached(step) or early:
-            return received[0] if received else signal.SIGTERM
-        return None
+        # Read a step later, for by then the devices have long answered.
+        before, known = known, ask(bool(received))
+        if before is None or not before:
+            return None
+        return received[0] if received else signal.SIGTERM
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -130,16 +129,27 @@ def stop_requests(first_step: int) -> Iterator[Callable[[int], signal.Signals | 
     def handle(number, frame):
         received.append(signal.Signals(number))
         signal.signal(number, previous[number])
-        if several:
-            signal.raise_signal(signal.SIGTERM)
 
-    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-    previous = {n: signal.signal(n, handle) for n in numbers}
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _asked() -> Callable[[bool], jax.Array]:
+    """A function that tells from one process whether it is so in any; its value may come later."""
+    shape = jax.process_count(), jax.local_device_count()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), ("process", "device"))
+    split, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("process",), ()))
+    combine = jax.jit(jnp.any, out_shardings=whole)
+
+    def ask(mine: bool) -> jax.Array:
+        flags = np.array([mine])
+        return combine(jax.make_array_from_process_local_data(split, flags, shape[:1]))
+
+    return ask
 
 
 def leave(code: int) -> None:

@@ -61,7 +61,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     writer = MetricsWriter(workdir, first_step, active=first_process)
     idle = IdleExperts(config)
     display = ProgressDisplay(settings.steps, first_step, active=first_process)
-    with display, writer, processes.stop_requests(first_step) as stop_request:
+    with display, writer, processes.stop_requests() as stop_request:
         if first_step:
             display.say(f"continuing from step {first_step}")
         if mesh.devices.size < jax.device_count():
@@ -80,7 +80,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
             previous = metrics["loss"]
             display.step(step)
             finished = step == settings.steps
-            stopped_by = stop_request(step)
+            stopped_by = stop_request()
             last = finished or stopped_by is not None
             saving = last or step % settings.checkpoint_every == 0
             if not saving:

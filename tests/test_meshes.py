@@ -13,7 +13,7 @@ from switch_jax.errors import UserError
 from switch_jax.sharding import check, make_mesh
 from switch_jax.step import Program
 
-V4 = CHIPS["TPU v4"]
+V4, V5P = CHIPS["TPU v4"], CHIPS["TPU v5"]
 
 
 def preset(name: str, **overrides: str) -> config.Config:
@@ -27,14 +27,18 @@ def _in_the_checkout(monkeypatch, request):
 
 @pytest.mark.parametrize("name", ["switch_base", "switch_large", "switch_xxl", "switch_c"])
 def test_suggestions_are_legal_and_the_fastest_that_fits_comes_first(name):
-    found = meshes.suggest(preset(name), V4, 512)
+    found = meshes.suggest(preset(name), V5P, 512)
     assert found[0].fits
     order = [(not one.fits, one.step_seconds) for one in found]
     assert order == sorted(order)
     for one in found:
         assert math.prod(one.mesh.values()) == 512
         check(preset(name, **{"mesh.fsdp": str(one.fsdp)}), one.mesh)
-        assert one.fits == (one.memory <= V4.memory)
+        assert one.fits == (one.memory <= V5P.memory)
+
+
+def test_what_fits_nowhere_is_ranked_all_the_same():
+    assert not any(one.fits for one in meshes.suggest(preset("switch_c"), V4, 512))  # nor compiled
 
 
 def test_what_needs_the_least_communication_is_suggested():

@@ -13,10 +13,9 @@ import jax
 import numpy as np
 import pytest
 import runs
-from jax.experimental import multihost_utils
 
 from switch_jax import config as config_lib
-from switch_jax import processes, rendezvous
+from switch_jax import rendezvous
 from switch_jax.checkpoint import Checkpoints
 from switch_jax.data import open_batches
 from switch_jax.errors import UserError
@@ -204,15 +203,6 @@ def test_four_two_and_one_process_are_one_run(config, tmp_path):
     (code, _, err), _ = ends(two, seconds=30)
     assert code not in (0, 128 + signal.SIGTERM), err
     assert same_losses(losses(two_dir), reference)
-
-
-@pytest.mark.parametrize("done", [0, 20])
-def test_a_signal_before_the_first_step_is_not_lost(monkeypatch, done):
-    """JAX agrees on the call after the last one of any process, here the first of all."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda call: call == 1)
-    with processes.stop_requests(done) as stop:
-        assert stop(done + 1) == signal.SIGTERM
 
 
 def test_missing_processes_are_named_by_those_that_are_there(config, tmp_path):
