@@ -1,6 +1,7 @@
 """switch_jax.losses: sums that add up, what divides them, and what is reported."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from conftest import make_batch, tiny
 from switch_jax import losses, routing
 from switch_jax.model import token_masks
 from switch_jax.router import Decision, RouterSums, router_sums
+from switch_jax.sharding import make_mesh
 
 FOUR = {"model.num_encoder_layers": 4, "model.num_decoder_layers": 4}
 CONFIG = tiny(**FOUR, **{"moe.z_loss_weight": 0.001, "moe.group_size": 32})
@@ -165,3 +167,41 @@ def test_loads_are_in_units_of_a_fair_share(load, expected):
     metrics = losses.router_metrics({"encoder/mlp": sums}, tiny())
     got = [metrics[f"router/{name}"] for name in ("load_max", "load_min", "load_cv")]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8, 100])
+def test_logits_in_parts_give_the_same_sums_and_gradients(batch, monkeypatch, parts):
+    """8 positions in 3 parts do not divide; no part has less than a position."""
+    rng = np.random.default_rng(5)
+    B, T = batch["decoder_target_tokens"].shape
+    states = jnp.asarray(rng.normal(size=(B, T, 16)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(16, CONFIG.model.vocab_size)), jnp.float32)
+
+    def loss(states, head):
+        sums = losses.token_losses(states, head, batch)
+        return sums.cross_entropy + 0.1 * sums.z, sums
+
+    both = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    (_, whole), gradients = both(states, head)
+    monkeypatch.setattr(losses, "LOGITS_BYTES", B * T * CONFIG.model.vocab_size * 4 // parts)
+    (_, cut), cut_gradients = both(states, head)
+    for one, other in zip((*whole, *gradients), (*cut, *cut_gradients)):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    shapes = str(jax.make_jaxpr(loss)(states, head))
+    assert (f"f32[{B},{T},{CONFIG.model.vocab_size}]" in shapes) == (parts == 1)
+
+
+def test_no_device_has_the_logits_of_another(batch):
+    """The vocabulary is over `model`, rows over the rest."""
+    config = tiny(**FOUR, **{"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2})
+    B, T = batch["decoder_target_tokens"].shape
+    V = config.model.vocab_size
+    with jax.set_mesh(make_mesh(config)):
+        text = (
+            jax.jit(jax.grad(lambda s, h: losses.token_losses(s, h, batch).cross_entropy))
+            .lower(jnp.ones((B, T, 16)), jnp.ones((16, V)))
+            .compile()
+            .as_text()
+        )
+    assert f"f32[{B // 4},{T},{V // 2}]" in text
+    assert not re.search(rf"f32\[\d+,{T},{V}\]", text)

@@ -22,6 +22,7 @@ from switch_jax.sharding import (
     resolve,
     spec,
 )
+from switch_jax.step import Program
 
 
 def mesh_error(**overrides) -> str:
@@ -205,3 +206,9 @@ def test_processes_feed_the_rows_that_their_devices_hold(monkeypatch, owners, sh
 def test_meshes_that_cut_the_batch_within_processes_are_refused(monkeypatch, owners, shape, words):
     with pytest.raises(UserError, match=re.escape(words)):
         feeds(monkeypatch, owners, shape)
+
+
+def test_a_host_without_memory_of_its_own_is_refused():
+    config = tiny(**{"optimizer.memory": "host"})
+    with pytest.raises(UserError, match=r"optimizer\.memory=device"):
+        Program(config, make_mesh(config))
