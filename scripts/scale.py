@@ -135,13 +135,13 @@ def ranking_row(case: Case, result: dict) -> list[str]:
     made = config.load(str(ROOT / f"configs/{case.preset}.py"), case.overrides)
     found = meshes.suggest(made, CHIPS[result["device_kind"]], result["devices"], case.slices)
     one = next(s for s in found if s.mesh == result["mesh"])
-    seconds = meshes.step_seconds(result["seconds_by_resource"])
+    seconds = result["seconds_by_resource"]  # None of what does not fit
     return [
         case.preset,
         case.machine,
         mesh_text(result) + (", FSDP" if one.fsdp else ""),
         f"{1e3 * one.step_seconds:.0f}",
-        f"{1e3 * seconds:.0f}",
+        f"{1e3 * meshes.step_seconds(seconds):.0f}" if seconds else "does not fit",
         gib(one.memory),
         gib(result["hbm_bytes_per_device"]),
     ]
@@ -233,9 +233,9 @@ def main() -> None:
     page = ROOT / "docs/scale.md"
     text = page.read_text()
     for name, block in blocks.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
-        text = before + begin + block + end + rest.partition(end)[2]
+        text = f"{before}{begin}{block}\n{end}{rest.partition(end)[2]}"
     page.write_text(text)
     print(page)
 

@@ -80,6 +80,13 @@ class Program:
         seen = set()
         for instruction, times in self._executed(inside_fusions=True):
             kind = instruction.opcode.removesuffix("-start")
+            if across := re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes):
+                # Between TPU slices the hosts send what their devices have reduced or gathered.
+                if kind == "send" and mesh.shape["slice"] > 1:
+                    kind = across[1].lower().replace("_", "-")
+                    size = _bytes(_parts(instruction.type)[0])
+                    found.append(Collective(kind, ("slice",), mesh.shape["slice"], size, times))
+                continue
             if kind not in KINDS:
                 continue
             # The parts of a collective that overlaps with computation share its channel.

@@ -7,8 +7,9 @@ import pytest
 
 from switch_jax import hlo
 
+AXES = ("slice", "data", "expert", "model")
 MESH = SimpleNamespace(
-    devices=np.zeros((1, 2, 4, 2)), axis_names=("slice", "data", "expert", "model")
+    devices=np.zeros((1, 2, 4, 2)), axis_names=AXES, shape=dict(zip(AXES, (1, 2, 4, 2)))
 )
 
 LOOP = """
@@ -104,6 +105,21 @@ def test_what_each_kind_sends():
     ]
     # Half of 128 bytes gathered, all of 64 passed on, half of 64, again 64, half of 2 × 32.
     assert [c.sent for c in found] == [64, 64, 32, 64, 32]
+
+
+def test_what_crosses_tpu_slices_is_sent_by_hosts():
+    text = """
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[8]{0}, u32[], token[]) send(%a, %t), channel_id=5, is_host_transfer=true, MORE
+  %d = token[] send-done(%s), channel_id=5, is_host_transfer=true, MORE
+}
+""".replace("MORE", 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
+    slices = SimpleNamespace(**vars(MESH) | {"shape": MESH.shape | {"slice": 4}})
+    (found,) = hlo.Program(text).collectives(slices)
+    assert found == hlo.Collective("all-reduce", ("slice",), 4, size=32, times=1)
+    assert found.sent == 2 * 3 / 4 * 32
 
 
 def test_parts_of_one_overlapped_collective_count_once():
