@@ -111,7 +111,8 @@ def compile_step(config: Config, target: Target) -> Result:
     traced = program.train_step.trace(state, batch)
     with jax.set_mesh(mesh):
         lowered = traced.lower()
-    facts = _compiled(lowered, target, mesh, _bytes_per_device((state, batch)))
+    text = lowered.as_text()
+    facts = _compiled(lowered, text, target, mesh, _bytes_per_device((state, batch)))
     summary = accounting.summary(config)
     result: Result = {
         "topology": target.topology,
@@ -125,7 +126,7 @@ def compile_step(config: Config, target: Target) -> Result:
         "parameters": _placement(program),
         "tokens_per_step": config.data.batch_size * config.data.inputs_length,
         "slots_per_token": summary["slots_per_token"],
-        "hlo_bytes": len(lowered.as_text()),
+        "hlo_bytes": len(text),
         "flops_per_device": roofline.matmul_flops(traced.jaxpr, mesh.size) / mesh.size,
         **facts,
         "temp_bytes": facts["hbm_bytes_per_device"] - facts["argument_bytes"],
@@ -139,18 +140,18 @@ def compile_step(config: Config, target: Target) -> Result:
 
 
 def _compiled(
-    lowered: jax.stages.Lowered, target: Target, mesh: Mesh, argument_bytes: int
+    lowered: jax.stages.Lowered, text: str, target: Target, mesh: Mesh, argument_bytes: int
 ) -> Result:
     """What the compiler makes of a program; from the cache where it did so before."""
 
     def build(path: Path) -> None:
         path.write_text(json.dumps(_compile(lowered, mesh, argument_bytes)))
 
-    path = cache_root() / "compile" / f"{_fingerprint(lowered, target)}.json"
+    path = cache_root() / "compile" / f"{_fingerprint(text, target)}.json"
     return json.loads(made_once(path, build).read_text())
 
 
-def _fingerprint(lowered: jax.stages.Lowered, target: Target) -> str:
+def _fingerprint(text: str, target: Target) -> str:
     """Of the program, the machine, the compilers, and the reader of what they made."""
     compilers = {}
     for name in ("jax", "jaxlib", "libtpu"):
@@ -158,7 +159,7 @@ def _fingerprint(lowered: jax.stages.Lowered, target: Target) -> str:
             compilers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    digest = hashlib.sha256(lowered.as_text().encode())
+    digest = hashlib.sha256(text.encode())
     digest.update(json.dumps([dataclasses.asdict(target), compilers]).encode())
     for source in (__file__, hlo.__file__):
         digest.update(Path(source).read_bytes())
@@ -265,8 +266,7 @@ def render(result: Result) -> str:
     line("memory of a device", _gib(used), of if result["fits"] else f"{of}: does not fit")
     line("  parameters", _gib(result["parameter_bytes"]))
     line("  optimizer", _gib(result["optimizer_bytes"]))
-    rest = used - result["parameter_bytes"] - result["optimizer_bytes"]
-    line("  gradients, activations …", _gib(rest))
+    line("  gradients, activations …", _gib(_rest(result)))
     if result["slots_per_token"] is not None:
         line("expert slots per token", f"{result['slots_per_token']:.3f}")
     line("compiled in", f"{result['compile_seconds']:.0f} s")
@@ -287,6 +287,11 @@ def render(result: Result) -> str:
     return "\n".join(lines)
 
 
+def _rest(result: Result) -> int:
+    """Bytes of a device in use besides parameters and optimizer state."""
+    return result["hbm_bytes_per_device"] - result["parameter_bytes"] - result["optimizer_bytes"]
+
+
 def _gib(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
@@ -297,12 +302,11 @@ def remedy(config: Config, target: Target, result: Result) -> str:
     The change is one that compiles: changes are tried from the one that costs least time.
     """
     used, available = result["hbm_bytes_per_device"], result["hbm_available_bytes"]
-    parts = {part: result[f"{part}_bytes"] for part in ("parameter", "optimizer")}
-    rest = used - sum(parts.values())
     message = (
         f"A train step needs {_gib(used)} of a {result['device_kind']}'s {_gib(available)},"
-        f" {_gib(used - available)} too many: parameters {_gib(parts['parameter'])}, optimizer"
-        f" {_gib(parts['optimizer'])}, gradients and activations {_gib(rest)}"
+        f" {_gib(used - available)} too many: parameters {_gib(result['parameter_bytes'])},"
+        f" optimizer {_gib(result['optimizer_bytes'])}, gradients and activations"
+        f" {_gib(_rest(result))}"
     )
     for change in _changes(config):
         keys = [f"--config.{key}={value}" for key, value in change.items()]

@@ -53,9 +53,9 @@ def tokens_of_slots(slot_SxK: jax.Array, num_experts: int, capacity: int) -> jax
     return held.reshape(num_experts, capacity)
 
 
-_GROUPED = spec(("batch", None, None))
-_TOKENS = spec(("batch", None, "activation_split"))
-_SLOTS = spec(("expert", "expert_group", None, "activation_split"))
+GROUPED = spec(("batch", None, None))
+TOKENS = spec(("batch", None, "activation_split"))
+SLOTS = spec(("expert", "expert_group", None, "activation_split"))
 
 
 def dispatch(x_GxSxD: jax.Array, indices: Indices) -> jax.Array:
@@ -76,8 +76,8 @@ def dispatch(x_GxSxD: jax.Array, indices: Indices) -> jax.Array:
             slots_MxD = x_NxD.at[token_M].get(mode="fill", fill_value=0)
         return exchanged(slots_MxD.reshape(E, G, C, D), "expert", 0, 1)
 
-    in_specs = (_TOKENS, _GROUPED, _GROUPED)
-    return on_mesh(local, in_specs=in_specs, out_specs=_SLOTS)(x_GxSxD, *indices)
+    in_specs = (TOKENS, GROUPED, GROUPED)
+    return on_mesh(local, in_specs=in_specs, out_specs=SLOTS)(x_GxSxD, *indices)
 
 
 def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, indices: Indices) -> jax.Array:
@@ -100,8 +100,8 @@ def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, indices: Indices) -
         y_NxD = y_NxD.at[held_M // K].add(slots_MxD * gate_M[:, None], mode="drop")
         return y_NxD.reshape(G, S, -1)
 
-    in_specs = (_SLOTS, _GROUPED, _GROUPED, _GROUPED)
-    return on_mesh(local, in_specs=in_specs, out_specs=_TOKENS)(slots_ExGxCxD, gate_GxSxK, *indices)
+    in_specs = (SLOTS, GROUPED, GROUPED, GROUPED)
+    return on_mesh(local, in_specs=in_specs, out_specs=TOKENS)(slots_ExGxCxD, gate_GxSxK, *indices)
 
 
 def _token_major(slot_NxK: jax.Array, held_M: jax.Array) -> bool:

@@ -78,7 +78,7 @@ class Program:
         """The collectives of the program, which was partitioned over `mesh`."""
         found = []
         seen = set()
-        for instruction, times in self._executed(inside_fusions=True):
+        for instruction, times, _ in self._scopes(inside_fusions=True):
             kind = instruction.opcode.removesuffix("-start")
             if across := re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes):
                 # Between TPU slices the hosts send what their devices have reduced or gathered.
@@ -112,10 +112,6 @@ class Program:
         Of arrays that are sliced or updated in place only the slices count.
         """
         return sum(self._traffic(i, scope) * n for i, n, scope in self._scopes())
-
-    def _executed(self, *, inside_fusions: bool) -> Iterator[tuple[Instruction, int]]:
-        for instruction, times, _ in self._scopes(inside_fusions=inside_fusions):
-            yield instruction, times
 
     def _scopes(
         self, name: str | None = None, times: int = 1, *, inside_fusions: bool = False

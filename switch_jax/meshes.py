@@ -11,6 +11,8 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from switch_jax import accounting, sharding, transit
 from switch_jax.chips import Chip, exchange_seconds
 from switch_jax.errors import UserError
@@ -18,8 +20,6 @@ from switch_jax.losses import LOGITS_BYTES
 from switch_jax.model import logical_axes, named_parameters
 from switch_jax.schema import STACKS, Config, MeshConfig
 from switch_jax.sharding import BATCH_AXES, MESH_AXES
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Work:
     def _activations(self, sizes: dict[str, int]) -> float:
         """What the forward pass keeps for the backward pass, logits included."""
         config, m, split = self._config, self._config.model, sizes["model"]
-        item, rows = ITEM_BYTES[m.dtype], self._rows(sizes)
+        item, rows = jnp.dtype(m.dtype).itemsize, self._rows(sizes)
         inner, gates = m.num_heads * m.head_dim, 2 if m.activation == "geglu" else 1
         total, largest = 0.0, 0.0
         for stack in STACKS:
@@ -186,7 +186,7 @@ class _Work:
         }
         if sizes["slice"] > 1:
             dense, experts = (self._count(sizes, True, experts=e) for e in (False, True))
-            size = ITEM_BYTES[config.model.dtype] * (dense / sizes["expert"] + experts)
+            size = jnp.dtype(config.model.dtype).itemsize * (dense / sizes["expert"] + experts)
             share = (sizes["slice"] - 1) / sizes["slice"]
             seconds["slices"] = 2 * share * size / (chip.slice_rate or math.inf)
         return seconds
@@ -194,7 +194,7 @@ class _Work:
     def _link_seconds(self, sizes: dict[str, int], fsdp: bool) -> float:
         """Gradients over the batch axes, tokens over `expert`, activations over `model`."""
         config, m, rate = self._config, self._config.model, self._chip.link_rate or math.inf
-        item, accumulate = ITEM_BYTES[m.dtype], config.train.accumulate
+        item, accumulate = jnp.dtype(m.dtype).itemsize, config.train.accumulate
         data, expert, split = sizes["data"], sizes["expert"], sizes["model"]
         dense, experts = (self._count(sizes, False, experts=e) for e in (False, True))
 

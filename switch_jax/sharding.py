@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from switch_jax.data.batch import Feed
@@ -176,10 +177,9 @@ def _check_groups(config: Config, sizes: dict[str, int], microbatch: int) -> Non
 
 def span(group_rows: int, batch_rows: int) -> int:
     """Over how many devices each group of a (micro)batch is spread, by the mesh in context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if alone():
         return 1
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = num_batch_shards(jax.sharding.get_abstract_mesh())
     return max(1, group_rows * shards // batch_rows)
 
 
@@ -203,7 +203,7 @@ def _check_dropless(config: Config, sizes: dict[str, int], devices: Sequence[jax
     else:
         outputs = {"relu": 1, "geglu": 2}[model.activation] * model.d_ff + model.d_model
     width = model.d_model + outputs // sizes["model"]
-    needed = tokens * moe.places * width * {"float32": 4, "bfloat16": 2}[model.dtype]
+    needed = tokens * moe.places * width * jnp.dtype(model.dtype).itemsize
     if needed > memory:
         raise UserError(
             f"moe.{key}=None may send all {tokens:,} {stack} tokens of slice × data to the experts"
@@ -361,7 +361,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def num_batch_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Among how many devices the rows of a batch are divided."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

@@ -23,7 +23,15 @@ import jax
 import jax.numpy as jnp
 
 from switch_jax import routing, sharding
-from switch_jax.dispatch import gather_rows, gather_sum, slots_of_tokens, tokens_of_slots
+from switch_jax.dispatch import (
+    GROUPED,
+    SLOTS,
+    TOKENS,
+    gather_rows,
+    gather_sum,
+    slots_of_tokens,
+    tokens_of_slots,
+)
 from switch_jax.router import Plan
 from switch_jax.routing import Assignment
 from switch_jax.sharding import exchanged, on_mesh, position, spec, varying
@@ -51,9 +59,6 @@ class Route:
 
 
 _BATCH = spec(("batch",))
-_GROUPED = spec(("batch", None, None))
-_TOKENS = spec(("batch", None, "activation_split"))
-_SLOTS = spec(("expert", "expert_group", None, "activation_split"))
 
 
 def room(mean: float) -> int:
@@ -120,7 +125,7 @@ def make_route(
             slot_N = slot_N.at[leg.place_N].get(mode="fill", fill_value=capacity)
         return Route(tuple(legs), sizes), slot_N.reshape(expert_GxSxK.shape)
 
-    route, slot_GxSxK = on_mesh(local, in_specs=_GROUPED, out_specs=(_BATCH, _GROUPED))(
+    route, slot_GxSxK = on_mesh(local, in_specs=GROUPED, out_specs=(_BATCH, GROUPED))(
         assignment.expert_SxK
     )
     return route, assignment._replace(slot_SxK=slot_GxSxK)
@@ -140,7 +145,7 @@ def dispatch(x_GxSxD: jax.Array, route: Route, num_experts: int, capacity: int) 
             x_NxD = gather_rows(x_NxD, leg.held_M, leg.place_N[:, None])
         return x_NxD.reshape(num_experts // devices, -1, capacity, D)
 
-    return on_mesh(local, in_specs=(_TOKENS, _BATCH), out_specs=_SLOTS)(x_GxSxD, route)
+    return on_mesh(local, in_specs=(TOKENS, _BATCH), out_specs=SLOTS)(x_GxSxD, route)
 
 
 def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, route: Route) -> jax.Array:
@@ -158,8 +163,8 @@ def combine(slots_ExGxCxD: jax.Array, gate_GxSxK: jax.Array, route: Route) -> ja
         gate_SxK = varying(gate_GxSxK[0], "model")  # as the slots' D is
         return gather_sum(y_NxD, gate_SxK, first.place_N.reshape(S, K), first.held_M)[None]
 
-    in_specs = (_SLOTS, _GROUPED, _BATCH)
-    return on_mesh(local, in_specs=in_specs, out_specs=_TOKENS)(slots_ExGxCxD, gate_GxSxK, route)
+    in_specs = (SLOTS, GROUPED, _BATCH)
+    return on_mesh(local, in_specs=in_specs, out_specs=TOKENS)(slots_ExGxCxD, gate_GxSxK, route)
 
 
 def _leg(bin_N: jax.Array, rank_N: jax.Array, bins: int, places: int) -> Leg:
