@@ -1,6 +1,7 @@
 """mT5-Base, dense: as many FLOPs a token as mSwitch-Base.
 
-    switch-jax train --config configs/mt5_base.py --workdir runs/mt5_base
+    switch-jax train --config configs/mt5_base.py --workdir runs/mt5_base \\
+        --config.data.data_dir=DIR
 
 582,401,280 parameters, 338.4 GFLOP a sequence, 2.334 GB.
 FLOPs are of the forward pass over 1024 + 229 tokens, by the paper's convention; bytes are of
@@ -18,6 +19,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config = defaults()
     config.model.update(vocab_size=250112, activation="geglu", d_ff=2048, tied_embeddings=False)
     # mT5's recipe. 229 targets are what 15 % of 1024 tokens in spans of 3 become.
-    config.data.update(batch_size=1024, inputs_length=1024, targets_length=229)
-    config.train.steps = 1_000_000
+    config.data.update(
+        mixture="mc4",
+        reader="seqio",
+        rate_exponent=0.3,
+        batch_size=1024,
+        inputs_length=1024,
+        targets_length=229,
+    )
+    # Evaluation is per language: 107 times as many batches as this says.
+    config.train.update(steps=1_000_000, eval_every=5000, eval_batches=2)
     return config

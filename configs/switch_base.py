@@ -1,6 +1,7 @@
 """Switch-Base: T5-Base with 2 to 256 experts in every other feed-forward layer.
 
-    switch-jax train --config configs/switch_base.py:num_experts=64 --workdir runs/switch_base
+    switch-jax train --config configs/switch_base.py:num_experts=64 --workdir runs/switch_base \\
+        --config.data.data_dir=DIR
 
 124.6 GFLOP a sequence (forward pass over 512 + 114 tokens, by the paper's convention) with any
 number of experts. With the default of 128 they take 29.71 GB of float32 parameters and
@@ -35,6 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if args.variant not in ("", "table9"):
         raise UserError(f"switch_base has no variant {args.variant!r}; there is 'table9'.")
     config = defaults()
+    config.data.update(mixture="c4", reader="seqio")
     config.moe.num_experts = args.num_experts
     # The released checkpoints have ReLU layers of 3072, our default. Table 9 lists GEGLU
     # layers of 2048: as many weights, so that the paper's parameter count fits both.

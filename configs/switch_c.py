@@ -1,6 +1,7 @@
 """Switch-C: 2048 experts in every layer, the paper's largest model.
 
     switch-jax train --config configs/switch_c.py --workdir runs/switch_c \\
+        --config.data.data_dir=DIR \\
         --config.mesh.data=1 --config.mesh.expert=1024
 
     default         1,571,327,875,360 parameters   869.1 GFLOP a sequence   6.289 TB
@@ -22,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if args.variant not in ("", "table9"):
         raise UserError(f"switch_c has no variant {args.variant!r}; there is 'table9'.")
     config = defaults()
+    config.data.update(mixture="c4", reader="seqio")
     # 30 heads as in the released checkpoint, 32 in Table 9: both round to the paper's 1571B
     # parameters, but only 32 give its 890B FLOPs within half a per cent.
     config.model.update(

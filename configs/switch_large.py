@@ -1,6 +1,7 @@
 """Switch-Large: T5-Large with 128 experts in every other feed-forward layer.
 
-    switch-jax train --config configs/switch_large.py --workdir runs/switch_large
+    switch-jax train --config configs/switch_large.py --workdir runs/switch_large \\
+        --config.data.data_dir=DIR
 
     default         26,309,291,008 parameters   424.9 GFLOP a sequence   105.4 GB
     variant=table9  27,120,888,832 parameters   432.8 GFLOP a sequence   108.6 GB
@@ -21,6 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if args.variant not in ("", "table9"):
         raise UserError(f"switch_large has no variant {args.variant!r}; there is 'table9'.")
     config = defaults()
+    config.data.update(mixture="c4", reader="seqio")
     # ReLU layers of 4096 as in the released checkpoint: they give the paper's 26B parameters
     # and 425B FLOPs. The GEGLU layers of 2816 of its Table 9 give 27B and 433B.
     config.model.update(

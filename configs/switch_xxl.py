@@ -1,6 +1,7 @@
 """Switch-XXL: T5-XXL with 128 experts in every other feed-forward layer.
 
     switch-jax train --config configs/switch_xxl.py --workdir runs/switch_xxl \\
+        --config.data.data_dir=DIR \\
         --config.mesh.expert=64 --config.mesh.model=8
 
     default         394,675,073,024 parameters    6.26 TFLOP a sequence   1.579 TB
@@ -23,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if args.variant not in ("", "table9"):
         raise UserError(f"switch_xxl has no variant {args.variant!r}; there is 'table9'.")
     config = defaults()
+    config.data.update(mixture="c4", reader="seqio")
     config.model.update(
         d_model=4096,
         d_ff=10240,

@@ -1,6 +1,7 @@
 """T5-Large, dense: as many FLOPs a token as Switch-Large.
 
-    switch-jax train --config configs/t5_large.py --workdir runs/t5_large
+    switch-jax train --config configs/t5_large.py --workdir runs/t5_large \\
+        --config.data.data_dir=DIR
 
     default         737,668,096 parameters   424.9 GFLOP a sequence   2.956 GB
     variant=table9  750,251,008 parameters   432.8 GFLOP a sequence   3.006 GB
@@ -21,6 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if args.variant not in ("", "table9"):
         raise UserError(f"t5_large has no variant {args.variant!r}; there is 'table9'.")
     config = defaults()
+    config.data.update(mixture="c4", reader="seqio")
     # ReLU layers of 4096 come closest to the paper's 739M parameters (0.2 % below) and give its
     # 425B FLOPs; the GEGLU layers of 2816 of its Table 9 give 750M and 433B.
     config.model.update(

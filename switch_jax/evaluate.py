@@ -1,78 +1,96 @@
 """Evaluation: token-weighted sums over batches, divided once at the end."""
 
+import functools
 import itertools
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from switch_jax import losses, processes, sharding
 from switch_jax.checkpoint import restore_params
-from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data import open_each, open_vocabulary
 from switch_jax.data.batch import Batch, Feed
-from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.data.vocabulary import read
 from switch_jax.errors import UserError
 from switch_jax.schema import Config
 from switch_jax.step import Program
 from switch_jax.workdir import Workdir
 
+Validation = Mapping[str, Sequence[Batch]]  # by source
+
 
 def evaluate(
-    program: Program, params: Mapping[str, jax.Array], batches: Iterable[Batch]
+    program: Program, params: Mapping[str, jax.Array], batches: Validation
 ) -> dict[str, float]:
-    """Metrics over a finite number of batches, without dropout, at the evaluation capacity.
+    """Metrics over finite numbers of batches, without dropout, at the evaluation capacity.
 
     Every target token counts once, wherever its batch ends. `cross_entropy` is in nats and
     holds neither auxiliary nor z-losses; `neg_log_perplexity` is its negative (the paper's
-    measure of quality).
+    measure of quality). Of several sources, each has its own as well, `<source>/cross_entropy`
+    and so on.
     """
-    total = None
-    for batch in batches:
-        sums = program.eval_step(params, program.put(batch))
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    if total is None:
-        raise ValueError("evaluate() needs at least one batch")
-    sums, targets, stats = jax.device_get(total)
-    metrics = {
-        "cross_entropy": sums.cross_entropy / targets,
-        "neg_log_perplexity": -sums.cross_entropy / targets,
-        "accuracy": sums.correct / targets,
-        **losses.router_metrics(stats, program.config),
-    }
+    sums = {}
+    for source, of_source in batches.items():
+        steps = (program.eval_step(params, program.put(batch)) for batch in of_source)
+        sums[source] = jax.device_get(functools.reduce(_add, steps))
+    total = functools.reduce(_add, sums.values())
+    metrics = _quality(total) | losses.router_metrics(total[2], program.config)
+    if len(sums) > 1:
+        for source, of_source in sums.items():
+            metrics |= {f"{source}/{name}": value for name, value in _quality(of_source).items()}
     return {name: float(value) for name, value in metrics.items()}
 
 
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(operator.add, a, b)
+
+
+def _quality(result: Any) -> dict[str, Any]:
+    sums, targets, _ = result
+    return {
+        "cross_entropy": sums.cross_entropy / targets,
+        "neg_log_perplexity": -sums.cross_entropy / targets,
+        "accuracy": sums.correct / targets,
+    }
+
+
 def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[str, float]:
-    """Metrics of a checkpoint on `train.eval_batches` validation batches of `config`.
+    """Metrics of a checkpoint on validation batches of `config`.
 
     With `unigram_entropy` of the same targets, to compare with. Raises `UserError`, also where
     the batches are not in the vocabulary that the run was trained with.
     """
+    check_vocabulary(workdir, config)
     program = Program(config, sharding.make_mesh(config))
     feed = sharding.feed(program.mesh)
-    batches = validation_batches(workdir, config, feed)
+    batches = validation_batches(config, feed)
     params = restore_params(folder, program.abstract_state.params)
     metrics = evaluate(program, params, batches)
-    counts_V = processes.total(_token_counts(batches if feed.saves else [], config))
+    mine = itertools.chain(*batches.values()) if feed.saves else []
+    counts_V = processes.total(_token_counts(mine, config))
     return metrics | {"unigram_entropy": unigram_entropy(counts_V)}
 
 
-def validation_batches(workdir: Workdir, config: Config, feed: Feed) -> list[Batch]:
-    """This process's rows of `train.eval_batches` validation batches.
+def check_vocabulary(workdir: Workdir, config: Config) -> None:
+    """Raises `UserError` where a config's text is not in the vocabulary of a run."""
+    if config.data.reader == "synthetic" or not workdir.vocabulary.exists():
+        return
+    if open_vocabulary(config).fingerprint != read(workdir.vocabulary).fingerprint:
+        raise UserError(
+            f"The validation text is in another vocabulary than {workdir.path}; set"
+            f" data.vocabulary={workdir.vocabulary}."
+        )
 
-    Raises `UserError` where they are not in the vocabulary that the run was trained with.
-    """
-    if config.data.reader != "synthetic" and workdir.vocabulary.exists():
-        text, trained = open_vocabulary(config), Vocabulary(workdir.vocabulary)
-        if text.fingerprint != trained.fingerprint:
-            raise UserError(
-                f"The validation text is in another vocabulary than {workdir.path}; set"
-                f" data.vocabulary={workdir.vocabulary}."
-            )
-    stream = open_batches(config, "validation", feed)
-    return list(itertools.islice(stream, config.train.eval_batches))
+
+def validation_batches(config: Config, feed: Feed) -> Validation:
+    """This process's rows of `train.eval_batches` validation batches of every source."""
+    streams = open_each(config, "validation", feed)
+    count = config.train.eval_batches
+    return {name: list(itertools.islice(stream, count)) for name, stream in streams.items()}
 
 
 def _token_counts(batches: Iterable[Batch], config: Config) -> np.ndarray:

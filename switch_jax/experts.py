@@ -10,6 +10,7 @@ the start token, then the targets one place to the right.
     P pairs of token and expert that occur
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,9 +24,9 @@ from switch_jax.checkpoint import restore_params
 from switch_jax.data import open_vocabulary
 from switch_jax.data.batch import Batch, Feed
 from switch_jax.data.text import text_batches
-from switch_jax.data.vocabulary import PAD, Vocabulary
+from switch_jax.data.vocabulary import PAD, read
 from switch_jax.errors import UserError
-from switch_jax.evaluate import validation_batches
+from switch_jax.evaluate import check_vocabulary, validation_batches
 from switch_jax.model import token_masks
 from switch_jax.schema import STACKS, Config
 from switch_jax.step import OnMesh, Program
@@ -275,19 +276,20 @@ def analyse(
 
 def _batches(workdir: Workdir, config: Config, feed: Feed, text: Path | None) -> list[Batch]:
     if text is None:
-        return validation_batches(workdir, config, feed)
+        check_vocabulary(workdir, config)
+        return list(itertools.chain(*validation_batches(config, feed).values()))
     if not workdir.vocabulary.is_file():
         raise UserError(
             f"{workdir.path} has no {workdir.vocabulary.name} to read a text with; leave --input"
             " out."
         )
-    return text_batches(text, Vocabulary(workdir.vocabulary), config, feed)
+    return text_batches(text, read(workdir.vocabulary), config, feed)
 
 
 def _names(workdir: Workdir, config: Config) -> Names:
     """How tokens are written; without a vocabulary, as their numbers."""
     if workdir.vocabulary.is_file():
-        vocabulary = Vocabulary(workdir.vocabulary)
+        vocabulary = read(workdir.vocabulary)
     elif config.data.reader != "synthetic":
         vocabulary = open_vocabulary(config)
     else:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from switch_jax.errors import UserError
+from switch_jax.files import write_whole
 from switch_jax.plots import matplotlib, new_figure
-from switch_jax.workdir import write_whole
 
 Analysis = Mapping[str, Any]  # as from `experts.analyse`
 Layer = Mapping[str, Any]  # one of its `layers`

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from switch_jax import speedup
 from switch_jax.errors import UserError
 from switch_jax.report import read_metrics
 from switch_jax.workdir import Workdir
@@ -21,10 +22,14 @@ _ROUTER = (
     ("entropy", "entropy of the router (nats)", None),
 )
 
+# How many sources stand below one another in a figure, at the most.
+_SOURCES_BELOW = 36
+
 
 def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
     """Draws `loss.png`, and `router.png` where there are experts, into `folder`.
 
+    Of two runs, the first is the baseline of `sources.png` where they share several sources.
     Returns the files written. Raises `UserError` where a run has no metrics, or Matplotlib
     is not installed.
     """
@@ -38,6 +43,8 @@ def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
     figures = {"loss.png": _loss(runs)}
     if any(name.startswith("router/") for lines in runs.values() for name in lines[0]):
         figures["router.png"] = _router(runs)
+    if len(runs) == 2 and len(speedup.common_sources(*runs.values())) > 1:
+        figures["sources.png"] = _sources(runs)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():
@@ -120,6 +127,43 @@ def _router(runs: dict[str, list[dict]]) -> Any:
             )
         axes.set(xlabel="step", title=label)
     figure.axes[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _sources(runs: dict[str, list[dict]]) -> Any:
+    """Quality of two runs by source, and the second's speed-ups (as paper, Figs 7 and 8)."""
+    comparison = speedup.compare(*runs.values())
+    rows = comparison.sources
+    ordered = sorted(rows, key=lambda name: rows[name].baseline_quality, reverse=True)
+    panels = -(-len(ordered) // _SOURCES_BELOW)
+    height = -(-len(ordered) // panels)
+    widths = [3.0 if panels > 1 else 4.5] * panels + [4.0]
+    size = (sum(widths), max(3.6, 0.16 * height + 1.4))
+    figure = new_figure(1, panels + 1, size, width_ratios=widths)
+    *left, right = figure.axes
+    for number, axes in enumerate(left):
+        axes.sharex(left[0])
+        names = ordered[number * height : (number + 1) * height]
+        qualities = [[rows[n].baseline_quality for n in names], [rows[n].quality for n in names]]
+        places = range(len(names))
+        axes.hlines(places, *qualities, color="0.8", lw=2, zorder=2)
+        for run, role, quality in zip(runs, (" (baseline)", ""), qualities):
+            axes.plot(quality, places, "o", ms=4, label=run + role)
+        axes.set_yticks(places, names, fontsize=7 if panels > 1 else 9)
+        axes.tick_params("y", length=0)
+        # The last panel is as high, though it may have fewer sources.
+        axes.set(xlabel="neg. log perplexity (nats)", ylim=(height - 0.4, -0.6))
+    left[0].set_title("Quality at the end", loc="left")
+    figure.legend(handles=left[0].lines, loc="outside upper left", ncols=2, frameon=False)
+    ratios = [row.ratio for row in rows.values() if row.ratio is not None]
+    if ratios:
+        right.hist(ratios, bins="sqrt", color="C1", edgecolor="white", zorder=2)
+        mean = speedup.as_json(comparison)["speed_up_mean"]
+        line = right.axvline(mean, color="black", ls="--", label=f"mean {mean:.1f}×")
+        figure.legend(handles=[line], loc="outside upper right", frameon=False)
+    right.set_title(f"Speed-up ({len(ratios)} of {len(rows)} get there)", loc="left")
+    right.set(xlabel="baseline's steps / ours, to its final quality", ylabel="sources")
+    right.yaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

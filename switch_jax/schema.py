@@ -117,10 +117,15 @@ class MoEConfig:
 class DataConfig:
     """What is read, and how it becomes batches."""
 
-    mixture: str = "python_docs"
+    mixture: str = "python_docs"  # sources: data/catalog.py; with or without rates: data/mixture.py
+    # store: tokens that `data pack` wrote, or that are packed into the cache on first use;
+    # seqio: text as it streams
     reader: Literal["store", "seqio", "synthetic"] = "store"
-    data_dir: str | None = None
-    vocabulary: str | None = None  # a SentencePiece model; None: the mixture's own
+    data_dir: str | None = None  # folder or bucket of the sources, or of what `data pack` wrote
+    rate_exponent: float = 1.0  # sources without a rate are drawn as (documents)^rate_exponent
+    counts: str | None = None  # a JSON file of documents by source, where these do not tell
+    on_bad_record: Literal["skip", "error"] = "skip"  # both say what and where
+    vocabulary: str | None = None  # a SentencePiece model, or bytes; None: trained on the mixture
     inputs_length: int = 512
     targets_length: int = 114
     batch_size: int = 2048  # sequences, over all devices

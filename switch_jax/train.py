@@ -1,13 +1,12 @@
 """The training loop."""
 
-import itertools
 import signal
 
 import jax
 
 from switch_jax import accounting, checkpoint, processes, sharding
 from switch_jax.data import open_batches, open_vocabulary
-from switch_jax.evaluate import evaluate
+from switch_jax.evaluate import evaluate, validation_batches
 from switch_jax.idle_experts import IdleExperts
 from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
 from switch_jax.schema import Config
@@ -34,16 +33,14 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         mesh = sharding.make_mesh(config)
         program, feed = Program(config, mesh), sharding.feed(mesh)
         batches = open_batches(config, "train", feed)
-        validation = list(
-            itertools.islice(open_batches(config, "validation", feed), settings.eval_batches)
-        )
+        validation = validation_batches(config, feed)
 
         if config.init_from is not None and not workdir.checkpoints.exists():
             checkpoint.find(config.init_from)  # missing: say so before anything is written
     with processes.together():
         if first_process:
             synthetic = config.data.reader == "synthetic"
-            workdir.prepare(config, None if synthetic else open_vocabulary(config).path)
+            workdir.prepare(config, None if synthetic else open_vocabulary(config).content)
 
     # State
     checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints)

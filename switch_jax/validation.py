@@ -53,7 +53,7 @@ _LEAST = {
         " aux_loss_weight z_loss_weight balance_bias_rate",
         1: "every first last top_k group_size",
     },
-    "data": {1: "inputs_length targets_length batch_size"},
+    "data": {0: "rate_exponent", 1: "inputs_length targets_length batch_size"},
     "optimizer": {0: "warmup_steps cooldown_steps learning_rate weight_decay max_grad_norm"},
     "train": {
         0: "z_loss_weight",

@@ -16,6 +16,7 @@ from pathlib import Path
 from switch_jax import __version__
 from switch_jax import config as config_lib
 from switch_jax.errors import UserError
+from switch_jax.files import write_whole
 from switch_jax.schema import Config
 
 # What a checkpoint cannot be continued with once it differs. The rest (steps, intervals, mesh,
@@ -65,15 +66,14 @@ class Workdir:
                 f"{self.path} has checkpoints but no config.json; use another --workdir."
             )
 
-    def prepare(self, config: Config, vocabulary: Path | None) -> None:
+    def prepare(self, config: Config, vocabulary: bytes | None) -> None:
         """Creates the folder for a run of `config`, which has passed `check`.
 
-        A copy of the vocabulary stays with the run: the cache's own may be another one on
+        The vocabulary's content stays with the run: the cache's own may be another one on
         another Python. Raises `UserError` for a WORKDIR of another vocabulary, before anything
         is written, and for a folder that cannot be written.
         """
-        tokens = None if vocabulary is None else vocabulary.read_bytes()
-        if self.vocabulary.exists() and tokens not in (None, self.vocabulary.read_bytes()):
+        if self.vocabulary.exists() and vocabulary not in (None, self.vocabulary.read_bytes()):
             raise UserError(
                 f"{self.path} was trained with another vocabulary; set"
                 f" data.vocabulary={self.vocabulary}, or use another --workdir."
@@ -85,20 +85,13 @@ class Workdir:
         }
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if tokens is not None:
-                write_whole(self.vocabulary, tokens)
+            if vocabulary is not None:
+                write_whole(self.vocabulary, vocabulary)
             write_whole(self.config_file, (json.dumps(content, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); use another --workdir."
             ) from error
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file all or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _differences(old: Config, new: Config) -> list[str]:

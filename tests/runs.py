@@ -1,17 +1,22 @@
 """Real runs for the tests: a small token store, and `switch-jax` as its own process."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from switch_jax.checkpoint import restore_params
-from switch_jax.data import corpus, store, vocabulary
+from switch_jax.data import python_docs, vocabularies
+from switch_jax.data.pack import pack
+from switch_jax.data.vocabulary import read
 from switch_jax.report import read_metrics
+from switch_jax.schema import DataConfig
 from switch_jax.sharding import make_mesh
 from switch_jax.step import Program
 from switch_jax.workdir import Workdir
@@ -26,7 +31,9 @@ def get_config(arg=""):
         num_encoder_layers=2, num_decoder_layers=2, dropout_rate=0.1, dtype="float32",
     )
     config.moe.update(num_experts=4, min_capacity=1, group_size=32, jitter=0.01)
-    config.data.update(data_dir={store!r}, inputs_length=32, targets_length=11, batch_size=4)
+    config.data.update(
+        mixture="text", data_dir={store!r}, inputs_length=32, targets_length=11, batch_size=4
+    )
     config.optimizer.update(warmup_steps=10)
     config.train.update(
         steps=90, log_every=1, eval_every=45, eval_batches=2, checkpoint_every=15
@@ -36,17 +43,24 @@ def get_config(arg=""):
 """
 
 
+def write_text(folder: Path, **splits: Sequence[str]) -> str:
+    """Texts as JSON lines; returns what `data.mixture` calls them, whose name is `text`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, texts in splits.items():
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / f"text-{split}.jsonl").write_text("".join(lines))
+    return f"{folder}/text-{{split}}.jsonl"
+
+
 def make_store(folder: Path) -> Path:
     """A token store of some of the standard library's text, with its own vocabulary."""
-    documents = {split: list(corpus.documents("python_docs", split))[:8] for split in corpus.SPLITS}
-    texts = [document.text for document in documents["train"]]
-    vocabulary.train(texts, folder / "tiny.model", 900)
-    original = corpus.MIXTURES["python_docs"]
-    corpus.MIXTURES["python_docs"] = lambda split: documents[split]
-    try:
-        store.pack("python_docs", vocabulary.Vocabulary(folder / "tiny.model"), folder / "store")
-    finally:
-        corpus.MIXTURES["python_docs"] = original
+    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    for document in python_docs.documents():
+        split = "validation" if python_docs.held_out(document.path) else "train"
+        texts[split] += [document.text][: max(0, 8 - len(texts[split]))]
+    mixture = write_text(folder, **texts)
+    vocabularies.train(texts["train"], folder / "tiny.model", 900)
+    pack(DataConfig(mixture=mixture), read(folder / "tiny.model"), folder / "store", workers=1)
     return folder / "store"
 
 
@@ -68,9 +82,9 @@ def start(
     )
 
 
-def run(*arguments: object, code: int = 0, **environment: str) -> tuple[str, str]:
-    """stdout and stderr of a process that must end with `code`."""
-    process = start(*arguments, **environment)
+def run(*arguments: object, code: int = 0, **settings: Any) -> tuple[str, str]:
+    """stdout and stderr of a process that must end with `code`; settings as for `start`."""
+    process = start(*arguments, **settings)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err or out
     return out, err

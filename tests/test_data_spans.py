@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,11 @@ FIRST_SENTINEL = 31_999
 )
 def test_lengths_are_those_of_t5(inputs, tokens, targets):
     assert spans.span_lengths(inputs, targets) == (tokens, inputs, targets)
+
+
+def test_counts_are_those_of_t5():
+    counted = np.load(Path(__file__).parent / "golden" / "t5_span_corruption.npz")["span_counts"]
+    assert [spans.noise_and_spans(n) for n in range(2, 3001)] == list(map(tuple, counted[1:]))
 
 
 def test_a_longer_text_would_not_fit():
@@ -65,7 +71,7 @@ def test_corruption_can_be_undone_and_counts_are_exact(length, rows, seed, first
     noise, count = spans.noise_and_spans(length)
     assert inputs.dtype == targets.dtype == np.int32
     assert (length, inputs.shape[1], targets.shape[1]) == spans.corrupted_lengths(length)
-    assert noise == min(max(round(0.15 * length), 1), length - 1)
+    assert abs(noise - min(max(0.15 * length, 1), length - 1)) <= 0.51
     mask = spans.noise_mask(length, seed, examples)
     assert (mask.sum(1) == noise).all()
     assert not mask[:, 0].any()  # a kept span comes first

@@ -1,31 +1,39 @@
-"""switch_jax.data.tasks: the seqio reader makes what the store makes, and resumes exactly."""
+"""switch_jax.data.tasks and blocks: T5's examples, and exact positions."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 from conftest import share
 
-from switch_jax.data import corpus, open_batches, open_vocabulary, spans
+from switch_jax.data import open_batches, open_each, open_vocabulary, python_docs, spans
 from switch_jax.data.batch import feature_shapes
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig, ModelConfig
 
 SIZE = 900
 
+seqio = pytest.importorskip("seqio")
+tf = pytest.importorskip("tensorflow")
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "t5_span_corruption.npz")
+
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny(tmp_path_factory):
-    pytest.importorskip("seqio")
-    documents = {split: list(corpus.documents("python_docs", split)) for split in corpus.SPLITS}
-    tiny = {"train": documents["train"][:20], "validation": documents["validation"][:4]}
+def text(tmp_path_factory):
+    documents = [document.text for document in python_docs.documents()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setitem(corpus.MIXTURES, "tiny", lambda split: tiny[split])
+        folder = tmp_path_factory.mktemp("text")
+        mixture = runs.write_text(folder, train=documents[:20], validation=documents[30:34])
+        patch.setattr(runs, "TEXT", mixture, raising=False)
         yield
 
 
 def config(**data):
     defaults = dict(
-        mixture="tiny", reader="seqio", inputs_length=64, targets_length=20, batch_size=8
+        mixture=runs.TEXT, reader="seqio", inputs_length=64, targets_length=20, batch_size=8
     )
     return Config(model=ModelConfig(vocab_size=SIZE), data=DataConfig(**(defaults | data)))
 
@@ -36,6 +44,59 @@ def take(it, count):
 
 def same(a, b):
     return all(x.keys() == y.keys() and all((x[k] == y[k]).all() for k in x) for x, y in zip(a, b))
+
+
+def golden(name):
+    """The rows of a ragged array in the reference."""
+    return np.split(GOLDEN[name], np.cumsum(GOLDEN[f"{name}_lengths"])[:-1])
+
+
+def as_dataset(documents):
+    ragged = tf.RaggedTensor.from_row_lengths(
+        np.concatenate(documents), [len(row) for row in documents]
+    )
+    return tf.data.Dataset.from_tensor_slices({"targets": ragged})
+
+
+def test_masks_are_t5s_to_the_bit():
+    from switch_jax.data.tasks import noise_mask
+
+    masks = golden("spans/masks")
+    assert len(masks) > 50
+    for mask, seeds in zip(masks, GOLDEN["spans/mask_seeds"]):
+        assert (noise_mask(tf.constant(len(mask)), tf.constant(seeds)).numpy() == mask).all()
+
+
+@pytest.mark.parametrize("case, seed", [("spans", 0), ("chain", 7)])
+def test_corruption_is_t5s_to_the_token(case, seed):
+    from switch_jax.data.tasks import corrupt
+
+    feature = seqio.Feature(seqio.PassThroughVocabulary(32_100))
+    features = {"inputs": feature, "targets": feature}
+    with seqio.map_seed_manager(seed):
+        source = golden("spans/tokens" if case == "spans" else "chain/segments")
+        examples = list(corrupt(as_dataset(source), output_features=features))
+    assert len(examples) == len(source) > 50
+    for example, inputs, targets in zip(
+        examples, golden(f"{case}/inputs"), golden(f"{case}/targets")
+    ):
+        assert example["inputs"].numpy().tolist() == inputs.tolist()
+        assert example["targets"].numpy().tolist() == targets.tolist()
+
+
+def test_documents_are_cut_as_t5_does():
+    from switch_jax.data import tasks
+
+    documents = golden("chain/documents")
+    assert max(map(len, documents)) > 65_536 and min(map(len, documents)) == 0
+    with seqio.map_seed_manager(3):
+        chunks = tasks.select_random_chunk(as_dataset(documents))
+    lengths = {"inputs": 512, "targets": 114}
+    pieces = list(tasks.cut(tasks.join(chunks), lengths))
+    expected = golden("chain/segments")
+    assert len(pieces) == len(expected)
+    for piece, row in zip(pieces, expected):
+        assert (piece["targets"].numpy() == row).all()
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -96,7 +157,7 @@ def test_a_position_is_restored_exactly(tmp_path, pack):
 
 def test_another_number_of_processes_or_other_data_is_refused(tmp_path):
     open_batches(config(), "train", share(0, 2)).save(tmp_path)
-    with pytest.raises(UserError, match=r"as many processes .* data\.reader=store"):
+    with pytest.raises(UserError, match=r"as many processes .*data pack.* data\.reader=store"):
         open_batches(config(), "train").restore(tmp_path)
     with pytest.raises(UserError, match="other packing"):
         open_batches(config(pack=True), "train", share(0, 2)).restore(tmp_path)
@@ -105,10 +166,66 @@ def test_another_number_of_processes_or_other_data_is_refused(tmp_path):
 def test_processes_read_different_documents():
     parts = [take(open_batches(config(), "validation", share(p, 2)), 2) for p in range(2)]
     assert not same(*parts)
-    with pytest.raises(UserError, match="fewer documents"):
-        open_batches(config(), "validation", share(0, 8))
+
+
+def test_a_process_without_a_document_is_told_so():
+    with pytest.raises(UserError, match=r"no text for process_7_of_8.*data\.reader=store"):
+        next(open_batches(config(), "validation", share(7, 8)))
+    with pytest.raises(UserError, match=r"python_docs has fewer documents .*\(1000\)"):
+        many = config(mixture="python_docs", batch_size=1000, vocabulary="bytes")
+        open_batches(many, "train", share(0, 1000))
 
 
 def test_lengths_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="needs 14"):
         open_batches(config(targets_length=13), "train")
+
+
+def test_packed_text_is_not_streamed(tmp_path):
+    store = runs.make_store(tmp_path)
+    with pytest.raises(UserError, match=r"is packed text; set data\.reader=store"):
+        open_batches(config(mixture="text", data_dir=str(store)), "train")
+
+
+def test_bytes_are_streamed_as_they_are_packed():
+    c = config(vocabulary="bytes", inputs_length=64)
+    streamed = next(open_batches(c, "validation"))["encoder_input_tokens"]
+    vocabulary = open_vocabulary(c)
+    assert streamed.max() == vocabulary.sentinel(0) == 358
+    words = vocabulary.decode(streamed[0][streamed[0] > 0])
+    document = python_docs.documents()[30].text
+    assert all(part.strip() in document[:80] for part in words.split("<extra_id_")[0:1])
+
+
+def test_bad_records_are_told_once_and_the_rest_is_read(tmp_path, capfd):
+    lines = Path(runs.TEXT.replace("{split}", "train")).read_text().splitlines()
+    (tmp_path / "mine.jsonl").write_text("\n".join([*lines[:3], "{broken", '{"a": 1}', *lines[3:]]))
+    mixture = str(tmp_path / "mine.jsonl")
+    vocabulary = open_vocabulary(config()).name
+    c = config(mixture=mixture, vocabulary=vocabulary)
+    take(open_batches(c, "train"), 3)
+    told = capfd.readouterr().err
+    assert told.count("left out") == 1 and "mine.jsonl, line 4" in told
+    strict = config(mixture=mixture, vocabulary=vocabulary, on_bad_record="error")
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 4 is not"):
+        take(open_batches(strict, "train"), 3)
+
+
+def test_sources_of_a_mixture_come_in_their_shares(tmp_path):
+    mixtures = []
+    for name, letter in (("a", "a"), ("b", "b")):
+        path = tmp_path / f"{name}.txt"
+        path.write_text("\n\n".join([letter * 50] * 200))
+        mixtures.append(str(path))
+    c = config(mixture=f"{mixtures[0]}=0.8,{mixtures[1]}=0.2", vocabulary="bytes", batch_size=100)
+    for reader in ("seqio", "store"):
+        c = Config(model=c.model, data=DataConfig(**{**vars(c.data), "reader": reader}))
+        batches = take(open_batches(c, "train"), 10)
+        ids = np.concatenate([b["encoder_input_tokens"] for b in batches])
+        of_a = (ids == ord("a") + 3).any(1)
+        assert not (of_a & (ids == ord("b") + 3).any(1)).any()
+        assert abs(of_a.mean() - 0.8) < 0.05, reader
+        each = open_each(c, "train")
+        assert list(each) == ["a", "b"]
+        only_b = next(each["b"])["encoder_input_tokens"]
+        assert not (only_b == ord("a") + 3).any() and (only_b == ord("b") + 3).any(1).all()

@@ -2,12 +2,14 @@
 
 import dataclasses
 import io
+import re
 
 import pytest
+import runs
 import sentencepiece
 
-from switch_jax.data import corpus, open_vocabulary, vocabulary
-from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.data import mixture, open_vocabulary, python_docs, vocabularies, vocabulary
+from switch_jax.data.vocabulary import Bytes, read
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig, ModelConfig
 
@@ -16,20 +18,21 @@ SIZE = 900
 
 @pytest.fixture(scope="module")
 def texts():
-    return [d.text for d in list(corpus.documents("python_docs", "train"))[:15]]
+    return [document.text for document in python_docs.documents()[:15]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny(tmp_path_factory, texts):
+def text(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("text")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        documents = [corpus.Document(str(i), text) for i, text in enumerate(texts)]
-        patch.setitem(corpus.MIXTURES, "tiny", lambda split: documents)
+        patch.setattr(runs, "TEXT", runs.write_text(folder, train=texts, validation=texts), False)
         yield
 
 
 def config(vocab_size=SIZE, **data):
-    return Config(model=ModelConfig(vocab_size=vocab_size), data=DataConfig(mixture="tiny", **data))
+    data = {"mixture": runs.TEXT} | data
+    return Config(model=ModelConfig(vocab_size=vocab_size), data=DataConfig(**data))
 
 
 def test_ids_are_those_of_t5():
@@ -71,11 +74,11 @@ def test_padding_eos_and_ids_past_the_end_decode_to_nothing():
 
 def test_training_is_deterministic(tmp_path, texts):
     for name in "ab":
-        vocabulary.train(texts, tmp_path / name, SIZE)
+        vocabularies.train(texts, tmp_path / name, SIZE)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert Vocabulary(tmp_path / "a").fingerprint == Vocabulary(tmp_path / "b").fingerprint
-    vocabulary.train(texts, tmp_path / "c", SIZE + 1)
-    assert Vocabulary(tmp_path / "c").fingerprint != Vocabulary(tmp_path / "a").fingerprint
+    assert read(tmp_path / "a").fingerprint == read(tmp_path / "b").fingerprint
+    vocabularies.train(texts, tmp_path / "c", SIZE + 1)
+    assert read(tmp_path / "c").fingerprint != read(tmp_path / "a").fingerprint
 
 
 def test_first_use_trains_with_one_line_and_later_uses_are_silent(capfd):
@@ -83,7 +86,7 @@ def test_first_use_trains_with_one_line_and_later_uses_are_silent(capfd):
     first = open_vocabulary(config(size))
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "Training a vocabulary of 910 pieces" in error
-    assert open_vocabulary(config(size)).path == first.path
+    assert open_vocabulary(config(size)).name == first.name
     assert capfd.readouterr().err == ""
 
 
@@ -92,9 +95,9 @@ def test_t5_sizes_leave_the_padding_of_the_embeddings_free(monkeypatch):
 
     def train(texts, path, size):
         sizes.append(size)
-        path.write_bytes(open_vocabulary(config()).path.read_bytes())
+        path.write_bytes(open_vocabulary(config()).content)
 
-    monkeypatch.setattr(vocabulary, "train", train)
+    monkeypatch.setattr(vocabularies, "train", train)
     for vocab_size in (32128, 250112, 4096):
         open_vocabulary(config(vocab_size))
     assert sizes == [32100, 250100, 4096]
@@ -102,30 +105,30 @@ def test_t5_sizes_leave_the_padding_of_the_embeddings_free(monkeypatch):
 
 def test_too_few_ids_are_told_the_least_that_will_do(tmp_path, texts):
     with pytest.raises(UserError, match=r"set model\.vocab_size to at least (\d+)") as caught:
-        vocabulary.train(texts, tmp_path / "v", 200)
-    least = int(str(caught.value).split("at least ")[1].rstrip("."))
-    vocabulary.train(texts, tmp_path / "v", least)
-    assert Vocabulary(tmp_path / "v").size == least
+        vocabularies.train(texts, tmp_path / "v", 200)
+    least = int(re.search(r"at least (\d+)", str(caught.value))[1])
+    vocabularies.train(texts, tmp_path / "v", least)
+    assert read(tmp_path / "v").size == least
 
 
 def test_more_ids_than_the_text_has_pieces_give_a_smaller_vocabulary(tmp_path):
-    vocabulary.train(["to be or not to be"], tmp_path / "v", 4000)
-    assert 356 < Vocabulary(tmp_path / "v").size < 500
+    vocabularies.train(["to be or not to be"], tmp_path / "v", 4000)
+    assert 356 < read(tmp_path / "v").size < 500
 
 
 def test_a_vocabulary_must_fit_the_model():
-    path = str(open_vocabulary(config()).path)
+    path = open_vocabulary(config()).name
     assert open_vocabulary(config(SIZE + 28, vocabulary=path)).size == SIZE
-    with pytest.raises(UserError, match=r"has 900 ids.*not 899"):
+    with pytest.raises(UserError, match=r"has 900 ids.*model\.vocab_size=899; set it to 1024"):
         open_vocabulary(config(SIZE - 1, vocabulary=path))
 
 
 def test_files_that_will_not_do_are_named(tmp_path, texts):
-    with pytest.raises(UserError, match=r"no\.model' does not exist"):
+    with pytest.raises(UserError, match=r"no\.model' cannot be read"):
         open_vocabulary(config(vocabulary=str(tmp_path / "no.model")))
     (tmp_path / "text").write_text("not a model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
-        Vocabulary(tmp_path / "text")
+        read(tmp_path / "text")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts[0].splitlines()),
@@ -136,12 +139,49 @@ def test_files_that_will_not_do_are_named(tmp_path, texts):
     )
     (tmp_path / "other").write_bytes(model.getvalue())
     with pytest.raises(UserError, match=r"at \(-1, 2, 0\), not at \(0, 1, 2\)"):
-        Vocabulary(tmp_path / "other")
+        read(tmp_path / "other")
 
 
 def test_packed_text_brings_its_vocabulary(tmp_path):
     own = open_vocabulary(config())
-    (tmp_path / vocabulary.FILE_NAME).write_bytes(own.path.read_bytes())
+    (tmp_path / vocabulary.FILE_NAME).write_bytes(own.content)
     packed = dataclasses.replace(config().data, mixture="elsewhere", data_dir=str(tmp_path))
     opened = open_vocabulary(dataclasses.replace(config(), data=packed))
     assert opened.fingerprint == own.fingerprint
+
+
+def test_bytes_are_a_vocabulary_of_their_own(tmp_path):
+    v = open_vocabulary(config(vocabulary="bytes"))
+    assert isinstance(v, Bytes) and (v.size, v.padded_size) == (359, 384)
+    text = "naïve 日本語 <extra_id_0> x"
+    assert v.decode(v.encode(text)) == text
+    assert v.encode("aé") == [ord("a") + 3, 0xC3 + 3, 0xA9 + 3]
+    assert [v.piece(i) for i in (0, 1, 100, 3 + 10, 358)] == [
+        *("<pad>", "</s>", "a", "<0x0A>", "<extra_id_0>")
+    ]
+    (tmp_path / "vocabulary.model").write_bytes(v.content)
+    assert read(tmp_path / "vocabulary.model").fingerprint == v.fingerprint
+
+
+def test_a_sample_takes_of_every_source_its_share(tmp_path, texts):
+    long, short = ("l" * 1000 + "\n", "s" * 10 + "\n")
+    for name, text in (("long", long), ("short", short)):
+        runs.write_text(tmp_path / name, train=[text] * 400)
+        (tmp_path / name / "text-train.jsonl").rename(tmp_path / f"{name}.jsonl")
+    data = DataConfig(mixture=f"{tmp_path}/long.jsonl=1, {tmp_path}/short.jsonl=3")
+    sources = mixture.find_sources(data)
+    sample = "".join(vocabularies.sample(data, sources, 4000))
+    assert 1000 <= sample.count("l") <= 2000 and 2700 < sample.count("s") < 2800
+    everything = "".join(vocabularies.sample(data, sources, 10**9))
+    assert everything.count("l") > 390_000 and everything.count("s") > 3_900
+
+
+def test_characters_beyond_the_coverage_are_bytes(tmp_path):
+    text = ["aaaa bbbb cccc dddd " * 50 + "日"]
+    vocabularies.train(text, tmp_path / "some", 420, coverage=0.98)
+    vocabularies.train(text, tmp_path / "all", 420, coverage=1.0)
+    pieces = [
+        [read(tmp_path / name).piece(i) for i in read(tmp_path / name).encode("日")]
+        for name in ("some", "all")
+    ]
+    assert "<0xE6>" in pieces[0] and "日" in "".join(pieces[1])

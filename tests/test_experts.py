@@ -15,9 +15,9 @@ from switch_jax import config as config_lib
 from switch_jax import experts, experts_report
 from switch_jax.checkpoint import Checkpoints
 from switch_jax.cli import main
-from switch_jax.data import corpus, open_batches, spans, vocabulary
+from switch_jax.data import open_batches, python_docs, spans, vocabularies
 from switch_jax.data.text import text_batches
-from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.data.vocabulary import read
 from switch_jax.evaluate import evaluate_checkpoint
 from switch_jax.router import hashed
 from switch_jax.sharding import make_mesh
@@ -30,7 +30,7 @@ TEXT = "The import statement finds a module and binds it to a name in the local 
 def make_workdir(path, config, vocabulary_file=None):
     """A run that was never trained: its first state is the checkpoint."""
     workdir, program = Workdir(path), Program(config, make_mesh(config))
-    workdir.prepare(config, vocabulary_file)
+    workdir.prepare(config, vocabulary_file.read_bytes())
     checkpoints = Checkpoints(workdir, keep=1)
     checkpoints.save(program.init(), open_batches(config, "train"))
     checkpoints.close()
@@ -181,7 +181,7 @@ def test_every_choice_counts_before_any_is_dropped():
 
 @pytest.mark.parametrize("text", [TEXT, "import", "a module"])
 def test_a_text_becomes_batches_with_nothing_left_out(config, tmp_path, text):
-    path, words = tmp_path / "text.txt", Vocabulary(config.parent / "tiny.model")
+    path, words = tmp_path / "text.txt", read(config.parent / "tiny.model")
     path.write_text(text)
     made_with = loaded(config)
     batches = text_batches(path, words, made_with)
@@ -261,7 +261,7 @@ def test_json_is_one_object_and_a_text_can_be_given(config, tmp_path, capsys):
         assert layer["mutual_information_by_chance"] < 0.9 * layer["expert_entropy"]
     decoder = analysis["layers"][1]
     starts = [t for e in decoder["experts"] for t in e["tokens"] if t["token"] == "<start>"]
-    rows = math.ceil(len(Vocabulary(made.vocabulary).encode(TEXT)) / spans.span_lengths(32, 11)[0])
+    rows = math.ceil(len(read(made.vocabulary).encode(TEXT)) / spans.span_lengths(32, 11)[0])
     assert [t["count"] for t in starts] == [rows]
 
 
@@ -324,8 +324,8 @@ def others(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("others")
     (folder / "empty.txt").write_text("\n \n")
     (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    words = [document.text for document in list(corpus.documents("python_docs", "train"))[:2]]
-    vocabulary.train(words, folder / "other.model", 600)
+    words = [document.text for document in python_docs.documents()[:2]]
+    vocabularies.train(words, folder / "other.model", 600)
     synthetic = config_lib.load(str(config), {"data.reader": "synthetic"})
     for name, made_with in (("dense", loaded(config, num_experts=0)), ("synthetic", synthetic)):
         Workdir(folder / name).prepare(made_with, None)
@@ -379,7 +379,7 @@ def test_tokens_without_a_vocabulary_are_numbers(workdir, tmp_path):
     config = config_lib.override(workdir.config(), {"data.reader": "synthetic"})
     assert experts._names(Workdir(tmp_path), config)(7) == "#7"
     names = experts._names(workdir, config)
-    size = Vocabulary(workdir.vocabulary).size
+    size = read(workdir.vocabulary).size
     assert [names(i) for i in (0, 1, size - 1, size)] == [
         "<start>",
         "</s>",

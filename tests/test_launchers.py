@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from switch_jax import cli, config, sharding
+from switch_jax import cli, config, sharding, verbs
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "scripts" / "launch"
@@ -117,7 +117,7 @@ def test_bash_understands_every_file(name):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_the_last_command_trains_with_all_that_was_given(name, dry_run):
     args = training(dry_run(name, [*ARGUMENTS[name], *PASSED])[-1])
-    assert args.run is cli._train and args.coordinator == VOCABULARY
+    assert args.run is verbs.train and args.coordinator == VOCABULARY
     assert args.config == "configs/switch_base.py:num_experts=64"
     given = ARGUMENTS[name][3]
     assert args.workdir == given.replace("gs://", "/mnt/")

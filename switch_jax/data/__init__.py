@@ -1,22 +1,28 @@
 """From a mixture of texts to batches.
 
-    corpus → vocabulary → {store, tasks, text} → batches
-             spans, packing, counter: pure functions under them
+    formats  python_docs → sources → catalog → mixture   where text lies, how often it is drawn
+    vocabulary → vocabularies                            ids of its pieces
+    pack → store → rows                                  packed records, without TensorFlow
+    blocks → tasks                                       text as it streams, through seqio
+    spans  packing  counter                              pure functions of rows
+    batch                                                the contract with the model
 
-Only `tasks`, the streaming reader, imports TensorFlow; it is loaded when asked for.
+Only `tasks` uses TensorFlow; it is loaded when asked for.
 """
 
+from collections.abc import Mapping
+
+from switch_jax.data import rows
 from switch_jax.data.batch import EVERYTHING, BatchIterator, Feed, SyntheticIterator
-from switch_jax.data.corpus import Split
-from switch_jax.data.store import StoreIterator
-from switch_jax.data.vocabulary import open_vocabulary
+from switch_jax.data.sources import Split
+from switch_jax.data.vocabularies import open_vocabulary
 from switch_jax.schema import Config
 
-__all__ = ["open_batches", "open_vocabulary"]
+__all__ = ["open_batches", "open_each", "open_vocabulary"]
 
 
 def open_batches(config: Config, split: Split, feed: Feed = EVERYTHING) -> BatchIterator:
-    """One process's endless stream of batches, as `data.reader` says.
+    """One process's endless stream of batches of a mixture, as `data.reader` says.
 
     Together the feeds' rows make global batches of `data.batch_size`. What the reader
     needs and the config does not name is made on first use, in the cache.
@@ -25,10 +31,23 @@ def open_batches(config: Config, split: Split, feed: Feed = EVERYTHING) -> Batch
     """
     match config.data.reader:
         case "store":
-            return StoreIterator(config, split, feed)
+            return rows.open_mixture(config, split, feed)
         case "synthetic":
             return SyntheticIterator(config, feed)
         case "seqio":
-            from switch_jax.data.tasks import SeqioIterator
+            from switch_jax.data import tasks
 
-            return SeqioIterator(config, split, feed)
+            return tasks.open_mixture(config, split, feed)
+
+
+def open_each(config: Config, split: Split, feed: Feed = EVERYTHING) -> Mapping[str, BatchIterator]:
+    """As `open_batches`, each source of the mixture on its own, by name."""
+    match config.data.reader:
+        case "store":
+            return rows.open_sources(config, split, feed)
+        case "synthetic":
+            return {"synthetic": SyntheticIterator(config, feed)}
+        case "seqio":
+            from switch_jax.data import tasks
+
+            return tasks.open_sources(config, split, feed)

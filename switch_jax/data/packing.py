@@ -1,10 +1,12 @@
 """Several texts in one row: which ones, decided once, since lengths are known beforehand."""
 
 import itertools
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from switch_jax.cache import cache_root, made_once
 from switch_jax.data.spans import SpanLengths, corrupted_lengths
 
 _OPEN_ROWS = 32
@@ -21,6 +23,17 @@ class Plan(NamedTuple):
     lengths: np.ndarray  # [pieces] int64
     members: np.ndarray  # [pieces] int64, a permutation of the pieces
     row_offsets: np.ndarray  # [rows + 1] int64
+
+
+def planned(key: str, offsets: np.ndarray, longest: SpanLengths, targets_length: int) -> Plan:
+    """`plan`, from the cache where it was made before; `key` tells the arguments apart."""
+
+    def build(path: Path) -> None:
+        with open(path, "wb") as file:
+            np.savez(file, **plan(offsets, longest, targets_length)._asdict())
+
+    with np.load(made_once(cache_root() / "plans" / f"{key}.npz", build)) as arrays:
+        return Plan(**arrays)
 
 
 def plan(offsets: np.ndarray, longest: SpanLengths, targets_length: int) -> Plan:

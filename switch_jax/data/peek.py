@@ -2,14 +2,14 @@
 
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
 
-from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data import open_batches, open_each, open_vocabulary
 from switch_jax.data.batch import Batch
-from switch_jax.data.corpus import Split
+from switch_jax.data.sources import Split
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.schema import Config
 
@@ -19,22 +19,23 @@ _TIMED_SECONDS = 1.0
 
 
 def peek(config: Config, count: int, split: Split = "train") -> str:
-    """The first `count` rows of a split, decoded, with padding and speed of the pipeline.
+    """The first `count` rows of every source, decoded, with padding and speed of the mixture.
 
     Raises `UserError` as `open_batches` does.
     """
-    batches = iter(open_batches(config, split))
     vocabulary = open_vocabulary(config)
     lines: list[str] = []
-    first = next(batches)
-    for number, row in enumerate(islice(_rows(first, batches), count), start=1):
-        lines += [f"Example {number}", *_describe(row, vocabulary), ""]
+    for source, batches in open_each(config, split).items():
+        for number, row in enumerate(islice(_rows(batches), count), start=1):
+            lines += [f"{source}, example {number}", *_describe(row, vocabulary), ""]
+    batches = open_batches(config, split)
+    first = next(batches)  # pays for starting the pipeline
+    padding = {side: 1 - _real(first, side).mean() for side in _STACKS}
     seen, seconds = 0, 0.0
     start = time.perf_counter()
     while seconds < _TIMED_SECONDS:
         seen += sum(int(_real(next(batches), side).sum()) for side in _STACKS)
         seconds = time.perf_counter() - start
-    padding = {side: 1 - _real(first, side).mean() for side in _STACKS}
     lines += [
         f"Padding: {padding['inputs']:.1%} of the inputs, {padding['targets']:.1%} of the targets.",
         f"Speed: {seen / seconds:,.0f} tokens per second (reader {config.data.reader}).",
@@ -42,12 +43,11 @@ def peek(config: Config, count: int, split: Split = "train") -> str:
     return "\n".join(lines)
 
 
-def _rows(batch: Batch, more: Iterator[Batch]) -> Iterator[Batch]:
+def _rows(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Single rows, [·] without the batch axis."""
-    while True:
+    for batch in batches:
         for i in range(len(batch["encoder_input_tokens"])):
             yield {name: values[i] for name, values in batch.items()}
-        batch = next(more)
 
 
 def _real(batch: Batch, side: str) -> np.ndarray:

@@ -1,23 +1,32 @@
-"""The streaming reader: mixtures as seqio tasks. The only module that imports TensorFlow.
+"""The streaming reader: a mixture's sources as seqio tasks.
 
-It makes the same examples as the token store, equal in distribution, but draws them from a
-tf.data pipeline that tokenises as it goes. Where the store's position is a number, this
-one's is a shuffle buffer: megabytes for each feed, tied to the number of feeds.
+It makes the same examples as packed records, equal in distribution, but draws them from a
+tf.data pipeline that tokenises as it goes. Where the position in packed records is a number,
+this one's is shuffle buffers: megabytes for each feed, tied to the number of feeds.
+
+The preprocessors are T5's own, seed for seed; between them, `targets` hold the tokens of a
+document or of a row, without an EOS. No other module uses TensorFlow.
 """
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 
-from switch_jax.data import corpus
+from switch_jax.data import mixture, vocabulary
+from switch_jax.data.bad_records import MISSING, ToldRecords
 from switch_jax.data.batch import EVERYTHING, Batch, Feed
-from switch_jax.data.corpus import Split
+from switch_jax.data.blocks import BLOCK, BlockReader
+from switch_jax.data.sources import Source, Split
 from switch_jax.data.spans import MEAN_SPAN, NOISE_DENSITY, span_lengths
-from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary, open_vocabulary
+from switch_jax.data.store import is_store
+from switch_jax.data.vocabularies import open_vocabulary
+from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary
 from switch_jax.errors import UserError
-from switch_jax.schema import Config
+from switch_jax.schema import Config, DataConfig
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 try:
@@ -31,32 +40,99 @@ except ImportError as error:
 
 tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes the memory that JAX needs
 
-_JOINED_DOCUMENTS = 128  # joined before they are cut, as in T5
+# Over all sources of a mixture, as far as it goes round.
+_BUFFERED_ROWS = 2048
+_OPEN_SHARDS = 16
+
+# As in T5.
+_CHUNK = 65_536  # tokens of a document that are used at once
+_JOINED_DOCUMENTS = 128
+
+Example = dict[str, tf.Tensor]
+
+
+def open_mixture(config: Config, split: Split, feed: Feed = EVERYTHING) -> "SeqioIterator":
+    """Rows of all sources, in their shares; raises `UserError`."""
+    sources, words = _opened(config)
+    documents = {source.name: source.documents("train") for source in sources}
+    shares = mixture.shares(config.data, documents)
+    return SeqioIterator(config.data, split, feed, sources, words, shares)
+
+
+def open_sources(
+    config: Config, split: Split, feed: Feed = EVERYTHING
+) -> dict[str, "SeqioIterator"]:
+    """Rows of each source on its own; raises `UserError`."""
+    sources, words = _opened(config)
+    return {
+        source.name: SeqioIterator(config.data, split, feed, [source], words, {source.name: 1.0})
+        for source in sources
+    }
+
+
+def _opened(config: Config) -> tuple[list[Source], Vocabulary]:
+    data = config.data
+    span_lengths(data.inputs_length, data.targets_length)
+    if data.data_dir is not None and is_store(data.data_dir):
+        raise UserError(
+            f"data.data_dir={data.data_dir!r} is packed text; set data.reader=store to read it."
+        )
+    return mixture.find_sources(data), open_vocabulary(config)
 
 
 class SeqioIterator:
-    """A `BatchIterator` over a seqio task; each feed reads its own share of the documents.
+    """A `BatchIterator` over a seqio mixture; each feed reads its own share of the documents.
 
-    Training examples are shuffled with `data.seed`, in every epoch differently. Raises
-    `UserError` where lengths do not fit or feeds outnumber documents.
+    Training examples are shuffled with `data.seed`, in every epoch differently.
+
+    Raises `UserError` where feeds outnumber documents.
     """
 
-    def __init__(self, config: Config, split: Split, feed: Feed = EVERYTHING):
-        data = config.data
-        rows = len(feed.rows(data.batch_size))
-        span_lengths(data.inputs_length, data.targets_length)
-        if sum(1 for _ in corpus.documents(data.mixture, split)) < feed.count:
-            raise UserError(
-                f"The {split} split of {data.mixture} has fewer documents than there are"
-                f" processes to feed ({feed.count}); set data.reader=store."
-            )
-        self._task = _register(data.mixture, open_vocabulary(config), data.pack)
+    def __init__(
+        self,
+        data: DataConfig,
+        split: Split,
+        feed: Feed,
+        sources: list[Source],
+        words: Vocabulary,
+        shares: Mapping[str, float],
+    ):
+        self._rows = len(feed.rows(data.batch_size))
+        self._names = ", ".join(shares)
         self._folder = f"process_{feed.index}_of_{feed.count}"
         self._saves = feed.saves
+        self._bad = ToldRecords(data.on_bad_record)
+        made_of = [(source.name, source.fingerprint, shares[source.name]) for source in sources]
+        identity = repr((made_of, words.fingerprint, data.pack, split)).encode()
+        self._identity = hashlib.blake2b(identity, digest_size=16).hexdigest()
+        for source in sources:
+            documents = source.documents(split)
+            if documents is not None and documents < feed.count:
+                raise UserError(
+                    f"The {split} split of {source.name} has fewer documents than there are"
+                    f" processes to feed ({feed.count}); set data.reader=store."
+                )
+            for path in source.missing(split):
+                self._bad.add(MISSING, path)
+        self._readers = [BlockReader(source, split, self._bad) for source in sources]
+        self._iterator = iter(self._dataset(data, split, feed, words, list(shares.values())))
+
+    def _dataset(
+        self, data: DataConfig, split: Split, feed: Feed, words: Vocabulary, rates: list[float]
+    ) -> tf.data.Dataset:
+        buffered = max(16, _BUFFERED_ROWS // len(rates))
+        open_shards = max(1, _OPEN_SHARDS // len(rates))
+        tasks = [
+            _task(f"source_{number}", Documents(reader, open_shards), words, data.pack, buffered)
+            for number, reader in enumerate(self._readers)
+        ]
+        provider = tasks[0]
+        if len(tasks) > 1:
+            provider = seqio.Mixture("mixture", list(zip(tasks, rates)))
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # seqio warns of restarts, but `save` is exact
         dataset = seqio.get_dataset(
-            self._task,
+            provider,
             {"inputs": data.inputs_length, "targets": data.targets_length},
             seqio.EncDecFeatureConverter(pack=data.pack),
             dataset_split=split,
@@ -67,15 +143,25 @@ class SeqioIterator:
             verbose=False,
         )
         logging.set_verbosity(verbosity)
-        self._iterator = iter(dataset.batch(rows, drop_remainder=True))
+        return dataset.batch(self._rows, drop_remainder=True).prefetch(1)
 
     def __iter__(self) -> "SeqioIterator":
         return self
 
     def __next__(self) -> Batch:
+        tensors = next(self._iterator, None)
+        for reader in self._readers:
+            if reader.failures:
+                raise reader.failures[0]
+        self._bad.tell()
+        if tensors is None:
+            raise UserError(
+                f"A source of {self._names} has no text for {self._folder}; leave it out of"
+                " data.mixture, or set data.reader=store."
+            )
         return {
             name: tensor.numpy().astype(np.float32 if name.endswith("weights") else np.int32)
-            for name, tensor in next(self._iterator).items()
+            for name, tensor in tensors.items()
         }
 
     def save(self, directory: Path) -> None:
@@ -84,64 +170,135 @@ class SeqioIterator:
         folder = directory / self._folder
         folder.mkdir(parents=True, exist_ok=True)
         tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(folder / "iterator"))
-        (folder / "task").write_text(self._task)
+        (folder / "identity").write_text(self._identity)
 
     def restore(self, directory: Path) -> None:
         """Raises `UserError` for a position of other data or another number of feeds."""
         folder = directory / self._folder
-        if not (folder / "task").is_file():
+        if not (folder / "identity").is_file():
             raise UserError(
                 f"{directory} holds no position of the seqio reader for {self._folder}; use the"
-                " mesh and as many processes as wrote it, or train with data.reader=store, which"
-                " does not mind."
+                " mesh and as many processes as wrote it, or train on packed text, which does not"
+                " mind: `switch-jax data pack`, then data.reader=store."
             )
-        if (folder / "task").read_text() != self._task:
+        if (folder / "identity").read_text() != self._identity:
             raise UserError(
-                f"The position in {directory} belongs to other text, another vocabulary or other"
-                " packing; set data.* to what it was made with."
+                f"The position in {directory} belongs to other text, other rates, another"
+                " vocabulary or other packing; set data.* to what it was made with."
             )
         checkpoint = tf.train.Checkpoint(iterator=self._iterator)
         checkpoint.read(os.fspath(folder / "iterator")).assert_consumed()
 
 
-def _register(mixture: str, vocabulary: Vocabulary, pack: bool) -> str:
-    """Registers the task unless it is there; its name says all that it depends on."""
-    kind = "apart" if pack else "joined"
-    name = (
-        f"switch_jax_{mixture}_{corpus.fingerprint(mixture)[:16]}"
-        f"_{vocabulary.fingerprint[:16]}_{kind}"
-    )
-    if name in seqio.TaskRegistry.names():
-        return name
-
-    def source(split: Split, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        texts = [document.text for document in corpus.documents(mixture, split)]
-        dataset = tf.data.Dataset.from_tensor_slices({"targets": texts})
-        return dataset.shuffle(len(texts), seed=seed) if shuffle_files else dataset
-
-    pieces = seqio.SentencePieceVocabulary(os.fspath(vocabulary.path), extra_ids=NUM_SENTINELS)
-    feature = seqio.Feature(pieces, add_eos=True)
-    seqio.TaskRegistry.add(
+def _task(
+    name: str, source: "Documents", words: Vocabulary, pack: bool, buffered: int
+) -> seqio.Task:
+    feature = seqio.Feature(_seqio_vocabulary(words), add_eos=True)
+    return seqio.Task(
         name,
-        source=seqio.FunctionDataSource(source, corpus.SPLITS),
+        source=source,
         preprocessors=[
             seqio.preprocessors.tokenize,
             # What follows is drawn anew in every epoch.
             seqio.CacheDatasetPlaceholder(),
-            _cut if pack else _join_and_cut,
-            _corrupt,
+            *([select_random_chunk, cut] if pack else [select_random_chunk, join, cut]),
+            corrupt,
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features={"inputs": feature, "targets": feature},
+        shuffle_buffer_size=buffered,
     )
-    return name
 
 
-def _cut(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -> tf.data.Dataset:
-    """Cuts token sequences into pieces no longer than a row holds; the last may be shorter."""
+def _seqio_vocabulary(words: Vocabulary) -> seqio.Vocabulary:
+    if isinstance(words, vocabulary.Bytes):
+        return seqio.ByteVocabulary(extra_ids=NUM_SENTINELS)
+    return seqio.SentencePieceVocabulary(words.name, extra_ids=NUM_SENTINELS)
+
+
+class Documents(seqio.DataSource):
+    """The texts of a split, as `targets`.
+
+    In training, shards come in an order that `seed` and the epoch decide, and `open_shards` of
+    them are read in turns; in validation they come one after the other.
+    """
+
+    def __init__(self, reader: BlockReader, open_shards: int):
+        super().__init__(splits=[reader.split])
+        self._reader = reader
+        self._open_shards = open_shards
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    def list_shards(self, split: Split) -> list[str]:
+        return [str(number) for number in range(self._reader.shards)]
+
+    def get_dataset(
+        self,
+        split: Split = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: object,
+    ) -> tf.data.Dataset:
+        """Whole shards for each of several feeds where there are enough, else documents."""
+        count = self._reader.shards
+        info = shard_info or seqio.ShardInfo(0, 1)
+        whole = count >= info.num_shards
+        mine = range(count)[info.index :: info.num_shards] if whole else range(count)
+        shards = tf.data.Dataset.from_tensor_slices(np.array(mine, np.int64))
+        if shuffle:
+            shards = shards.shuffle(len(mine), seed=seed)
+        open_shards = self._open_shards if shuffle else 1
+        texts = shards.interleave(self._shard, cycle_length=open_shards, block_length=BLOCK)
+        if not whole:
+            texts = texts.shard(info.num_shards, info.index)
+        return texts.map(lambda text: {"targets": text})
+
+    def _shard(self, shard: tf.Tensor) -> tf.data.Dataset:
+        def read(shard: np.int64, number: np.int64) -> np.ndarray:
+            block = self._reader.block(int(shard), int(number))
+            return np.array(block, object) if block else np.empty(0, "S1")
+
+        def block(number: tf.Tensor) -> tf.Tensor:
+            texts = tf.numpy_function(read, [shard, number], tf.string, stateful=False)
+            return tf.ensure_shape(texts, [None])
+
+        blocks = tf.data.Dataset.range(np.iinfo(np.int64).max).map(block)
+        return blocks.take_while(lambda texts: tf.size(texts) > 0).unbatch()
+
+
+def select_random_chunk(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Of a document of more than 65,536 tokens one part of as many, in every epoch another.
+
+    Documents without tokens are left out.
+    """
+    return _chunk(dataset.filter(lambda example: tf.size(example["targets"]) > 0))
+
+
+@seqio.map_over_dataset(num_seeds=1)
+def _chunk(example: Example, seed: tf.Tensor) -> Example:
+    tokens = example["targets"]
+    seed = tf.random.experimental.stateless_split(seed)[1]
+    chunks = -(-tf.size(tokens) // _CHUNK)
+    # The last one is as likely as any other, and shorter.
+    start = _CHUNK * tf.random.stateless_uniform([], seed, 0, chunks, tf.int32)
+    return {"targets": tokens[start : start + _CHUNK]}
+
+
+def join(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The tokens of 128 documents at a time, one after the other."""
+    joined = dataset.map(lambda example: example["targets"]).ragged_batch(_JOINED_DOCUMENTS)
+    return joined.map(lambda documents: {"targets": documents.flat_values})
+
+
+def cut(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -> tf.data.Dataset:
+    """Pieces as long as a row holds; the last of a sequence may be shorter."""
     length = span_lengths(sequence_length["inputs"], sequence_length["targets"]).tokens
 
-    def pieces(example: dict[str, tf.Tensor]) -> tf.data.Dataset:
+    def pieces(example: Example) -> tf.data.Dataset:
         tokens = example["targets"]
         starts = tf.data.Dataset.range(0, tf.size(tokens, tf.int64), length)
         return starts.map(lambda start: {"targets": tokens[start : start + length]})
@@ -149,29 +306,14 @@ def _cut(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -> tf.data.D
     return dataset.flat_map(pieces)
 
 
-def _join_and_cut(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -> tf.data.Dataset:
-    joined = dataset.map(lambda example: example["targets"]).ragged_batch(_JOINED_DOCUMENTS)
-    return _cut(joined.map(lambda r: {"targets": r.flat_values}), sequence_length)
-
-
-@seqio.map_over_dataset(num_seeds=2)
-def _corrupt(
-    example: dict[str, tf.Tensor],
-    seeds: tf.Tensor,
-    output_features: dict[str, seqio.Feature],
-) -> dict[str, tf.Tensor]:
+@seqio.map_over_dataset(num_seeds=1)
+def corrupt(
+    example: Example, seed: tf.Tensor, output_features: dict[str, seqio.Feature]
+) -> Example:
     """`spans.corrupt` in TensorFlow, for one sequence, without the EOS."""
     tokens = example["targets"]
-    length = tf.maximum(tf.size(tokens), 2)
-    # In float64, as Python rounds; in T5's float32 some halves go the other way.
-    noise = tf.cast(tf.round(tf.cast(length, tf.float64) * NOISE_DENSITY), tf.int32)
-    noise = tf.clip_by_value(noise, 1, length - 1)
-    spans = tf.cast(tf.round(tf.cast(noise, tf.float64) / MEAN_SPAN), tf.int32)
-    spans = tf.maximum(spans, 1)
-    kept_spans = _partition(length - noise, spans, seeds[0])
-    noise_spans = _partition(noise, spans, seeds[1])
-    alternating = tf.reshape(tf.stack([kept_spans, noise_spans], axis=1), [-1])
-    mask = tf.repeat(tf.range(2 * spans) % 2 == 1, alternating)[: tf.size(tokens)]
+    # Six, of which T5 uses two here.
+    mask = noise_mask(tf.size(tokens), tf.random.experimental.stateless_split(seed, 6)[:2])
     first_sentinel = output_features["targets"].vocabulary.vocab_size - 1
     return {
         "inputs": _with_sentinels(tokens, mask, first_sentinel),
@@ -179,10 +321,25 @@ def _corrupt(
     }
 
 
+def noise_mask(length: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+    """Which tokens are cut out, [length] bool; `seeds` [2, 2] for noise and for kept spans."""
+    padded = tf.maximum(length, 2)
+    noise = tf.cast(tf.round(tf.cast(padded, tf.float32) * NOISE_DENSITY), tf.int32)
+    noise = tf.clip_by_value(noise, 1, padded - 1)
+    spans = tf.cast(tf.round(tf.cast(noise, tf.float32) / MEAN_SPAN), tf.int32)
+    spans = tf.maximum(spans, 1)
+    kept_spans = _partition(padded - noise, spans, seeds[1])
+    noise_spans = _partition(noise, spans, seeds[0])
+    alternating = tf.reshape(tf.stack([kept_spans, noise_spans], axis=1), [-1])
+    return tf.repeat(tf.range(2 * spans) % 2 == 1, alternating)[:length]
+
+
 def _partition(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """[parts] positive integers that sum to `total`, uniform over all such rows."""
-    places = tf.random.experimental.stateless_shuffle(tf.range(1, total), seed)
-    cuts = tf.concat([[0], tf.sort(places[: parts - 1]), [total]], axis=0)
+    # T5's way to draw; tf.random's own shuffle would give other cuts for the same seed.
+    order = tf.argsort(tf.random.stateless_uniform([total - 1], seed))
+    places = 1 + tf.cast(tf.where(order < parts - 1)[:, 0], tf.int32)
+    cuts = tf.concat([[0], places, [total]], axis=0)
     return cuts[1:] - cuts[:-1]
 
 

@@ -1,68 +1,50 @@
-"""SentencePiece vocabularies with T5's ids: 0 padding, 1 EOS, 2 unknown, sentinels at the end."""
+"""Vocabularies with T5's ids: 0 padding, 1 EOS, 2 unknown, 100 sentinels at the end.
 
+A file holds a vocabulary: a SentencePiece model, or the word `bytes`. Packed text and every
+WORKDIR keep one, so that what was trained can be read anywhere.
+"""
+
+import abc
 import hashlib
-import io
+import os
 import re
-import sys
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
 
-from switch_jax.cache import cache_root, made_once
-from switch_jax.data import corpus
 from switch_jax.data.spans import EOS
 from switch_jax.errors import UserError
-from switch_jax.schema import Config
 
 PAD, UNK = 0, 2
 NUM_SENTINELS = 100
 FILE_NAME = "vocabulary.model"  # in a folder of packed text
-
-# T5 and mT5 pad their embeddings to a multiple of 128; ours use every id there is, but at
-# these sizes the sentinels shall be where those models expect them.
-_UNPADDED = {32128: 32100, 250112: 250100}
+BYTES = "bytes"  # what a config, and a file, call the vocabulary of bytes
 
 _SENTINEL = re.compile(r"<extra_id_(\d{1,2})>")
 
 
-class Vocabulary:
-    """A SentencePiece model's pieces, followed by 100 sentinels in descending order.
+class Vocabulary(abc.ABC):
+    """Pieces of text and their ids, followed by 100 sentinels in descending order.
 
     Attributes:
-      path: the SentencePiece model file.
+      name: what messages call it.
+      content: the bytes of its file.
       size: pieces and sentinels; every id is below it.
-      fingerprint: 32 hexadecimal digits that change with the model.
-
-    Raises `UserError` for a file that is missing, is no SentencePiece model, or gives
-    padding, EOS and unknown other ids than T5.
+      fingerprint: 32 hexadecimal digits that change with the content.
     """
 
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise UserError(
-                f"Vocabulary {str(path)!r} does not exist; set data.vocabulary to a SentencePiece"
-                " model, or to None for the mixture's own."
-            )
-        model = path.read_bytes()
-        self._pieces = sentencepiece.SentencePieceProcessor()
-        try:
-            self._pieces.LoadFromSerializedProto(model)
-        except RuntimeError as error:
-            raise UserError(
-                f"Vocabulary {str(path)!r} is not a SentencePiece model; set data.vocabulary to"
-                " one."
-            ) from error
-        ids = (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id())
-        if ids != (PAD, EOS, UNK):
-            raise UserError(
-                f"Vocabulary {str(path)!r} has pad, EOS and unknown at {ids}, not at (0, 1, 2) as"
-                " T5's; train one with `switch-jax data vocab`."
-            )
-        self.path = path
-        self.size: int = self._pieces.get_piece_size() + NUM_SENTINELS
-        self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
+    def __init__(self, name: str, content: bytes, pieces: int):
+        self.name = name
+        self.content = content
+        self.size = pieces + NUM_SENTINELS
+        self.fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    @property
+    def padded_size(self) -> int:
+        """The size that a model should have: a multiple of 128, as T5's and mT5's."""
+        return -(-self.size // 128) * 128
 
     def sentinel(self, number: int) -> int:
         """The id of `<extra_id_NUMBER>`, counting down from the last."""
@@ -76,7 +58,7 @@ class Vocabulary:
             return f"#{token}"
         if token >= self.size - NUM_SENTINELS:
             return f"<extra_id_{self.size - 1 - token}>"
-        return self._pieces.id_to_piece(token)
+        return self._piece(token)
 
     def encode(self, text: str) -> list[int]:
         """Ids without EOS; `<extra_id_0>` … `<extra_id_99>` in the text become sentinels."""
@@ -85,7 +67,7 @@ class Vocabulary:
             if i % 2:
                 ids.append(self.sentinel(int(part)))
             else:
-                ids += self._pieces.encode(part)
+                ids += self._encode(part)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -93,91 +75,83 @@ class Vocabulary:
         parts = []
         for is_piece, run in groupby(map(int, ids), lambda i: i < self.size - NUM_SENTINELS):
             if is_piece:
-                parts.append(self._pieces.decode(list(run)).strip())
+                parts.append(self._decode(list(run)).strip())
             else:
                 parts += [f"<extra_id_{self.size - 1 - i}>" for i in run if i < self.size]
         return " ".join(filter(None, parts))
 
-
-def train(texts: Iterable[str], path: Path, size: int) -> None:
-    """Trains a vocabulary of `size` ids, sentinels included, and writes it to `path`.
-
-    Text that holds fewer different pieces gives a smaller vocabulary. The same texts give
-    the same file. Raises `UserError` where `size` has no room for the text's characters.
-    """
-    lines = (line for text in texts for line in text.splitlines() if line.strip())
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type="unigram",
-            normalization_rule_name="nmt_nfkc",
-            byte_fallback=True,
-            vocab_size=size - NUM_SENTINELS,
-            hard_vocab_limit=False,
-            pad_id=PAD,
-            eos_id=EOS,
-            unk_id=UNK,
-            bos_id=-1,
-            # A third of the defaults' time; the pieces code text within 0.1 % as well.
-            num_sub_iterations=1,
-            shrinking_factor=0.5,
-            num_threads=1,  # the pieces depend on it
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        required = re.search(r"required_chars\. -?\d+ vs (\d+)", str(error))
-        if required is None:
-            raise
-        raise UserError(
-            f"A vocabulary of {size:,} ids has no room for bytes, sentinels and the text's"
-            f" characters; set model.vocab_size to at least {int(required[1]) + NUM_SENTINELS}."
-        ) from error
-    path.write_bytes(model.getvalue())
+    @abc.abstractmethod
+    def _piece(self, token: int) -> str: ...
+    @abc.abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
 
 
-def open_vocabulary(config: Config) -> Vocabulary:
-    """The vocabulary that a config reads and writes text with.
+class SentencePieces(Vocabulary):
+    """A SentencePiece model's pieces; raises `UserError` where it is none, or has other ids."""
 
-    It is `data.vocabulary` where that names a file, else the one that `data.data_dir` was
-    packed with, else the mixture's own, which is trained on first use.
-
-    Raises `UserError` where the file is missing or has more ids than `model.vocab_size`.
-    """
-    if config.data.vocabulary is not None:
-        path = Path(config.data.vocabulary)
-    elif config.data.reader == "store" and config.data.data_dir is not None:
-        path = Path(config.data.data_dir, FILE_NAME)
-        if not path.is_file():
+    def __init__(self, name: str, content: bytes):
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(content)
+        except RuntimeError as error:
             raise UserError(
-                f"There is no token store in {config.data.data_dir!r}; set data.data_dir to one,"
-                " or to None to have it made in the cache."
+                f"Vocabulary {name!r} is not a SentencePiece model; set data.vocabulary to one."
+            ) from error
+        ids = (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id())
+        if ids != (PAD, EOS, UNK):
+            raise UserError(
+                f"Vocabulary {name!r} has pad, EOS and unknown at {ids}, not at (0, 1, 2) as"
+                " T5's; train one with `switch-jax data vocab`."
             )
-    else:
-        path = _own(config.data.mixture, config.model.vocab_size)
-    vocabulary = Vocabulary(path)
-    if vocabulary.size > config.model.vocab_size:
+        super().__init__(name, content, self._pieces.get_piece_size())
+
+    def _piece(self, token: int) -> str:
+        return self._pieces.id_to_piece(token)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._pieces.encode(text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._pieces.decode(ids)
+
+
+class Bytes(Vocabulary):
+    """The 256 bytes of UTF-8, from id 3 on, as ByT5 has them."""
+
+    _FIRST = 3
+
+    def __init__(self):
+        super().__init__(BYTES, BYTES.encode(), self._FIRST + 256)
+
+    def _piece(self, token: int) -> str:
+        if token < self._FIRST:
+            return ("<pad>", "</s>", "<unk>")[token]
+        character = chr(token - self._FIRST)
+        return character if "!" <= character <= "~" else f"<0x{token - self._FIRST:02X}>"
+
+    def _encode(self, text: str) -> list[int]:
+        return [byte + self._FIRST for byte in text.encode("utf-8", "replace")]
+
+    def _decode(self, ids: list[int]) -> str:
+        data = bytes(i - self._FIRST for i in ids if i >= self._FIRST)
+        return data.decode("utf-8", "replace")
+
+
+def read(path: str | os.PathLike) -> Vocabulary:
+    """The vocabulary that a file holds; `bytes` is the one without a file.
+
+    Raises `UserError` for a file that is missing or holds none.
+    """
+    if str(path) == BYTES:
+        return Bytes()
+    path = Path(path).expanduser()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
         raise UserError(
-            f"Vocabulary {str(path)!r} has {vocabulary.size} ids, sentinels included; set"
-            f" model.vocab_size to at least that, not {config.model.vocab_size}."
-        )
-    return vocabulary
-
-
-def _own(mixture: str, model_vocab_size: int) -> Path:
-    size = _UNPADDED.get(model_vocab_size, model_vocab_size)
-    name = f"{mixture}-{corpus.fingerprint(mixture)[:16]}-{size}.model"
-
-    def build(path: Path) -> None:
-        texts = [document.text for document in corpus.documents(mixture, "train")]
-        megabytes = sum(len(text) for text in texts) / 1e6
-        print(
-            f"Training a vocabulary of {size:,} pieces on {megabytes:.1f} MB"
-            f" (once; about {max(1, round(1.5 * megabytes))} s) …",
-            file=sys.stderr,
-            flush=True,
-        )
-        train(texts, path, size)
-
-    return made_once(cache_root() / "vocabularies" / name, build)
+            f"Vocabulary {str(path)!r} cannot be read ({error.strerror}); set data.vocabulary to a"
+            f" SentencePiece model, to {BYTES}, or to None for one of the mixture's own."
+        ) from error
+    return Bytes() if content == BYTES.encode() else SentencePieces(str(path), content)

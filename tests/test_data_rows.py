@@ -1,39 +1,39 @@
-"""switch_jax.data.store, packing and peek: every token once, the same rows on any processes."""
-
-import json
-import subprocess
-import sys
+"""switch_jax.data.rows, store, packing and peek: every token once, the same rows anywhere."""
 
 import numpy as np
 import pytest
+import runs
 from conftest import share
 
-from switch_jax.data import corpus, open_batches, open_vocabulary, packing, spans, store
+from switch_jax.data import open_batches, open_vocabulary, packing, python_docs, spans, stores
 from switch_jax.data.batch import FEATURES, PACKED_FEATURES, Feed, feature_shapes
 from switch_jax.data.peek import peek
+from switch_jax.data.sources import SPLITS
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig, ModelConfig
 
 SIZE = 900
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny(tmp_path_factory):
-    documents = {split: list(corpus.documents("python_docs", split)) for split in corpus.SPLITS}
+@pytest.fixture(scope="module")
+def texts():
+    documents = [document.text for document in python_docs.documents()]
     # Short and long ones, so that packing has something to do.
-    train = documents["train"][:12] + [
-        corpus.Document(f"short/{i}", document.text[: 40 + 17 * i])
-        for i, document in enumerate(documents["train"][12:30])
-    ]
-    tiny = {"train": train, "validation": documents["validation"][:1]}
+    short = [text[: 40 + 17 * i] for i, text in enumerate(documents[12:30])]
+    return {"train": documents[:12] + short, "validation": documents[40:41]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text(tmp_path_factory, texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setitem(corpus.MIXTURES, "tiny", lambda split: tiny[split])
+        mixture = runs.write_text(tmp_path_factory.mktemp("text"), **texts)
+        patch.setattr(runs, "TEXT", mixture, raising=False)
         yield
 
 
 def config(**data):
-    defaults = dict(mixture="tiny", inputs_length=64, targets_length=20, batch_size=8, seed=3)
+    defaults = dict(mixture=runs.TEXT, inputs_length=64, targets_length=20, batch_size=8, seed=3)
     return Config(model=ModelConfig(vocab_size=SIZE), data=DataConfig(**(defaults | data)))
 
 
@@ -42,7 +42,12 @@ def same(a, b):
 
 
 def stored(split="train"):
-    return store.open_store(config(), split, open_vocabulary(config()))
+    """The tokens of a split."""
+    return stores.open_store(config().data, open_vocabulary(config())).tokens("text", split)
+
+
+def whole(tokens):
+    return tokens.take(np.zeros(1, int), len(tokens))[0]
 
 
 def uncorrupted(inputs, targets):
@@ -77,15 +82,14 @@ def packed_segments(batch):
             yield uncorrupted(inputs.tolist(), targets.tolist())
 
 
-def test_the_store_holds_every_document():
+def test_the_store_holds_every_document(texts):
     vocabulary = open_vocabulary(config())
-    for split in corpus.SPLITS:
+    for split in SPLITS:
         opened = stored(split)
-        documents = corpus.documents("tiny", split)
-        for i, document in enumerate(documents):
-            ids = opened.tokens[opened.offsets[i] : opened.offsets[i + 1]]
-            assert ids.dtype == np.uint16 and ids.tolist() == vocabulary.encode(document.text)
-        assert len(opened.offsets) == len(documents) + 1
+        for i, text in enumerate(texts[split]):
+            ids = whole(opened)[opened.offsets[i] : opened.offsets[i + 1]]
+            assert ids.dtype == np.uint16 and ids.tolist() == vocabulary.encode(text)
+        assert len(opened.offsets) == len(texts[split]) + 1
 
 
 @pytest.mark.parametrize("reader", ["store", "synthetic"])
@@ -114,7 +118,7 @@ def test_synthetic_batches_have_no_padding_and_two_segments():
 
 
 def test_every_chunk_comes_once_an_epoch_in_another_order():
-    tokens = stored().tokens
+    tokens = whole(stored())
     length = spans.span_lengths(64, 20).tokens
     chunks = len(tokens) // length
     it = open_batches(config(batch_size=chunks), "train")
@@ -125,7 +129,7 @@ def test_every_chunk_comes_once_an_epoch_in_another_order():
 
 
 def test_an_epoch_corrupts_anew():
-    chunks = len(stored().tokens) // spans.span_lengths(64, 20).tokens
+    chunks = len(stored()) // spans.span_lengths(64, 20).tokens
     it = open_batches(config(batch_size=chunks), "train")
     first, second = (set(map(tuple, next(it)["encoder_input_tokens"].tolist())) for _ in range(2))
     assert len(first & second) < 0.05 * chunks
@@ -179,9 +183,9 @@ def test_positions_in_other_data_are_refused(tmp_path):
 
 @pytest.mark.parametrize("targets_length", [14, 45])
 def test_packing_loses_nothing_and_keeps_documents_apart(targets_length):
-    opened, length = stored(), spans.span_lengths(64, 20).tokens
+    opened, tokens, length = stored(), whole(stored()), spans.span_lengths(64, 20).tokens
     pieces = [
-        tuple(opened.tokens[i : min(i + length, end)].tolist())
+        tuple(tokens[i : min(i + length, end)].tolist())
         for begin, end in zip(opened.offsets, opened.offsets[1:])
         for i in range(begin, end, length)
     ]
@@ -192,7 +196,7 @@ def test_packing_loses_nothing_and_keeps_documents_apart(targets_length):
         open_batches(config(pack=True, targets_length=targets_length, batch_size=rows), "train")
     )
     assert sorted(tuple(s) for s in packed_segments(batch)) == sorted(pieces)
-    for stack, tokens in (
+    for stack, name in (
         ("encoder", "encoder_input_tokens"),
         ("decoder", "decoder_target_tokens"),
     ):
@@ -201,7 +205,7 @@ def test_packing_loses_nothing_and_keeps_documents_apart(targets_length):
             used = np.count_nonzero(ids[row])
             assert (np.isin(np.diff(ids[row][:used]), [0, 1])).all() and ids[row][0] == 1
             assert not ids[row][used:].any() and not positions[row][used:].any()
-            assert not batch[tokens][row][used:].any()
+            assert not batch[name][row][used:].any()
             for segment in range(1, ids[row].max() + 1):
                 inside = positions[row][ids[row] == segment]
                 assert (inside == np.arange(len(inside))).all()
@@ -218,7 +222,7 @@ def test_longer_targets_are_padding_without_weight():
 
 
 def test_a_split_smaller_than_a_batch_is_repeated():
-    assert len(stored("validation").tokens) < 300 * 64
+    assert len(stored("validation")) < 300 * 64
     batch = next(open_batches(config(batch_size=300), "validation"))
     rows = list(map(tuple, joined_rows(batch)))
     assert len(rows) == 300 > len(set(rows)) > 1
@@ -230,9 +234,13 @@ def test_lengths_that_do_not_fit_are_refused(data):
         open_batches(config(**data), "train")
 
 
-def test_a_row_longer_than_the_split_is_refused():
-    with pytest.raises(UserError, match="less than one row"):
-        open_batches(config(inputs_length=10**5, targets_length=10**5), "validation")
+def test_a_split_shorter_than_a_row_is_one_short_row():
+    long = config(inputs_length=10**5, targets_length=10**5, batch_size=2)
+    batch = next(open_batches(long, "validation"))
+    lengths = spans.corrupted_lengths(len(stored("validation")))
+    assert ((batch["encoder_input_tokens"] > 0).sum(1) == lengths.inputs).all()
+    assert (batch["decoder_loss_weights"].sum(1) == lengths.targets).all()
+    assert (batch["encoder_input_tokens"][0] != batch["encoder_input_tokens"][1]).any()
 
 
 def test_processes_must_divide_the_batch():
@@ -241,58 +249,11 @@ def test_processes_must_divide_the_batch():
             open_batches(config(reader=reader), "train", share(0, 3))
 
 
-def test_a_named_store_must_be_there_whole_and_of_the_vocabulary(tmp_path):
-    named = config(data_dir=str(tmp_path / "packed"))
-    with pytest.raises(UserError, match=r"There is no token store .*packed"):
-        open_batches(named, "train")
-    store.pack("tiny", open_vocabulary(config()), tmp_path / "packed")
-    assert same(next(open_batches(named, "train")), next(open_batches(config(), "train")))
-    meta = tmp_path / "packed" / "train" / "meta.json"
-    whole = meta.read_text()
-    meta.write_text(json.dumps(json.loads(whole) | {"vocabulary": "other"}))
-    with pytest.raises(UserError, match="another vocabulary"):
-        open_batches(named, "train")
-    meta.write_text(whole)
-    tokens = tmp_path / "packed" / "train" / "tokens.bin"
-    tokens.write_bytes(tokens.read_bytes()[:-2])
-    with pytest.raises(UserError, match="damaged"):
-        open_batches(named, "train")
-
-
 @pytest.mark.parametrize("pack", [False, True])
 def test_peek_shows_text_padding_and_speed(pack, monkeypatch):
     monkeypatch.setattr("switch_jax.data.peek._TIMED_SECONDS", 0.01)
     text = peek(config(pack=pack, batch_size=2), 3)
-    assert "Example 3" in text and "Example 4" not in text
+    assert "text, example 3" in text and "example 4" not in text
     assert "<extra_id_0>" in text and "tokens per second" in text
     assert "Padding: 0.0% of the inputs" in text or pack
     assert ("inputs 1" in text) == pack
-
-
-_BLOCKED = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio"):
-            raise ModuleNotFoundError(f"blocked {name}", name=name)
-
-sys.meta_path.insert(0, Blocked())
-import switch_jax.data
-import switch_jax.data.peek
-assert "jax" not in sys.modules
-from switch_jax.schema import Config, DataConfig
-from switch_jax.errors import UserError
-synthetic = Config(data=DataConfig(reader="synthetic", batch_size=1))
-next(switch_jax.data.open_batches(synthetic, "train"))
-try:
-    switch_jax.data.open_batches(Config(data=DataConfig(reader="seqio")), "train")
-except UserError as error:
-    print(error)
-"""
-
-
-def test_only_the_seqio_reader_needs_tensorflow():
-    done = subprocess.run([sys.executable, "-c", _BLOCKED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'pip install "switch_jax[data]"' in done.stdout

@@ -1,0 +1,413 @@
+"""The texts of one file: JSON lines, plain text, TFRecords or Parquet, on a disk or in a bucket.
+
+| name                                       | a record                               |
+|--------------------------------------------|----------------------------------------|
+| `….json`, `….jsonl`, `….ndjson`            | a line: an object with a string `text` |
+| `….txt`                                    | lines, up to a blank one               |
+| `….tfrecord`, `….tfrecord-00000-of-00004`  | a tf.train.Example with a bytes `text` |
+| `….parquet`                                | a row with a string `text`             |
+
+All but Parquet may be compressed, with `.gz` or `.zst` behind the name. Files stream: memory is
+bounded by `MAX_RECORD`, however long a file, a line or a document is.
+"""
+
+import codecs
+import contextlib
+import functools
+import importlib
+import io
+import itertools
+import json
+import re
+import types
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+
+from switch_jax.data.bad_records import (
+    DAMAGED,
+    EMPTY,
+    MISSING,
+    NO_TEXT,
+    NOT_JSON,
+    NOT_UTF8,
+    TOO_LONG,
+    BadRecords,
+)
+from switch_jax.errors import UserError
+
+PART = 2**20  # characters
+MAX_RECORD = 2**28  # bytes of a line of JSON or of a TFRecord
+
+_NAME = re.compile(
+    r"\.(json|jsonl|ndjson|txt|tfrecords?|parquet(?!.*\.))(?:-\d+-of-\d+)?(\.gz|\.zst)?$"
+)
+
+_BLOCK = 2**16  # bytes read at once
+_PIECE = 2**10  # bytes decompressed at once, to 32 MiB where it is zstd at its densest
+_ROWS = 64  # of Parquet, decoded at once
+
+
+def is_known(name: str) -> bool:
+    """Whether `texts` can read a file of this name."""
+    return _NAME.search(name) is not None
+
+
+def texts(path: str, bad: BadRecords) -> Iterator[str]:
+    """A file's texts in order; one of more than `PART` characters in parts, to be joined.
+
+    Parts end in whitespace where there is some. Line ends of plain text become "\\n", and the
+    last one is left out. Blank lines among lines of JSON are nothing.
+
+    What cannot be read is added to `bad`, and reading goes on behind it where it can. Some is
+    noticed late: of a damaged compressed file, texts before the place may be wrong already; of
+    a long plain text, parts before bytes that are not UTF-8 are out already.
+
+    Raises `UserError` for a name that is not known, for a package that is missing, and where
+    `bad` does.
+    """
+    name = _NAME.search(path)
+    if name is None:
+        raise UserError(
+            f"{path} has no known format; use .json, .jsonl, .ndjson, .txt or .tfrecord, each"
+            " also with .gz or .zst, or .parquet."
+        )
+    read, unit = _READERS[name[1]]
+    place = _Place(path, unit, bad)
+    try:
+        with epath.Path(path).open("rb") as file:
+            if read is not _parquet:
+                file = io.BufferedReader(_Pieces(_PIECES[name[2]](file, path)), _BLOCK)
+            yield from read(file, place)
+    except _Bad as damage:  # nothing behind it can be read
+        place.number += 1
+        place.add(damage.kind)
+    except OSError:
+        bad.add(MISSING, path)
+    except ImportError as error:  # of what opens such a bucket
+        raise UserError(f"{path} needs a package that is missing: {error}.") from error
+
+
+class _Bad(Exception):
+    """A record is bad, or nothing behind what has been read can be read."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+
+class _Place:
+    """How many records of a file have been read."""
+
+    def __init__(self, path: str, unit: str, bad: BadRecords):
+        self.path = path
+        self.number = 0
+        self._unit = unit
+        self._bad = bad
+
+    def add(self, kind: str) -> None:
+        """Counts the record read last as bad."""
+        self._bad.add(kind, f"{self.path}, {self._unit} {self.number}")
+
+    def parts(self, text_of: Callable[[Any], str], record: Any) -> Iterator[str]:
+        """A record's text in parts; nothing where it is bad."""
+        try:
+            text = text_of(record)
+            if not text or text.isspace():
+                raise _Bad(EMPTY)
+        except _Bad as bad:
+            self.add(bad.kind)
+        else:
+            yield from _parts(text)
+
+
+def _parts(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > PART:
+        part = text[begin : begin + PART]
+        if not part[-1].isspace():
+            last_word = part.rsplit(None, 1)[-1]
+            part = part.removesuffix(last_word) or part
+        yield part
+        begin += len(part)
+    yield text[begin:]
+
+
+def _json_lines(file: io.BufferedReader, place: _Place) -> Iterator[str]:
+    while line := file.readline(MAX_RECORD + 1):
+        place.number += 1
+        if place.number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MAX_RECORD:
+            place.add(TOO_LONG)
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_BLOCK)
+        elif line and not line.isspace():
+            yield from place.parts(_json_text, line)
+
+
+def _json_text(line: bytes) -> str:
+    try:
+        record = json.loads(_decoded(line))
+    except (ValueError, RecursionError):
+        raise _Bad(NOT_JSON) from None
+    if not isinstance(record, dict):
+        raise _Bad(NOT_JSON)
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise _Bad(NO_TEXT)
+    if not _is_utf8(text):
+        raise _Bad(NOT_UTF8)
+    return text
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise _Bad(NOT_UTF8) from None
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether it can be encoded: lone surrogates cannot, such as "\\ud800" in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _plain_text(file: io.BufferedReader, place: _Place) -> Iterator[str]:
+    # Bytes that are not UTF-8 become lone surrogates.
+    reader = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape")
+    document: list[str] = []  # what of it is not out yet
+    size = 0
+    good = begins = True
+    while line := reader.readline(PART):  # or a part of one
+        place.number += begins
+        blank = begins and line.isspace() and (line.endswith("\n") or len(line) < PART)
+        begins = line.endswith("\n")
+        if blank:
+            yield from _last_part(document)
+            document, size, good = [], 0, True
+        elif good and not _is_utf8(line):
+            place.add(NOT_UTF8)
+            document, size, good = [], 0, False
+        elif good:
+            document.append(line)
+            size += len(line)
+            if size > PART:
+                *parts, rest = _parts("".join(document))
+                yield from parts
+                document, size = [rest], len(rest)
+    yield from _last_part(document)
+
+
+def _last_part(document: list[str]) -> Iterator[str]:
+    if text := "".join(document).removesuffix("\n"):
+        yield text
+
+
+def _tfrecords(file: io.BufferedReader, place: _Place) -> Iterator[str]:
+    crc32c = _package("google_crc32c", place.path).value
+
+    def intact(data: bytes, masked: bytes) -> bool:
+        crc = crc32c(data)
+        expected = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+        return masked == expected.to_bytes(4, "little")
+
+    while header := file.read(12):
+        if not intact(header[:8], header[8:]):
+            raise _Bad(DAMAGED)
+        length = int.from_bytes(header[:8], "little")
+        if length > MAX_RECORD:
+            _skip(file, length + 4)
+            place.number += 1
+            place.add(TOO_LONG)
+            continue
+        data, masked = file.read(length), file.read(4)
+        if len(masked) < 4:
+            raise _Bad(DAMAGED)
+        place.number += 1
+        if intact(data, masked):
+            yield from place.parts(_example_text, data)
+        else:
+            place.add(DAMAGED)
+
+
+def _skip(file: io.BufferedReader, size: int) -> None:
+    while size:
+        skipped = len(file.read(min(size, _BLOCK)))
+        if not skipped:
+            raise _Bad(DAMAGED)
+        size -= skipped
+
+
+def _example_text(data: bytes) -> str:
+    try:
+        features = _example_class().FromString(data).features.feature
+    except message.DecodeError:
+        raise _Bad(NO_TEXT) from None
+    values = [feature.value.bytes_list.value for feature in features if feature.key == b"text"]
+    if not values or len(values[-1]) != 1:
+        raise _Bad(NO_TEXT)
+    return _decoded(values[-1][0])
+
+
+@functools.cache
+def _example_class() -> Any:
+    """What of tf.train.Example holds a text; TensorFlow, if it is there, has its own."""
+    field = descriptor_pb2.FieldDescriptorProto
+    one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
+    file = descriptor_pb2.FileDescriptorProto(name="text.proto", package="text", syntax="proto3")
+    for owner, *fields in (
+        ("Example", ("features", one, "Features")),
+        ("Features", ("feature", many, "Entry")),  # on the wire, a map is a list of entries
+        ("Entry", ("key", one, None), ("value", one, "Feature")),
+        ("Feature", ("bytes_list", one, "BytesList")),
+        ("BytesList", ("value", many, None)),
+    ):
+        added = file.message_type.add(name=owner).field
+        for number, (name, label, of) in enumerate(fields, 1):
+            type_ = field.TYPE_MESSAGE if of else field.TYPE_BYTES
+            added.add(name=name, number=number, label=label, type=type_, type_name=of)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("text.Example"))
+
+
+def _parquet(file: Any, place: _Place) -> Iterator[str]:
+    pyarrow = _package("pyarrow", place.path)
+    damage = (pyarrow.ArrowException, OSError, ValueError)
+    # TensorFlow's files for buckets lack `closed`.
+    handle = types.SimpleNamespace(
+        read=file.read, seek=file.seek, tell=file.tell, close=lambda: None, closed=False
+    )
+    try:
+        # Without a buffer it would hold a column of a row group, which may be the whole file's.
+        opened = _package("pyarrow.parquet", place.path).ParquetFile(
+            handle, buffer_size=_BLOCK, pre_buffer=False, page_checksum_verification=True
+        )
+    except damage:
+        raise _Bad(DAMAGED) from None
+
+    def rows(group: int, at_once: int) -> Iterator[bytes | None]:
+        for batch in opened.iter_batches(at_once, [group], ["text"]):
+            try:
+                column = batch.column("text").cast(pyarrow.large_binary())
+            except (KeyError, pyarrow.ArrowNotImplementedError):  # none, or one without text
+                yield from [None] * batch.num_rows
+            else:
+                yield from column.to_pylist()
+
+    for group in range(opened.num_row_groups):
+        begin = place.number
+        for at_once in (_ROWS, 1):  # in front of damage one by one, or others went with it
+            try:
+                for data in itertools.islice(rows(group, at_once), place.number - begin, None):
+                    place.number += 1
+                    yield from place.parts(_row_text, data)
+                break
+            except damage:
+                pass
+        else:
+            place.number += 1
+            place.add(DAMAGED)
+        place.number = begin + opened.metadata.row_group(group).num_rows
+
+
+def _row_text(data: bytes | None) -> str:
+    if data is None:
+        raise _Bad(NO_TEXT)
+    return _decoded(data)
+
+
+def _package(name: str, path: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f'{path} needs {name}: pip install "switch_jax[data]".') from error
+
+
+class _Pieces(io.RawIOBase):
+    """Bytes that come in pieces, as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]):
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = memoryview(piece)
+        data = self._rest[: len(buffer)]
+        buffer[: len(data)] = data
+        self._rest = self._rest[len(data) :]
+        return len(data)
+
+
+def _blocks(file: Any) -> Iterator[bytes]:
+    while block := file.read(_BLOCK):
+        yield block
+
+
+def _decompressed(file: Any, new: Callable[[], Any], failure: type[Exception]) -> Iterator[bytes]:
+    decompressor = new()  # of a member or frame, of which there may be several
+    for block in _blocks(file):
+        for begin in range(0, len(block), _PIECE):
+            piece = block[begin : begin + _PIECE]
+            while piece:
+                if decompressor.eof:
+                    piece = piece.lstrip(b"\0")  # they may stand behind a member
+                    if piece:
+                        decompressor = new()
+                    continue
+                # A call that fails loses what came before; of zlib's, it can be had once more.
+                saved = decompressor.copy() if hasattr(decompressor, "copy") else None
+                try:
+                    data = decompressor.decompress(piece)
+                except failure:
+                    if saved:
+                        yield from _bytewise(saved, piece, failure)
+                    raise _Bad(DAMAGED) from None
+                yield data
+                piece = decompressor.unused_data
+    if not decompressor.eof:  # nor has an empty file an end
+        raise _Bad(DAMAGED)
+
+
+def _bytewise(decompressor: Any, piece: bytes, failure: type[Exception]) -> Iterator[bytes]:
+    with contextlib.suppress(failure):
+        for i in range(len(piece)):
+            yield decompressor.decompress(piece[i : i + 1])
+
+
+def _gzip(file: Any, path: str) -> Iterator[bytes]:
+    return _decompressed(file, lambda: zlib.decompressobj(wbits=31), zlib.error)
+
+
+def _zstd(file: Any, path: str) -> Iterator[bytes]:
+    zstandard = _package("zstandard", path)
+    frames = zstandard.ZstdDecompressor(max_window_size=2**31)  # as `zstd --long=31` writes
+    return _decompressed(file, frames.decompressobj, zstandard.ZstdError)
+
+
+_READERS: dict[str, tuple[Callable[[Any, _Place], Iterator[str]], str]] = {
+    **dict.fromkeys(("json", "jsonl", "ndjson"), (_json_lines, "line")),
+    "txt": (_plain_text, "line"),
+    **dict.fromkeys(("tfrecord", "tfrecords"), (_tfrecords, "record")),
+    "parquet": (_parquet, "row"),
+}
+
+_PIECES: dict[str | None, Callable[[Any, str], Iterator[bytes]]] = {
+    None: lambda file, path: _blocks(file),
+    ".gz": _gzip,
+    ".zst": _zstd,
+}

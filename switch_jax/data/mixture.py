@@ -1,0 +1,128 @@
+"""`data.mixture`: which sources training draws from, and how often.
+
+A mixture is one source, or several with commas between them, each with a rate or none:
+
+    c4
+    c4=0.7, /books/*.jsonl.gz=0.3
+    mc4
+
+Rates are shares of the training rows; they need not sum to one. Sources without a rate are drawn
+in proportion to (number of documents) ** `data.rate_exponent`: 0.3 for mT5 and mSwitch; it is one
+over what seqio calls the temperature. So are the members of a group such as mc4, whose rate they
+share.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from etils import epath
+
+from switch_jax.data.catalog import find, name_of
+from switch_jax.data.sources import Source
+from switch_jax.errors import UserError
+from switch_jax.schema import DataConfig
+
+
+class Part(NamedTuple):
+    """A source or group of sources as the config names it."""
+
+    spec: str
+    rate: float | None
+
+
+def parse(mixture: str) -> list[Part]:
+    """Raises `UserError` for a mixture without parts, and where only some have a rate."""
+    parts = []
+    for item in filter(None, map(str.strip, mixture.split(","))):
+        spec, _, text = item.rpartition("=")
+        try:
+            parts.append(Part(spec.strip(), float(text)))
+        except ValueError:  # no rate, or an `=` within a path
+            parts.append(Part(item, None))
+    rates = [part.rate for part in parts if part.rate is not None]
+    if not parts or not all(part.spec for part in parts):
+        raise UserError(f"data.mixture={mixture!r} names no source; name one, as python_docs.")
+    if rates and (len(rates) < len(parts) or not min(rates) > 0):
+        raise UserError(
+            f"data.mixture={mixture!r}: give every source a rate above 0, or none of them."
+        )
+    return parts
+
+
+def find_sources(data: DataConfig) -> list[Source]:
+    """The sources of a config's mixture, where their text lies; no two have the same name.
+
+    Raises `UserError` where one is not found.
+    """
+    if data.data_dir is not None and not epath.Path(data.data_dir).is_dir():
+        raise UserError(
+            f"data.data_dir={data.data_dir!r} does not exist; name the folder or bucket that has"
+            " the text, or what `switch-jax data pack` wrote."
+        )
+    sources: dict[str, Source] = {}
+    for part in parse(data.mixture):
+        for source in find(part.spec, data.data_dir):
+            source.name = _unused(source.name, sources)
+            sources[source.name] = source
+    return list(sources.values())
+
+
+def shares(data: DataConfig, documents: Mapping[str, int | None]) -> dict[str, float]:
+    """Of each source in a config's mixture, the share of the training rows, which sum to one.
+
+    Args:
+      documents: of the sources there are, how many training documents each has, where known.
+
+    Raises `UserError` where the mixture names one that is not there, or where the number of
+    documents matters and is not known.
+    """
+    weights: dict[str, float] = {}
+    for part in parse(data.mixture):
+        stem = _unused(name_of(part.spec), weights)
+        members = [n for n in documents if n == stem or (stem == "mc4" and n.startswith("mc4."))]
+        if not members:
+            raise UserError(
+                f"data.mixture names {stem}, and there is only {', '.join(sorted(documents))}; name"
+                " one of these, or pack it with `switch-jax data pack`."
+            )
+        alone = len(members) == 1 and (part.rate is not None or part.spec == data.mixture.strip())
+        sizes = {name: 1.0 if alone else _size(data, name, documents[name]) for name in members}
+        total = sum(sizes.values())
+        rate = total if part.rate is None else part.rate
+        weights |= {name: rate * size / total for name, size in sizes.items()}
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def _size(data: DataConfig, name: str, documents: int | None) -> float:
+    """What a source without a rate weighs."""
+    documents = _counts(data.counts).get(name, documents)
+    if not documents:
+        raise UserError(
+            f"How many documents {name} has is not known, and its rate depends on it; give rates in"
+            " data.mixture, or name a JSON file of the numbers, by source, as data.counts."
+        )
+    return documents**data.rate_exponent
+
+
+def _counts(path: str | None) -> dict[str, int]:
+    if path is None:
+        return {}
+    try:
+        counts = json.loads(Path(path).expanduser().read_text())
+        if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+            raise ValueError("it must be an object of whole numbers")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data.counts={path!r} cannot be read ({error}); name a JSON file such as"
+            ' {"mc4.sw": 985654, "c4": 364868892}.'
+        ) from error
+    return counts
+
+
+def _unused(name: str, names: Collection[str]) -> str:
+    """`name`, with a number behind it where it is taken."""
+    numbered = (f"{name}_{i}" for i in range(2, len(names) + 3))
+    return next(n for n in (name, *numbered) if n not in names)

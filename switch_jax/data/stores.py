@@ -1,0 +1,54 @@
+"""Which store a config reads, made where it is needed."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from switch_jax.cache import cache_root, made_once
+from switch_jax.data import mixture
+from switch_jax.data.pack import pack
+from switch_jax.data.store import TokenStore, is_store
+from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.errors import UserError
+from switch_jax.schema import DataConfig
+
+_PACKED_UNASKED = 4 * 2**30  # bytes of text
+
+
+def open_store(data: DataConfig, vocabulary: Vocabulary) -> TokenStore:
+    """The store that a config reads; in the cache, made on first use, unless it names one.
+
+    Raises `UserError` where the named one is damaged or of another vocabulary, or the text is too
+    much to be packed unasked.
+    """
+    if data.data_dir is not None and is_store(data.data_dir):
+        directory = Path(data.data_dir)
+    else:
+        directory = _cached(data, vocabulary)
+    store = TokenStore(directory)
+    if store.vocabulary != vocabulary.fingerprint:
+        raise UserError(
+            f"The text in {str(directory)!r} was packed with another vocabulary than"
+            f" {vocabulary.name!r}; set data.vocabulary to None to use its own."
+        )
+    return store
+
+
+def _cached(data: DataConfig, vocabulary: Vocabulary) -> Path:
+    sources = mixture.find_sources(data)
+    size = sum(source.size() for source in sources)
+    if size > _PACKED_UNASKED:
+        raise UserError(
+            f"data.mixture={data.mixture} is {size / 2**30:,.0f} GiB of text; pack it once with"
+            " `switch-jax data pack` and set data.data_dir to what that wrote, or set"
+            " data.reader=seqio to read it as it streams."
+        )
+    text = [(source.name, source.fingerprint) for source in sources]
+    described = repr((text, vocabulary.fingerprint)).encode()
+    digest = hashlib.blake2b(described, digest_size=8).hexdigest()
+    name = f"{sources[0].name.replace('/', '-')}-{digest}"
+
+    def build(path: Path) -> None:
+        pack(data, vocabulary, path, workers=os.cpu_count() or 1)
+
+    return made_once(cache_root() / "stores" / name, build)

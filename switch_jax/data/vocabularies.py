@@ -1,0 +1,141 @@
+"""Which vocabulary a config reads text with, and training one on a mixture."""
+
+import hashlib
+import io
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from switch_jax.cache import cache_root, made_once
+from switch_jax.data import mixture
+from switch_jax.data.bad_records import BadRecords
+from switch_jax.data.sources import Source
+from switch_jax.data.spans import EOS
+from switch_jax.data.vocabulary import FILE_NAME, NUM_SENTINELS, PAD, UNK, Vocabulary, read
+from switch_jax.errors import UserError
+from switch_jax.schema import Config, DataConfig
+
+# T5 and mT5 pad their embeddings to a multiple of 128; ours use every id there is, but at
+# these sizes the sentinels shall be where those models expect them.
+_UNPADDED = {32128: 32100, 250112: 250100}
+
+SAMPLE = 20_000_000  # characters that a vocabulary of a mixture's own is trained on
+
+
+def open_vocabulary(config: Config) -> Vocabulary:
+    """The vocabulary that a config reads and writes text with.
+
+    It is `data.vocabulary` where that names one, else the one that `data.data_dir` was packed
+    with, else the mixture's own, which is trained on first use.
+
+    Raises `UserError` where it cannot be read or has more ids than `model.vocab_size`.
+    """
+    data = config.data
+    packed = None if data.data_dir is None else Path(data.data_dir, FILE_NAME)
+    if data.vocabulary is not None:
+        vocabulary = read(data.vocabulary)
+    elif packed is not None and packed.is_file():
+        vocabulary = read(packed)
+    else:
+        vocabulary = read(_own(data, config.model.vocab_size))
+    if vocabulary.size > config.model.vocab_size:
+        raise UserError(
+            f"Vocabulary {vocabulary.name!r} has {vocabulary.size} ids, sentinels included, and"
+            f" model.vocab_size={config.model.vocab_size}; set it to {vocabulary.padded_size}."
+        )
+    return vocabulary
+
+
+def train(texts: Iterable[str], path: Path, size: int, coverage: float = 0.9995) -> None:
+    """Trains a SentencePiece vocabulary and writes it to `path`.
+
+    Args:
+      size: ids, sentinels included. Text that holds fewer different pieces gives fewer.
+      coverage: share of the text's characters that are pieces of their own; the others are
+        written as bytes. mT5 has 0.99999.
+
+    The same texts give the same file. Raises `UserError` where `size` has no room for the
+    characters, or there is no text.
+    """
+    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="unigram",
+            normalization_rule_name="nmt_nfkc",
+            byte_fallback=True,
+            vocab_size=size - NUM_SENTINELS,
+            hard_vocab_limit=False,
+            character_coverage=coverage,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            bos_id=-1,
+            # A third of the defaults' time; the pieces code text within 0.1 % as well.
+            num_sub_iterations=1,
+            shrinking_factor=0.5,
+            num_threads=1,  # the pieces depend on it
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        required = re.search(r"required_chars\. -?\d+ vs (\d+)", str(error))
+        if required is not None:
+            raise UserError(
+                f"A vocabulary of {size:,} ids has no room for bytes, sentinels and the text's"
+                " characters; set model.vocab_size to at least"
+                f" {int(required[1]) + NUM_SENTINELS}, or a lower --coverage."
+            ) from error
+        if "sentences_.empty()" in str(error):
+            raise UserError("There is no text to train a vocabulary on.") from error
+        raise
+    path.write_bytes(model.getvalue())
+
+
+def sample(data: DataConfig, sources: list[Source], characters: int) -> Iterator[str]:
+    """Training text of a mixture, each source in its share, from all over each of them.
+
+    The same every time. Sources that hold less than their share give all they have.
+    """
+    documents = {source.name: source.documents("train") for source in sources}
+    if None in documents.values():  # what comes closest
+        documents = {source.name: source.size() for source in sources}
+    shares = mixture.shares(data, documents)
+    bad = BadRecords("skip")  # whoever packs or trains on these will be told of them
+    for source in sources:
+        shards = source.shards("train")
+        left = shares[source.name] * characters
+        for number, shard in enumerate(shards):
+            here = left / (len(shards) - number)
+            for text in source.texts("train", shard, bad):
+                if here <= 0:
+                    break
+                yield text
+                here -= len(text)
+                left -= len(text)
+
+
+def _own(data: DataConfig, model_vocab_size: int) -> Path:
+    size = _UNPADDED.get(model_vocab_size, model_vocab_size)
+    sources = mixture.find_sources(data)
+    made_of = [(source.name, source.fingerprint) for source in sources]
+    described = repr((made_of, data.mixture, data.rate_exponent, data.counts)).encode()
+    digest = hashlib.blake2b(described, digest_size=8).hexdigest()
+    name = f"{sources[0].name.replace('/', '-')}-{digest}-{size}.model"
+
+    def build(path: Path) -> None:
+        texts = list(sample(data, sources, SAMPLE))
+        megabytes = sum(len(text) for text in texts) / 1e6
+        print(
+            f"Training a vocabulary of {size:,} pieces on {megabytes:.1f} MB of text"
+            f" (once; about {max(1, round(1.5 * megabytes))} s) …",
+            file=sys.stderr,
+            flush=True,
+        )
+        train(texts, path, size)
+
+    return made_once(cache_root() / "vocabularies" / name, build)

@@ -1,0 +1,207 @@
+"""What each verb of the command line does; heavy modules are imported by those that need them."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from switch_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from switch_jax.schema import Config
+    from switch_jax.workdir import Workdir
+
+
+def _load_config(args: argparse.Namespace) -> "Config":
+    from switch_jax import config
+
+    return config.load(args.config, args.overrides)
+
+
+def _start(args: argparse.Namespace, config: "Config | None" = None) -> None:
+    """Starts JAX, and finds the other processes where there are several."""
+    from switch_jax import config as config_lib
+    from switch_jax import launch
+
+    flags = None
+    if hasattr(args, "process_id"):
+        flags = launch.from_flags(args.coordinator, args.num_processes, args.process_id)
+    facts = {"the verb": args.verb}
+    if hasattr(args, "workdir"):
+        facts["--workdir"] = os.path.abspath(args.workdir)
+    facts |= args.overrides if config is None else config_lib.flat(config)
+    from switch_jax import backend
+
+    backend.start(flags, facts)
+
+
+def _show(text: str) -> None:
+    """Prints a result; of several processes, the first does."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text)
+
+
+def train(args: argparse.Namespace) -> int:
+    config = _load_config(args)
+    _start(args, config)
+    from switch_jax.train import train
+    from switch_jax.workdir import Workdir
+
+    stopped_by = train(config, Workdir(args.workdir))
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _find_checkpoint(args: argparse.Namespace) -> "tuple[Workdir, Path, Config]":
+    """WORKDIR and checkpoint of `--workdir`, and the config they are used with."""
+    from switch_jax import checkpoint, config
+
+    _start(args)
+    workdir, folder = checkpoint.find_together(args.workdir)
+    made_with = config.override(workdir.config(), args.overrides)
+    return workdir, folder, _load_config(args) if args.config else made_with
+
+
+def eval(args: argparse.Namespace) -> None:
+    from switch_jax.evaluate import evaluate_checkpoint
+
+    metrics = evaluate_checkpoint(*_find_checkpoint(args))
+    shown = ("cross_entropy", "neg_log_perplexity", "accuracy", "unigram_entropy")
+    lines = [f"{name:20} {metrics[name]:.4f}" for name in shown]
+    for name, value in metrics.items():
+        if name.endswith("/cross_entropy"):  # of one source among several
+            lines.append(f"{name:32} {value:.4f}")
+    _show(json.dumps(metrics) if args.json else "\n".join(lines))
+
+
+def experts(args: argparse.Namespace) -> None:
+    if args.output and Path(args.output).is_file():
+        raise UserError(f"{args.output} is a file; name a folder as --output.")
+    import jax
+
+    from switch_jax import experts, experts_report, plots
+
+    plots.matplotlib()  # missing: say so before anything is computed
+    workdir, folder, config = _find_checkpoint(args)
+    text = None if args.input is None else Path(args.input)
+    analysis = experts.analyse(workdir, folder, config, text)
+    if jax.process_index():
+        return
+    output = Path(args.output) if args.output else workdir.experts
+    written = experts_report.write(analysis, output)
+    if args.json:
+        print(json.dumps(analysis))
+    else:
+        print("\n".join([*map(str, written), "", experts_report.render(analysis)]))
+
+
+def generate(args: argparse.Namespace) -> None:
+    if args.input and not Path(args.input).is_file():
+        raise UserError(f"Input file {args.input!r} does not exist.")
+    texts = Path(args.input).read_text(errors="replace").splitlines() if args.input else [args.text]
+    from switch_jax import checkpoint
+    from switch_jax.data.vocabulary import read
+    from switch_jax.decode import fill_blanks
+
+    _start(args)
+    workdir, folder = checkpoint.find_together(args.workdir)
+    vocabulary = read(workdir.vocabulary)
+    model = checkpoint.load(folder)
+    for text in texts:
+        _show(fill_blanks(model, vocabulary, text, max_length=args.max_length))
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from switch_jax import accounting, chips, meshes
+
+    config = _load_config(args)
+    summary, suggestions = accounting.summary(config), []
+    if args.topology:
+        chip, devices = chips.of_topology(args.topology)
+        suggestions = meshes.suggest(config, chip, devices * args.slices, args.slices)
+        summary["meshes"] = [meshes.as_json(suggestion) for suggestion in suggestions]
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(accounting.render(summary))
+        if suggestions:
+            print("", meshes.render(suggestions), sep="\n")
+
+
+def compile(args: argparse.Namespace) -> None:
+    config = _load_config(args)
+    from switch_jax import aot, plots
+
+    if args.output:
+        plots.matplotlib()  # missing: say so before minutes of compilation
+    target = aot.Target(args.topology, args.slices)
+    result = aot.compile_step(config, target)
+    if args.output:
+        plots.placement(result, Path(args.output))
+    print(json.dumps(result) if args.json else aot.render(result), flush=True)
+    if not result["fits"]:
+        raise UserError(aot.remedy(config, target, result))
+
+
+def bench(args: argparse.Namespace) -> None:
+    config = _load_config(args)
+    _start(args, config)
+    from switch_jax import bench
+
+    result = bench.run(config, args.repeats)
+    _show(json.dumps(result) if args.json else bench.render(result))
+
+
+def plot(args: argparse.Namespace) -> None:
+    from switch_jax import plots, speedup
+    from switch_jax.report import read_metrics
+    from switch_jax.workdir import Workdir
+
+    workdirs = [Workdir(path) for path in args.workdir]
+    folder = Path(args.output) if args.output else workdirs[0].figures
+    for path in plots.draw(workdirs, folder):
+        print(path)
+    runs = [read_metrics(workdir) for workdir in workdirs]
+    if len(runs) == 2 and speedup.common_sources(*runs):
+        print("", speedup.render(speedup.compare(*runs), *args.workdir), sep="\n")
+
+
+def data_vocab(args: argparse.Namespace) -> None:
+    from switch_jax.data import mixture, vocabularies
+    from switch_jax.data.vocabulary import read
+
+    config, output = _load_config(args), Path(args.output)
+    if output.exists():
+        raise UserError(f"{output} exists already; choose another --output.")
+    texts = vocabularies.sample(
+        config.data, mixture.find_sources(config.data), round(args.megabytes * 1e6)
+    )
+    vocabularies.train(texts, output, config.model.vocab_size, args.coverage)
+    vocabulary = read(output)
+    print(
+        f"{output}: {vocabulary.size:,} ids, 100 sentinels included; train with"
+        f" data.vocabulary={output} and model.vocab_size={vocabulary.padded_size}"
+    )
+
+
+def data_pack(args: argparse.Namespace) -> int:
+    from switch_jax.data import open_vocabulary
+    from switch_jax.data.pack import pack, render
+
+    config, output = _load_config(args), Path(args.output)
+    try:
+        manifest = pack(config.data, open_vocabulary(config), output, args.workers)
+    except KeyboardInterrupt:
+        print("Stopped; the same command continues from there.")
+        return 130
+    print(render(manifest))
+    print(f"Train on it with data.reader=store data.data_dir={output}")
+    return 0
+
+
+def data_peek(args: argparse.Namespace) -> None:
+    from switch_jax.data.peek import peek
+
+    print(peek(_load_config(args), args.count, args.split))
