@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from switch_jax.data import formats
+from switch_jax.data import compression, formats
 from switch_jax.data.bad_records import DAMAGED, EMPTY, MISSING, NOT_UTF8, TOO_LONG, BadRecords
 from switch_jax.errors import UserError
 
@@ -80,8 +80,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(params=[None, 5], ids=["usual pieces", "small pieces"])
 def pieces(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(formats, "_BLOCK", 3 * request.param)
-        monkeypatch.setattr(formats, "_PIECE", request.param)
+        for module in (compression, formats):
+            monkeypatch.setattr(module, "_BLOCK", 3 * request.param)
+        monkeypatch.setattr(compression, "_PIECE", request.param)
 
 
 letters = st.characters(exclude_categories=["Cs"], exclude_characters="\r\n")

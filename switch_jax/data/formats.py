@@ -12,15 +12,12 @@ bounded by `MAX_RECORD`, however long a file, a line or a document is.
 """
 
 import codecs
-import contextlib
 import functools
-import importlib
 import io
 import itertools
 import json
 import re
 import types
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,6 +34,7 @@ from switch_jax.data.bad_records import (
     TOO_LONG,
     BadRecords,
 )
+from switch_jax.data.compression import Damaged, package, stream
 from switch_jax.errors import UserError
 
 PART = 2**20  # characters
@@ -47,7 +45,6 @@ _NAME = re.compile(
 )
 
 _BLOCK = 2**16  # bytes read at once
-_PIECE = 2**10  # bytes decompressed at once, to 32 MiB where it is zstd at its densest
 _ROWS = 64  # of Parquet, decoded at once
 
 
@@ -80,11 +77,11 @@ def texts(path: str, bad: BadRecords) -> Iterator[str]:
     try:
         with epath.Path(path).open("rb") as file:
             if read is not _parquet:
-                file = io.BufferedReader(_Pieces(_PIECES[name[2]](file, path)), _BLOCK)
+                file = stream(file, name[2], path)
             yield from read(file, place)
-    except _Bad as damage:  # nothing behind it can be read
+    except Damaged:
         place.number += 1
-        place.add(damage.kind)
+        place.add(DAMAGED)
     except OSError:
         bad.add(MISSING, path)
     except ImportError as error:  # of what opens such a bucket
@@ -92,7 +89,7 @@ def texts(path: str, bad: BadRecords) -> Iterator[str]:
 
 
 class _Bad(Exception):
-    """A record is bad, or nothing behind what has been read can be read."""
+    """A record is bad."""
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -211,7 +208,7 @@ def _last_part(document: list[str]) -> Iterator[str]:
 
 
 def _tfrecords(file: io.BufferedReader, place: _Place) -> Iterator[str]:
-    crc32c = _package("google_crc32c", place.path).value
+    crc32c = package("google_crc32c", place.path).value
 
     def intact(data: bytes, masked: bytes) -> bool:
         crc = crc32c(data)
@@ -220,7 +217,7 @@ def _tfrecords(file: io.BufferedReader, place: _Place) -> Iterator[str]:
 
     while header := file.read(12):
         if not intact(header[:8], header[8:]):
-            raise _Bad(DAMAGED)
+            raise Damaged
         length = int.from_bytes(header[:8], "little")
         if length > MAX_RECORD:
             _skip(file, length + 4)
@@ -229,7 +226,7 @@ def _tfrecords(file: io.BufferedReader, place: _Place) -> Iterator[str]:
             continue
         data, masked = file.read(length), file.read(4)
         if len(masked) < 4:
-            raise _Bad(DAMAGED)
+            raise Damaged
         place.number += 1
         if intact(data, masked):
             yield from place.parts(_example_text, data)
@@ -241,7 +238,7 @@ def _skip(file: io.BufferedReader, size: int) -> None:
     while size:
         skipped = len(file.read(min(size, _BLOCK)))
         if not skipped:
-            raise _Bad(DAMAGED)
+            raise Damaged
         size -= skipped
 
 
@@ -279,7 +276,7 @@ def _example_class() -> Any:
 
 
 def _parquet(file: Any, place: _Place) -> Iterator[str]:
-    pyarrow = _package("pyarrow", place.path)
+    pyarrow = package("pyarrow", place.path)
     damage = (pyarrow.ArrowException, OSError, ValueError)
     # TensorFlow's files for buckets lack `closed`.
     handle = types.SimpleNamespace(
@@ -287,11 +284,11 @@ def _parquet(file: Any, place: _Place) -> Iterator[str]:
     )
     try:
         # Without a buffer it would hold a column of a row group, which may be the whole file's.
-        opened = _package("pyarrow.parquet", place.path).ParquetFile(
+        opened = package("pyarrow.parquet", place.path).ParquetFile(
             handle, buffer_size=_BLOCK, pre_buffer=False, page_checksum_verification=True
         )
     except damage:
-        raise _Bad(DAMAGED) from None
+        raise Damaged from None
 
     def rows(group: int, at_once: int) -> Iterator[bytes | None]:
         for batch in opened.iter_batches(at_once, [group], ["text"]):
@@ -324,90 +321,9 @@ def _row_text(data: bytes | None) -> str:
     return _decoded(data)
 
 
-def _package(name: str, path: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f'{path} needs {name}: pip install "switch_jax[data]".') from error
-
-
-class _Pieces(io.RawIOBase):
-    """Bytes that come in pieces, as a file."""
-
-    def __init__(self, pieces: Iterator[bytes]):
-        self._pieces = pieces
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return 0
-            self._rest = memoryview(piece)
-        data = self._rest[: len(buffer)]
-        buffer[: len(data)] = data
-        self._rest = self._rest[len(data) :]
-        return len(data)
-
-
-def _blocks(file: Any) -> Iterator[bytes]:
-    while block := file.read(_BLOCK):
-        yield block
-
-
-def _decompressed(file: Any, new: Callable[[], Any], failure: type[Exception]) -> Iterator[bytes]:
-    decompressor = new()  # of a member or frame, of which there may be several
-    for block in _blocks(file):
-        for begin in range(0, len(block), _PIECE):
-            piece = block[begin : begin + _PIECE]
-            while piece:
-                if decompressor.eof:
-                    piece = piece.lstrip(b"\0")  # they may stand behind a member
-                    if piece:
-                        decompressor = new()
-                    continue
-                # A call that fails loses what came before; of zlib's, it can be had once more.
-                saved = decompressor.copy() if hasattr(decompressor, "copy") else None
-                try:
-                    data = decompressor.decompress(piece)
-                except failure:
-                    if saved:
-                        yield from _bytewise(saved, piece, failure)
-                    raise _Bad(DAMAGED) from None
-                yield data
-                piece = decompressor.unused_data
-    if not decompressor.eof:  # nor has an empty file an end
-        raise _Bad(DAMAGED)
-
-
-def _bytewise(decompressor: Any, piece: bytes, failure: type[Exception]) -> Iterator[bytes]:
-    with contextlib.suppress(failure):
-        for i in range(len(piece)):
-            yield decompressor.decompress(piece[i : i + 1])
-
-
-def _gzip(file: Any, path: str) -> Iterator[bytes]:
-    return _decompressed(file, lambda: zlib.decompressobj(wbits=31), zlib.error)
-
-
-def _zstd(file: Any, path: str) -> Iterator[bytes]:
-    zstandard = _package("zstandard", path)
-    frames = zstandard.ZstdDecompressor(max_window_size=2**31)  # as `zstd --long=31` writes
-    return _decompressed(file, frames.decompressobj, zstandard.ZstdError)
-
-
 _READERS: dict[str, tuple[Callable[[Any, _Place], Iterator[str]], str]] = {
     **dict.fromkeys(("json", "jsonl", "ndjson"), (_json_lines, "line")),
     "txt": (_plain_text, "line"),
     **dict.fromkeys(("tfrecord", "tfrecords"), (_tfrecords, "record")),
     "parquet": (_parquet, "row"),
-}
-
-_PIECES: dict[str | None, Callable[[Any, str], Iterator[bytes]]] = {
-    None: lambda file, path: _blocks(file),
-    ".gz": _gzip,
-    ".zst": _zstd,
 }

@@ -10,9 +10,9 @@ import os
 import re
 from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
 
 import sentencepiece
+from etils import epath
 
 from switch_jax.data.spans import EOS
 from switch_jax.errors import UserError
@@ -146,12 +146,13 @@ def read(path: str | os.PathLike) -> Vocabulary:
     """
     if str(path) == BYTES:
         return Bytes()
-    path = Path(path).expanduser()
+    file = epath.Path(path).expanduser()
     try:
-        content = path.read_bytes()
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(
-            f"Vocabulary {str(path)!r} cannot be read ({error.strerror}); set data.vocabulary to a"
-            f" SentencePiece model, to {BYTES}, or to None for one of the mixture's own."
+            f"Vocabulary {str(file)!r} cannot be read ({error.strerror or error}); set"
+            f" data.vocabulary to a SentencePiece model, to {BYTES}, or to None for one of the"
+            " mixture's own."
         ) from error
-    return Bytes() if content == BYTES.encode() else SentencePieces(str(path), content)
+    return Bytes() if content == BYTES.encode() else SentencePieces(str(file), content)

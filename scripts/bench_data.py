@@ -1,0 +1,155 @@
+"""Times the input pipelines side by side, in one run, and prints docs/benchmarks.md's table.
+
+    pip install -e ".[data]" grain
+    taskset -c 0 python scripts/bench_data.py
+
+The text is what every Python has, once as one source and once in 107 pieces, as mC4 is in 107
+languages. All readers make batches of 64 rows of 512 inputs and 114 targets in a vocabulary of
+4096. Without `taskset` they use all cores. Timings alternate: every reader has a turn in every
+round, and the median counts.
+"""
+
+import argparse
+import functools
+import gzip
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from switch_jax.data import open_batches, open_vocabulary, python_docs
+from switch_jax.data.batch import Batch, padded_batch
+from switch_jax.data.pack import pack
+from switch_jax.data.spans import corrupt, span_lengths
+from switch_jax.data.store import TokenStore
+from switch_jax.schema import Config, DataConfig, ModelConfig
+
+ROWS, SOURCES, SHARDS = 64, 107, 8
+TURN = 1.5  # seconds
+
+
+def config(**data) -> Config:
+    settings = {"inputs_length": 512, "targets_length": 114, "batch_size": ROWS} | data
+    return Config(model=ModelConfig(vocab_size=4096), data=DataConfig(**settings))
+
+
+def write(path: Path, texts: list[str]) -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def documents() -> list[str]:
+    """Texts as long as C4's are in the mean, about 2,200 characters."""
+    whole = (document.text for document in python_docs.documents())
+    return [text[i : i + 2200] for text in whole for i in range(0, len(text), 2200)]
+
+
+def grain_batches(folder: Path, data: DataConfig, first_sentinel: int) -> Iterator[Batch]:
+    """The rows of a store from ArrayRecord, read by Grain and corrupted as ours are."""
+    import grain
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    def batch(rows: list[bytes], numbers: np.random.Generator) -> Batch:
+        tokens = np.stack([np.frombuffer(row, np.uint16) for row in rows])
+        examples = numbers.integers(0, 2**62, len(rows))
+        return padded_batch(*corrupt(tokens, data.seed, examples, first_sentinel), data)
+
+    rows = grain.MapDataset.source(ArrayRecordDataSource(sorted(map(str, folder.iterdir()))))
+    rows = rows.seed(data.seed).shuffle().repeat()
+    batches = rows.batch(ROWS, batch_fn=list).random_map(batch)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def write_array_records(folder: Path, store: TokenStore, name: str, length: int) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder.mkdir()
+    tokens = store.tokens(name, "train")
+    for shard in range(SHARDS):
+        writer = ArrayRecordWriter(str(folder / f"{shard:05d}.array_record"), "group_size:1")
+        for row in range(shard, len(tokens) // length, SHARDS):
+            writer.write(tokens.take(np.array([row * length]), length)[0].tobytes())
+        writer.close()
+
+
+def speed(batches: Iterator[Batch]) -> float:
+    """Tokens a second, padding not counted."""
+    tokens, began = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - began) < TURN:
+        batch = next(batches)
+        tokens += np.count_nonzero(batch["encoder_input_tokens"])
+        tokens += np.count_nonzero(batch["decoder_target_tokens"])
+    return tokens / seconds
+
+
+def readers(folder: Path) -> dict[str, Callable[[], Iterator[Batch]]]:
+    """How each reader is opened, by what the table calls it."""
+    texts = documents()
+    for shard in range(SHARDS):
+        write(folder / f"one-{shard:05d}-of-{SHARDS:05d}.jsonl.gz", texts[shard::SHARDS])
+    for source in range(SOURCES):
+        write(folder / f"part{source}.jsonl.gz", texts[source::SOURCES])
+    one = f"{folder}/one-*"
+    many = ",".join(f"{folder}/part{i}.jsonl.gz={i + 1}" for i in range(SOURCES))
+    vocabulary = open_vocabulary(config())
+    began = time.perf_counter()
+    manifest = pack(DataConfig(mixture=one), vocabulary, folder / "one", workers=1)
+    seconds = time.perf_counter() - began
+    packed = sum(split["tokens"] for split in next(iter(manifest["sources"].values())).values())
+    print(f"data pack: {packed / seconds:,.0f} tokens/s by one worker", file=sys.stderr)
+    pack(DataConfig(mixture=many), vocabulary, folder / "many", workers=1)
+    data = config(mixture=one, data_dir=str(folder / "one")).data
+    length = span_lengths(data.inputs_length, data.targets_length).tokens
+    write_array_records(folder / "records", TokenStore(folder / "one"), "one", length)
+
+    def store(mixture: str, name: str, **more) -> Callable[[], Iterator[Batch]]:
+        return functools.partial(
+            open_batches, config(mixture=mixture, data_dir=str(folder / name), **more), "train"
+        )
+
+    def seqio(**more) -> Callable[[], Iterator[Batch]]:
+        settings = {"reader": "seqio", "vocabulary": vocabulary.name} | more
+        return functools.partial(open_batches, config(**settings), "train")
+
+    return {
+        "packed records": store(one, "one"),
+        "the same rows from ArrayRecord, by Grain": functools.partial(
+            grain_batches, folder / "records", data, vocabulary.sentinel(0)
+        ),
+        "packed records, documents apart (`data.pack=True`)": store(one, "one", pack=True),
+        f"packed records, {SOURCES} sources": store(many, "many"),
+        "seqio, json.gz": seqio(mixture=one),
+        "seqio, json.gz, documents apart": seqio(mixture=one, pack=True),
+        f"seqio, json.gz, {SOURCES} sources": seqio(mixture=many),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        opened, first = {}, {}
+        for name, open_reader in readers(Path(folder)).items():
+            began = time.perf_counter()
+            opened[name] = open_reader()
+            next(opened[name])
+            first[name] = time.perf_counter() - began
+            print(f"{name}: first batch after {first[name]:.1f} s", file=sys.stderr)
+        speeds: dict[str, list[float]] = {name: [] for name in opened}
+        for _ in range(args.rounds):
+            for name, batches in opened.items():
+                speeds[name].append(speed(batches))
+    print("| reader | tokens/s | first batch |\n|---|---|---|")
+    for name, values in speeds.items():
+        median, low, high = (f(values) / 1e6 for f in (statistics.median, min, max))
+        print(f"| {name} | {median:.2f} M ({low:.2f} – {high:.2f}) | {first[name]:.1f} s |")
+
+
+if __name__ == "__main__":
+    main()
