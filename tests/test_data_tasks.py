@@ -159,8 +159,9 @@ def test_another_number_of_processes_or_other_data_is_refused(tmp_path):
     open_batches(config(), "train", share(0, 2)).save(tmp_path)
     with pytest.raises(UserError, match=r"as many processes .*data pack.* data\.reader=store"):
         open_batches(config(), "train").restore(tmp_path)
-    with pytest.raises(UserError, match="other packing"):
-        open_batches(config(pack=True), "train", share(0, 2)).restore(tmp_path)
+    for other in ({"pack": True}, {"batch_size": 4}, {"seed": 1}, {"vocabulary": "bytes"}):
+        with pytest.raises(UserError, match="belongs to other text"):
+            open_batches(config(**other), "train", share(0, 2)).restore(tmp_path)
 
 
 def test_processes_read_different_documents():

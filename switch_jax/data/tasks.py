@@ -103,7 +103,8 @@ class SeqioIterator:
         self._saves = feed.saves
         self._bad = ToldRecords(data.on_bad_record)
         made_of = [(source.name, source.fingerprint, shares[source.name]) for source in sources]
-        identity = repr((made_of, words.fingerprint, data.pack, split)).encode()
+        shape = (data.inputs_length, data.targets_length, self._rows, data.pack)
+        identity = repr((made_of, words.fingerprint, shape, data.seed, split)).encode()
         self._identity = hashlib.blake2b(identity, digest_size=16).hexdigest()
         for source in sources:
             documents = source.documents(split)
@@ -143,7 +144,10 @@ class SeqioIterator:
             verbose=False,
         )
         logging.set_verbosity(verbosity)
-        return dataset.batch(self._rows, drop_remainder=True).prefetch(1)
+        options = tf.data.Options()
+        options.autotune.enabled = False  # of a hundred pipelines it halves the speed
+        batches = dataset.batch(self._rows, drop_remainder=True)
+        return batches.prefetch(1).with_options(options)
 
     def __iter__(self) -> "SeqioIterator":
         return self
@@ -184,7 +188,7 @@ class SeqioIterator:
         if (folder / "identity").read_text() != self._identity:
             raise UserError(
                 f"The position in {directory} belongs to other text, other rates, another"
-                " vocabulary or other packing; set data.* to what it was made with."
+                " vocabulary, or rows of another shape; set data.* to what it was made with."
             )
         checkpoint = tf.train.Checkpoint(iterator=self._iterator)
         checkpoint.read(os.fspath(folder / "iterator")).assert_consumed()
