@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from switch_jax import lora
 from switch_jax.chips import peak_flops
 from switch_jax.model import SwitchTransformer, logical_axes, named_parameters
 from switch_jax.optim import make_optimizer
@@ -103,11 +104,13 @@ def _group(name: str, axes: tuple[str, ...]) -> str:
 def state_bytes(config: Config) -> dict[str, int]:
     """Bytes of the float32 `parameters` and of the `optimizer` state, over all devices."""
     model = abstract_model(config)
+    axes = logical_axes(model)
     params = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for name, leaf in named_parameters(model).items()
     }
-    optimizer = make_optimizer(config, logical_axes(model))
+    params = jax.eval_shape(lambda params: lora.adapted(params, axes, config), params)
+    optimizer = make_optimizer(config, lora.with_adapters(axes, config))
     parts = {"parameters": params, "optimizer": jax.eval_shape(optimizer.init, params)}
     return {
         part: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

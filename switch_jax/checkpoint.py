@@ -7,18 +7,20 @@ checkpoints/STEP/data        position of the batch last consumed
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from switch_jax import processes
+from switch_jax import lora, processes
 from switch_jax.data.batch import BatchIterator
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
+from switch_jax.model import SwitchTransformer, with_parameters
 from switch_jax.step import TrainState
 from switch_jax.workdir import Workdir
 
@@ -154,18 +156,32 @@ def find_together(path: str | Path) -> tuple[Workdir, Path]:
     return workdir, folder.with_name(str(processes.gather(int(folder.name))[0]))
 
 
+def parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's parameters, by path; raises `UserError`."""
+    with _readable(checkpoint), ocp.StandardCheckpointer() as reader:
+        metadata = reader.metadata(checkpoint.absolute() / "params").item_metadata
+        return {name: tuple(array.shape) for name, array in metadata.items()}
+
+
 def restore_params(
     checkpoint: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Parameters alone, with the shapes and shardings of `abstract`; raises `UserError`."""
-    with ocp.StandardCheckpointer() as reader:
-        try:
-            return reader.restore(checkpoint.absolute() / "params", dict(abstract))
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(
-                f"Checkpoint {checkpoint} cannot be read ({reason}); take another one."
-            ) from error
+    """Those parameters that `abstract` names, with its shapes and shardings; raises `UserError`."""
+    arguments = ocp.checkpoint_utils.construct_restore_args(dict(abstract))
+    wanted = ocp.args.PyTreeRestore(dict(abstract), restore_args=arguments, partial_restore=True)
+    with _readable(checkpoint), ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(checkpoint.absolute() / "params", args=wanted)
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"Checkpoint {checkpoint} cannot be read ({reason}); take another one."
+        ) from error
 
 
 def load(path: str | Path) -> SwitchTransformer:
@@ -178,7 +194,7 @@ def load(path: str | Path) -> SwitchTransformer:
     model: Any = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
     where = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        for name, leaf in named_parameters(model).items()
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        for name, shape in parameter_shapes(checkpoint).items()
     }
-    return with_parameters(model, restore_params(checkpoint, abstract))
+    return with_parameters(model, lora.merged(restore_params(checkpoint, abstract), config))

@@ -4,25 +4,83 @@ Parameters come as a flat dict name → array, with the logical names of their d
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from switch_jax import lora
+from switch_jax.errors import UserError
 from switch_jax.schema import Config, OptimizerConfig, TrainConfig
 
 Axes = Mapping[str, tuple[str, ...]]
 
 # Dimensions over which nothing is ever averaged: each layer and each expert has statistics,
 # update clipping and parameter scale of its own, as if it were not stacked.
-BATCH_DIMS = ("layers", "expert")
+BATCH_DIMS = lora.BATCH_DIMS
 
 _NOT_DECAYED = re.compile(r"(norm/scale|relative_bias/table|router/bias)$")
 
 
+_GROUPS = {
+    "all": "",
+    "experts": "/experts/",
+    "non_experts": "^(?!.*/experts/)",
+    "attention": "attention/",
+}
+
+
+def trained_names(config: Config, names: Iterable[str]) -> frozenset[str]:
+    """Those of the parameters that `optimizer.trained` lets change; with LoRA, its adapters.
+
+    Raises `UserError` where there are none.
+    """
+    given = config.optimizer.trained
+    if config.lora.rank:
+        if given != "all":
+            raise UserError(
+                f"lora.rank={config.lora.rank} trains its adapters alone; leave optimizer.trained"
+                f" at all instead of {given}."
+            )
+        return frozenset(filter(lora.is_adapter, names))
+    try:
+        pattern = re.compile(_GROUPS.get(given, given))
+    except re.error as error:
+        raise UserError(
+            f"optimizer.trained={given!r} is no regular expression ({error}); use one, or one of"
+            f" {', '.join(_GROUPS)}."
+        ) from error
+    trained = frozenset(name for name in names if pattern.search(name))
+    if not trained:
+        raise UserError(
+            f"optimizer.trained={given!r} is found in no parameter's path; `switch-jax inspect`"
+            " lists them, and all, experts, non_experts and attention are groups of them."
+        )
+    return trained
+
+
 def make_optimizer(config: Config, axes: Axes) -> optax.GradientTransformation:
-    """The optimizer of a config for parameters with these logical axes."""
+    """The optimizer of a config for parameters with these logical axes.
+
+    Its state and its updates are of the trained parameters alone.
+    """
+    trained = trained_names(config, axes)
+    inner = _optimizer(config, {name: axes[name] for name in axes if name in trained})
+
+    def of_trained(tree):
+        return {name: tree[name] for name in tree if name in trained}
+
+    def init(params):
+        return inner.init(of_trained(params))
+
+    def update(updates, state, params):
+        return inner.update(of_trained(updates), state, of_trained(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _optimizer(config: Config, axes: Axes) -> optax.GradientTransformation:
     optimizer = config.optimizer
     rate = schedule(optimizer, config.train)
     decayed = {name: not _NOT_DECAYED.search(name) for name in axes}

@@ -144,6 +144,9 @@ class OptimizerConfig:
     cooldown_steps: int = 0  # linear descent to zero at the end of training
     weight_decay: float = 0.0  # not of norms and relative biases
     memory: Literal["device", "host"] = "device"  # where its state lies between two steps
+    # Which parameters are trained: all, experts, non_experts, attention, or those whose path a
+    # regular expression is found in. The others stay as they are, and have no state.
+    trained: str = "all"
     max_grad_norm: float | None = None
 
 
@@ -175,6 +178,15 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adaptation: of some matrices, a thin product is trained and nothing else."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # the product counts alpha / rank
+    of: str = "attention/|experts/"  # a regular expression found in the paths of the matrices
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything a run depends on."""
 
@@ -183,8 +195,10 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoRAConfig = LoRAConfig()
     mesh: MeshConfig = MeshConfig()
     init_from: str | None = None  # checkpoint whose parameters training starts from
+    init_rules: str = ""  # which is taken from where, PATTERN -> NAME; …: see transfer.py
 
     @property
     def sparse(self) -> bool:

@@ -41,6 +41,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "router": None,
     "norm": None,
     "buckets": None,
+    "lora": None,
 }
 
 

@@ -15,10 +15,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from switch_jax import losses, processes, sharding
+from switch_jax import lora, losses, processes, sharding
 from switch_jax.data.batch import feature_shapes
 from switch_jax.model import Stats, SwitchTransformer, logical_axes, stats_of, with_parameters
-from switch_jax.optim import make_optimizer, schedule
+from switch_jax.optim import make_optimizer, schedule, trained_names
 from switch_jax.schema import Config
 
 Batch = Mapping[str, jax.Array]
@@ -76,8 +76,9 @@ class Program:
         self.config = config
         self.mesh = mesh
         self._model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-        axes = logical_axes(self._model)
+        axes = lora.with_adapters(logical_axes(self._model), config)
         self._optimizer = make_optimizer(config, axes)
+        self._trained = trained_names(config, axes)
         self._schedule = schedule(config.optimizer, config.train)
         shapes = jax.eval_shape(self._init)
         specs = {n: sharding.spec(a, fsdp=config.mesh.fsdp) for n, a in axes.items()}
@@ -112,8 +113,8 @@ class Program:
         self.eval_step = OnMesh(mesh, self._eval_step, out_shardings=whole)
 
     def model(self, params: Mapping[str, Any]) -> SwitchTransformer:
-        """The model with these parameters."""
-        return with_parameters(self._model, params)
+        """The model with these parameters, adapters merged."""
+        return with_parameters(self._model, lora.merged(params, self.config))
 
     def put(self, batch: Mapping[str, Any]) -> Batch:
         """This process's rows of a global batch, as global arrays on the mesh."""
@@ -129,8 +130,8 @@ class Program:
     def _init(self) -> TrainState:
         """A fresh state; depends on `train.seed` and not on the mesh."""
         model = SwitchTransformer(self.config, jax.random.key(self.config.train.seed))
-        names = list(logical_axes(self._model))
-        params = dict(zip(names, jax.tree.leaves(model)))
+        axes = logical_axes(self._model)
+        params = lora.adapted(dict(zip(axes, jax.tree.leaves(model))), axes, self.config)
         step, tokens = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
         return TrainState(step, tokens, params, self._optimizer.init(params))
 
@@ -146,8 +147,10 @@ class Program:
         totals = losses.totals(batch, config)
         keys = self._row_keys(state.step, batch)
 
-        def loss(params, microbatch, keys):
-            model = self.model(params)
+        trained = {n: p for n, p in state.params.items() if n in self._trained}
+
+        def loss(trained, microbatch, keys):
+            model = self.model(state.params | trained)
             decoded, routes = model.route(
                 microbatch,
                 factor=config.moe.capacity_factor,
@@ -160,16 +163,17 @@ class Program:
 
         gradients = jax.grad(loss, has_aux=True)
         if config.train.accumulate == 1:
-            grads, (terms, sums, stats) = gradients(state.params, batch, keys)
+            grads, (terms, sums, stats) = gradients(trained, batch, keys)
         else:
             grads, (terms, sums, stats) = self._accumulate(
-                functools.partial(gradients, state.params), (batch, keys)
+                functools.partial(gradients, trained), (batch, keys)
             )
         opt_state = state.opt_state
         if config.optimizer.memory == "host":
             opt_state = jax.device_put(opt_state, self._near)
         updates, opt_state = self._optimizer.update(grads, opt_state, state.params)
-        params = self._balanced(optax.apply_updates(state.params, updates), stats)
+        trained = optax.apply_updates(trained, updates)
+        params = self._balanced(state.params | trained, stats)
         tokens = _add_words(state.tokens, jnp.sum(batch["decoder_loss_weights"] > 0))
         metrics = {
             "loss": sum(terms.values()),
@@ -238,7 +242,8 @@ class Program:
             total = jax.tree.map(jnp.add, total, function(*microbatch))
             grads, rest = total
             # Sharded like the parameters: an unsharded accumulator would not fit.
-            grads = jax.lax.with_sharding_constraint(grads, self.state_sharding.params)
+            where = {name: self.state_sharding.params[name] for name in grads}
+            grads = jax.lax.with_sharding_constraint(grads, where)
             return (grads, rest), None
 
         return jax.lax.scan(add, zeros, microbatches)[0]

@@ -4,13 +4,13 @@ import signal
 
 import jax
 
-from switch_jax import accounting, checkpoint, processes, sharding
+from switch_jax import accounting, checkpoint, processes, sharding, transfer
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.evaluate import evaluate, validation_batches
 from switch_jax.idle_experts import IdleExperts
 from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
 from switch_jax.schema import Config
-from switch_jax.step import Program, TrainState
+from switch_jax.step import Program
 from switch_jax.workdir import Workdir
 
 
@@ -36,7 +36,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         validation = validation_batches(config, feed)
 
         if config.init_from is not None and not workdir.checkpoints.exists():
-            checkpoint.find(config.init_from)  # missing: say so before anything is written
+            transfer.report(config)  # what cannot be: say so before anything is written
     with processes.together():
         if first_process:
             synthetic = config.data.reader == "synthetic"
@@ -44,7 +44,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
 
     # State
     checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints)
-    state = checkpoints.restore(program.abstract_state, batches) or _initial_state(program)
+    state = checkpoints.restore(program.abstract_state, batches) or transfer.start(program)
     first_step = int(state.step)
     if first_step >= settings.steps:
         checkpoints.close()
@@ -109,14 +109,3 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     if first_process:
         print(f"Stopped at step {step}; the same command continues from there.")
     return stopped_by
-
-
-def _initial_state(program: Program) -> TrainState:
-    """A fresh state, with the parameters of `init_from` where the config names it."""
-    state = program.init()
-    source = program.config.init_from
-    if source is None:
-        return state
-    _, folder = checkpoint.find_together(source)
-    params = checkpoint.restore_params(folder, program.abstract_state.params)
-    return TrainState(state.step, state.tokens, params, state.opt_state)

@@ -126,6 +126,10 @@ def inspect(args: argparse.Namespace) -> None:
         print(json.dumps(summary))
     else:
         print(accounting.render(summary))
+        if config.init_from is not None:
+            from switch_jax import transfer
+
+            print("", f"From {config.init_from}:", transfer.report(config), sep="\n")
         if suggestions:
             print("", meshes.render(suggestions), sep="\n")
 

@@ -21,7 +21,7 @@ from switch_jax.schema import Config
 
 # What a checkpoint cannot be continued with once it differs. The rest (steps, intervals, mesh,
 # learning rate, …) may change between two runs of the same WORKDIR.
-_FIXED = ("model", "moe", "optimizer.name", "data.mixture", "data.reader")
+_FIXED = ("model", "moe", "lora", "optimizer.name", "data.mixture", "data.reader")
 _FREE = ("model.remat",)
 
 

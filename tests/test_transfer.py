@@ -1,0 +1,137 @@
+"""switch_jax.transfer and optim: what training begins with, and which parameters it changes."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_batch, tiny
+
+from switch_jax import checkpoint, optim, transfer
+from switch_jax import config as config_lib
+from switch_jax.data import open_batches
+from switch_jax.errors import UserError
+from switch_jax.sharding import make_mesh
+from switch_jax.step import Program
+from switch_jax.workdir import Workdir
+
+OLD = {"embedding": (8, 4), "encoder/wi": (4, 6), "encoder/wo": (6, 4), "router": (4, 2)}
+
+
+def test_without_rules_all_must_be_there_in_the_same_shape():
+    loaded, initialised, ignored = transfer.plan(OLD, OLD | {"head": (4, 8)}, "")
+    assert loaded == {name: name for name in OLD} and not initialised and ignored == ["head"]
+    with pytest.raises(UserError, match=r"head is taken from head, which .* 'head ->'"):
+        transfer.plan(OLD | {"head": (4, 8)}, OLD, "")
+    with pytest.raises(UserError, match=r"encoder/wi has the shape \[4, 7\] .* \[4, 6\]"):
+        transfer.plan(OLD | {"encoder/wi": (4, 7)}, OLD, "")
+
+
+def test_the_first_rule_that_matches_the_whole_path_counts():
+    target = {"decoder/wi": (4, 6), "decoder/wo": (6, 4), "router": (4, 3), "embedding": (8, 4)}
+    rules = r"decoder/wo ->; decoder/(.*) -> encoder/\1; router ->; embed ->"
+    loaded, initialised, ignored = transfer.plan(target, OLD, rules)
+    assert loaded == {"decoder/wi": "encoder/wi", "embedding": "embedding"}
+    assert initialised == ["decoder/wo", "router"]
+    assert ignored == ["encoder/wo", "router"]
+    text = transfer.render(transfer.plan(target, OLD, rules), target, OLD)
+    assert re.search(r"loaded +decoder/wi +4 × 6  from encoder/wi", text)
+    assert text.endswith("2 loaded, 2 initialised, 2 ignored")
+
+
+def test_the_vocabulary_may_grow_and_nothing_else():
+    grown = transfer.plan(OLD | {"embedding": (12, 4)}, OLD, "")
+    assert grown.loaded["embedding"] == "embedding"
+    for wrong in ({"embedding": (6, 4)}, {"embedding": (12, 5)}, {"encoder/wi": (8, 6)}):
+        with pytest.raises(UserError, match="has the shape"):
+            transfer.plan(OLD | wrong, OLD, "")
+
+
+@pytest.mark.parametrize("rules", ["router", "( -> x", r"router -> \3"])
+def test_rules_that_cannot_be_read_are_told(rules):
+    with pytest.raises(UserError, match="init_rules"):
+        transfer.plan(OLD, OLD, rules)
+
+
+def config(**overrides):
+    return tiny(**{"data.reader": "synthetic", "mesh.data": 1} | overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A WORKDIR of a tiny model."""
+    workdir = Workdir(tmp_path_factory.mktemp("runs") / "old")
+    made_with = config(**{"train.seed": 7})
+    program = Program(made_with, make_mesh(made_with))
+    workdir.prepare(made_with, None)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=1)
+    state = program.init()
+    state = dataclasses.replace(state, step=state.step + 3)
+    checkpoints.save(state, open_batches(made_with, "train"))
+    checkpoints.close()
+    return workdir.path, {name: np.asarray(p) for name, p in state.params.items()}
+
+
+def started(trained, **overrides):
+    settings = config_lib.override(config(**overrides), {"init_from": str(trained[0])})
+    program = Program(settings, make_mesh(settings))
+    fresh = {name: np.asarray(p) for name, p in program.init().params.items()}
+    state = transfer.start(program)
+    assert all(state.params[n].sharding == program.state_sharding.params[n] for n in fresh)
+    return {name: np.asarray(p) for name, p in state.params.items()}, fresh, state
+
+
+@pytest.mark.parametrize("mesh", [{}, {"mesh.expert": 4, "mesh.model": 2}])
+def test_parameters_are_taken_and_the_rest_begins_anew(trained, mesh):
+    params, _, state = started(trained, **mesh)
+    assert int(state.step) == 0
+    assert all((params[name] == value).all() for name, value in trained[1].items())
+
+
+def test_a_larger_vocabulary_keeps_the_old_ids(trained):
+    params, fresh, _ = started(trained, **{"model.vocab_size": 48})
+    old = trained[1]["embedding"]
+    assert (params["embedding"][: len(old)] == old).all()
+    assert (params["embedding"][len(old) :] == fresh["embedding"][len(old) :]).all()
+
+
+def test_rules_reach_the_model(trained):
+    settings = config_lib.override(
+        config(), {"init_from": str(trained[0]), "init_rules": ".*/router/.* ->"}
+    )
+    program = Program(settings, make_mesh(settings))
+    fresh, params = program.init().params, transfer.start(program).params
+    for name in params:
+        expected = fresh[name] if "router" in name else trained[1][name]
+        assert (np.asarray(params[name]) == np.asarray(expected)).all(), name
+    assert "initialised  encoder/runs/0/layers/1/mlp/router/kernel" in transfer.report(settings)
+
+
+@pytest.mark.parametrize(
+    "trained_by, moves",
+    [
+        ("experts", lambda name: "/experts/" in name),
+        ("non_experts", lambda name: "/experts/" not in name),
+        ("attention", lambda name: "attention/" in name),
+        ("decoder/.*norm", lambda name: re.search("decoder/.*norm", name) is not None),
+    ],
+)
+def test_only_the_trained_parameters_change_and_have_state(trained_by, moves):
+    settings = config(**{"optimizer.trained": trained_by, "optimizer.name": "adamw"})
+    program = Program(settings, make_mesh(settings))
+    state = program.init()
+    before = {name: np.asarray(p) for name, p in state.params.items()}
+    sizes = {leaf.size for leaf in jax.tree.leaves(state.opt_state)}
+    expected = sum(2 * p.size for name, p in before.items() if moves(name))
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim) == expected, sizes
+    state, metrics, _ = program.train_step(state, program.put(make_batch(settings)))
+    changed = {name for name, p in state.params.items() if (np.asarray(p) != before[name]).any()}
+    assert changed == {name for name in before if moves(name)}
+    assert float(metrics["grad_norm"]) > 0
+
+
+def test_patterns_that_find_nothing_are_told():
+    for wrong in ("adapters", "("):
+        with pytest.raises(UserError, match=r"optimizer\.trained="):
+            optim.trained_names(config(**{"optimizer.trained": wrong}), ["encoder/wi"])
