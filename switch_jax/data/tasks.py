@@ -8,9 +8,11 @@ The preprocessors are T5's own, seed for seed; between them, `targets` hold the 
 document or of a row, without an EOS. No other module uses TensorFlow.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +30,33 @@ from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig
 
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """TensorFlow's libraries write to stderr before anybody can set their level of logging."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 try:
-    import seqio
-    import tensorflow as tf
+    with _silence():
+        import seqio
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes the memory that JAX needs
 except ImportError as error:
     raise UserError(
         'data.reader=seqio needs TensorFlow and seqio: pip install "switch_jax[data]", or set'
         " data.reader=store."
     ) from error
-
-tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes the memory that JAX needs
 
 # Over all sources of a mixture, as far as it goes round.
 _BUFFERED_ROWS = 2048
