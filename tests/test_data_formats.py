@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from switch_jax.data import compression, formats
+from switch_jax.data import compression, formats, tfrecords
 from switch_jax.data.bad_records import DAMAGED, EMPTY, MISSING, NOT_UTF8, TOO_LONG, BadRecords
 from switch_jax.errors import UserError
 
@@ -52,7 +52,7 @@ def framed(data):
 
 
 def example(**features):
-    made = formats._example_class()()
+    made = tfrecords._example_class()()
     for name, values in features.items():
         made.features.feature.add(key=name.encode()).value.bytes_list.value.extend(values)
     return made.SerializeToString()
@@ -80,7 +80,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(params=[None, 5], ids=["usual pieces", "small pieces"])
 def pieces(request, monkeypatch):
     if request.param:
-        for module in (compression, formats):
+        for module in (compression, formats, tfrecords):
             monkeypatch.setattr(module, "_BLOCK", 3 * request.param)
         monkeypatch.setattr(compression, "_PIECE", request.param)
 
@@ -287,8 +287,9 @@ def test_tfrecords_lose_only_what_is_damaged(tmp_path, pieces):
 @pytest.mark.parametrize("name", ["a.json", "a.tfrecord"])
 def test_records_that_are_too_long_are_skipped(tmp_path, monkeypatch, name):
     path, size = tmp_path / name, len(stored(name, ["é"])) - 16 * (name == "a.tfrecord")
-    monkeypatch.setattr(formats, "MAX_RECORD", size)
-    monkeypatch.setattr(formats, "_BLOCK", 64)
+    for module in (formats, tfrecords):
+        monkeypatch.setattr(module, "MAX_RECORD", size)
+        monkeypatch.setattr(module, "_BLOCK", 64)
     path.write_bytes(stored(name, ["a", "b" * 999, "é", "éa", "e", "f" * 999]))
     found, bad = read(path)
     assert found == ["a", "é", "e"] and bad.counts == {TOO_LONG: 3}

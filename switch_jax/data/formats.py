@@ -12,7 +12,6 @@ bounded by `MAX_RECORD`, however long a file, a line or a document is.
 """
 
 import codecs
-import functools
 import io
 import itertools
 import json
@@ -22,8 +21,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
+from switch_jax.data import tfrecords
 from switch_jax.data.bad_records import (
     DAMAGED,
     EMPTY,
@@ -38,7 +37,7 @@ from switch_jax.data.compression import Damaged, package, stream
 from switch_jax.errors import UserError
 
 PART = 2**20  # characters
-MAX_RECORD = 2**28  # bytes of a line of JSON or of a TFRecord
+MAX_RECORD = 2**28  # bytes of a line of JSON
 
 _NAME = re.compile(
     r"\.(json|jsonl|ndjson|txt|tfrecords?|parquet(?!.*\.))(?:-\d+-of-\d+)?(\.gz|\.zst)?$"
@@ -208,71 +207,23 @@ def _last_part(document: list[str]) -> Iterator[str]:
 
 
 def _tfrecords(file: io.BufferedReader, place: _Place) -> Iterator[str]:
-    crc32c = package("google_crc32c", place.path).value
+    def damaged(number: int, too_long: bool) -> None:
+        place.number = number
+        place.add(TOO_LONG if too_long else DAMAGED)
 
-    def intact(data: bytes, masked: bytes) -> bool:
-        crc = crc32c(data)
-        expected = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-        return masked == expected.to_bytes(4, "little")
-
-    while header := file.read(12):
-        if not intact(header[:8], header[8:]):
-            raise Damaged
-        length = int.from_bytes(header[:8], "little")
-        if length > MAX_RECORD:
-            _skip(file, length + 4)
-            place.number += 1
-            place.add(TOO_LONG)
-            continue
-        data, masked = file.read(length), file.read(4)
-        if len(masked) < 4:
-            raise Damaged
-        place.number += 1
-        if intact(data, masked):
-            yield from place.parts(_example_text, data)
-        else:
-            place.add(DAMAGED)
+    for number, example in tfrecords.intact(file, place.path, damaged):
+        place.number = number
+        yield from place.parts(_example_text, example)
 
 
-def _skip(file: io.BufferedReader, size: int) -> None:
-    while size:
-        skipped = len(file.read(min(size, _BLOCK)))
-        if not skipped:
-            raise Damaged
-        size -= skipped
-
-
-def _example_text(data: bytes) -> str:
+def _example_text(example: bytes) -> str:
     try:
-        features = _example_class().FromString(data).features.feature
-    except message.DecodeError:
-        raise _Bad(NO_TEXT) from None
-    values = [feature.value.bytes_list.value for feature in features if feature.key == b"text"]
-    if not values or len(values[-1]) != 1:
+        values = tfrecords.texts(example, "text")
+    except ValueError:
+        values = None
+    if values is None or len(values) != 1:
         raise _Bad(NO_TEXT)
-    return _decoded(values[-1][0])
-
-
-@functools.cache
-def _example_class() -> Any:
-    """What of tf.train.Example holds a text; TensorFlow, if it is there, has its own."""
-    field = descriptor_pb2.FieldDescriptorProto
-    one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
-    file = descriptor_pb2.FileDescriptorProto(name="text.proto", package="text", syntax="proto3")
-    for owner, *fields in (
-        ("Example", ("features", one, "Features")),
-        ("Features", ("feature", many, "Entry")),  # on the wire, a map is a list of entries
-        ("Entry", ("key", one, None), ("value", one, "Feature")),
-        ("Feature", ("bytes_list", one, "BytesList")),
-        ("BytesList", ("value", many, None)),
-    ):
-        added = file.message_type.add(name=owner).field
-        for number, (name, label, of) in enumerate(fields, 1):
-            type_ = field.TYPE_MESSAGE if of else field.TYPE_BYTES
-            added.add(name=name, number=number, label=label, type=type_, type_name=of)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("text.Example"))
+    return _decoded(values[0])
 
 
 def _parquet(file: Any, place: _Place) -> Iterator[str]:
