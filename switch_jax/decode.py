@@ -1,78 +1,243 @@
-"""Decoding: greedy search with cached keys and values, and the blanks of a text."""
+"""Decoding: the search of `search.py` with a model whose keys and values are kept.
 
+Axis letters: as in `search.py`, and T positions of the decoder, S of the encoder, D d_model.
+"""
+
+import dataclasses
 import itertools
 import re
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from switch_jax import search
 from switch_jax.data.spans import EOS
 from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer
-from switch_jax.router import Plan
+from switch_jax.router import Decision, Plan, Router
+from switch_jax.search import Sequences
+from switch_jax.sharding import alone, constrain, num_batch_shards
 
-# Keys and values of a run's blocks, with leading axes [blocks, layers of a block].
+# Keys and values of a run's blocks, [blocks, layers of a block, rows, positions, H, K].
 Pairs = tuple[jax.Array, jax.Array]
+
+BATCH = 32  # texts that are decoded at once
 
 
 class Cache(NamedTuple):
     """Keys and values of a decoder, by run of blocks.
 
-    own: [.., B, T, H, K] of the positions decoded so far, zeros behind them.
-    cross: [.., B, S, H, K] of the encoded input.
+    own: [.., N, T, H, K] of the positions decoded so far, zeros behind them.
+    cross: [.., B, S, H, K] of the encoded inputs, which the sequences of an input share.
     """
 
     own: list[Pairs]
     cross: list[Pairs]
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How sequences are searched for; raises `UserError` for what makes no sense.
+
+    beam_size: sequences that are followed at once; 1 is greedy.
+    length_penalty: alpha of `search.penalty`; 0 prefers short sequences.
+    num_return: results of an input: the best of the beams, or so many draws.
+    temperature: 0 takes the best token; above, tokens are drawn.
+    top_k: draws only among so many of the best; 0: among all.
+    top_p: draws only among the fewest of the best that have this probability together.
+    seed: of the draws.
+    """
+
+    beam_size: int = 1
+    length_penalty: float = 0.6
+    num_return: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        drawn = self.temperature > 0
+        for wrong, sentence in (
+            (self.beam_size < 1, f"beam_size={self.beam_size} is not at least 1"),
+            (self.num_return < 1, f"num_return={self.num_return} is not at least 1"),
+            (not 0 <= self.length_penalty < np.inf, "length_penalty must be 0 or more"),
+            (not 0 <= self.temperature < np.inf, "temperature must be 0 or more"),
+            (self.top_k < 0, f"top_k={self.top_k} is negative; 0 stands for all tokens"),
+            (not 0 < self.top_p <= 1, f"top_p={self.top_p} is not above 0 and at most 1"),
+            (not 0 <= self.seed < 2**32, f"seed={self.seed} is not within 0 … 2^32 - 1"),
+            (
+                drawn and self.beam_size > 1,
+                f"temperature={self.temperature} draws tokens and beam_size={self.beam_size} does"
+                " not; set one of them only",
+            ),
+            (
+                not drawn and (self.top_k > 0 or self.top_p < 1),
+                "top_k and top_p are for drawing tokens; set temperature above 0",
+            ),
+            (
+                not drawn and self.num_return > self.beam_size,
+                f"num_return={self.num_return} is more than beam_size={self.beam_size} finds; make"
+                " beam_size larger, or set temperature above 0",
+            ),
+        ):
+            if wrong:
+                raise UserError(f"{sentence}.")
+
+
 def generate(
-    model: SwitchTransformer, encoder_input_tokens: jax.Array, *, max_length: int = 128
+    model: SwitchTransformer,
+    encoder_input_tokens: jax.Array,
+    *,
+    max_length: int = 128,
+    beam_size: int = 1,
+    length_penalty: float = 0.6,
+    num_return: int = 1,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> jax.Array:
-    """Greedy decoding; no token is dropped by an expert layer (but for expert choice).
+    """What a model says to each input: greedily, with beams, or drawn.
 
     Args:
-      model: as from `switch_jax.load`.
+      model: as from `switch_jax.load`; on a mesh with that mesh in context (`jax.set_mesh`).
       encoder_input_tokens: [B, S] int32, 0 is padding.
       max_length: tokens to generate at the most.
+      beam_size, length_penalty, num_return, temperature, top_k, top_p, seed: see `Options`.
 
-    Returns [B, max_length] int32: tokens up to and with EOS (1), then 0.
+    Returns [B, max_length] int32, tokens up to and with EOS (1), then 0; with `num_return` above
+    1 [B, num_return, max_length], the best beam first. `find` has their scores too. What is
+    returned for an input does not depend on the others, draws not on its padding either.
+
+    Raises `UserError` for options that make no sense.
     """
-    return _greedy(model, jnp.asarray(encoder_input_tokens, jnp.int32), max_length)
+    options = Options(beam_size, length_penalty, num_return, temperature, top_k, top_p, seed)
+    token_BxKxL = find(model, encoder_input_tokens, max_length, options).token_BxKxL
+    return token_BxKxL[:, 0] if num_return == 1 else token_BxKxL
 
 
-@partial(jax.jit, static_argnames="max_length")
-def _greedy(model: SwitchTransformer, source_BxS: jax.Array, max_length: int) -> jax.Array:
-    B = source_BxS.shape[0]
-    source_mask_BxS = source_BxS > 0
+def find(
+    model: SwitchTransformer,
+    encoder_input_tokens: jax.Array,
+    max_length: int,
+    options: Options,
+    first_row: int = 0,
+) -> Sequences:
+    """As `generate`, with scores: tokens [B, num_return, max_length] and scores [B, num_return].
+
+    Draws depend on (seed, number of the row, position) alone; `first_row` is the number of the
+    first one. An expert layer drops no token, but for expert choice, which is left as trained.
+    """
+    source_BxS = jnp.asarray(encoder_input_tokens, jnp.int32)
+    if source_BxS.ndim != 2:
+        raise UserError(f"encoder_input_tokens is {source_BxS.shape}; make it [rows, tokens].")
+    if max_length < 1:
+        raise UserError(f"max_length={max_length} is not at least 1.")
+    shards = 1 if alone() else num_batch_shards(jax.sharding.get_abstract_mesh())
+    if len(source_BxS) % shards:
+        raise UserError(
+            f"{len(source_BxS)} rows of inputs do not divide over the mesh's {shards} parts of a"
+            " batch; fill them up with rows that are left out of the result."
+        )
+    if options.temperature == 0:
+        found = _find_best(
+            model, source_BxS, options.length_penalty, max_length, options.beam_size
+        )
+        return Sequences(*(x[:, : options.num_return] for x in found))
+    return _draw(
+        model,
+        source_BxS,
+        jax.random.key(options.seed),
+        first_row,
+        options.temperature,
+        options.top_k or None,
+        options.top_p if options.top_p < 1 else None,
+        max_length,
+        options.num_return,
+    )
+
+
+@partial(jax.jit, static_argnames=("max_length", "num_beams"))
+def _find_best(
+    model: SwitchTransformer,
+    source_BxS: jax.Array,
+    alpha: float,
+    max_length: int,
+    num_beams: int,
+) -> Sequences:
+    step, own = bind(model, source_BxS, max_length, num_beams)
+    if num_beams == 1:
+        found = search.walk(step, own, search.greedy, len(source_BxS), max_length, EOS)
+        return Sequences(*(x[:, None] for x in found))
+    return search.beams(step, own, 2, len(source_BxS), num_beams, max_length, EOS, alpha)
+
+
+@partial(jax.jit, static_argnames=("max_length", "num_draws"))
+def _draw(
+    model: SwitchTransformer,
+    source_BxS: jax.Array,
+    key: jax.Array,
+    first_row: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    max_length: int,
+    num_draws: int,
+) -> Sequences:
+    B = len(source_BxS)
+
+    def keys(row):
+        row_key = jax.random.fold_in(key, row)
+        return jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(num_draws))
+
+    key_N = jax.vmap(keys)(first_row + jnp.arange(B)).reshape(-1)
+    choose = search.Drawing(key_N, temperature, top_k, top_p)
+    step, own = bind(model, source_BxS, max_length, num_draws)
+    found = search.walk(step, own, choose, B * num_draws, max_length, EOS)
+    return Sequences(*(x.reshape(B, num_draws, *x.shape[1:]) for x in found))
+
+
+def bind(
+    model: SwitchTransformer, source_BxS: jax.Array, length: int, num_sequences: int
+) -> tuple[search.Step, list[Pairs]]:
+    """What `search` needs of a model: the step, and the state before the first token.
+
+    Args:
+      model: its decoder has `length` positions.
+      source_BxS: inputs, 0 is padding.
+      length: tokens that a sequence has at the most.
+      num_sequences: of each input; they are side by side.
+
+    The sequences are along axis 2 of the state.
+    """
+    mask_BxS = source_BxS > 0
     moe = model.config.moe
     # Capacity is how many tokens an expert chooses; there, and there alone, it holds here too.
     factor = moe.eval_capacity_factor if moe.router == "expert_choice" else None
-    encoded, _ = model.encode(source_BxS, source_mask_BxS.astype(jnp.int32), factor)
-    cache = start_cache(model, encoded, max_length)
+    # Groups of one row each, whatever its neighbours are.
+    encoded_BxSxD, _ = model.encode(source_BxS, mask_BxS.astype(jnp.int32), factor, batch_size=1)
+    cache = start_cache(model, encoded_BxSxD, length, num_sequences)
+    model = _cast(model)
 
-    def unfinished(carry):
-        step, _, _, _, done_B = carry
-        return (step < max_length) & ~done_B.all()
+    def step(token_N, position, own):
+        logits_NxV, (own, _) = decode_step(
+            model, token_N, position, Cache(own, cache.cross), mask_BxS
+        )
+        return constrain(logits_NxV, "batch", None), own
 
-    def advance(carry):
-        step, token_B, output_BxT, cache, done_B = carry
-        logits_BxV, cache = decode_step(model, token_B, step, cache, source_mask_BxS)
-        token_B = jnp.where(done_B, 0, logits_BxV.argmax(-1).astype(jnp.int32))
-        output_BxT = output_BxT.at[:, step].set(token_B)
-        return step + 1, token_B, output_BxT, cache, done_B | (token_B == EOS)
-
-    start_B, output = jnp.zeros(B, jnp.int32), jnp.zeros((B, max_length), jnp.int32)
-    carry = (jnp.int32(0), start_B, output, cache, jnp.zeros(B, bool))
-    return jax.lax.while_loop(unfinished, advance, carry)[2]
+    return step, cache.own
 
 
-def start_cache(model: SwitchTransformer, encoded_BxSxD: jax.Array, length: int) -> Cache:
-    """A cache for `length` positions after the encoded input."""
+def start_cache(
+    model: SwitchTransformer, encoded_BxSxD: jax.Array, length: int, num_sequences: int = 1
+) -> Cache:
+    """A cache for `length` positions of so many sequences behind each encoded input."""
 
     def cross(block):
         pairs = [layer.cross_attention.keys_values(encoded_BxSxD) for layer in block.layers]
@@ -81,7 +246,8 @@ def start_cache(model: SwitchTransformer, encoded_BxSxD: jax.Array, length: int)
     cache = Cache([], [])
     for blocks in model.decoder.runs:
         keys, values = jax.lax.map(cross, blocks)
-        zeros = jnp.zeros((*keys.shape[:3], length, *keys.shape[4:]), keys.dtype)
+        shape = (*keys.shape[:2], num_sequences * keys.shape[2], length, *keys.shape[4:])
+        zeros = constrain(jnp.zeros(shape, keys.dtype), None, None, "batch", None, "heads", None)
         cache.own.append((zeros, zeros))
         cache.cross.append((keys, values))
     return cache
@@ -89,58 +255,154 @@ def start_cache(model: SwitchTransformer, encoded_BxSxD: jax.Array, length: int)
 
 def decode_step(
     model: SwitchTransformer,
-    token_B: jax.Array,
+    token_N: jax.Array,
     position: jax.Array,
     cache: Cache,
     source_mask_BxS: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] float32 behind the token at `position`, and the cache with it."""
+    """Logits [N, V] float32 behind the tokens at `position`, and the cache with them.
+
+    The N sequences may be several of each input, side by side.
+    """
     stack, length = model.decoder, cache.own[0][0].shape[3]
+    N, B = len(token_N), len(source_mask_BxS)
     position_T = jnp.arange(length)
     bias_Hx1xT = stack.relative_bias(position[None], position_T)
     mask_1x1xT = (position_T <= position)[None, None]
     cross_mask_Bx1xS = source_mask_BxS[:, None]
-    token_Bx1 = token_B[:, None]
-    plan = Plan(token_Bx1, jnp.ones(token_Bx1.shape, bool), rows=len(token_B), factor=None)
+    token_Nx1 = token_N[:, None]
+    plan = Plan(token_Nx1, jnp.ones(token_Nx1.shape, bool), rows=1, factor=None)
 
-    def body(x, block_and_cache):
-        block, own, cross = block_and_cache
-        fresh = []
-        for i, layer in enumerate(block.layers):
-            (query, offered), _ = layer.project(x, plan, None)
-            kv = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old[i], new, position, axis=1)
+    def body(x_and_own, number_and_block, run):
+        (x_Nx1xD, own), (number, cut, cross) = x_and_own, number_and_block
+        for i, layer in enumerate(run.block(number, cut).layers):
+            (query, offered), _ = layer.project(x_Nx1xD, plan, None)
+            # Written in place, into what the loop over tokens carries.
+            own = tuple(
+                jax.lax.dynamic_update_slice(old, new[None, None], (number, i, 0, position, 0, 0))
                 for old, new in zip(own, offered)
             )
-            fresh.append(kv)
-            x = layer.attend(x, query, kv, mask_1x1xT, bias_Hx1xT, None)
-            x = layer.attend_encoder(x, (cross[0][i], cross[1][i]), cross_mask_Bx1xS, None)
-            x, _ = layer.feed_forward(x, plan, None)
-        return x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *fresh)
+            kv = tuple(x[number, i] for x in own)
+            x_Nx1xD = layer.attend(x_Nx1xD, query, kv, mask_1x1xT, bias_Hx1xT, None)
+            # The sequences of an input are queries to the same keys.
+            x_BxKxD = x_Nx1xD.reshape(B, N // B, -1)
+            kv = (cross[0][i], cross[1][i])
+            x_BxKxD = layer.attend_encoder(x_BxKxD, kv, cross_mask_Bx1xS, None)
+            x_Nx1xD, _ = layer.feed_forward(x_BxKxD.reshape(N, 1, -1), plan, None)
+        return (x_Nx1xD, own), None
 
-    x, own_by_run = model.embed(token_Bx1), []
+    x_Nx1xD, own_by_run = model.embed(token_Nx1), []
     for blocks, own, cross in zip(stack.runs, cache.own, cache.cross):
-        x, own = jax.lax.scan(body, x, (blocks, own, cross))
+        run = _Run(blocks)
+        numbered = (jnp.arange(len(own[0])), run.cut, cross)
+        (x_Nx1xD, own), _ = jax.lax.scan(partial(body, run=run), (x_Nx1xD, own), numbered)
         own_by_run.append(own)
-    return model.logits(stack.final_norm(x))[:, 0], Cache(own_by_run, cache.cross)
+    return model.logits(stack.final_norm(x_Nx1xD))[:, 0], Cache(own_by_run, cache.cross)
+
+
+class _Run:
+    """The blocks of a run, for a scan that does not copy the experts of every block.
+
+    A loop over the experts that are used, inside a scan over blocks, would be given all experts of
+    a block as a copy, of which it then reads few. So all experts of the run are one pool, which
+    the scan leaves where it is; a block's router names them by their place in the pool. On a mesh,
+    where each block's experts are spread over devices, they are cut like all else.
+    """
+
+    def __init__(self, blocks: Any):
+        paths_and_leaves, self._structure = jax.tree.flatten_with_path(blocks)
+        pooled = [alone() and "experts" in _names(path) for path, _ in paths_and_leaves]
+        leaves = [leaf for _, leaf in paths_and_leaves]
+        self.cut = [None if p else leaf for p, leaf in zip(pooled, leaves)]
+        self._pool = [
+            leaf.reshape(-1, *leaf.shape[2:]) if p else None for p, leaf in zip(pooled, leaves)
+        ]
+        self._blocks = len(leaves[0])
+
+    def block(self, number: jax.Array, cut: list) -> Any:
+        """A block of the run, with what a scan over `cut` gives of it."""
+        leaves = [c if p is None else p for c, p in zip(cut, self._pool)]
+        block = jax.tree.unflatten(self._structure, leaves)
+        for layer in block.layers if any(p is not None for p in self._pool) else ():
+            for part in (layer.self_attention, layer.mlp):
+                if hasattr(part, "router"):
+                    part.router = _PoolRouter(part.router, number, self._blocks)
+        return block
+
+
+class _PoolRouter(Router):
+    """The router of a block whose experts are in the pool of a run."""
+
+    def __init__(self, router: Router, number: jax.Array, blocks: int):
+        self.config, self.kernel, self.bias = router.config, router.kernel, router.bias
+        self.number, self.blocks = number, blocks
+
+    def __call__(self, x_BxLxD: jax.Array, plan: Plan, keys: Any) -> Decision:
+        decision = super().__call__(x_BxLxD, plan, keys)
+        E, expert = self.config.num_experts, decision.assignment.expert_SxK
+        expert = jnp.where(expert < E, expert + E * self.number, E * self.blocks)
+        return decision._replace(assignment=decision.assignment._replace(expert_SxK=expert))
+
+
+def _cast(model: SwitchTransformer) -> SwitchTransformer:
+    """The same weights in the activation dtype, once instead of at every token.
+
+    Not those that are used in another, nor the experts, few of which are used at a time.
+    """
+    dtype = model.config.model.dtype
+
+    def cast(path, leaf):
+        kept = any("norm" in n or n in ("router", "relative_bias", "experts") for n in _names(path))
+        return leaf if kept else leaf.astype(dtype)
+
+    return jax.tree.map_with_path(cast, model)
+
+
+def _names(path: tuple) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def fill_blanks(
-    model: SwitchTransformer, vocabulary: Vocabulary, text: str, *, max_length: int = 128
-) -> str:
-    """`text` with its blanks filled: `___`, or sentinels such as `<extra_id_0>`, in order.
+    model: SwitchTransformer,
+    vocabulary: Vocabulary,
+    texts: Sequence[str],
+    *,
+    max_length: int = 128,
+    options: Options | None = None,
+) -> Iterator[str]:
+    """Texts with their blanks filled: `___`, or sentinels such as `<extra_id_0>`, in order.
 
-    A blank that the model says nothing about stays `___`.
+    A blank that the model says nothing about stays `___`. Of several results, the first counts.
+    Raises `UserError` for a text with more blanks than there are sentinels.
     """
+    options = Options() if options is None else options
+    texts = [_with_sentinels(text) for text in texts]
+    tokens = [[*vocabulary.encode(text), EOS] for text in texts]
+    for first in range(0, len(texts), BATCH):
+        rows = tokens[first : first + BATCH]
+        # Filled up, so that few programs are compiled: with zeros to a length that many have,
+        # and in the last batch with rows that end when their equals do.
+        length = -(-max(map(len, rows)) // 64) * 64
+        rows += rows[-1:] * (min(BATCH, len(texts)) - len(rows))
+        source = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
+        found = find(model, source, max_length, options, first_row=first)
+        outputs = np.asarray(found.token_BxKxL[:, 0])
+        for text, output in zip(texts[first : first + BATCH], outputs):
+            yield _filled(text, vocabulary.decode([int(t) for t in output if t > EOS]))
+
+
+def _with_sentinels(text: str) -> str:
+    """`text` with `___` numbered."""
     numbers = itertools.count()
     text = re.sub(r"_{3,}", lambda _: f"<extra_id_{next(numbers)}>", text)
     if next(numbers) > NUM_SENTINELS:
         raise UserError(f"A text has more than {NUM_SENTINELS} blanks; split it.")
-    tokens = [*vocabulary.encode(text), EOS]
-    # Padded, so that texts of different lengths share a compiled program.
-    source = jnp.array([tokens + [0] * (-len(tokens) % 64)], jnp.int32)
-    output = np.asarray(generate(model, source, max_length=max_length))[0]
-    pieces = re.split(r"<extra_id_(\d+)>", vocabulary.decode([int(t) for t in output if t > EOS]))
+    return text
+
+
+def _filled(text: str, output: str) -> str:
+    """`text` with its sentinels replaced by what follows them in `output`."""
+    pieces = re.split(r"<extra_id_(\d+)>", output)
     answers = dict(zip(pieces[1::2], pieces[2::2]))
 
     def fill(blank: re.Match) -> str:

@@ -23,6 +23,13 @@ SIZE = 1024
 ORDER = ("train", "validation")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     """`data.data_dir` with both data sets, as TFDS and as AllenAI have them."""

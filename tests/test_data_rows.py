@@ -189,7 +189,7 @@ def test_packing_loses_nothing_and_keeps_documents_apart(targets_length):
         for begin, end in zip(opened.offsets, opened.offsets[1:])
         for i in range(begin, end, length)
     ]
-    plan = packing.plan(opened.offsets, spans.span_lengths(64, 20), targets_length)
+    plan = packing.plan(opened.offsets, 64, targets_length)
     rows = len(plan.row_offsets) - 1
     assert rows < len(pieces)
     batch = next(

@@ -10,12 +10,13 @@ c4/en:2.2.0, lm1b               a TFDS data set in `data.data_dir` whose example
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from etils import epath
 
-from switch_jax.data import formats
-from switch_jax.data.sources import SPLITS, File, Files, PythonDocs, Source, Split
+from switch_jax.data import downstream, formats
+from switch_jax.data.pairs import find_task
+from switch_jax.data.sources import SPLITS, Files, PythonDocs, Source, Split, glob, newest
 from switch_jax.errors import UserError
 
 # mC4's 101 languages; six of them have a second code, for texts in Latin script.
@@ -58,7 +59,8 @@ def find(spec: str, data_dir: str | None) -> list[Source]:
     name, _, version = spec.partition(":")
     group, _, language = name.partition(".")
     multilingual = group == "mc4" and (not language or language in MC4_LANGUAGES)
-    if name != "c4" and not multilingual:
+    tasks = _tasks(name)
+    if name != "c4" and not multilingual and not tasks:
         where = data_dir and epath.Path(data_dir, name)
         if not where or not where.is_dir():
             raise UserError(
@@ -73,6 +75,8 @@ def find(spec: str, data_dir: str | None) -> list[Source]:
     root = epath.Path(data_dir)
     if multilingual:
         found = [_mc4(root, code, version) for code in ([language] if language else MC4_LANGUAGES)]
+    elif tasks:
+        return [find_task(root, downstream.TASKS[task]) for task in tasks]
     elif name == "c4":
         found = [_tfds(root, "c4/en", version, "c4", _SPLITS) or _c4_json(root, version)]
     else:
@@ -86,6 +90,25 @@ def find(spec: str, data_dir: str | None) -> list[Source]:
     return sources
 
 
+def members(spec: str, names: Iterable[str]) -> list[str]:
+    """Those of the sources called `names` that a part of a mixture, not of files, stands for."""
+    name = name_of(spec)
+    tasks = _tasks(name)
+    return [n for n in names if n == name or n in tasks or (name == "mc4" and n.startswith("mc4."))]
+
+
+def _tasks(name: str) -> tuple[str, ...]:
+    """The fine-tuning tasks that a name stands for."""
+    if name not in downstream.MIXTURES and name not in downstream.TASKS:
+        return ()
+    return tuple(task for task in downstream.find(name).rates if _readable(task))
+
+
+def _readable(task: str) -> bool:
+    """Whether a task has anything to train on or to evaluate."""
+    return any(split in downstream.TASKS[task].splits for split in SPLITS)
+
+
 def _is_files(spec: str) -> bool:
     return spec.startswith(("/", "./", "../", "~")) or "*" in spec or formats.is_known(spec)
 
@@ -95,7 +118,7 @@ def _named_files(spec: str) -> Source:
     patterns = {split: pattern.replace("{split}", split) for split in SPLITS}
     if "{split}" not in pattern:
         del patterns["validation"]
-    files = {split: _glob(pattern) for split, pattern in patterns.items()}
+    files = {split: glob(pattern) for split, pattern in patterns.items()}
     for split, found in files.items():
         if not found:
             raise UserError(
@@ -128,7 +151,7 @@ def _json(
 ) -> Source | None:
     """A source as AllenAI hands it out, in `root` itself or in a folder called as there."""
     for place in (root, root / folder, root / "c4" / folder):
-        files = {split: _glob(os.fspath(place / text)) for split, text in patterns.items()}
+        files = {split: glob(os.fspath(place / text)) for split, text in patterns.items()}
         if files["train"] and not version:
             return Files(name, files, {})
     return None
@@ -138,38 +161,19 @@ def _tfds(
     root: epath.Path, dataset: str, version: str, name: str, splits: Mapping[Split, str]
 ) -> Source | None:
     """A source as TFDS prepared it; the newest version there is, unless one is named."""
-    folder = root / dataset
-    if not folder.is_dir():
+    place = newest(root / dataset, version)
+    if place is None:
         return None
-    versions = [path.parent for path in folder.glob("*/dataset_info.json")]
-    if version:
-        versions = [path for path in versions if path.name == version]
-    if not versions:
-        return None
-    place = max(versions, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
     info = json.loads((place / "dataset_info.json").read_text())
     lengths = {
         split["name"]: sum(map(int, split.get("shardLengths", []))) for split in info["splits"]
     }
     stem = dataset.partition("/")[0]
     files = {
-        split: _glob(os.fspath(place / f"{stem}-{theirs}.tfrecord*"))
+        split: glob(os.fspath(place / f"{stem}-{theirs}.tfrecord*"))
         for split, theirs in splits.items()
     }
     if not files["train"]:
         return None
     counts = {split: lengths[theirs] for split, theirs in splits.items() if lengths.get(theirs)}
     return Files(name, files, counts)
-
-
-def _glob(pattern: str) -> list[File]:
-    """The files that match, in order of their paths."""
-    parts = pattern.split("/")
-    fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts) - 1)
-    folder, rest = epath.Path("/".join(parts[:fixed]) or "/"), "/".join(parts[fixed:])
-    if fixed == 0:
-        folder = epath.Path(".")
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.glob(rest) if not path.is_dir()]
-    return [File(os.fspath(path), path.stat().length) for path in sorted(found)]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from switch_jax.data.catalog import find, name_of
+from switch_jax.data.catalog import find, members, name_of
 from switch_jax.data.sources import Source
 from switch_jax.errors import UserError
 from switch_jax.schema import DataConfig
@@ -69,31 +69,47 @@ def find_sources(data: DataConfig) -> list[Source]:
     return list(sources.values())
 
 
+def select(data: DataConfig, names: Collection[str]) -> list[tuple[Part, list[str]]]:
+    """Which of the sources called `names` each part of a config's mixture stands for.
+
+    Raises `UserError` where a part stands for none.
+    """
+    selected: list[tuple[Part, list[str]]] = []
+    taken: list[str] = []
+    for part in parse(data.mixture):
+        stem = _unused(name_of(part.spec), taken)
+        chosen = [stem] if stem in names else members(part.spec, names)
+        if not chosen:
+            raise UserError(
+                f"data.mixture names {stem}, and there is only {', '.join(sorted(names))}; name"
+                " one of these, or pack it with `switch-jax data pack`."
+            )
+        selected.append((part, chosen))
+        taken += chosen
+    return selected
+
+
 def shares(data: DataConfig, documents: Mapping[str, int | None]) -> dict[str, float]:
     """Of each source in a config's mixture, the share of the training rows, which sum to one.
 
     Args:
       documents: of the sources there are, how many training documents each has, where known.
+        Sources without any are left out.
 
     Raises `UserError` where the mixture names one that is not there, or where the number of
     documents matters and is not known.
     """
     weights: dict[str, float] = {}
-    for part in parse(data.mixture):
-        stem = _unused(name_of(part.spec), weights)
-        members = [n for n in documents if n == stem or (stem == "mc4" and n.startswith("mc4."))]
-        if not members:
-            raise UserError(
-                f"data.mixture names {stem}, and there is only {', '.join(sorted(documents))}; name"
-                " one of these, or pack it with `switch-jax data pack`."
-            )
-        alone = len(members) == 1 and (part.rate is not None or part.spec == data.mixture.strip())
-        sizes = {name: 1.0 if alone else _size(data, name, documents[name]) for name in members}
-        total = sum(sizes.values())
-        rate = total if part.rate is None else part.rate
-        weights |= {name: rate * size / total for name, size in sizes.items()}
-    total = sum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}
+    selected = select(data, documents)
+    for part, names in selected:
+        trained = [name for name in names if documents[name] != 0]
+        alone = len(trained) == 1 and (part.rate is not None or len(selected) == 1)
+        sizes = {name: 1.0 if alone else _size(data, name, documents[name]) for name in trained}
+        rate = sum(sizes.values()) if part.rate is None else part.rate
+        weights |= {name: rate * size / sum(sizes.values()) for name, size in sizes.items()}
+    if not weights:
+        raise UserError(f"data.mixture={data.mixture} has no text to train on; name another one.")
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def _size(data: DataConfig, name: str, documents: int | None) -> float:

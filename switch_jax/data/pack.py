@@ -22,8 +22,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from switch_jax.data.bad_records import MISSING, Action, BadRecords
 from switch_jax.data.mixture import find_sources
+from switch_jax.data.pairs import Pairs
 from switch_jax.data.sources import SPLITS, Shard, Source, Split
-from switch_jax.data.store import FORMAT, MANIFEST, is_store, offsets_path, tokens_path
+from switch_jax.data.store import (
+    FORMAT,
+    MANIFEST,
+    examples_path,
+    is_store,
+    offsets_path,
+    tokens_path,
+)
 from switch_jax.data.vocabulary import FILE_NAME, Vocabulary, read
 from switch_jax.errors import UserError
 from switch_jax.files import write_whole
@@ -86,7 +94,7 @@ def pack(data: DataConfig, vocabulary: Vocabulary, output: Path, workers: int) -
                 todo.append(task)
         for task, tokens in _run(todo, data.on_bad_record, workers):
             progress.finished(task, tokens)
-    manifest = _plan(tasks, vocabulary) | _held(tasks, vocabulary, bad)
+    manifest = _plan(tasks, vocabulary) | _held(sources, tasks, vocabulary, bad)
     write_whole(output / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     for file in (output / _PLAN, *(task.done for task in tasks)):
         file.unlink()
@@ -149,6 +157,11 @@ def _tokenise(task: _Task, action: Action) -> int:
     task.folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.blake2b(digest_size=16)
     offsets = [0]
+    if isinstance(task.source, Pairs) and task.split != "train":
+        examples = task.source.examples(task.split, bad)
+        lines = "".join(json.dumps(example._asdict()) + "\n" for example in examples)
+        write_whole(examples_path(task.folder), lines.encode())
+        bad = BadRecords(action)  # they are counted below
     with open(tokens_path(task.folder, task.number), "wb") as file:
         for text in task.source.texts(task.split, task.shard, bad):
             tokens = np.array(vocabulary.encode(text), dtype).tobytes()
@@ -158,7 +171,7 @@ def _tokenise(task: _Task, action: Action) -> int:
     np.save(offsets_path(task.folder, task.number), np.array(offsets, np.int64))
     digest.update(np.array(offsets, np.int64).tobytes())
     done = {
-        "documents": len(offsets) - 1,
+        "documents": (len(offsets) - 1) // (2 if task.source.pairs else 1),
         "tokens": offsets[-1],
         "fingerprint": digest.hexdigest(),
         "left_out": bad.counts,
@@ -177,28 +190,35 @@ def _dtype(vocabulary: Vocabulary) -> np.dtype:
     return np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
 
 
-def _held(tasks: list[_Task], vocabulary: Vocabulary, bad: BadRecords) -> dict[str, Any]:
+def _held(
+    sources: list[Source], tasks: list[_Task], vocabulary: Vocabulary, bad: BadRecords
+) -> dict[str, Any]:
     """What a store holds, from what its tasks say; adds to `bad` what they left out."""
-    sources: dict[str, Any] = {}
+    held = {source.name: _nothing(source, vocabulary) for source in sources}
     for task in tasks:
         done = json.loads(task.done.read_text())
         bad.merge(done["left_out"], done["first"])
-        split = sources.setdefault(task.source.name, {}).setdefault(
-            task.split, {"documents": 0, "tokens": 0, "left_out": {}, "shards": []}
-        )
+        split = held[task.source.name][task.split]
         split["documents"] += done["documents"]
         split["tokens"] += done["tokens"]
         split["left_out"] = _sum(split["left_out"], done["left_out"])
         split["shards"].append([done["documents"], done["tokens"]])
-        both = split.get("fingerprint", vocabulary.fingerprint) + done["fingerprint"]
+        both = split["fingerprint"] + done["fingerprint"]
         split["fingerprint"] = hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
     return {
         "vocabulary_size": vocabulary.size,
         "dtype": _dtype(vocabulary).name,
         "left_out": bad.counts,
         "first_left_out": bad.first,
-        "sources": sources,
+        "sources": held,
     }
+
+
+def _nothing(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a store holds of a source before anything is packed."""
+    empty: dict[str, Any] = {"documents": 0, "tokens": 0, "fingerprint": vocabulary.fingerprint}
+    splits: dict[str, Any] = {split: {**empty, "left_out": {}, "shards": []} for split in SPLITS}
+    return {"pairs": source.pairs, **splits}
 
 
 def _sum(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
@@ -252,6 +272,8 @@ def render(manifest: dict[str, Any]) -> str:
     for name, source in manifest["sources"].items():
         for split in SPLITS:
             held = source[split]
+            if not held["shards"]:
+                continue
             left_out = sum(held["left_out"].values())
             lines.append(
                 f"{name:16} {split:10} {held['documents']:>14,} {held['tokens']:>18,}"

@@ -1,15 +1,18 @@
 """Several texts in one row: which ones, decided once, since lengths are known beforehand."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from switch_jax.cache import cache_root, made_once
-from switch_jax.data.spans import SpanLengths, corrupted_lengths
+from switch_jax.data.spans import corrupted_lengths, span_lengths
 
 _OPEN_ROWS = 32
+
+Planner = Callable[[np.ndarray, int, int], "Plan"]
 
 
 class Plan(NamedTuple):
@@ -25,51 +28,67 @@ class Plan(NamedTuple):
     row_offsets: np.ndarray  # [rows + 1] int64
 
 
-def planned(key: str, offsets: np.ndarray, longest: SpanLengths, targets_length: int) -> Plan:
-    """`plan`, from the cache where it was made before; `key` tells the arguments apart."""
+def planned(
+    key: str, make: Planner, offsets: np.ndarray, inputs_length: int, targets_length: int
+) -> Plan:
+    """What `make` plans, from the cache where it was made before; `key` tells plans apart."""
 
     def build(path: Path) -> None:
         with open(path, "wb") as file:
-            np.savez(file, **plan(offsets, longest, targets_length)._asdict())
+            np.savez(file, **make(offsets, inputs_length, targets_length)._asdict())
 
     with np.load(made_once(cache_root() / "plans" / f"{key}.npz", build)) as arrays:
         return Plan(**arrays)
 
 
-def plan(offsets: np.ndarray, longest: SpanLengths, targets_length: int) -> Plan:
+def plan(offsets: np.ndarray, inputs_length: int, targets_length: int) -> Plan:
     """Cuts documents into pieces and packs them, first fit in order of the documents.
+
+    No piece is longer than what fills a row when it is corrupted.
 
     Args:
       offsets: [documents + 1] where documents begin and end.
-      longest: `span_lengths` of the rows; no piece is longer.
-      targets_length: of a row.
+      inputs_length, targets_length: of a row.
     """
-    pieces = [np.arange(begin, end, longest.tokens) for begin, end in itertools.pairwise(offsets)]
+    longest = span_lengths(inputs_length, targets_length).tokens
+    pieces = [np.arange(begin, end, longest) for begin, end in itertools.pairwise(offsets)]
     starts = np.concatenate([np.zeros(0, np.int64), *pieces])
     ends = np.repeat(offsets[1:], [len(p) for p in pieces])
-    lengths = np.minimum(ends - starts, longest.tokens)
+    lengths = np.minimum(ends - starts, longest)
     sizes = {int(length): corrupted_lengths(int(length)) for length in np.unique(lengths)}
-    rows = _first_fit([sizes[int(n)] for n in lengths], longest.inputs, targets_length)
-    members = np.array([piece for row in rows for piece in row], np.int64)
-    row_offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return Plan(starts, lengths, members, row_offsets)
+    fits = [(sizes[int(n)].inputs, sizes[int(n)].targets) for n in lengths]
+    return Plan(starts, lengths, *_first_fit(fits, inputs_length, targets_length))
+
+
+def plan_pairs(offsets: np.ndarray, inputs_length: int, targets_length: int) -> Plan:
+    """As `plan`, of documents that are inputs and targets in turn: piece i is the i-th pair."""
+    sides = np.diff(offsets).reshape(-1, 2)
+    most = np.array([inputs_length, targets_length])
+    fits = [(int(x), int(y)) for x, y in np.minimum(sides + 1, most)]  # with an EOS
+    numbers = np.arange(len(fits))
+    return Plan(numbers, np.ones_like(numbers), *_first_fit(fits, inputs_length, targets_length))
 
 
 def _first_fit(
-    sizes: list[SpanLengths], inputs_length: int, targets_length: int
-) -> list[list[int]]:
-    """The pieces of each row. A few rows are open at a time; the fullest makes way for a new."""
+    sizes: list[tuple[int, int]], inputs_length: int, targets_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`members` and `row_offsets` of a plan for pieces with so many inputs and targets.
+
+    A few rows are open at a time; the fullest makes way for a new one.
+    """
     done: list[list[int]] = []
     open_rows: list[tuple[list[int], int, int]] = []  # pieces, room for inputs and for targets
     for piece, size in enumerate(sizes):
         for i, (row, inputs, targets) in enumerate(open_rows):
-            if size.inputs <= inputs and size.targets <= targets:
+            if size[0] <= inputs and size[1] <= targets:
                 row.append(piece)
-                open_rows[i] = (row, inputs - size.inputs, targets - size.targets)
+                open_rows[i] = (row, inputs - size[0], targets - size[1])
                 break
         else:
             if len(open_rows) == _OPEN_ROWS:
                 fullest = min(range(_OPEN_ROWS), key=lambda i: open_rows[i][1])
                 done.append(open_rows.pop(fullest)[0])
-            open_rows.append(([piece], inputs_length - size.inputs, targets_length - size.targets))
-    return done + [row for row, _, _ in open_rows]
+            open_rows.append(([piece], inputs_length - size[0], targets_length - size[1]))
+    done += [row for row, _, _ in open_rows]
+    members = np.array([piece for row in done for piece in row], np.int64)
+    return members, np.cumsum([0, *map(len, done)], dtype=np.int64)

@@ -17,7 +17,7 @@ from switch_jax.data import mixture, packing
 from switch_jax.data.batch import EVERYTHING, Batch, Feed, RowIterator, padded_batch, shifted_right
 from switch_jax.data.counter import derived_seed, permuted
 from switch_jax.data.sources import Split
-from switch_jax.data.spans import corrupt, span_lengths
+from switch_jax.data.spans import EOS, corrupt, span_lengths
 from switch_jax.data.store import TokenStore
 from switch_jax.data.stores import open_store
 from switch_jax.data.vocabularies import open_vocabulary
@@ -30,7 +30,8 @@ _ROUND = 2**20  # rows in which every source comes as often as its share says
 
 def open_mixture(config: Config, split: Split, feed: Feed = EVERYTHING) -> "StoreIterator":
     """Rows of all sources, in their shares; raises `UserError`."""
-    store, vocabulary, shares = _opened(config)
+    store, vocabulary = _opened(config)
+    shares = mixture.shares(config.data, store.documents())
     return StoreIterator(config.data, split, feed, store, vocabulary, shares)
 
 
@@ -38,17 +39,19 @@ def open_sources(
     config: Config, split: Split, feed: Feed = EVERYTHING
 ) -> dict[str, "StoreIterator"]:
     """Rows of each source on its own; raises `UserError`."""
-    store, vocabulary, shares = _opened(config)
+    store, vocabulary = _opened(config)
+    documents = store.documents(split)
+    names = [name for _, names in mixture.select(config.data, documents) for name in names]
+    some = [name for name in names if documents[name]] or names
     return {
         name: StoreIterator(config.data, split, feed, store, vocabulary, {name: 1.0})
-        for name in shares
+        for name in some
     }
 
 
-def _opened(config: Config) -> tuple[TokenStore, Vocabulary, dict[str, float]]:
+def _opened(config: Config) -> tuple[TokenStore, Vocabulary]:
     vocabulary = open_vocabulary(config)
-    store = open_store(config.data, vocabulary)
-    return store, vocabulary, mixture.shares(config.data, store.documents())
+    return open_store(config.data, vocabulary), vocabulary
 
 
 class StoreIterator(RowIterator):
@@ -57,7 +60,7 @@ class StoreIterator(RowIterator):
     Without packing, documents are joined and cut to the length that fills a row, as T5
     does; the last, incomplete cut is left out. With packing, documents are kept apart: each
     is cut where it is too long, each piece is corrupted on its own, and pieces share rows
-    as segments.
+    as segments. Pairs of inputs and targets are rows, or segments, as they are.
 
     Args:
       shares: of the sources among the rows.
@@ -115,7 +118,7 @@ class StoreIterator(RowIterator):
 
     def _joined(self, pieces: "_Pieces") -> Batch:
         batch: Batch = {}
-        for same, inputs, targets in self._corrupted(pieces):
+        for same, inputs, targets in self._sequences(pieces):
             for name, values in padded_batch(inputs, targets, self._data).items():
                 if name not in batch:
                     batch[name] = np.empty((len(pieces.row), values.shape[1]), values.dtype)
@@ -125,7 +128,7 @@ class StoreIterator(RowIterator):
     def _packed(self, pieces: "_Pieces") -> Batch:
         inputs: list[np.ndarray] = [np.zeros(0)] * len(pieces.row)
         targets = inputs.copy()
-        for same, of_inputs, of_targets in self._corrupted(pieces):
+        for same, of_inputs, of_targets in self._sequences(pieces):
             for i, x, y in zip(same, of_inputs, of_targets):
                 inputs[i], targets[i] = x, y
         order = np.lexsort((pieces.segment, pieces.row))
@@ -144,10 +147,14 @@ class StoreIterator(RowIterator):
         batch["decoder_loss_weights"] = (batch["decoder_segment_ids"] > 0).astype(np.float32)
         return batch
 
-    def _corrupted(self, pieces: "_Pieces") -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _sequences(self, pieces: "_Pieces") -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Pieces of one length at a time: which they are, [P]; inputs [P, I]; targets [P, T]."""
-        for length in np.unique(pieces.length):
-            same = np.flatnonzero(pieces.length == length)
+        paired = np.array([source.paired for source in self._sources])[pieces.source]
+        for i in np.flatnonzero(paired):
+            inputs, targets = self._sources[pieces.source[i]].pair(int(pieces.start[i]))
+            yield np.array([i]), inputs[None], targets[None]
+        for length in np.unique(pieces.length[~paired]):
+            same = np.flatnonzero((pieces.length == length) & ~paired)
             tokens = np.empty((len(same), length), np.int32)
             for i in np.unique(pieces.source[same]):
                 here = pieces.source[same] == i
@@ -170,7 +177,7 @@ class _Pieces(NamedTuple):
     row: np.ndarray  # its place among the rows asked for
     segment: np.ndarray  # 1, 2, … within the row
     source: np.ndarray
-    start: np.ndarray  # within the source's tokens
+    start: np.ndarray  # within the source's tokens; of pairs, which one
     length: np.ndarray
     example: np.ndarray  # uint64; what random numbers depend on: another in every epoch
 
@@ -181,7 +188,8 @@ class _Source:
     def __init__(self, data: DataConfig, store: TokenStore, name: str, split: Split):
         self._seed = derived_seed(data.seed, name)
         self.tokens = store.tokens(name, split)
-        lengths = span_lengths(data.inputs_length, data.targets_length)
+        self.paired = store.pairs(name)
+        self._lengths = (data.inputs_length, data.targets_length)
         if not len(self.tokens):
             raise UserError(
                 f"The {split} split of {name} has no text; leave {name} out of data.mixture."
@@ -189,13 +197,24 @@ class _Source:
         self._plan = None
         if data.pack:
             key = f"{store.fingerprint(name, split)}-{data.inputs_length}-{data.targets_length}"
-            offsets = self.tokens.offsets
-            self._plan = packing.planned(key, offsets, lengths, data.targets_length)
+            make = packing.plan_pairs if self.paired else packing.plan
+            self._plan = packing.planned(key, make, self.tokens.offsets, *self._lengths)
             self._size = len(self._plan.row_offsets) - 1
+        elif self.paired:
+            self._length, self._size = 1, len(self.tokens.offsets) // 2
         else:
             # A split shorter than a row is one short row.
-            self._length = min(lengths.tokens, len(self.tokens))
+            self._length = min(span_lengths(*self._lengths).tokens, len(self.tokens))
             self._size = len(self.tokens) // self._length
+
+    def pair(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, int32, each cut where it is too long and with an EOS."""
+        sides = []
+        for length, document in zip(self._lengths, (2 * number, 2 * number + 1)):
+            begin, end = self.tokens.offsets[document : document + 2]
+            tokens = self.tokens.take(np.array([begin]), int(min(end - begin, length - 1)))[0]
+            sides.append(np.append(tokens.astype(np.int32), EOS))
+        return sides[0], sides[1]
 
     def pieces(self, numbers: np.ndarray) -> _Pieces:
         """What the rows with the given numbers, [R] int64, are made of; `source` is not set."""

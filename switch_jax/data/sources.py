@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
 
+from etils import epath
+
 from switch_jax.data import formats, python_docs
 from switch_jax.data.bad_records import BadRecords
 
@@ -34,10 +36,12 @@ class Source(abc.ABC):
     Attributes:
       name: what metrics, packed records and messages call it.
       fingerprint: 32 hexadecimal digits that change with where the text lies and how large it is.
+      pairs: whether texts are inputs and targets in turn, and not text to be corrupted.
     """
 
     name: str
     fingerprint: str
+    pairs = False
 
     @abc.abstractmethod
     def shards(self, split: Split) -> tuple[Shard, ...]:
@@ -161,3 +165,26 @@ def _missing(paths: Iterable[str]) -> list[str]:
         for (before, count, after), numbers in present.items()
         for number in sorted(set(range(int(count))) - numbers)
     ]
+
+
+def glob(pattern: str) -> list[File]:
+    """The files that match, in order of their paths."""
+    parts = pattern.split("/")
+    fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts) - 1)
+    folder, rest = epath.Path("/".join(parts[:fixed]) or "/"), "/".join(parts[fixed:])
+    if fixed == 0:
+        folder = epath.Path(".")
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.glob(rest) if not path.is_dir()]
+    return [File(os.fspath(path), path.stat().length) for path in sorted(found)]
+
+
+def newest(folder: epath.Path, version: str = "") -> epath.Path | None:
+    """Where TFDS prepared a data set: its newest version, unless one is named."""
+    if not folder.is_dir():
+        return None
+    versions = [path.parent for path in folder.glob("*/dataset_info.json")]
+    if version:
+        versions = [path for path in versions if path.name == version]
+    return max(versions, default=None, key=lambda path: [*map(int, re.findall(r"\d+", path.name))])

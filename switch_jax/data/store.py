@@ -8,6 +8,8 @@ A store is a folder with a vocabulary and, for each source and split, shards of 
     c4/train/00000.offsets.npy     [documents + 1] int64, where each begins and ends
     c4/train/00001.tokens …
     c4/validation/…
+    glue/cola/train/…              the same, where documents are inputs and targets in turn
+    glue/cola/validation/examples.jsonl    their text, and what metrics compare with
 
 Tokens are stored as they are: joining, cutting, span corruption and packing into rows are
 functions of the row's number (`rows`), so that one store serves any lengths, seeds and mixture.
@@ -25,7 +27,7 @@ from switch_jax.data.sources import Split
 from switch_jax.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def is_store(directory: str | Path) -> bool:
@@ -59,9 +61,18 @@ class TokenStore:
         except (OSError, ValueError, KeyError, TypeError):
             raise _damaged(directory) from None
 
-    def documents(self) -> dict[str, int]:
-        """Training documents of each source."""
-        return {name: source["train"]["documents"] for name, source in self._sources.items()}
+    def documents(self, split: Split = "train") -> dict[str, int]:
+        """Documents of each source, or its pairs of inputs and targets."""
+        return {name: source[split]["documents"] for name, source in self._sources.items()}
+
+    def pairs(self, name: str) -> bool:
+        """Whether a source's documents are inputs and targets in turn."""
+        return self._sources[name]["pairs"]
+
+    def examples(self, name: str) -> list[dict[str, Any]]:
+        """Validation examples of pairs: `inputs`, `targets`, and `answer`."""
+        lines = examples_path(self._directory / name / "validation").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
     def fingerprint(self, name: str, split: Split) -> str:
         """Identifies the tokens of a split."""
@@ -137,6 +148,11 @@ class Tokens:
 def tokens_path(directory: Path, shard: int) -> Path:
     """Where the tokens of a shard lie."""
     return directory / f"{shard:05d}.tokens"
+
+
+def examples_path(directory: Path) -> Path:
+    """Where the text of a split's pairs lies, with the answers that metrics compare with."""
+    return directory / "examples.jsonl"
 
 
 def offsets_path(directory: Path, shard: int) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from switch_jax.cache import cache_root, made_once
 from switch_jax.data import mixture
 from switch_jax.data.pack import pack
-from switch_jax.data.store import TokenStore, is_store
+from switch_jax.data.store import FORMAT, TokenStore, is_store
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.schema import DataConfig
@@ -44,7 +44,7 @@ def _cached(data: DataConfig, vocabulary: Vocabulary) -> Path:
             " data.reader=seqio to read it as it streams."
         )
     text = [(source.name, source.fingerprint) for source in sources]
-    described = repr((text, vocabulary.fingerprint)).encode()
+    described = repr((FORMAT, text, vocabulary.fingerprint)).encode()
     digest = hashlib.blake2b(described, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}"
 
