@@ -47,8 +47,8 @@ class Task:
       format: text of a record; see `prompts`.
       classes: names in the order of their labels; empty where records bring their own, or answers
         are texts or numbers.
-      metrics: what is computed; nothing where no part has labels.
-      reported: those metrics whose mean is the task's number in the paper.
+      metrics: names in `metrics.METRICS`; none where no part has labels.
+      reported: of what they give, what is the task's number in the paper; None: the mean of all.
       inputs_length, targets_length: tokens, with the EOS.
     """
 
@@ -61,7 +61,7 @@ class Task:
     format: Format
     classes: tuple[str, ...]
     metrics: tuple[str, ...]
-    reported: tuple[str, ...]
+    reported: str | None
     inputs_length: int
     targets_length: int
 
@@ -121,7 +121,6 @@ def _task(
 ) -> Task:
     benchmark, _, config = name.partition(".")
     dataset, _, version = (dataset or f"{benchmark}/{config}:{_VERSIONS[benchmark]}").partition(":")
-    computed = tuple(metrics.split())
     return Task(
         name=name,
         dataset=dataset,
@@ -131,8 +130,8 @@ def _task(
         schema=schema,
         format=format,
         classes=classes,
-        metrics=computed,
-        reported=(reported,) if reported else computed,
+        metrics=tuple(metrics.split()),
+        reported=reported,
         inputs_length=_LENGTHS[benchmark][0],
         targets_length=_LENGTHS[benchmark][1],
     )
@@ -217,7 +216,7 @@ def _closed_book(
             "validation": Rows("train", num_examples),
             "test": Rows(test),
         },
-        reported=metrics.split()[0],
+        reported="exact_match",
     )
 
 
@@ -225,7 +224,6 @@ _NLI = ("entailment", "neutral", "contradiction")
 _RTE = ("entailment", "not_entailment")
 _CB = ("entailment", "contradiction", "neutral")
 _BOOLEAN = ("False", "True")
-_ROUGE = "rouge1 rouge2 rougeLsum"
 _PAIR, _INFERENCE = "sentence1 sentence2", "hypothesis premise"
 _AXB = {"hypothesis": "sentence2", "premise": "sentence1"}
 _COPA = "choice1 choice2 premise question"
@@ -257,7 +255,7 @@ _TASKS = (
     _task(
         "super_glue.multirc",
         27_243,
-        "multirc_f1a multirc_em",
+        "multirc",
         partial(prompts.multirc, task="super_glue.multirc", classes=_BOOLEAN),
         {
             "question": str,
@@ -271,7 +269,7 @@ _TASKS = (
     _task(
         "super_glue.record",
         138_854,
-        "record_f1 record_em",
+        "record",
         prompts.record,
         {
             "query": str,
@@ -286,7 +284,7 @@ _TASKS = (
     _task(
         "super_glue.wsc",
         259,
-        "wsc_accuracy",
+        "wsc",
         partial(prompts.wsc, task="super_glue.wsc", classes=_BOOLEAN),
         {"text": str, "span1_text": str, "span2_text": str, "span2_index": int, "label": LABEL},
         _BOOLEAN,
@@ -306,17 +304,17 @@ _TASKS = (
     _task(
         "squad",
         87_599,
-        "squad_em squad_f1",
+        "squad",
         prompts.squad,
         {"question": str, "context": str, "answers": {"text": [str]}},
         dataset="squad/v1.1:3.0.0",
         splits={"train": Rows("train"), "validation": Rows("validation")},
-        reported="squad_em",
+        reported="exact_match",
     ),
     _task(
         "cnn_dailymail",
         287_113,
-        _ROUGE,
+        "rouge",
         partial(prompts.summarization, document="article", summary="highlights"),
         {"article": str, "highlights": str},
         dataset="cnn_dailymail:3.4.0",
@@ -325,7 +323,7 @@ _TASKS = (
     _task(
         "xsum",
         203_577,
-        _ROUGE,
+        "rouge",
         partial(prompts.summarization, document="document", summary="summary"),
         {"document": str, "summary": str},
         dataset="xsum:1.1.0",
@@ -344,7 +342,7 @@ _TASKS = (
     _closed_book(
         "natural_questions",
         79_168,
-        "squad_em squad_f1",
+        "squad",
         partial(prompts.open_question, prefix="nq", answers="answer"),
         {"answer": [str]},
         "natural_questions_open:1.0.0",
@@ -352,7 +350,7 @@ _TASKS = (
     _closed_book(
         "web_questions",
         3_417,
-        "squad_em squad_f1",
+        "squad",
         partial(prompts.open_question, prefix="wq", answers="answers"),
         {"answers": [str]},
         "web_questions:1.0.0",
@@ -361,7 +359,7 @@ _TASKS = (
     _closed_book(
         "trivia_qa",
         78_785,
-        "trivia_em trivia_f1",
+        "trivia_qa",
         prompts.trivia_qa,
         {"answer": {"value": str, "aliases": [str]}},
         "trivia_qa/unfiltered.nocontext:1.1.0",
