@@ -90,8 +90,38 @@ def token_losses(
     return on_mesh(local, in_specs=in_specs, out_specs=whole)(states_BxTxD, head_DxV, *targets)
 
 
+def row_cross_entropy(
+    states_BxTxD: jax.Array, head_DxV: jax.Array, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Cross-entropy of each row's targets, [B] float32 nats, weighted by their loss weights."""
+
+    def local(states_BxTxD, head_DxV, target_BxT, weight_BxT):
+        states_BxTxD = varying(states_BxTxD, "model")
+        head_DxV = varying(head_DxV, BATCH_AXES)
+        logits_BxTxV = jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32)
+        log_z_BxT, _, target_logit_BxT = _terms(logits_BxTxV, target_BxT)
+        return jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT), -1)
+
+    rows = spec(("batch",))
+    in_specs = (rows, spec((None, "vocab")), rows, rows)
+    targets = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    return on_mesh(local, in_specs=in_specs, out_specs=rows)(states_BxTxD, head_DxV, *targets)
+
+
 def _sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array) -> LossSums:
     """Sums over a device's rows, from its part V of the vocabulary."""
+    log_z_BxT, largest_BxT, target_logit_BxT = _terms(logits_BxTxV, target_BxT)
+    return LossSums(
+        cross_entropy=jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT)),
+        z=jnp.sum(weight_BxT * log_z_BxT**2),
+        correct=jnp.sum(weight_BxT * (target_logit_BxT >= largest_BxT)),
+    )
+
+
+def _terms(
+    logits_BxTxV: jax.Array, target_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """log Σ exp of the logits, the largest one, and the target's, [B, T] each."""
     V = logits_BxTxV.shape[-1]
     largest_BxT = highest(jax.lax.stop_gradient(logits_BxTxV.max(-1)), "model")
     scaled_BxTxV = jnp.exp(logits_BxTxV - largest_BxT[..., None])
@@ -100,11 +130,7 @@ def _sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array)
     vocabulary_V = V * position("model") + jnp.arange(V, dtype=target_BxT.dtype)
     at_target = vocabulary_V == target_BxT[..., None]
     target_logit_BxT = summed(jnp.sum(jnp.where(at_target, logits_BxTxV, 0), -1), "model")
-    return LossSums(
-        cross_entropy=jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT)),
-        z=jnp.sum(weight_BxT * log_z_BxT**2),
-        correct=jnp.sum(weight_BxT * (target_logit_BxT >= largest_BxT)),
-    )
+    return log_z_BxT, largest_BxT, target_logit_BxT
 
 
 def _cut(x_BxT: jax.Array, chunks: int) -> jax.Array:

@@ -167,6 +167,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How fine-tuning tasks are evaluated, beside their loss."""
+
+    # What is compared with the answers: the text that the model writes or, where there are
+    # classes, the one whose text is the most likely.
+    method: Literal["generate", "rank"] = "generate"
+    beam_size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Device mesh: sizes of its axes; -1 stands for whatever devices are left."""
 
@@ -196,6 +206,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     lora: LoRAConfig = LoRAConfig()
+    eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     init_from: str | None = None  # checkpoint whose parameters training starts from
     init_rules: str = ""  # which is taken from where, PATTERN -> NAME; …: see transfer.py

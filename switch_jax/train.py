@@ -8,6 +8,7 @@ from switch_jax import accounting, checkpoint, processes, sharding, transfer
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.evaluate import evaluate, validation_batches
 from switch_jax.idle_experts import IdleExperts
+from switch_jax.predict import Scorer
 from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
 from switch_jax.schema import Config
 from switch_jax.step import Program
@@ -34,6 +35,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         program, feed = Program(config, mesh), sharding.feed(mesh)
         batches = open_batches(config, "train", feed)
         validation = validation_batches(config, feed)
+        score = Scorer(program, workdir)
 
         if config.init_from is not None and not workdir.checkpoints.exists():
             transfer.report(config)  # what cannot be: say so before anything is written
@@ -91,6 +93,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
                     display.say(f"step {step}  {sentence}")
             if finished or step % settings.eval_every == 0:
                 values = evaluate(program, state.params, validation)
+                values |= score(state.params, step)
                 writer.write(step, "eval", values)
                 display.say(f"step {step}  validation cross-entropy {values['cross_entropy']:.4f}")
                 meter.restart(step, metrics)

@@ -55,6 +55,7 @@ _LEAST = {
     },
     "data": {0: "rate_exponent", 1: "inputs_length targets_length batch_size"},
     "lora": {0: "rank"},
+    "eval": {1: "beam_size"},
     "optimizer": {0: "warmup_steps cooldown_steps learning_rate weight_decay max_grad_norm"},
     "train": {
         0: "z_loss_weight",

@@ -6,6 +6,7 @@ tensorboard/           the same
 checkpoints/STEP/      state, data position
 figures/*.png
 experts/experts.*       what each expert specialises in, as HTML and JSON
+predictions/STEP/*.jsonl  what the model answers to the examples of fine-tuning tasks
 """
 
 import importlib.metadata
@@ -37,6 +38,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.figures = self.path / "figures"
         self.experts = self.path / "experts"
+        self.predictions = self.path / "predictions"
 
     def config(self) -> Config:
         """The config the run was made with; raises `UserError` where there is none."""

@@ -11,6 +11,7 @@ Only `tasks` uses TensorFlow; it is loaded when asked for.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from switch_jax.data import rows
 from switch_jax.data.batch import EVERYTHING, BatchIterator, Feed, SyntheticIterator
@@ -18,7 +19,7 @@ from switch_jax.data.sources import Split
 from switch_jax.data.vocabularies import open_vocabulary
 from switch_jax.schema import Config
 
-__all__ = ["open_batches", "open_each", "open_vocabulary"]
+__all__ = ["open_batches", "open_each", "open_examples", "open_vocabulary"]
 
 
 def open_batches(config: Config, split: Split, feed: Feed = EVERYTHING) -> BatchIterator:
@@ -51,3 +52,12 @@ def open_each(config: Config, split: Split, feed: Feed = EVERYTHING) -> Mapping[
             from switch_jax.data import tasks
 
             return tasks.open_sources(config, split, feed)
+
+
+def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Validation examples of the fine-tuning tasks in a mixture, by task.
+
+    Each has `inputs`, `targets` and the `answer` that metrics compare with. Only packed records
+    have them.
+    """
+    return rows.open_examples(config) if config.data.reader == "store" else {}

@@ -9,7 +9,7 @@ that came before: any process can make any part of it, and resuming is free.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,14 @@ def open_sources(
         name: StoreIterator(config.data, split, feed, store, vocabulary, {name: 1.0})
         for name in some
     }
+
+
+def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Validation examples of the mixture's pairs, by source; raises `UserError`."""
+    store, _ = _opened(config)
+    documents = store.documents("validation")
+    names = [name for _, names in mixture.select(config.data, documents) for name in names]
+    return {name: store.examples(name) for name in names if store.pairs(name) and documents[name]}
 
 
 def _opened(config: Config) -> tuple[TokenStore, Vocabulary]:

@@ -29,16 +29,20 @@ def open_vocabulary(config: Config) -> Vocabulary:
     """The vocabulary that a config reads and writes text with.
 
     It is `data.vocabulary` where that names one, else the one that `data.data_dir` was packed
-    with, else the mixture's own, which is trained on first use.
+    with, else that of the run that `init_from` names, else the mixture's own, which is trained on
+    first use.
 
     Raises `UserError` where it cannot be read or has more ids than `model.vocab_size`.
     """
     data = config.data
+    inherited = _of_run(config.init_from)
     packed = None if data.data_dir is None else Path(data.data_dir, FILE_NAME)
     if data.vocabulary is not None:
         vocabulary = read(data.vocabulary)
     elif packed is not None and packed.is_file():
         vocabulary = read(packed)
+    elif inherited is not None:
+        vocabulary = read(inherited)
     else:
         vocabulary = read(_own(data, config.model.vocab_size))
     if vocabulary.size > config.model.vocab_size:
@@ -117,6 +121,15 @@ def sample(data: DataConfig, sources: list[Source], characters: int) -> Iterator
                 yield text
                 here -= len(text)
                 left -= len(text)
+
+
+def _of_run(init_from: str | None) -> Path | None:
+    """The vocabulary in the WORKDIR that a path is, or is a checkpoint of."""
+    if init_from is None:
+        return None
+    path = Path(init_from).expanduser().absolute()
+    files = [folder / FILE_NAME for folder in (path, path.parent.parent)]
+    return next((file for file in files if file.is_file()), None)
 
 
 def _own(data: DataConfig, model_vocab_size: int) -> Path:

@@ -1,0 +1,127 @@
+"""Every fine-tuning task from files to metrics: trained, evaluated, its predictions written."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+
+from switch_jax.data import downstream, python_docs, vocabularies
+from switch_jax.data.downstream import TASKS
+from switch_jax.data.sources import SPLITS
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "finetune"
+
+# Without parts that have labels, or without a validation split.
+UNSCORED = {"glue.ax", "super_glue.axb", "super_glue.axg", "glue.mnli", "super_glue.dpr"}
+
+
+def value(kind, name, rng):
+    """A value of a schema's type."""
+    if isinstance(kind, dict):
+        return {key: value(of, key, rng) for key, of in kind.items()}
+    if isinstance(kind, list):
+        return [value(kind[0], name, rng) for _ in range(2)]
+    if name in ("label", "answerKey"):
+        return 0
+    if kind is float:
+        return float(rng.integers(0, 6))
+    if kind is int:
+        return int(rng.integers(0, 100))
+    return " ".join(rng.choice(["red", "green", "blue", "left", "right", "old"], 4))
+
+
+def record(task, rng):
+    made = value(task.schema, "", rng)
+    if task.classes and "label" in made:
+        made["label"] = task.classes[int(rng.integers(len(task.classes)))]
+    if task.name == "super_glue.wsc":
+        text = made["text"].split(" ")
+        made |= {"label": "True", "span2_index": 2, "span2_text": text[2], "span1_text": text[0]}
+    if task.name == "super_glue.dpr":
+        made |= {"sentence": "He saw that it was red.", "pronoun": "it"}
+    if task.name.startswith("arc"):
+        made["choices"] = {"text": ["red", "blue"], "label": ["A", "B"]}
+        made["answerKey"] = "AB"[int(rng.integers(2))]
+    if task.name.startswith("winogrande"):
+        made["label"] = "2"
+    return made
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """All tasks, as JSON lines called after the splits of their data sets."""
+    root = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+    for task in TASKS.values():
+        folder = root / task.dataset
+        folder.mkdir(parents=True, exist_ok=True)
+        for rows in task.splits.values():
+            if rows.begin or rows.end:  # closed-book tasks validate on what is left of training
+                continue
+            lines = [json.dumps(record(task, rng)) + "\n" for _ in range(8)]
+            (folder / f"{rows.split}.jsonl").write_text("".join(lines))
+    for name in ("natural_questions", "web_questions", "trivia_qa"):
+        task = TASKS[f"closed_book.{name}"]
+        lines = [json.dumps(record(task, rng)) + "\n" for _ in range(task.num_examples + 4)]
+        (root / task.dataset / "train.jsonl").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "words.model"
+    vocabularies.train([d.text for d in python_docs.documents()[:20]], path, 900)
+    return path
+
+
+SMALL = [
+    f"--config.{setting}"
+    for setting in (
+        *("model.vocab_size=900", "model.d_model=16", "model.d_ff=32", "model.num_heads=2"),
+        *("model.head_dim=8", "model.num_encoder_layers=2", "model.num_decoder_layers=2"),
+        *("model.dtype=float32", "moe.num_experts=4", "moe.group_size=64", "mesh.data=1"),
+        *("data.inputs_length=64", "data.targets_length=8", "data.batch_size=8"),
+        *("train.steps=20", "train.log_every=10", "train.eval_every=20", "train.eval_batches=1"),
+        "train.checkpoint_every=20",
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "config, method",
+    [
+        ("glue", "generate"),
+        ("superglue", "rank"),
+        *((name, "generate") for name in ("squad", "winogrande", "arc", "anli", "xsum")),
+        *((name, "generate") for name in ("cnn_dailymail", "closed_book_qa")),
+    ],
+)
+def test_tasks_run_from_files_to_metrics(data_dir, words, tmp_path, monkeypatch, config, method):
+    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
+    spec, workdir = CONFIGS / f"{config}.py", tmp_path / "run"
+    settings = [f"--config.data.data_dir={data_dir}", f"--config.data.vocabulary={words}"]
+    settings.append(f"--config.eval.method={method}")
+    runs.run("train", "--config", spec, *SMALL, *settings, "--workdir", workdir)
+    mixture = json.loads((workdir / "config.json").read_text())["config"]["data"]["mixture"]
+    [*_, evaluated] = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    found = downstream.find(mixture)
+    for name in set(found.rates) - UNSCORED:
+        task = TASKS[name]
+        score = evaluated[f"{name}/score"]
+        assert -100 <= score <= 100
+        lines = (workdir / "predictions" / "20" / f"{name}.jsonl").read_text().splitlines()
+        examples = [json.loads(line) for line in lines]
+        assert len(examples) >= 4 and set(examples[0]) == {
+            *("inputs", "targets", "answer", "prediction")
+        }
+        if method == "rank" and task.classes:
+            assert {example["prediction"] for example in examples} <= set(task.classes)
+            assert evaluated.get(f"{name}/invalid", 0) == 0
+    assert ("average" in evaluated) == (len(found.rates) > 1)
+    assert not {f"{name}/score" for name in UNSCORED} & set(evaluated)
+
+
+def test_splits_are_those_of_training_and_validation():
+    assert {split for task in TASKS.values() for split in task.splits} <= {*SPLITS, "test"}
