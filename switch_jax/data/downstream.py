@@ -188,9 +188,8 @@ def _winogrande(size: str, num_examples: int) -> Task:
         "accuracy",
         partial(prompts.winogrande, task=f"winogrande.{size}"),
         {"sentence": str, "option1": str, "option2": str, "label": LABEL},
-        ("1", "2"),
-        "winogrande:1.2.0",
-        {**_ALL, "train": Rows(f"train_{size}")},
+        dataset="winogrande:1.2.0",
+        splits={**_ALL, "train": Rows(f"train_{size}")},
     )
 
 
