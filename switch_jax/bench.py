@@ -1,9 +1,9 @@
 """Step time of a config against its FLOP-matched dense twin, side by side in one run.
 
 The twin is the same model with `moe.num_experts=0`: as many FLOPs a token, if capacity were
-exactly used. Three things are timed: the train step, the forward pass (the evaluation step)
-and one feed-forward layer alone, forward and backward, on the encoder's tokens. Runs of the two
-models alternate, so that a machine whose speed drifts drifts for both.
+exactly used. Timed are the train step, the forward pass (the evaluation step), one feed-forward
+layer alone, forward and backward, on the encoder's tokens, and decoding behind encoded inputs.
+Runs of the two models alternate, so that a machine whose speed drifts drifts for both.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from switch_jax import accounting, sharding
+from switch_jax import accounting, decode, search, sharding
 from switch_jax.data.batch import SyntheticIterator
 from switch_jax.errors import UserError
 from switch_jax.layers import Mlp
@@ -27,8 +27,10 @@ from switch_jax.router import Plan
 from switch_jax.schema import Config
 from switch_jax.step import Program
 
-PARTS = ("train_step", "forward", "layer")
 MODELS = ("sparse", "dense")
+# Inputs at once (on each part of a mesh that has its own rows), and beams; 1 is greedy.
+DECODING = {"greedy_1": (1, 1), "greedy_32": (32, 1), "beam4_1": (1, 4), "beam4_32": (32, 4)}
+MAX_DECODED = 32  # tokens, at the most as many as the targets have
 
 Lower = Callable[[], jax.stages.Lowered]
 # Calls what was compiled, on what its last call returned (None at first).
@@ -52,12 +54,19 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         _use_compilation_cache(folder)
-        for part in PARTS:
-            cases = {
-                model: _Case(part, c, Program(c, mesh)) for model, c in zip(MODELS, (config, dense))
-            }
-            seconds = alternate({model: case.call for model, case in cases.items()}, repeats)
-            result[part] = _compare({m: case.report(seconds[m]) for m, case in cases.items()})
+        programs = {m: Program(c, mesh) for m, c in zip(MODELS, (config, dense))}
+        for part, prepare in PARTS.items():
+            result[part] = _compare({m: prepare(p.config, p) for m, p in programs.items()}, repeats)
+        params = {m: p.init().params for m, p in programs.items()}
+        result["decode"] = {}
+        for part, (inputs, beams) in DECODING.items():
+            rows = inputs * sharding.num_batch_shards(mesh)
+            result["decode"][part] = compared = _compare(
+                {m: _decode(p, params[m], rows, beams) for m, p in programs.items()}, repeats
+            )
+            for report in (compared[m] for m in MODELS):
+                report["ms_per_token"] = 1e3 * report["seconds"] / _decoded(config)
+                report["tokens_per_second"] = rows * _decoded(config) / report["seconds"]
     for model, one in zip(MODELS, (config, dense)):
         step = result["train_step"][model]
         tokens = config.data.batch_size * (config.data.inputs_length + config.data.targets_length)
@@ -69,12 +78,7 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
 class _Case:
     """One part of one model: compiled, and called again and again."""
 
-    def __init__(self, part: str, config: Config, program: Program):
-        lower, advance = {
-            "train_step": _train_step,
-            "forward": _forward,
-            "layer": _layer,
-        }[part](config, program)
+    def __init__(self, lower: Lower, advance: Advance):
         began = time.perf_counter()
         lower().compile()
         self._compile = time.perf_counter() - began
@@ -133,7 +137,10 @@ def _repeated(compiled: Callable, advance: Advance) -> Callable[[], Any]:
     return call
 
 
-def _compare(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _compare(prepared: Mapping[str, tuple[Lower, Advance]], repeats: int) -> dict[str, Any]:
+    cases = {model: _Case(*lower_and_advance) for model, lower_and_advance in prepared.items()}
+    seconds = alternate({model: case.call for model, case in cases.items()}, repeats)
+    reports = {model: case.report(seconds[model]) for model, case in cases.items()}
     sparse, dense = (reports[model]["seconds"] for model in MODELS)
     return {**reports, "ratio": sparse / dense}
 
@@ -185,6 +192,40 @@ def _layer(config: Config, program: Program) -> tuple[Lower, Advance]:
     return lower, lambda call, _: call(layer, x, g)
 
 
+PARTS = {"train_step": _train_step, "forward": _forward, "layer": _layer}
+
+
+def _decode(
+    program: Program, params: Mapping[str, jax.Array], rows: int, beams: int
+) -> tuple[Lower, Advance]:
+    """As many tokens as `_decoded` says for encoded inputs, none of which ends before."""
+    config, mesh, never = program.config, program.mesh, -1
+    length, shape = _decoded(config), (rows, config.data.inputs_length)
+    source_BxS = 2 + jnp.arange(math.prod(shape)).reshape(shape) % (config.model.vocab_size - 2)
+
+    def run(params: Mapping[str, jax.Array], encoded_BxSxD: jax.Array, mask_BxS: jax.Array) -> Any:
+        step, own = decode.bind(program.model(params), encoded_BxSxD, mask_BxS, length, beams)
+        if beams == 1:
+            return search.walk(step, own, search.greedy, rows, length, never)
+        return search.beams(step, own, 2, rows, beams, length, never, 0.6)
+
+    with jax.set_mesh(mesh):
+        source_BxS = jax.device_put(source_BxS, sharding.batch_sharding(mesh))
+        encode = jax.jit(lambda params, source: decode.encode(program.model(params), source))
+        inputs = encode(params, source_BxS)
+
+    def lower() -> jax.stages.Lowered:
+        with jax.set_mesh(mesh):
+            return jax.jit(run).lower(params, *inputs)
+
+    return lower, lambda call, _: call(params, *inputs)
+
+
+def _decoded(config: Config) -> int:
+    """How many tokens are decoded for each input."""
+    return min(config.data.targets_length, MAX_DECODED)
+
+
 def _use_compilation_cache(folder: str) -> None:
     """An empty cache for this process, so that the first compilation is a real one."""
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -218,4 +259,11 @@ def render(result: dict[str, Any]) -> str:
     ):
         sparse, dense = (text(result["train_step"][model][key]) for model in MODELS)
         lines.append(f"{label:12}{sparse:>28}{dense:>28}")
+    lines += ["", "decoding: ms for a token of every input, and tokens a second of all"]
+    for part, compared in result["decode"].items():
+        sparse, dense = (
+            f"{compared[m]['ms_per_token']:.2f} ms, {compared[m]['tokens_per_second']:,.0f} tok/s"
+            for m in MODELS
+        )
+        lines.append(f"{part:12}{sparse:>28}{dense:>28}{compared['ratio']:>8.2f}")
     return "\n".join(lines)

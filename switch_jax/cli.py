@@ -136,7 +136,37 @@ def _parser() -> argparse.ArgumentParser:
     text = sub.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", help="a text with blanks")
     text.add_argument("--input", metavar="FILE", help="a file with one such text a line")
-    sub.add_argument("--max_length", type=_positive, default=128, help="tokens at the most (128)")
+    sub.add_argument(
+        "--max_length", type=_positive, default=128, metavar="N", help="tokens at the most (128)"
+    )
+    sub.add_argument(
+        "--beam_size",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="follow the N best sequences (1: only the best next token)",
+    )
+    drawn = sub.add_argument_group("drawing tokens instead of taking the best")
+    drawn.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: do not; 1: as the model says",
+    )
+    drawn.add_argument(
+        "--top_k", type=int, default=0, metavar="K", help="only from the K best (0: from all)"
+    )
+    drawn.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="only from the fewest that are together as probable as P (1: from all)",
+    )
+    drawn.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="another S draws others (0)"
+    )
 
     sub = verb("inspect", verbs.inspect, "parameters, FLOPs and memory of a config; needs no data")
     config(sub)

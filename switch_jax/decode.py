@@ -3,7 +3,6 @@
 Axis letters: as in `search.py`, and T positions of the decoder, S of the encoder, D d_model.
 """
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -14,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_jax import search
+from switch_jax import dropless, search
 from switch_jax.data.spans import EOS
 from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer
 from switch_jax.router import Decision, Plan, Router
-from switch_jax.search import Sequences
+from switch_jax.search import Options, Sequences
 from switch_jax.sharding import alone, constrain, num_batch_shards
 
 # Keys and values of a run's blocks, [blocks, layers of a block, rows, positions, H, K].
@@ -40,59 +39,9 @@ class Cache(NamedTuple):
     cross: list[Pairs]
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How sequences are searched for; raises `UserError` for what makes no sense.
-
-    beam_size: sequences that are followed at once; 1 is greedy.
-    length_penalty: alpha of `search.penalty`; 0 prefers short sequences.
-    num_return: results of an input: the best of the beams, or so many draws.
-    temperature: 0 takes the best token; above, tokens are drawn.
-    top_k: draws only among so many of the best; 0: among all.
-    top_p: draws only among the fewest of the best that have this probability together.
-    seed: of the draws.
-    """
-
-    beam_size: int = 1
-    length_penalty: float = 0.6
-    num_return: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        drawn = self.temperature > 0
-        for wrong, sentence in (
-            (self.beam_size < 1, f"beam_size={self.beam_size} is not at least 1"),
-            (self.num_return < 1, f"num_return={self.num_return} is not at least 1"),
-            (not 0 <= self.length_penalty < np.inf, "length_penalty must be 0 or more"),
-            (not 0 <= self.temperature < np.inf, "temperature must be 0 or more"),
-            (self.top_k < 0, f"top_k={self.top_k} is negative; 0 stands for all tokens"),
-            (not 0 < self.top_p <= 1, f"top_p={self.top_p} is not above 0 and at most 1"),
-            (not 0 <= self.seed < 2**32, f"seed={self.seed} is not within 0 … 2^32 - 1"),
-            (
-                drawn and self.beam_size > 1,
-                f"temperature={self.temperature} draws tokens and beam_size={self.beam_size} does"
-                " not; set one of them only",
-            ),
-            (
-                not drawn and (self.top_k > 0 or self.top_p < 1),
-                "top_k and top_p are for drawing tokens; set temperature above 0",
-            ),
-            (
-                not drawn and self.num_return > self.beam_size,
-                f"num_return={self.num_return} is more than beam_size={self.beam_size} finds; make"
-                " beam_size larger, or set temperature above 0",
-            ),
-        ):
-            if wrong:
-                raise UserError(f"{sentence}.")
-
-
 def generate(
     model: SwitchTransformer,
-    encoder_input_tokens: jax.Array,
+    encoder_input_tokens: jax.typing.ArrayLike,
     *,
     max_length: int = 128,
     beam_size: int = 1,
@@ -109,7 +58,7 @@ def generate(
       model: as from `switch_jax.load`; on a mesh with that mesh in context (`jax.set_mesh`).
       encoder_input_tokens: [B, S] int32, 0 is padding.
       max_length: tokens to generate at the most.
-      beam_size, length_penalty, num_return, temperature, top_k, top_p, seed: see `Options`.
+      beam_size, length_penalty, num_return, temperature, top_k, top_p, seed: see `search.Options`.
 
     Returns [B, max_length] int32, tokens up to and with EOS (1), then 0; with `num_return` above
     1 [B, num_return, max_length], the best beam first. `find` has their scores too. What is
@@ -124,7 +73,7 @@ def generate(
 
 def find(
     model: SwitchTransformer,
-    encoder_input_tokens: jax.Array,
+    encoder_input_tokens: jax.typing.ArrayLike,
     max_length: int,
     options: Options,
     first_row: int = 0,
@@ -146,9 +95,7 @@ def find(
             " batch; fill them up with rows that are left out of the result."
         )
     if options.temperature == 0:
-        found = _find_best(
-            model, source_BxS, options.length_penalty, max_length, options.beam_size
-        )
+        found = _find_best(model, source_BxS, options.length_penalty, max_length, options.beam_size)
         return Sequences(*(x[:, : options.num_return] for x in found))
     return _draw(
         model,
@@ -171,7 +118,7 @@ def _find_best(
     max_length: int,
     num_beams: int,
 ) -> Sequences:
-    step, own = bind(model, source_BxS, max_length, num_beams)
+    step, own = bind(model, *encode(model, source_BxS), max_length, num_beams)
     if num_beams == 1:
         found = search.walk(step, own, search.greedy, len(source_BxS), max_length, EOS)
         return Sequences(*(x[:, None] for x in found))
@@ -197,31 +144,38 @@ def _draw(
         return jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(num_draws))
 
     key_N = jax.vmap(keys)(first_row + jnp.arange(B)).reshape(-1)
-    choose = search.Drawing(key_N, temperature, top_k, top_p)
-    step, own = bind(model, source_BxS, max_length, num_draws)
-    found = search.walk(step, own, choose, B * num_draws, max_length, EOS)
+    drawing = search.Drawing(key_N, temperature, top_k, top_p)
+    step, own = bind(model, *encode(model, source_BxS), max_length, num_draws)
+    found = search.walk(step, own, drawing.choose, B * num_draws, max_length, EOS)
     return Sequences(*(x.reshape(B, num_draws, *x.shape[1:]) for x in found))
 
 
-def bind(
-    model: SwitchTransformer, source_BxS: jax.Array, length: int, num_sequences: int
-) -> tuple[search.Step, list[Pairs]]:
-    """What `search` needs of a model: the step, and the state before the first token.
-
-    Args:
-      model: its decoder has `length` positions.
-      source_BxS: inputs, 0 is padding.
-      length: tokens that a sequence has at the most.
-      num_sequences: of each input; they are side by side.
-
-    The sequences are along axis 2 of the state.
-    """
+def encode(model: SwitchTransformer, source_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Encoder states [B, S, D] of inputs, and where these are [B, S] bool."""
     mask_BxS = source_BxS > 0
     moe = model.config.moe
     # Capacity is how many tokens an expert chooses; there, and there alone, it holds here too.
     factor = moe.eval_capacity_factor if moe.router == "expert_choice" else None
-    # Groups of one row each, whatever its neighbours are.
+    # Groups of one row each, so that they are the same whatever the batch is.
     encoded_BxSxD, _ = model.encode(source_BxS, mask_BxS.astype(jnp.int32), factor, batch_size=1)
+    return encoded_BxSxD, mask_BxS
+
+
+def bind(
+    model: SwitchTransformer,
+    encoded_BxSxD: jax.Array,
+    mask_BxS: jax.Array,
+    length: int,
+    num_sequences: int,
+) -> tuple[search.Step, list[Pairs]]:
+    """What `search` needs of a model: the step, and the state before the first token.
+
+    Args:
+      model: whose decoder it is.
+      encoded_BxSxD, mask_BxS: as from `encode`.
+      length: tokens of a sequence at the most.
+      num_sequences: of each input, side by side; they are along axis 2 of the state.
+    """
     cache = start_cache(model, encoded_BxSxD, length, num_sequences)
     model = _cast(model)
 
@@ -272,6 +226,8 @@ def decode_step(
     cross_mask_Bx1xS = source_mask_BxS[:, None]
     token_Nx1 = token_N[:, None]
     plan = Plan(token_Nx1, jnp.ones(token_Nx1.shape, bool), rows=1, factor=None)
+    moe = model.config.moe
+    few = N * moe.places <= dropless.SMALLEST * moe.num_experts
 
     def body(x_and_own, number_and_block, run):
         (x_Nx1xD, own), (number, cut, cross) = x_and_own, number_and_block
@@ -293,7 +249,7 @@ def decode_step(
 
     x_Nx1xD, own_by_run = model.embed(token_Nx1), []
     for blocks, own, cross in zip(stack.runs, cache.own, cache.cross):
-        run = _Run(blocks)
+        run = _Run(blocks, few)
         numbered = (jnp.arange(len(own[0])), run.cut, cross)
         (x_Nx1xD, own), _ = jax.lax.scan(partial(body, run=run), (x_Nx1xD, own), numbered)
         own_by_run.append(own)
@@ -304,14 +260,15 @@ class _Run:
     """The blocks of a run, for a scan that does not copy the experts of every block.
 
     A loop over the experts that are used, inside a scan over blocks, would be given all experts of
-    a block as a copy, of which it then reads few. So all experts of the run are one pool, which
-    the scan leaves where it is; a block's router names them by their place in the pool. On a mesh,
-    where each block's experts are spread over devices, they are cut like all else.
+    a block as a copy. Where tokens are so `few` that it then reads few of them, all experts of the
+    run are one pool, which the scan leaves where it is; a block's router names them by their place
+    in the pool. On a mesh, where each block's experts are spread over devices, they are cut like
+    all else.
     """
 
-    def __init__(self, blocks: Any):
+    def __init__(self, blocks: Any, few: bool):
         paths_and_leaves, self._structure = jax.tree.flatten_with_path(blocks)
-        pooled = [alone() and "experts" in _names(path) for path, _ in paths_and_leaves]
+        pooled = [few and alone() and "experts" in _names(path) for path, _ in paths_and_leaves]
         leaves = [leaf for _, leaf in paths_and_leaves]
         self.cut = [None if p else leaf for p, leaf in zip(pooled, leaves)]
         self._pool = [

@@ -5,6 +5,8 @@ letters: B inputs · N sequences that are scored at once, those of an input side
 or results of an input · L positions · V vocabulary · X anything.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from switch_jax.errors import UserError
 from switch_jax.sharding import on_mesh, spec
 
 # What was computed for the tokens so far, such as keys and values: arrays that have the N
@@ -22,6 +25,56 @@ State = Any
 Step = Callable[[jax.Array, jax.Array, State], tuple[jax.Array, State]]
 # Logits [N, V] of what comes behind a position → tokens [N] int32.
 Choose = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How sequences are searched for; raises `UserError` for what makes no sense.
+
+    beam_size: sequences that are followed at once; 1 is greedy.
+    length_penalty: alpha of `penalty`; 0 prefers short sequences.
+    num_return: results of an input: the best of the beams, or so many draws.
+    temperature: 0 takes the best token; above, tokens are drawn.
+    top_k: draws only among so many of the best; 0: among all.
+    top_p: draws only among the fewest of the best that have this probability together.
+    seed: of the draws.
+    """
+
+    beam_size: int = 1
+    length_penalty: float = 0.6
+    num_return: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        drawn = self.temperature > 0
+        for wrong, sentence in (
+            (self.beam_size < 1, f"beam_size={self.beam_size} is not at least 1"),
+            (self.num_return < 1, f"num_return={self.num_return} is not at least 1"),
+            (not 0 <= self.length_penalty < math.inf, "length_penalty must be 0 or more"),
+            (not 0 <= self.temperature < math.inf, "temperature must be 0 or more"),
+            (self.top_k < 0, f"top_k={self.top_k} is negative; 0 stands for all tokens"),
+            (not 0 < self.top_p <= 1, f"top_p={self.top_p} is not above 0 and at most 1"),
+            (not 0 <= self.seed < 2**32, f"seed={self.seed} is not within 0 … 2^32 - 1"),
+            (
+                drawn and self.beam_size > 1,
+                f"temperature={self.temperature} draws tokens and beam_size={self.beam_size} does"
+                " not; set one of them only",
+            ),
+            (
+                not drawn and (self.top_k > 0 or self.top_p < 1),
+                "top_k and top_p are for drawing tokens; set temperature above 0",
+            ),
+            (
+                not drawn and self.num_return > self.beam_size,
+                f"num_return={self.num_return} is more than beam_size={self.beam_size} finds; make"
+                " beam_size larger, or set temperature above 0",
+            ),
+        ):
+            if wrong:
+                raise UserError(f"{sentence}.")
 
 
 class Sequences(NamedTuple):
@@ -51,12 +104,12 @@ class Drawing(NamedTuple):
     """
 
     key_N: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array | None = None
-    top_p: jax.Array | None = None
+    temperature: jax.Array | float
+    top_k: jax.Array | int | None = None
+    top_p: jax.Array | float | None = None
 
-    def __call__(self, logits_NxV: jax.Array, position: jax.Array) -> jax.Array:
-        """Draws one token for each sequence."""
+    def choose(self, logits_NxV: jax.Array, position: jax.Array) -> jax.Array:
+        """Tokens [N] int32, drawn for the place behind `position`."""
         key_N = jax.vmap(jax.random.fold_in, (0, None))(self.key_N, position)
         draw = jax.vmap(jax.random.categorical)
         logits_NxV = logits_NxV / self.temperature
@@ -85,7 +138,7 @@ def walk(
     Args:
       step: see `Step`.
       state: the one before the first token.
-      choose: `greedy` or a `Drawing`.
+      choose: `greedy`, or `choose` of a `Drawing`.
       num_sequences: N.
       length: tokens at the most.
       end: the token that ends a sequence.
@@ -165,31 +218,26 @@ def beams(
     """
     B, K = num_inputs, num_beams
 
-    def unfinished(beams: _Beams):
-        reach_B = beams.score_BxK[:, 0] / penalty(length, alpha)
-        return (beams.position < length) & (beams.ended.score_BxK[:, -1] < reach_B).any()
+    def unfinished(now: _Beams):
+        reach_B = now.score_BxK[:, 0] / penalty(length, alpha)
+        return (now.position < length) & (now.ended.score_BxK[:, -1] < reach_B).any()
 
-    def advance(beams: _Beams):
-        position, ended = beams.position, beams.ended
+    def advance(now: _Beams):
+        position, ended = now.position, now.ended
         live_token_BxK = jax.lax.dynamic_index_in_dim(
-            beams.token_BxKxL, jnp.maximum(position - 1, 0), 2, keepdims=False
+            now.token_BxKxL, jnp.maximum(position - 1, 0), 2, keepdims=False
         )
-        logits_NxV, state = step(live_token_BxK.reshape(-1), position, beams.state)
+        logits_NxV, state = step(live_token_BxK.reshape(-1), position, now.state)
         V = logits_NxV.shape[1]
         score_BxKxV = jax.nn.log_softmax(logits_NxV).reshape(B, K, V)
-        score_BxKxV += beams.score_BxK[:, :, None]
+        score_BxKxV += now.score_BxK[:, :, None]
         score_Bx2K, index_Bx2K = _top(score_BxKxV.reshape(B, K * V), 2 * K)
         parent_Bx2K, last_Bx2K = jnp.divmod(index_Bx2K, V)
-        token_Bx2KxL = _take(beams.token_BxKxL, parent_Bx2K).at[:, :, position].set(last_Bx2K)
+        token_Bx2KxL = _take(now.token_BxKxL, parent_Bx2K).at[:, :, position].set(last_Bx2K)
         ends_Bx2K = last_Bx2K == end
 
-        score_Bx3K = jnp.concatenate(
-            [
-                ended.score_BxK,
-                jnp.where(ends_Bx2K, score_Bx2K / penalty(position + 1, alpha), -jnp.inf),
-            ],
-            1,
-        )
+        ended_Bx2K = jnp.where(ends_Bx2K, score_Bx2K / penalty(position + 1, alpha), -jnp.inf)
+        score_Bx3K = jnp.concatenate([ended.score_BxK, ended_Bx2K], 1)
         token_Bx3KxL = jnp.concatenate([ended.token_BxKxL, token_Bx2KxL], 1)
         score_BxK, place_BxK = _top(score_Bx3K, K)
         ended = Sequences(_take(token_Bx3KxL, place_BxK), score_BxK)
@@ -204,13 +252,15 @@ def beams(
     # One live sequence at first: of K equal ones, every continuation would be found K times.
     start = _Beams(jnp.int32(0), zeros, nothing.score_BxK.at[:, 0].set(0), nothing, state)
     last = jax.lax.while_loop(unfinished, advance, start)
-    # Only where the end of the space was reached are there fewer than K that have ended.
+    # Where fewer than K have ended, the search went on to the last position.
     live_score_BxK = last.score_BxK / penalty(length, alpha)
     score_Bx2K = jnp.concatenate([last.ended.score_BxK, live_score_BxK], 1)
     token_Bx2KxL = jnp.concatenate([last.ended.token_BxKxL, last.token_BxKxL], 1)
     rank_Bx2K = jnp.where(score_Bx2K == -jnp.inf, 2, jnp.arange(2 * K) >= K)
     place_BxK = jnp.argsort(rank_Bx2K, axis=1, stable=True)[:, :K]
-    return Sequences(_take(token_Bx2KxL, place_BxK), _take(score_Bx2K, place_BxK))
+    score_BxK = _take(score_Bx2K, place_BxK)
+    exists_BxKx1 = (score_BxK > -jnp.inf)[:, :, None]
+    return Sequences(jnp.where(exists_BxKx1, _take(token_Bx2KxL, place_BxK), 0), score_BxK)
 
 
 def _top(score_BxX: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -233,7 +283,7 @@ def _take(x_BxXxY: jax.Array, index_BxK: jax.Array) -> jax.Array:
 
 
 def _take_sequences(x: jax.Array, parent_BxK: jax.Array, axis: int) -> jax.Array:
-    """`x` with, in place of each of an input's K sequences along `axis`, the parent named."""
+    """`x` with, in place of each of an input's K sequences along `axis`, the one that is named."""
     split = x.reshape(*x.shape[:axis], *parent_BxK.shape, *x.shape[axis + 1 :])
-    take = partial(jnp.take, axis=axis, unique_indices=False, mode="clip")
-    return jax.vmap(take, (axis, 0), axis)(split, parent_BxK).reshape(x.shape)
+    index = parent_BxK.reshape(*[1] * axis, *parent_BxK.shape, *[1] * (x.ndim - axis - 1))
+    return jnp.take_along_axis(split, index, axis + 1).reshape(x.shape)

@@ -15,6 +15,10 @@ def validate(config: Config) -> None:
         _check_capacity(config)
     model, data, train = config.model, config.data, config.train
     _require(
+        data.rate_exponent <= 2,
+        f"data.rate_exponent must be from 0 to 2, not {data.rate_exponent}.",
+    )
+    _require(
         model.relative_buckets >= 4 and model.relative_buckets % 4 == 0,
         f"model.relative_buckets must be a multiple of 4, not {model.relative_buckets}.",
     )

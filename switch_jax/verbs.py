@@ -104,13 +104,23 @@ def generate(args: argparse.Namespace) -> None:
     from switch_jax import checkpoint
     from switch_jax.data.vocabulary import read
     from switch_jax.decode import fill_blanks
+    from switch_jax.search import Options
 
+    options = Options(
+        beam_size=args.beam_size,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
     _start(args)
     workdir, folder = checkpoint.find_together(args.workdir)
     vocabulary = read(workdir.vocabulary)
     model = checkpoint.load(folder)
-    for text in texts:
-        _show(fill_blanks(model, vocabulary, text, max_length=args.max_length))
+    for filled in fill_blanks(
+        model, vocabulary, texts, max_length=args.max_length, options=options
+    ):
+        _show(filled)
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -177,8 +187,10 @@ def data_vocab(args: argparse.Namespace) -> None:
     from switch_jax.data.vocabulary import read
 
     config, output = _load_config(args), Path(args.output)
-    if output.exists():
-        raise UserError(f"{output} exists already; choose another --output.")
+    if output.exists() or not output.absolute().parent.is_dir():
+        raise UserError(f"{output} exists, or its folder does not; choose another --output.")
+    if not 0 < args.megabytes < 1e6:
+        raise UserError(f"--megabytes must be above 0 and below a million, not {args.megabytes}.")
     texts = vocabularies.sample(
         config.data, mixture.find_sources(config.data), round(args.megabytes * 1e6)
     )

@@ -48,7 +48,7 @@ def test_parts_have_rates_or_none():
     for wrong in ("", ",", "=3"):
         with pytest.raises(UserError, match="names no source"):
             mixture.parse(wrong)
-    for wrong in ("c4=0.5,mc4", "c4=0", "c4=-1,mc4=2", "c4=nan"):
+    for wrong in ("c4=0.5,mc4", "c4=0", "c4=-1,mc4=2", "c4=nan", "c4=inf,mc4=1"):
         with pytest.raises(UserError, match="every source a rate above 0"):
             mixture.parse(wrong)
 
@@ -78,6 +78,9 @@ def test_rates_follow_documents_exponent_and_groups(tmp_path):
         shares("c4, books", counts=str(tmp_path / "counts.json"))
     with pytest.raises(UserError, match=r"names wiki, and there is only books, c4"):
         shares("wiki")
+    for twice in ("mc4.sw=1, mc4=1", "mc4=1, mc4.sw=1", "c4=1, c4=2"):
+        with pytest.raises(UserError, match="twice; name it once"):
+            shares(twice)
 
 
 def test_two_files_of_one_name_are_told_apart(tmp_path):
@@ -146,7 +149,7 @@ def test_small_files_are_read_together(tmp_path, monkeypatch):
     (source,) = catalog.find(f"{tmp_path}/*.txt", None)
     shards = source.shards("train")
     assert [len(shard.paths) for shard in shards] == [3, 1, 1, 3, 2]
-    assert source.size() == 2 * (9 * 30 + 150)  # both splits read them
+    assert source.size() == 9 * 30 + 150
 
 
 def test_missing_shards_are_known_by_their_neighbours():

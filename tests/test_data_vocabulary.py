@@ -176,6 +176,18 @@ def test_a_sample_takes_of_every_source_its_share(tmp_path, texts):
     assert everything.count("l") > 390_000 and everything.count("s") > 3_900
 
 
+def test_long_lines_count(tmp_path):
+    vocabularies.train(["wonderful " * 1000], tmp_path / "v", 500)
+    v = read(tmp_path / "v")
+    assert len(v.encode("wonderful wonderful")) <= 4
+
+
+def test_settings_that_cannot_be_are_told(tmp_path):
+    for size, coverage in ((500, 2.0), (500, float("nan")), (100, 1.0)):
+        with pytest.raises(UserError, match=r"--coverage|model\.vocab_size"):
+            vocabularies.train(["to be"], tmp_path / "v", size, coverage)
+
+
 def test_characters_beyond_the_coverage_are_bytes(tmp_path):
     text = ["aaaa bbbb cccc dddd " * 50 + "日"]
     vocabularies.train(text, tmp_path / "some", 420, coverage=0.98)

@@ -68,7 +68,13 @@ class ToldRecords(BadRecords):
     def __init__(self, action: Action):
         super().__init__(action)
         self._told: str | None = None
+        self._places: set[tuple[str, str]] = set()  # an epoch meets what the one before met
         atexit.register(self._tell)
+
+    def add(self, kind: str, where: str) -> None:
+        if (kind, where) not in self._places:
+            self._places.add((kind, where))
+            super().add(kind, where)
 
     def tell(self) -> None:
         """Says what there is, unless something was said before."""

@@ -120,8 +120,9 @@ class RowIterator(abc.ABC):
         position = json.loads((directory / "position.json").read_text())
         if position["source"] != self._source:
             raise UserError(
-                f"The position in {directory} belongs to other text or another vocabulary; set"
-                " data.* to what it was made with (the built-in text differs between Pythons)."
+                f"The position in {directory} belongs to other text, rates, lengths or another"
+                " vocabulary or seed; set data.* to what it was made with (the text of python_docs"
+                " differs between Pythons)."
             )
         self._next_row = position["next_row"]
 

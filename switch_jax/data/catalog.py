@@ -36,7 +36,7 @@ def name_of(spec: str) -> str:
 
     Files are called by the last part of their path that is more than wildcards and suffixes.
     """
-    if not _is_files(spec):
+    if not is_files(spec):
         return spec.partition(":")[0]
     for part in reversed(spec.split("/")):
         stem = re.sub(r"\{split\}|\[[^]]*\]", " ", part)
@@ -54,7 +54,7 @@ def find(spec: str, data_dir: str | None) -> list[Source]:
     """
     if spec == "python_docs":
         return [PythonDocs()]
-    if _is_files(spec):
+    if is_files(spec):
         return [_named_files(spec)]
     name, _, version = spec.partition(":")
     group, _, language = name.partition(".")
@@ -109,7 +109,8 @@ def _readable(task: str) -> bool:
     return any(split in downstream.TASKS[task].splits for split in SPLITS)
 
 
-def _is_files(spec: str) -> bool:
+def is_files(spec: str) -> bool:
+    """Whether a part of a mixture names files."""
     return spec.startswith(("/", "./", "../", "~")) or "*" in spec or formats.is_known(spec)
 
 
@@ -164,10 +165,17 @@ def _tfds(
     place = newest(root / dataset, version)
     if place is None:
         return None
-    info = json.loads((place / "dataset_info.json").read_text())
-    lengths = {
-        split["name"]: sum(map(int, split.get("shardLengths", []))) for split in info["splits"]
-    }
+    try:
+        info = json.loads((place / "dataset_info.json").read_text())
+        lengths = {
+            split["name"]: sum(map(int, split.get("shardLengths", []))) for split in info["splits"]
+        }
+        if info.get("fileFormat", "tfrecord") != "tfrecord":
+            raise ValueError(f"its files are {info['fileFormat']}, and only tfrecord can be read")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{os.fspath(place)!r} is not as TFDS prepares it ({error}); prepare it again."
+        ) from error
     stem = dataset.partition("/")[0]
     files = {
         split: glob(os.fspath(place / f"{stem}-{theirs}.tfrecord*"))

@@ -13,13 +13,14 @@ share.
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from etils import epath
 
-from switch_jax.data.catalog import find, members, name_of
+from switch_jax.data.catalog import find, is_files, members, name_of
 from switch_jax.data.sources import Source
 from switch_jax.errors import UserError
 from switch_jax.schema import DataConfig
@@ -44,7 +45,8 @@ def parse(mixture: str) -> list[Part]:
     rates = [part.rate for part in parts if part.rate is not None]
     if not parts or not all(part.spec for part in parts):
         raise UserError(f"data.mixture={mixture!r} names no source; name one, as python_docs.")
-    if rates and (len(rates) < len(parts) or not min(rates) > 0):
+    finite = all(0 < rate < math.inf for rate in rates) and sum(rates) < math.inf
+    if rates and (len(rates) < len(parts) or not finite):
         raise UserError(
             f"data.mixture={mixture!r}: give every source a rate above 0, or none of them."
         )
@@ -64,6 +66,8 @@ def find_sources(data: DataConfig) -> list[Source]:
     sources: dict[str, Source] = {}
     for part in parse(data.mixture):
         for source in find(part.spec, data.data_dir):
+            if source.name in sources and not is_files(part.spec):
+                raise UserError(f"data.mixture names {source.name} twice; name it once.")
             source.name = _unused(source.name, sources)
             sources[source.name] = source
     return list(sources.values())
@@ -77,13 +81,18 @@ def select(data: DataConfig, names: Collection[str]) -> list[tuple[Part, list[st
     selected: list[tuple[Part, list[str]]] = []
     taken: list[str] = []
     for part in parse(data.mixture):
-        stem = _unused(name_of(part.spec), taken)
+        stem = name_of(part.spec)
+        if is_files(part.spec):
+            stem = _unused(stem, taken)
         chosen = [stem] if stem in names else members(part.spec, names)
         if not chosen:
             raise UserError(
                 f"data.mixture names {stem}, and there is only {', '.join(sorted(names))}; name"
                 " one of these, or pack it with `switch-jax data pack`."
             )
+        twice = sorted(set(chosen) & set(taken))
+        if twice:
+            raise UserError(f"data.mixture names {twice[0]} twice; name it once.")
         selected.append((part, chosen))
         taken += chosen
     return selected
@@ -130,6 +139,8 @@ def _counts(path: str | None) -> dict[str, int]:
         counts = json.loads(Path(path).expanduser().read_text())
         if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
             raise ValueError("it must be an object of whole numbers")
+        if counts and min(counts.values()) < 1:
+            raise ValueError("a number is below 1")
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.counts={path!r} cannot be read ({error}); name a JSON file such as"

@@ -5,14 +5,19 @@ same text gives the same files. A file beside a shard says that it is done: a pa
 interrupted goes on there.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,7 @@ from switch_jax.files import write_whole
 from switch_jax.schema import DataConfig
 
 _PLAN = "plan.json"  # what an incomplete store is going to be
+_LOCK = ".lock"
 _SPEAK_SECONDS = 30.0
 
 
@@ -77,7 +83,22 @@ def pack(data: DataConfig, vocabulary: Vocabulary, output: Path, workers: int) -
         for split in SPLITS
         for number, shard in enumerate(source.shards(split))
     ]
+    if output.exists() and not _ours(output):
+        raise UserError(f"{output} exists and is no packed text; choose another --output.")
+    with _alone(output):
+        return _pack(data, vocabulary, output, workers, sources, tasks)
+
+
+def _pack(
+    data: DataConfig,
+    vocabulary: Vocabulary,
+    output: Path,
+    workers: int,
+    sources: list[Source],
+    tasks: list[_Task],
+) -> dict[str, Any]:
     if _claim(output, _plan(tasks, vocabulary)):
+        _tidy(output, tasks)
         return json.loads((output / MANIFEST).read_text())
     bad = BadRecords(data.on_bad_record)
     for source in sources:
@@ -96,10 +117,43 @@ def pack(data: DataConfig, vocabulary: Vocabulary, output: Path, workers: int) -
             progress.finished(task, tokens)
     manifest = _plan(tasks, vocabulary) | _held(sources, tasks, vocabulary, bad)
     write_whole(output / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    for file in (output / _PLAN, *(task.done for task in tasks)):
-        file.unlink()
+    _tidy(output, tasks)
     progress.say(bad.summary())
     return manifest
+
+
+def _ours(output: Path) -> bool:
+    """Whether there is nothing at `output` but what a pack has written, complete or not."""
+    if not output.is_dir():
+        return False
+    visible = [path.name for path in output.iterdir() if not path.name.startswith(".")]
+    return not visible or not {MANIFEST, _PLAN}.isdisjoint(visible)
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Holds `output` against other packs; raises `UserError` where one is at work."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with open(output / _LOCK, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError as error:
+        raise UserError(
+            f"Another process packs into {output}; wait for it, or choose another --output."
+        ) from error
+    except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+        if error.filename is None or not str(error.filename).startswith(str(output)):
+            raise
+        raise UserError(
+            f"{output} cannot be written ({error.strerror}); choose another --output."
+        ) from error
+
+
+def _tidy(output: Path, tasks: list[_Task]) -> None:
+    """Removes what only an incomplete store needs."""
+    for file in (output / _PLAN, output / _LOCK, *(task.done for task in tasks)):
+        file.unlink(missing_ok=True)
 
 
 def _plan(tasks: list[_Task], vocabulary: Vocabulary) -> dict[str, Any]:
@@ -112,22 +166,26 @@ def _plan(tasks: list[_Task], vocabulary: Vocabulary) -> dict[str, Any]:
 def _claim(output: Path, plan: dict[str, Any]) -> bool:
     """Makes `output` the place for a plan; True where it is complete already."""
     if is_store(output):
-        manifest = json.loads((output / MANIFEST).read_text())
+        manifest = _json(output / MANIFEST)
         if plan == {key: manifest.get(key) for key in plan}:
             return True
         raise UserError(f"{output} holds other packed text; choose another --output.")
     if (output / _PLAN).is_file():
-        if json.loads((output / _PLAN).read_text()) != plan:
+        if _json(output / _PLAN) != plan:
             raise UserError(
                 f"{output} holds an incomplete pack of other text or another vocabulary; delete it"
                 " or choose another --output."
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is no packed text; choose another --output.")
     else:
-        output.mkdir(parents=True, exist_ok=True)
         write_whole(output / _PLAN, json.dumps(plan).encode())
     return False
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; delete {path.parent} and pack again.") from error
 
 
 def _run(tasks: list[_Task], action: Action, workers: int) -> Iterator[tuple[_Task, int]]:
@@ -138,16 +196,33 @@ def _run(tasks: list[_Task], action: Action, workers: int) -> Iterator[tuple[_Ta
         return
     # Not forked: the caller may have threads, JAX's or TensorFlow's.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _end_with_parent) as pool:
         # The largest first, so that none is left at the end to be waited for.
         largest_first = sorted(tasks, key=lambda task: -task.shard.size)
         running = {pool.submit(_tokenise, task, action): task for task in largest_first}
         try:
             for future in as_completed(running):
                 yield running[future], future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A worker ended, for want of memory or because the program that packs has no"
+                " `if __name__ == '__main__':`; the same command with fewer --workers goes on."
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """Lets a worker not outlive a parent that was killed: another may be packing by then."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _tokenise(task: _Task, action: Action) -> int:
@@ -162,12 +237,15 @@ def _tokenise(task: _Task, action: Action) -> int:
         lines = "".join(json.dumps(example._asdict()) + "\n" for example in examples)
         write_whole(examples_path(task.folder), lines.encode())
         bad = BadRecords(action)  # they are counted below
-    with open(tokens_path(task.folder, task.number), "wb") as file:
+    tokens_file = tokens_path(task.folder, task.number)
+    partial = tokens_file.with_suffix(".partial")
+    with open(partial, "wb") as file:
         for text in task.source.texts(task.split, task.shard, bad):
             tokens = np.array(vocabulary.encode(text), dtype).tobytes()
             file.write(tokens)
             digest.update(tokens)
             offsets.append(offsets[-1] + len(tokens) // dtype.itemsize)
+    partial.replace(tokens_file)
     np.save(offsets_path(task.folder, task.number), np.array(offsets, np.int64))
     digest.update(np.array(offsets, np.int64).tobytes())
     done = {

@@ -11,7 +11,7 @@ from switch_jax.data import records
 from switch_jax.data.bad_records import BadRecords
 from switch_jax.data.downstream import Task
 from switch_jax.data.prompts import Example
-from switch_jax.data.sources import SPLITS, File, Shard, Source, Split, glob, newest
+from switch_jax.data.sources import SPLITS, File, Shard, Source, Split, glob, newest, stamp
 from switch_jax.errors import UserError
 
 
@@ -31,6 +31,7 @@ class Pairs(Source):
         named = [(os.path.basename(f.path), f.size) for split in files.values() for f in split]
         digest = hashlib.blake2b(repr((named, task.splits)).encode(), digest_size=16)
         self.fingerprint = digest.hexdigest()
+        self.stamp = stamp(files.values())
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         rows = self._task.splits.get(split)

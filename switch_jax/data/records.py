@@ -53,7 +53,7 @@ def records(path: str, schema: Schema, bad: BadRecords) -> Iterator[Record]:
             opened = file if read is _parquet else stream(file, name[2], path)
             for number, record in enumerate(read(opened, path, bad), start=1):
                 yield _fields(record, schema, f"{path}, record {number}", flat=read is _examples)
-    except Damaged:
+    except (Damaged, csv.Error, UnicodeDecodeError):
         bad.add(DAMAGED, f"{path}, record {number + 1}")
     except OSError:
         bad.add(MISSING, path)

@@ -20,7 +20,7 @@ from switch_jax.data.sources import Split
 from switch_jax.data.spans import EOS, corrupt, span_lengths
 from switch_jax.data.store import TokenStore
 from switch_jax.data.stores import open_store
-from switch_jax.data.vocabularies import open_vocabulary
+from switch_jax.data.vocabularies import check_sentinels, open_vocabulary
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig
@@ -59,7 +59,10 @@ def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
 
 def _opened(config: Config) -> tuple[TokenStore, Vocabulary]:
     vocabulary = open_vocabulary(config)
-    return open_store(config.data, vocabulary), vocabulary
+    store = open_store(config.data, vocabulary)
+    if not all(map(store.pairs, store.documents())):
+        check_sentinels(config.data, vocabulary)
+    return store, vocabulary
 
 
 class StoreIterator(RowIterator):
@@ -85,8 +88,9 @@ class StoreIterator(RowIterator):
         vocabulary: Vocabulary,
         shares: Mapping[str, float],
     ):
-        identity = [(name, share, store.fingerprint(name, split)) for name, share in shares.items()]
-        digest = hashlib.blake2b(repr(identity).encode(), digest_size=16)
+        made_of = [(name, share, store.fingerprint(name, split)) for name, share in shares.items()]
+        shape = (data.inputs_length, data.targets_length, data.pack, data.seed)
+        digest = hashlib.blake2b(repr((made_of, shape)).encode(), digest_size=16)
         super().__init__(data.batch_size, feed, digest.hexdigest())
         self._data = data
         self._first_sentinel = vocabulary.sentinel(0)
@@ -200,7 +204,8 @@ class _Source:
         self._lengths = (data.inputs_length, data.targets_length)
         if not len(self.tokens):
             raise UserError(
-                f"The {split} split of {name} has no text; leave {name} out of data.mixture."
+                f"The {split} split of {name} has no text; name files for it with {{split}} in"
+                f" data.mixture, or leave {name} out."
             )
         self._plan = None
         if data.pack:

@@ -36,11 +36,13 @@ class Source(abc.ABC):
     Attributes:
       name: what metrics, packed records and messages call it.
       fingerprint: 32 hexadecimal digits that change with where the text lies and how large it is.
+      stamp: as the fingerprint, and changes with the place and the age of files too.
       pairs: whether texts are inputs and targets in turn, and not text to be corrupted.
     """
 
     name: str
     fingerprint: str
+    stamp: str
     pairs = False
 
     @abc.abstractmethod
@@ -74,7 +76,7 @@ class PythonDocs(Source):
             for part in document:
                 data = part.encode()
                 digest.update(len(data).to_bytes(8, "little") + data)
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = self.stamp = digest.hexdigest()
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         return (Shard((), sum(len(text) for text in self._texts(split))),)
@@ -97,6 +99,7 @@ class File:
 
     path: str
     size: int
+    changed: float = 0.0  # seconds since 1970
 
 
 class Files(Source):
@@ -122,6 +125,7 @@ class Files(Source):
             for file in self._files[split]:
                 digest.update(repr((split, os.path.basename(file.path), file.size)).encode())
         self.fingerprint = digest.hexdigest()
+        self.stamp = stamp(self._files.values())
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         shards: list[Shard] = []
@@ -133,7 +137,12 @@ class Files(Source):
                 shards.append(Shard((file.path,), file.size))
         return tuple(shards)
 
+    def size(self) -> int:
+        return sum({file.path: file.size for of in self._files.values() for file in of}.values())
+
     def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
+        if self._held_out and split == "validation":
+            bad = BadRecords("skip")  # the same files: they are told of in training
         for path in shard.paths:
             for text in formats.texts(path, bad):
                 if not self._held_out or _held_out(text) == (split == "validation"):
@@ -143,7 +152,14 @@ class Files(Source):
         return self._counts.get(split)
 
     def missing(self, split: Split) -> list[str]:
+        if self._held_out and split == "validation":
+            return []
         return _missing(file.path for file in self._files[split])
+
+
+def stamp(files: Iterable[Iterable[File]]) -> str:
+    """32 hexadecimal digits of the places, sizes and ages of files."""
+    return hashlib.blake2b(repr([list(of) for of in files]).encode(), digest_size=16).hexdigest()
 
 
 def _held_out(text: str) -> bool:
@@ -177,7 +193,8 @@ def glob(pattern: str) -> list[File]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.glob(rest) if not path.is_dir()]
-    return [File(os.fspath(path), path.stat().length) for path in sorted(found)]
+    stats = [(path, path.stat()) for path in sorted(found) if path.exists()]
+    return [File(os.fspath(path), stat.length, stat.mtime) for path, stat in stats]
 
 
 def newest(folder: epath.Path, version: str = "") -> epath.Path | None:

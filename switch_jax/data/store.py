@@ -17,6 +17,7 @@ functions of the row's number (`rows`), so that one store serves any lengths, se
 
 import functools
 import json
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Tokens:
         for shard, end in enumerate(self._ends):
             try:
                 offsets = np.load(offsets_path(self._directory, shard))
-            except (OSError, ValueError):
+            except (OSError, ValueError, EOFError):
                 raise _damaged(offsets_path(self._directory, shard)) from None
             parts.append(offsets[1:] + (end - offsets[-1]))
         return np.concatenate(parts)
@@ -121,6 +122,8 @@ class Tokens:
     def take(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Stretches of `length` tokens that begin at `starts` [N]; returns [N, length]."""
         taken = np.empty((len(starts), length), self._dtype)
+        if not length:
+            return taken
         shards = np.searchsorted(self._ends, starts, side="right")
         last = np.searchsorted(self._ends, starts + (length - 1), side="right")
         for shard in np.unique(shards):
@@ -160,7 +163,7 @@ def offsets_path(directory: Path, shard: int) -> Path:
     return directory / f"{shard:05d}.offsets.npy"
 
 
-@functools.lru_cache(maxsize=256)  # below the usual limit of open files
+@functools.lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)  # files open
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     if path.stat().st_size == 0:  # which cannot be mapped
         return np.empty(0, dtype)

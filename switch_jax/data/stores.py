@@ -12,7 +12,9 @@ from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.schema import DataConfig
 
-_PACKED_UNASKED = 4 * 2**30  # bytes of text
+# Bytes of text.
+_PACKED_UNASKED = 4 * 2**30
+_WORTH_WORKERS = 64 * 2**20
 
 
 def open_store(data: DataConfig, vocabulary: Vocabulary) -> TokenStore:
@@ -43,12 +45,14 @@ def _cached(data: DataConfig, vocabulary: Vocabulary) -> Path:
             " `switch-jax data pack` and set data.data_dir to what that wrote, or set"
             " data.reader=seqio to read it as it streams."
         )
-    text = [(source.name, source.fingerprint) for source in sources]
+    text = [(source.name, source.stamp) for source in sources]
     described = repr((FORMAT, text, vocabulary.fingerprint)).encode()
     digest = hashlib.blake2b(described, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}"
 
+    workers = (os.cpu_count() or 1) if size > _WORTH_WORKERS else 1
+
     def build(path: Path) -> None:
-        pack(data, vocabulary, path, workers=os.cpu_count() or 1)
+        pack(data, vocabulary, path, workers)
 
     return made_once(cache_root() / "stores" / name, build)

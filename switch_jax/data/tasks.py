@@ -25,7 +25,7 @@ from switch_jax.data.blocks import BLOCK, BlockReader
 from switch_jax.data.sources import Source, Split
 from switch_jax.data.spans import MEAN_SPAN, NOISE_DENSITY, span_lengths
 from switch_jax.data.store import is_store
-from switch_jax.data.vocabularies import open_vocabulary
+from switch_jax.data.vocabularies import check_sentinels, open_vocabulary
 from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig
@@ -95,7 +95,14 @@ def _opened(config: Config) -> tuple[list[Source], Vocabulary]:
         raise UserError(
             f"data.data_dir={data.data_dir!r} is packed text; set data.reader=store to read it."
         )
-    return mixture.find_sources(data), open_vocabulary(config)
+    sources, words = mixture.find_sources(data), open_vocabulary(config)
+    paired = [source.name for source in sources if source.pairs]
+    if paired:
+        raise UserError(
+            f"{paired[0]} is a fine-tuning task, which is not streamed; set data.reader=store."
+        )
+    check_sentinels(data, words)
+    return sources, words
 
 
 class SeqioIterator:
@@ -179,7 +186,7 @@ class SeqioIterator:
         if tensors is None:
             raise UserError(
                 f"A source of {self._names} has no text for {self._folder}; leave it out of"
-                " data.mixture, or set data.reader=store."
+                " data.mixture, name files for it with {split}, or set data.reader=store."
             )
         return {
             name: tensor.numpy().astype(np.float32 if name.endswith("weights") else np.int32)

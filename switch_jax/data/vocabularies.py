@@ -13,7 +13,7 @@ from switch_jax.cache import cache_root, made_once
 from switch_jax.data import mixture
 from switch_jax.data.bad_records import BadRecords
 from switch_jax.data.sources import Source
-from switch_jax.data.spans import EOS
+from switch_jax.data.spans import EOS, noise_and_spans, span_lengths
 from switch_jax.data.vocabulary import FILE_NAME, NUM_SENTINELS, PAD, UNK, Vocabulary, read
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig
@@ -21,6 +21,8 @@ from switch_jax.schema import Config, DataConfig
 # T5 and mT5 pad their embeddings to a multiple of 128; ours use every id there is, but at
 # these sizes the sentinels shall be where those models expect them.
 _UNPADDED = {32128: 32100, 250112: 250100}
+
+_LINE = 1000  # characters
 
 SAMPLE = 20_000_000  # characters that a vocabulary of a mixture's own is trained on
 
@@ -53,6 +55,17 @@ def open_vocabulary(config: Config) -> Vocabulary:
     return vocabulary
 
 
+def check_sentinels(data: DataConfig, vocabulary: Vocabulary) -> None:
+    """Raises `UserError` where a row has more spans than there are ids to mark them."""
+    length = span_lengths(data.inputs_length, data.targets_length).tokens
+    spans = noise_and_spans(max(length, 2))[1]
+    if vocabulary.sentinel(spans - 1) <= UNK:
+        raise UserError(
+            f"A row of data.inputs_length={data.inputs_length} has {spans} spans, more than"
+            f" {vocabulary.name!r} has ids; set it lower, or take a larger vocabulary."
+        )
+
+
 def train(texts: Iterable[str], path: Path, size: int, coverage: float = 0.9995) -> None:
     """Trains a SentencePiece vocabulary and writes it to `path`.
 
@@ -64,7 +77,17 @@ def train(texts: Iterable[str], path: Path, size: int, coverage: float = 0.9995)
     The same texts give the same file. Raises `UserError` where `size` has no room for the
     characters, or there is no text.
     """
-    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    if not 0.98 <= coverage <= 1:
+        raise UserError(f"--coverage must be from 0.98 to 1, not {coverage}.")
+    if size < 2 * NUM_SENTINELS:
+        raise UserError(f"model.vocab_size must be at least {2 * NUM_SENTINELS}, not {size}.")
+    lines = (
+        line[begin : begin + _LINE]  # SentencePiece leaves longer ones out
+        for text in texts
+        for line in text.splitlines()
+        if line.strip()
+        for begin in range(0, len(line), _LINE)
+    )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -135,7 +158,7 @@ def _of_run(init_from: str | None) -> Path | None:
 def _own(data: DataConfig, model_vocab_size: int) -> Path:
     size = _UNPADDED.get(model_vocab_size, model_vocab_size)
     sources = mixture.find_sources(data)
-    made_of = [(source.name, source.fingerprint) for source in sources]
+    made_of = [(source.name, source.stamp) for source in sources]
     described = repr((made_of, data.mixture, data.rate_exponent, data.counts)).encode()
     digest = hashlib.blake2b(described, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}-{size}.model"
