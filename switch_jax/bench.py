@@ -25,6 +25,7 @@ from switch_jax.layers import Mlp
 from switch_jax.moe import SwitchMlp
 from switch_jax.router import Plan
 from switch_jax.schema import Config
+from switch_jax.search import Options
 from switch_jax.step import Program
 
 MODELS = ("sparse", "dense")
@@ -56,17 +57,10 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
         _use_compilation_cache(folder)
         programs = {m: Program(c, mesh) for m, c in zip(MODELS, (config, dense))}
         for part, prepare in PARTS.items():
-            result[part] = _compare({m: prepare(p.config, p) for m, p in programs.items()}, repeats)
-        params = {m: p.init().params for m, p in programs.items()}
-        result["decode"] = {}
-        for part, (inputs, beams) in DECODING.items():
-            rows = inputs * sharding.num_batch_shards(mesh)
-            result["decode"][part] = compared = _compare(
-                {m: _decode(p, params[m], rows, beams) for m, p in programs.items()}, repeats
-            )
-            for report in (compared[m] for m in MODELS):
-                report["ms_per_token"] = 1e3 * report["seconds"] / _decoded(config)
-                report["tokens_per_second"] = rows * _decoded(config) / report["seconds"]
+            cases = {m: _Case(*prepare(p.config, p)) for m, p in programs.items()}
+            seconds = alternate({m: case.call for m, case in cases.items()}, repeats)
+            result[part] = _compare({m: case.report(seconds[m]) for m, case in cases.items()})
+        result["decode"] = _decoding(programs, repeats)
     for model, one in zip(MODELS, (config, dense)):
         step = result["train_step"][model]
         tokens = config.data.batch_size * (config.data.inputs_length + config.data.targets_length)
@@ -93,9 +87,7 @@ class _Case:
     def report(self, seconds: list[float]) -> dict[str, Any]:
         memory = self._memory
         return {
-            "seconds": statistics.median(seconds),
-            "seconds_min": min(seconds),
-            "seconds_max": max(seconds),
+            **_summary(seconds),
             "compile_seconds": self._compile,
             "compile_seconds_cached": self._compile_cached,
             "memory_bytes": memory.argument_size_in_bytes
@@ -137,10 +129,15 @@ def _repeated(compiled: Callable, advance: Advance) -> Callable[[], Any]:
     return call
 
 
-def _compare(prepared: Mapping[str, tuple[Lower, Advance]], repeats: int) -> dict[str, Any]:
-    cases = {model: _Case(*lower_and_advance) for model, lower_and_advance in prepared.items()}
-    seconds = alternate({model: case.call for model, case in cases.items()}, repeats)
-    reports = {model: case.report(seconds[model]) for model, case in cases.items()}
+def _summary(seconds: list[float]) -> dict[str, float]:
+    return {
+        "seconds": statistics.median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+    }
+
+
+def _compare(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     sparse, dense = (reports[model]["seconds"] for model in MODELS)
     return {**reports, "ratio": sparse / dense}
 
@@ -195,34 +192,45 @@ def _layer(config: Config, program: Program) -> tuple[Lower, Advance]:
 PARTS = {"train_step": _train_step, "forward": _forward, "layer": _layer}
 
 
+def _decoding(programs: Mapping[str, Program], repeats: int) -> dict[str, Any]:
+    """Times both models at every case of `DECODING`."""
+    params = {model: program.init().params for model, program in programs.items()}
+    result = {}
+    for case, (inputs, beams) in DECODING.items():
+        rows = inputs * sharding.num_batch_shards(programs["dense"].mesh)
+        calls = {m: _decode(p, params[m], rows, beams) for m, p in programs.items()}
+        length = _decoded_length(programs["dense"].config)
+        reports: dict[str, dict[str, Any]] = {}
+        for model, seconds in alternate(calls, repeats).items():
+            reports[model] = report = _summary(seconds)
+            report["ms_per_token"] = 1e3 * report["seconds"] / length
+            report["tokens_per_second"] = rows * length / report["seconds"]
+        result[case] = _compare(reports)
+    return result
+
+
 def _decode(
     program: Program, params: Mapping[str, jax.Array], rows: int, beams: int
-) -> tuple[Lower, Advance]:
-    """As many tokens as `_decoded` says for encoded inputs, none of which ends before."""
+) -> Callable[[], Any]:
+    """A compiled search behind encoded inputs, in which nothing ends early."""
     config, mesh, never = program.config, program.mesh, -1
-    length, shape = _decoded(config), (rows, config.data.inputs_length)
+    length, shape = _decoded_length(config), (rows, config.data.inputs_length)
     source_BxS = 2 + jnp.arange(math.prod(shape)).reshape(shape) % (config.model.vocab_size - 2)
 
     def run(params: Mapping[str, jax.Array], encoded_BxSxD: jax.Array, mask_BxS: jax.Array) -> Any:
         step, own = decode.bind(program.model(params), encoded_BxSxD, mask_BxS, length, beams)
         if beams == 1:
             return search.walk(step, own, search.greedy, rows, length, never)
-        return search.beams(step, own, 2, rows, beams, length, never, 0.6)
+        return search.beams(step, own, 2, rows, beams, length, never, Options().length_penalty)
 
     with jax.set_mesh(mesh):
         source_BxS = jax.device_put(source_BxS, sharding.batch_sharding(mesh))
         encode = jax.jit(lambda params, source: decode.encode(program.model(params), source))
         inputs = encode(params, source_BxS)
-
-    def lower() -> jax.stages.Lowered:
-        with jax.set_mesh(mesh):
-            return jax.jit(run).lower(params, *inputs)
-
-    return lower, lambda call, _: call(params, *inputs)
+        return partial(jax.jit(run).lower(params, *inputs).compile(), params, *inputs)
 
 
-def _decoded(config: Config) -> int:
-    """How many tokens are decoded for each input."""
+def _decoded_length(config: Config) -> int:
     return min(config.data.targets_length, MAX_DECODED)
 
 

@@ -1,4 +1,4 @@
-"""switch_jax.decode: cached decoding equals the whole decoder, and blanks are filled."""
+"""switch_jax.decode: cached decoding equals the whole decoder, alone, in batches and on a mesh."""
 
 import dataclasses
 import json
@@ -10,8 +10,13 @@ import pytest
 from conftest import tiny
 from test_parity import load_reference, model_config, reference
 
-from switch_jax import decode
+import switch_jax
+from switch_jax import bench, decode, search, sharding
+from switch_jax.cli import main
+from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
+from switch_jax.search import Options, Sequences
+from switch_jax.step import Program
 
 
 @pytest.fixture(scope="module")
@@ -26,32 +31,45 @@ def model():
     return load_reference(abstract, stored)
 
 
-def check_cached_steps_equal_the_whole_decoder(model, rows: int):
-    vocab_size = model.config.model.vocab_size
-    source = jax.random.randint(jax.random.key(rows), (rows, 13), 2, vocab_size).at[0, 9:].set(0)
-    target = jax.random.randint(jax.random.key(7), (rows, 11), 2, vocab_size)
-    batch = {"encoder_input_tokens": source, "decoder_input_tokens": target}
-    logits, _ = jax.jit(lambda m, b: m.forward(b, factor=None))(model, batch)
+def forced_logits(model, source, target, num_sequences: int = 1):
+    """Logits [N, T, V] of cached steps behind the tokens of `target` [N, T]."""
 
     @jax.jit
     def stepwise(model):
-        mask = source > 0
-        encoded, _ = model.encode(source, mask.astype(jnp.int32), None)
-        cache = decode.start_cache(model, encoded, target.shape[1])
+        encoded = decode.encode(model, source)
+        step, own = decode.bind(model, *encoded, target.shape[1], num_sequences)
 
-        def step(cache, position_and_token):
+        def body(own, position_and_token):
             position, token = position_and_token
-            logits, cache = decode.decode_step(model, token, position, cache, mask)
-            return cache, logits
+            logits, own = step(token, position, own)
+            return own, logits
 
-        return jax.lax.scan(step, cache, (jnp.arange(target.shape[1]), target.T))[1]
+        return jax.lax.scan(body, own, (jnp.arange(target.shape[1]), target.T))[1]
 
-    np.testing.assert_allclose(stepwise(model).swapaxes(0, 1), logits, atol=2e-5)
+    return stepwise(model).swapaxes(0, 1)
 
 
-@pytest.mark.parametrize("rows", [3, 6])
-def test_cached_steps_equal_the_whole_decoder(model, rows):
-    check_cached_steps_equal_the_whole_decoder(model, rows)
+@jax.jit
+def whole_logits(model, source, target):
+    """Logits [N, T, V] without a cache, dropless."""
+    batch = {"encoder_input_tokens": source, "decoder_input_tokens": target}
+    return model.forward(batch, factor=None)[0]
+
+
+def check_cached_steps_equal_the_whole_decoder(model, rows: int, num_sequences: int = 1):
+    vocab_size = model.config.model.vocab_size
+    source = jax.random.randint(jax.random.key(rows), (rows, 13), 2, vocab_size).at[0, 9:].set(0)
+    N = rows * num_sequences
+    target = jax.random.randint(jax.random.key(7), (N, 11), 2, vocab_size)
+    logits = whole_logits(model, jnp.repeat(source, num_sequences, 0), target)
+    got = forced_logits(model, source, target, num_sequences)
+    np.testing.assert_allclose(got, logits, atol=1e-5)
+    assert logits.std() > 0.1
+
+
+@pytest.mark.parametrize("rows, num_sequences", [(3, 1), (6, 1), (2, 3)])
+def test_cached_steps_equal_the_whole_decoder(model, rows, num_sequences):
+    check_cached_steps_equal_the_whole_decoder(model, rows, num_sequences)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +77,9 @@ def test_cached_steps_equal_the_whole_decoder(model, rows):
     [
         {"moe.sublayer": "both", "moe.last": 2, "moe.shared_d_ff": 8},
         {"moe.router": "hash", "moe.first": 2, "moe.every": 1},
+        {"moe.router": "top_k", "moe.second_policy": "threshold", "moe.second_threshold": 0.25},
     ],
-    ids=["attention", "hash"],
+    ids=["attention", "hash", "top-2"],
 )
 def test_experts_anywhere_decode_as_they_train(values):
     layers = {"model.num_encoder_layers": 2, "model.num_decoder_layers": 4}
@@ -101,6 +120,191 @@ def test_greedy_takes_the_best_token_and_stops_at_eos(model):
     np.testing.assert_array_equal(output[0], [decode.EOS, 0, 0, 0, 0, 0])
 
 
+def log_probabilities(model, source, tokens):
+    """[N] of tokens [N, L] behind inputs [N, S], by the whole decoder."""
+    tokens = jnp.asarray(tokens)
+    shifted = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    logp = jax.nn.log_softmax(whole_logits(model, source, shifted))
+    logp = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+    behind_end = jnp.cumsum(shifted == decode.EOS, 1) > 0
+    return jnp.where(behind_end, 0, logp).sum(1)
+
+
+def lengths(tokens):
+    """[N]: tokens up to and with EOS."""
+    return 1 + (np.cumsum(np.asarray(tokens) == decode.EOS, -1)[..., :-1] == 0).sum(-1)
+
+
+# Untied, so that a token is not its own likeliest successor.
+LIVELY = {"model.vocab_size": 16, "model.init_scale": 3.0, "model.tied_embeddings": False}
+
+
+@pytest.fixture(scope="module")
+def lively():
+    """A model that ends some texts early, and whose experts get few or many tokens by batch."""
+    config = tiny(**LIVELY, **{"moe.num_experts": 2, "model.num_decoder_layers": 4})
+    return SwitchTransformer(config, jax.random.key(0))
+
+
+def prompts(count: int, length: int = 16):
+    """[count, length] of texts of various lengths."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 16, (count, length), dtype=np.int32)
+    return tokens * (np.arange(length) < rng.integers(4, length, (count, 1), endpoint=True))
+
+
+BEAMS = Options(beam_size=4, num_return=4)
+DRAWS = Options(temperature=1.5, top_k=12, num_return=2, seed=5)
+
+
+@pytest.mark.parametrize("options", [Options(), BEAMS, DRAWS], ids=["greedy", "beams", "draws"])
+def test_scores_are_the_log_probabilities_of_what_is_found(lively, options):
+    source, K = prompts(16), options.num_return
+    found = decode.find(lively, source, 7, options)
+    assert found.token_BxKxL.shape == (16, K, 7) and found.token_BxKxL.dtype == jnp.int32
+    tokens = np.asarray(found.token_BxKxL).reshape(16 * K, 7)
+    want = np.asarray(log_probabilities(lively, jnp.repeat(source, K, 0), tokens))
+    if options.beam_size > 1:
+        want = want / ((5 + lengths(tokens)) / 6) ** 0.6
+    np.testing.assert_allclose(found.score_BxK.reshape(-1), want, atol=1e-5)
+    assert 0 < (tokens == decode.EOS).any(-1).mean() <= 1
+    assert len({tuple(row) for row in tokens}) > K  # not the same for every input
+
+
+def test_beams_find_what_they_find_without_a_cache(lively):
+    """The state is then nothing but the tokens; a cache that followed other beams would show."""
+    source, K, L = jnp.asarray(prompts(6)), 4, 7
+
+    def step(token_N, position, tokens_NxL):
+        tokens_NxL = tokens_NxL.at[:, position].set(token_N)
+        return whole_logits(lively, jnp.repeat(source, K, 0), tokens_NxL)[:, position], tokens_NxL
+
+    start = jnp.zeros((6 * K, L), jnp.int32)
+    want = jax.jit(lambda s: search.beams(step, s, 0, 6, K, L, decode.EOS, 0.6))(start)
+    got = decode.find(lively, source, L, BEAMS)
+    np.testing.assert_array_equal(got.token_BxKxL, want.token_BxKxL)
+    np.testing.assert_allclose(got.score_BxK, want.score_BxK, atol=1e-5)
+    best = switch_jax.generate(lively, source, max_length=L, beam_size=K)
+    np.testing.assert_array_equal(best, got.token_BxKxL[:, 0])
+    greedy = switch_jax.generate(lively, source, max_length=L)
+    assert (np.asarray(best) != np.asarray(greedy)).any()
+
+
+@pytest.mark.parametrize("options", [Options(), BEAMS, DRAWS], ids=["greedy", "beams", "draws"])
+def test_a_text_does_not_depend_on_its_batch_or_its_padding(lively, options):
+    """One alone, whose experts are few of a pool, and among 32, whose experts are all used."""
+    source = prompts(32)
+    batch = decode.find(lively, source, 6, options)
+    for row in (0, 17):
+        longer = np.pad(source[row : row + 1], ((0, 0), (0, 24)))
+        alone = decode.find(lively, longer, 6, options, first_row=row)
+        np.testing.assert_array_equal(alone.token_BxKxL[0], batch.token_BxKxL[row])
+        np.testing.assert_allclose(alone.score_BxK[0], batch.score_BxK[row], atol=1e-5)
+
+
+def test_logits_do_not_depend_on_the_batch_or_the_padding(lively):
+    source, target = prompts(32), jax.random.randint(jax.random.key(0), (32, 6), 2, 16)
+    batch = forced_logits(lively, jnp.asarray(source), target)
+    longer = jnp.pad(source[17:18], ((0, 0), (0, 24)))
+    alone = forced_logits(lively, longer, target[17:18])
+    np.testing.assert_allclose(alone[0], batch[17], atol=1e-5)
+
+
+def test_experts_that_choose_see_one_text_at_a_time():
+    values = {"moe.router": "expert_choice", "moe.stacks": "encoder", "moe.group_size": 128}
+    values |= {"moe.eval_capacity_factor": 1.25, "model.init_scale": 1.0}
+    model = SwitchTransformer(tiny(**values), jax.random.key(0))
+    source = prompts(8)
+    batch = decode.find(model, source, 2, Options())
+    alone = decode.find(model, source[5:6], 2, Options())
+    np.testing.assert_allclose(alone.score_BxK[0], batch.score_BxK[5], atol=1e-5)
+
+
+def test_draws_differ_by_seed_row_and_number(lively):
+    source = np.repeat(prompts(1), 4, 0)
+
+    def draw(seed, **options):
+        options |= {"temperature": 3.0, "seed": seed, "max_length": 6}
+        return np.asarray(switch_jax.generate(lively, source, **options))
+
+    pairs = draw(0, num_return=2)
+    assert pairs.shape == (4, 2, 6)
+    assert len({tuple(row) for row in pairs.reshape(8, 6)}) == 8
+    single = draw(0)
+    np.testing.assert_array_equal(single, pairs[:, 0])
+    assert (draw(1) != single).any(-1).all()
+    np.testing.assert_array_equal(draw(0), single)
+
+
+@pytest.mark.parametrize("options", [Options(), BEAMS, DRAWS], ids=["greedy", "beams", "draws"])
+def test_on_a_mesh_it_finds_what_one_device_finds(options):
+    values = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2, "mesh.fsdp": True}
+    config = tiny(**values, **LIVELY)
+    program = Program(config, sharding.make_mesh(config))
+    split = program.init().params
+    whole = {name: jnp.asarray(np.asarray(value)) for name, value in split.items()}
+    source = prompts(8)
+    want = decode.find(program.model(whole), source, 6, options)
+    on_mesh = jax.device_put(source, sharding.batch_sharding(program.mesh))
+    with jax.set_mesh(program.mesh):
+        got = decode.find(program.model(split), on_mesh, 6, options)
+        with pytest.raises(UserError, match=r"3 rows .* 4 parts"):
+            decode.find(program.model(split), source[:3], 6, options)
+    assert len(got.token_BxKxL.sharding.device_set) == 8
+    np.testing.assert_array_equal(got.token_BxKxL, want.token_BxKxL)
+    np.testing.assert_allclose(got.score_BxK, want.score_BxK, atol=1e-5)
+    assert len({tuple(row) for row in np.asarray(want.token_BxKxL[:, 0])}) > 2
+
+
+def test_experts_that_no_token_goes_to_are_not_copied():
+    config = tiny(**{"moe.num_experts": 64, "model.num_decoder_layers": 4, "moe.stacks": "decoder"})
+    model = SwitchTransformer(config, jax.random.key(0))
+    mask = jnp.ones((4, 8), bool)
+
+    @jax.jit
+    def one_step(model, encoded):
+        step, own = decode.bind(model, encoded, mask, 4, 1)
+        return step(jnp.zeros(4, jnp.int32), jnp.int32(0), own)[0]
+
+    compiled = one_step.lower(model, jnp.zeros((4, 8, 16))).compile()
+    experts_of_a_block = 64 * 2 * 16 * 32 * 4  # bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < experts_of_a_block / 2
+
+
+@pytest.mark.parametrize(
+    "source, options, words",
+    [
+        ([[3, 4]], {"beam_size": 2, "temperature": 1.0}, ["beam_size=2", "temperature=1.0"]),
+        ([[3, 4]], {"max_length": 0}, ["max_length=0"]),
+        ([3, 4], {}, ["(2,)", "[rows, tokens]"]),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(model, source, options, words):
+    with pytest.raises(UserError) as error:
+        switch_jax.generate(model, np.array(source), **options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_the_command_line_refuses_draws_of_beams_before_it_loads(tmp_path, capsys):
+    options = ["--beam_size", "2", "--temperature", "1"]
+    assert main(["generate", "--workdir", str(tmp_path), "--text", "a ___", *options]) == 2
+    assert "beam_size=2" in capsys.readouterr().err
+
+
+def test_bench_times_decoding(monkeypatch):
+    monkeypatch.setattr(bench, "DECODING", {"beam4_2": (2, 4)})
+    config = tiny(**{"mesh.data": 1})
+    dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=0))
+    mesh = sharding.make_mesh(config)
+    programs = {"sparse": Program(config, mesh), "dense": Program(dense, mesh)}
+    compared = bench._decoding(programs, 1)["beam4_2"]
+    for report in (compared["sparse"], compared["dense"]):
+        assert report["ms_per_token"] * 8 == pytest.approx(1e3 * report["seconds"])
+        assert report["tokens_per_second"] * report["seconds"] == pytest.approx(2 * 8)
+    ratio = compared["sparse"]["seconds"] / compared["dense"]["seconds"]
+    assert compared["ratio"] == pytest.approx(ratio)
+
+
 class Words:
     """A vocabulary of words, with the sentinels that `fill_blanks` looks for."""
 
@@ -124,5 +328,28 @@ class Words:
 )
 def test_fill_blanks(monkeypatch, text, answer, filled):
     words = Words()
-    monkeypatch.setattr(decode, "generate", lambda *a, **k: np.array([words.encode(answer)]))
-    assert decode.fill_blanks(None, words, text) == filled
+
+    def find(model, source, max_length, options, first_row):
+        return Sequences(np.array([[words.encode(answer)]]), np.zeros((1, 1)))
+
+    monkeypatch.setattr(decode, "find", find)
+    assert list(decode.fill_blanks(None, words, [text])) == [filled]
+
+
+def test_many_texts_are_filled_in_batches_and_in_their_order(monkeypatch):
+    """Each is answered with its own first word; the last batch is filled up, by equal rows."""
+    words, calls = Words(), []
+    texts = [f"{words.words[2 + i % 4]} ___ as" + " as" * (70 * (i == 40)) for i in range(70)]
+
+    def find(model, source, max_length, options, first_row):
+        calls.append((source.shape, first_row, options.seed))
+        assert source.any(1).all()
+        answers = [[words.words.index("<extra_id_0>"), row[0], decode.EOS] for row in source]
+        return Sequences(np.array(answers)[:, None], np.zeros((len(source), 1)))
+
+    monkeypatch.setattr(decode, "find", find)
+    filled = list(decode.fill_blanks(None, words, texts, options=Options(seed=4)))
+    assert filled == [text.replace("___", text.split()[0]) for text in texts]
+    assert calls == [((32, 64), 0, 4), ((32, 128), 32, 4), ((32, 64), 64, 4)]
+    with pytest.raises(UserError, match="more than 100 blanks"):
+        list(decode.fill_blanks(None, words, ["___ " * 101]))
