@@ -72,7 +72,8 @@ def eval(args: argparse.Namespace) -> None:
     lines = [f"{name:20} {metrics[name]:.4f}" for name in shown]
     for name, value in metrics.items():
         if name.endswith("/cross_entropy"):  # of one source among several
-            lines.append(f"{name:32} {value:.4f}")
+            shown_as = name.removesuffix("/cross_entropy")
+            lines.append(f"  of {shown_as:15} {value:.4f}")
     _show(json.dumps(metrics) if args.json else "\n".join(lines))
 
 
@@ -213,7 +214,11 @@ def data_pack(args: argparse.Namespace) -> int:
         print("Stopped; the same command continues from there.")
         return 130
     print(render(manifest))
-    print(f"Train on it with data.reader=store data.data_dir={output}")
+    names = ",".join(manifest["sources"])
+    print(
+        f"Train on it with --config.data.reader=store --config.data.data_dir={output}"
+        + (f" --config.data.mixture={names}" if len(names) < 60 else "")
+    )
     return 0
 
 

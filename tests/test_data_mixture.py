@@ -57,7 +57,7 @@ def test_rates_follow_documents_exponent_and_groups(tmp_path):
     documents = {"c4": 1000, "mc4.en": 100, "mc4.sw": 1, "books": None}
 
     def shares(text, **data):
-        return mixture.shares(DataConfig(mixture=text, **data), documents)
+        return mixture.shares(DataConfig(mixture=text, **data), documents, {})
 
     assert shares("c4") == {"c4": 1.0}
     assert shares("books") == {"books": 1.0}
@@ -90,7 +90,21 @@ def test_two_files_of_one_name_are_told_apart(tmp_path):
     found = mixture.find_sources(DataConfig(mixture=text))
     assert [source.name for source in found] == ["text", "text_2"]
     documents = {source.name: 1 for source in found}
-    assert mixture.shares(DataConfig(mixture=text), documents) == {"text": 0.5, "text_2": 0.5}
+    specs = {source.name: source.spec for source in found}
+    assert mixture.shares(DataConfig(mixture=text), documents, specs) == {
+        "text": 0.5,
+        "text_2": 0.5,
+    }
+    second = text.split(", ")[1]
+    assert mixture.shares(DataConfig(mixture=second), documents, specs) == {"text_2": 1.0}
+    with pytest.raises(UserError, match="there is only text, text_2"):
+        elsewhere = second.replace("/b/", "/c/")
+        mixture.shares(DataConfig(mixture=elsewhere), documents, specs)
+
+
+def test_a_folder_that_nothing_is_read_from_is_refused(tmp_path):
+    with pytest.raises(UserError, match="reads nothing else there"):
+        mixture.find_sources(DataConfig(data_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,11 @@ def find(spec: str, data_dir: str | None) -> list[Source]:
     return sources
 
 
+def needs_folder(spec: str) -> bool:
+    """Whether a part of a mixture is looked for in `data.data_dir`."""
+    return spec != "python_docs" and not is_files(spec)
+
+
 def members(spec: str, names: Iterable[str]) -> list[str]:
     """Those of the sources called `names` that a part of a mixture, not of files, stands for."""
     name = name_of(spec)
@@ -116,6 +121,10 @@ def is_files(spec: str) -> bool:
 
 def _named_files(spec: str) -> Source:
     pattern = os.path.expanduser(spec)
+    if "**" in pattern:
+        raise UserError(
+            f"data.mixture={spec}: ** is not understood; write a * for every folder between."
+        )
     patterns = {split: pattern.replace("{split}", split) for split in SPLITS}
     if "{split}" not in pattern:
         del patterns["validation"]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from switch_jax.data.catalog import find, is_files, members, name_of
+from switch_jax.data.catalog import find, is_files, members, needs_folder
 from switch_jax.data.sources import Source
 from switch_jax.errors import UserError
 from switch_jax.schema import DataConfig
@@ -58,37 +58,48 @@ def find_sources(data: DataConfig) -> list[Source]:
 
     Raises `UserError` where one is not found.
     """
+    parts = parse(data.mixture)
+    if data.data_dir is not None and not any(needs_folder(part.spec) for part in parts):
+        raise UserError(
+            f"data.data_dir={data.data_dir!r} is no packed text, and data.mixture={data.mixture}"
+            " reads nothing else there; name what is there in data.mixture, or leave data_dir out."
+        )
     if data.data_dir is not None and not epath.Path(data.data_dir).is_dir():
         raise UserError(
             f"data.data_dir={data.data_dir!r} does not exist; name the folder or bucket that has"
             " the text, or what `switch-jax data pack` wrote."
         )
     sources: dict[str, Source] = {}
-    for part in parse(data.mixture):
+    for part in parts:
         for source in find(part.spec, data.data_dir):
             if source.name in sources and not is_files(part.spec):
                 raise UserError(f"data.mixture names {source.name} twice; name it once.")
-            source.name = _unused(source.name, sources)
+            source.name, source.spec = _unused(source.name, sources), part.spec
             sources[source.name] = source
     return list(sources.values())
 
 
-def select(data: DataConfig, names: Collection[str]) -> list[tuple[Part, list[str]]]:
+def select(
+    data: DataConfig, names: Collection[str], specs: Mapping[str, str]
+) -> list[tuple[Part, list[str]]]:
     """Which of the sources called `names` each part of a config's mixture stands for.
 
-    Raises `UserError` where a part stands for none.
+    Args:
+      specs: what each was found by; a part that names files stands for those found by the same.
+
+    Raises `UserError` where a part stands for none, or two for the same.
     """
     selected: list[tuple[Part, list[str]]] = []
     taken: list[str] = []
     for part in parse(data.mixture):
-        stem = name_of(part.spec)
         if is_files(part.spec):
-            stem = _unused(stem, taken)
-        chosen = [stem] if stem in names else members(part.spec, names)
+            chosen = [n for n in names if specs.get(n) == part.spec and n not in taken][:1]
+        else:
+            chosen = members(part.spec, names)
         if not chosen:
             raise UserError(
-                f"data.mixture names {stem}, and there is only {', '.join(sorted(names))}; name"
-                " one of these, or pack it with `switch-jax data pack`."
+                f"data.mixture names {part.spec}, and there is only {', '.join(sorted(names))};"
+                " name one of these, or pack it with `switch-jax data pack`."
             )
         twice = sorted(set(chosen) & set(taken))
         if twice:
@@ -98,18 +109,21 @@ def select(data: DataConfig, names: Collection[str]) -> list[tuple[Part, list[st
     return selected
 
 
-def shares(data: DataConfig, documents: Mapping[str, int | None]) -> dict[str, float]:
+def shares(
+    data: DataConfig, documents: Mapping[str, int | None], specs: Mapping[str, str]
+) -> dict[str, float]:
     """Of each source in a config's mixture, the share of the training rows, which sum to one.
 
     Args:
       documents: of the sources there are, how many training documents each has, where known.
         Sources without any are left out.
+      specs: see `select`.
 
     Raises `UserError` where the mixture names one that is not there, or where the number of
     documents matters and is not known.
     """
     weights: dict[str, float] = {}
-    selected = select(data, documents)
+    selected = select(data, documents, specs)
     for part, names in selected:
         trained = [name for name in names if documents[name] != 0]
         alone = len(trained) == 1 and (part.rate is not None or len(selected) == 1)

@@ -296,7 +296,7 @@ def _nothing(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     """What a store holds of a source before anything is packed."""
     empty: dict[str, Any] = {"documents": 0, "tokens": 0, "fingerprint": vocabulary.fingerprint}
     splits: dict[str, Any] = {split: {**empty, "left_out": {}, "shards": []} for split in SPLITS}
-    return {"pairs": source.pairs, **splits}
+    return {"spec": source.spec, "pairs": source.pairs, **splits}
 
 
 def _sum(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:

@@ -31,7 +31,7 @@ _ROUND = 2**20  # rows in which every source comes as often as its share says
 def open_mixture(config: Config, split: Split, feed: Feed = EVERYTHING) -> "StoreIterator":
     """Rows of all sources, in their shares; raises `UserError`."""
     store, vocabulary = _opened(config)
-    shares = mixture.shares(config.data, store.documents())
+    shares = mixture.shares(config.data, store.documents(), store.specs())
     return StoreIterator(config.data, split, feed, store, vocabulary, shares)
 
 
@@ -41,7 +41,9 @@ def open_sources(
     """Rows of each source on its own; raises `UserError`."""
     store, vocabulary = _opened(config)
     documents = store.documents(split)
-    names = [name for _, names in mixture.select(config.data, documents) for name in names]
+    names = [
+        name for _, names in mixture.select(config.data, documents, store.specs()) for name in names
+    ]
     some = [name for name in names if documents[name]] or names
     return {
         name: StoreIterator(config.data, split, feed, store, vocabulary, {name: 1.0})
@@ -53,7 +55,9 @@ def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Validation examples of the mixture's pairs, by source; raises `UserError`."""
     store, _ = _opened(config)
     documents = store.documents("validation")
-    names = [name for _, names in mixture.select(config.data, documents) for name in names]
+    names = [
+        name for _, names in mixture.select(config.data, documents, store.specs()) for name in names
+    ]
     return {name: store.examples(name) for name in names if store.pairs(name) and documents[name]}
 
 

@@ -36,11 +36,13 @@ class Source(abc.ABC):
     Attributes:
       name: what metrics, packed records and messages call it.
       fingerprint: 32 hexadecimal digits that change with where the text lies and how large it is.
+      spec: what the part of a mixture says that it was found by.
       stamp: as the fingerprint, and changes with the place and the age of files too.
       pairs: whether texts are inputs and targets in turn, and not text to be corrupted.
     """
 
     name: str
+    spec: str
     fingerprint: str
     stamp: str
     pairs = False

@@ -28,7 +28,7 @@ from switch_jax.data.sources import Split
 from switch_jax.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 
 def is_store(directory: str | Path) -> bool:
@@ -65,6 +65,10 @@ class TokenStore:
     def documents(self, split: Split = "train") -> dict[str, int]:
         """Documents of each source, or its pairs of inputs and targets."""
         return {name: source[split]["documents"] for name, source in self._sources.items()}
+
+    def specs(self) -> dict[str, str]:
+        """What part of a mixture each source was found by."""
+        return {name: source["spec"] for name, source in self._sources.items()}
 
     def pairs(self, name: str) -> bool:
         """Whether a source's documents are inputs and targets in turn."""

@@ -73,7 +73,8 @@ def open_mixture(config: Config, split: Split, feed: Feed = EVERYTHING) -> "Seqi
     """Rows of all sources, in their shares; raises `UserError`."""
     sources, words = _opened(config)
     documents = {source.name: source.documents("train") for source in sources}
-    shares = mixture.shares(config.data, documents)
+    specs = {source.name: source.spec for source in sources}
+    shares = mixture.shares(config.data, documents, specs)
     return SeqioIterator(config.data, split, feed, sources, words, shares)
 
 

@@ -131,7 +131,7 @@ def sample(data: DataConfig, sources: list[Source], characters: int) -> Iterator
     documents = {source.name: source.documents("train") for source in sources}
     if None in documents.values():  # what comes closest
         documents = {source.name: source.size() for source in sources}
-    shares = mixture.shares(data, documents)
+    shares = mixture.shares(data, documents, {source.name: source.spec for source in sources})
     bad = BadRecords("skip")  # whoever packs or trains on these will be told of them
     for source in sources:
         shards = source.shards("train")
