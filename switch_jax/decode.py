@@ -19,6 +19,7 @@ from switch_jax.data.vocabulary import NUM_SENTINELS, Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer
 from switch_jax.router import Decision, Plan, Router
+from switch_jax.schema import Config
 from switch_jax.search import Options, Sequences
 from switch_jax.sharding import alone, constrain, num_batch_shards
 
@@ -226,8 +227,7 @@ def decode_step(
     cross_mask_Bx1xS = source_mask_BxS[:, None]
     token_Nx1 = token_N[:, None]
     plan = Plan(token_Nx1, jnp.ones(token_Nx1.shape, bool), rows=1, factor=None)
-    moe = model.config.moe
-    few = N * moe.places <= dropless.SMALLEST * moe.num_experts
+    pool = _few_experts_of_many(model.config, N)
 
     def body(x_and_own, number_and_block, run):
         (x_Nx1xD, own), (number, cut, cross) = x_and_own, number_and_block
@@ -249,7 +249,7 @@ def decode_step(
 
     x_Nx1xD, own_by_run = model.embed(token_Nx1), []
     for blocks, own, cross in zip(stack.runs, cache.own, cache.cross):
-        run = _Run(blocks, few)
+        run = _Run(blocks, pool)
         numbered = (jnp.arange(len(own[0])), run.cut, cross)
         (x_Nx1xD, own), _ = jax.lax.scan(partial(body, run=run), (x_Nx1xD, own), numbered)
         own_by_run.append(own)
@@ -260,15 +260,14 @@ class _Run:
     """The blocks of a run, for a scan that does not copy the experts of every block.
 
     A loop over the experts that are used, inside a scan over blocks, would be given all experts of
-    a block as a copy. Where tokens are so `few` that it then reads few of them, all experts of the
-    run are one pool, which the scan leaves where it is; a block's router names them by their place
-    in the pool. On a mesh, where each block's experts are spread over devices, they are cut like
-    all else.
+    a block as a copy. With `pool`, all experts of the run are one pool, which the scan leaves where
+    it is, and a block's router names them by their place in the pool; else they are cut like all
+    the other parameters.
     """
 
-    def __init__(self, blocks: Any, few: bool):
+    def __init__(self, blocks: Any, pool: bool):
         paths_and_leaves, self._structure = jax.tree.flatten_with_path(blocks)
-        pooled = [few and alone() and "experts" in _names(path) for path, _ in paths_and_leaves]
+        pooled = [pool and "experts" in _names(path) for path, _ in paths_and_leaves]
         leaves = [leaf for _, leaf in paths_and_leaves]
         self.cut = [None if p else leaf for p, leaf in zip(pooled, leaves)]
         self._pool = [
@@ -285,6 +284,19 @@ class _Run:
                 if hasattr(part, "router"):
                     part.router = _PoolRouter(part.router, number, self._blocks)
         return block
+
+
+def _few_experts_of_many(config: Config, num_sequences: int) -> bool:
+    """Whether a step reads few of the experts that a device has all of, in every layer."""
+    moe, parts = config.moe, 1
+    if not alone():
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = num_batch_shards(mesh)
+        # In a pool, experts of a block are no longer a piece that devices can share or gather.
+        if mesh.shape["expert"] > 1 or (config.mesh.fsdp and mesh.shape["data"] > 1):
+            return False
+    # Up to there, blocks of rows are as small as they can be, with or without a pool.
+    return num_sequences // parts * moe.places <= dropless.SMALLEST * moe.num_experts
 
 
 class _PoolRouter(Router):
