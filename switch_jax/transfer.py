@@ -11,9 +11,11 @@ an empty NAME that it begins anew. Where no rule matches, the path there is the 
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from switch_jax import checkpoint, lora, sharding
 from switch_jax.errors import UserError
@@ -114,7 +116,9 @@ def _renamed(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
 def start(program: Program) -> TrainState:
     """A fresh state, with parameters of `init_from` where the config names it.
 
-    The optimizer always begins anew. All processes must call it. Raises `UserError` as `plan` does.
+    Steps are counted from 0 and, with `init_optimizer` fresh, the optimizer begins anew too. All
+    processes must call it. Raises `UserError` as `plan` does, and where the optimizer of the
+    checkpoint is another.
     """
     state, config = program.init(), program.config
     if config.init_from is None:
@@ -136,7 +140,31 @@ def start(program: Program) -> TrainState:
             params[name] = old
         else:
             params[name] = jax.jit(_over, out_shardings=fresh.sharding)(fresh, old)
-    return dataclasses.replace(state, params=params)
+    state = dataclasses.replace(state, params=params)
+    if config.init_optimizer == "loaded":
+        state = dataclasses.replace(state, opt_state=_optimizer_of(folder, state.opt_state))
+    return state
+
+
+def _optimizer_of(folder: Path, fresh: Any) -> Any:
+    """The optimizer's statistics in a checkpoint, with a schedule that begins anew."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh
+    )
+    try:
+        loaded = checkpoint.restore_opt_state(folder, abstract)
+    except UserError as error:
+        raise UserError(
+            f"The optimizer of {folder} does not fit: other parameters are trained here, or by"
+            " another optimizer; set init_optimizer=fresh."
+        ) from error
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda old, new: new if is_schedule(new) else old, loaded, fresh, is_leaf=is_schedule
+    )
 
 
 def _over(fresh: jax.Array, old: jax.Array) -> jax.Array:

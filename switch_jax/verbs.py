@@ -66,6 +66,7 @@ def _find_checkpoint(args: argparse.Namespace) -> "tuple[Workdir, Path, Config]"
 
 def eval(args: argparse.Namespace) -> None:
     from switch_jax.evaluate import evaluate_checkpoint
+    from switch_jax.predict import render
 
     metrics = evaluate_checkpoint(*_find_checkpoint(args))
     shown = ("cross_entropy", "neg_log_perplexity", "accuracy", "unigram_entropy")
@@ -74,7 +75,8 @@ def eval(args: argparse.Namespace) -> None:
         if name.endswith("/cross_entropy"):  # of one source among several
             shown_as = name.removesuffix("/cross_entropy")
             lines.append(f"  of {shown_as:15} {value:.4f}")
-    _show(json.dumps(metrics) if args.json else "\n".join(lines))
+    text = "\n".join([*lines, "", render(metrics)]).rstrip()
+    _show(json.dumps(metrics) if args.json else text)
 
 
 def experts(args: argparse.Namespace) -> None:
