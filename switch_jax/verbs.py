@@ -106,7 +106,7 @@ def generate(args: argparse.Namespace) -> None:
     texts = Path(args.input).read_text(errors="replace").splitlines() if args.input else [args.text]
     from switch_jax import checkpoint
     from switch_jax.data.vocabulary import read
-    from switch_jax.decode import fill_blanks
+    from switch_jax.decode import complete
     from switch_jax.search import Options
 
     options = Options(
@@ -120,10 +120,8 @@ def generate(args: argparse.Namespace) -> None:
     workdir, folder = checkpoint.find_together(args.workdir)
     vocabulary = read(workdir.vocabulary)
     model = checkpoint.load(folder)
-    for filled in fill_blanks(
-        model, vocabulary, texts, max_length=args.max_length, options=options
-    ):
-        _show(filled)
+    for text in complete(model, vocabulary, texts, max_length=args.max_length, options=options):
+        _show(text)
 
 
 def inspect(args: argparse.Namespace) -> None:
