@@ -7,6 +7,7 @@ checkpoints/STEP/metrics     the metric that the best one is kept by
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,7 +64,10 @@ class Checkpoints:
         self._goodness = goodness
         kept: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
         if goodness is not None:
-            kept.append(preservation_policy.BestN(get_metric_fn=goodness, n=1))
+            best = preservation_policy.BestN(
+                get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False
+            )
+            kept.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
             best_fn=goodness,  # without it, Orbax writes no metrics
@@ -99,8 +103,9 @@ class Checkpoints:
             return None
         self._manager.wait_until_finished()
         saved = ((step, self._manager.metrics(step)) for step in self._manager.all_steps())
-        rated = [(step, metrics) for step, metrics in saved if metrics]
-        return max(rated, key=lambda pair: (goodness(pair[1]), pair[0]), default=None)
+        rated = [(goodness(metrics), step, metrics) for step, metrics in saved if metrics]
+        good = [one for one in rated if one[0] > -math.inf]
+        return max(good, key=lambda one: one[:2])[1:] if good else None
 
     def restore(self, abstract: TrainState, batches: BatchIterator) -> TrainState | None:
         """The state of the newest good checkpoint; `batches` is moved to its position.

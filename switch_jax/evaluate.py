@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import numpy as np
 from switch_jax import losses, processes, sharding
 from switch_jax.checkpoint import restore_params
 from switch_jax.data import open_each, open_vocabulary
-from switch_jax.data.batch import Batch, Feed
+from switch_jax.data.batch import Batch, BatchIterator, Feed
 from switch_jax.data.vocabulary import read
 from switch_jax.errors import UserError
-from switch_jax.predict import Scorer
 from switch_jax.schema import Config
+from switch_jax.scoring import Scorer
 from switch_jax.step import Program
 from switch_jax.workdir import Workdir
 
@@ -80,7 +80,12 @@ def goodness(
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}."
         raise UserError(f"There is no metric {metric!r} for train.keep_best; {hint}")
     sign = -1 if metric.endswith(("cross_entropy", "invalid")) else 1
-    return lambda metrics: sign * metrics.get(metric, -sign * math.inf)
+
+    def good(metrics: Mapping[str, float]) -> float:
+        value = metrics.get(metric, math.nan)
+        return sign * value if math.isfinite(value) else -math.inf
+
+    return good
 
 
 def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[str, float]:
@@ -92,13 +97,14 @@ def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[
     check_vocabulary(workdir, config)
     program = Program(config, sharding.make_mesh(config))
     feed = sharding.feed(program.mesh)
-    batches, score = validation_batches(config, feed), Scorer(program, workdir)
+    batches, score = validation_batches(config, feed), Scorer(program)
+    score.agree()
     params = restore_params(folder, program.abstract_state.params)
     metrics = evaluate(program, params, batches)
     mine = itertools.chain(*batches.values()) if feed.saves else []
     counts_V = processes.total(_token_counts(mine, config))
     metrics["unigram_entropy"] = unigram_entropy(counts_V)
-    return metrics | score(params, int(folder.name))
+    return metrics | score(params, workdir.predictions / f"eval-{folder.name}")
 
 
 def check_vocabulary(workdir: Workdir, config: Config) -> None:
@@ -113,10 +119,27 @@ def check_vocabulary(workdir: Workdir, config: Config) -> None:
 
 
 def validation_batches(config: Config, feed: Feed) -> Validation:
-    """This process's rows of `train.eval_batches` validation batches of every source."""
-    streams = open_each(config, "validation", feed)
-    count = config.train.eval_batches
-    return {name: list(itertools.islice(stream, count)) for name, stream in streams.items()}
+    """This process's rows of validation batches of every source.
+
+    They are `train.eval_batches`, or as many as have every row of the source once.
+    """
+    rows_B, count = feed.rows(config.data.batch_size), config.train.eval_batches
+    return {
+        name: list(itertools.islice(_once(stream, rows_B, config.data.batch_size), count))
+        for name, stream in open_each(config, "validation", feed).items()
+    }
+
+
+def _once(stream: BatchIterator, rows_B: np.ndarray, batch_size: int) -> Iterator[Batch]:
+    """Batches until a source begins anew; rows of the last one that would be anew are padding."""
+    for number, batch in enumerate(stream):
+        left = math.inf if stream.epoch is None else stream.epoch - number * batch_size
+        if left <= 0:
+            return
+        anew_B = rows_B >= left
+        yield {
+            name: np.where(anew_B[:, None], 0, of).astype(of.dtype) for name, of in batch.items()
+        }
 
 
 def _token_counts(batches: Iterable[Batch], config: Config) -> np.ndarray:

@@ -31,14 +31,20 @@ def is_adapter(name: str) -> bool:
 def with_adapters(axes: Axes, config: Config) -> dict[str, tuple[str, ...]]:
     """Logical axes of the model's parameters and, with `lora.rank`, of their adapters.
 
-    Raises `UserError` where `lora.of` is found in no matrix's path.
+    Raises `UserError` where `lora.of` cannot be read, or is found in no matrix's path.
     """
     if not config.lora.rank:
         return dict(axes)
+    try:
+        pattern = re.compile(config.lora.of)
+    except re.error as error:
+        raise UserError(
+            f"lora.of={config.lora.of!r} is no regular expression ({error}); correct it."
+        ) from error
     added = {}
     for name, names in axes.items():
         batch = tuple(axis for axis in names if axis in BATCH_DIMS)
-        if len(names) == len(batch) + 2 and re.search(config.lora.of, name):
+        if len(names) == len(batch) + 2 and pattern.search(name):
             added[name + _A] = (*batch, names[-2], "lora")
             added[name + _B] = (*batch, "lora", names[-1])
     if not added:

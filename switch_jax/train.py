@@ -8,9 +8,9 @@ from switch_jax import accounting, checkpoint, processes, sharding, transfer
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.evaluate import evaluate, goodness, validation_batches
 from switch_jax.idle_experts import IdleExperts
-from switch_jax.predict import Scorer, render
 from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
 from switch_jax.schema import Config
+from switch_jax.scoring import Scorer, render
 from switch_jax.step import Program
 from switch_jax.workdir import Workdir
 
@@ -35,13 +35,14 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         program, feed = Program(config, mesh), sharding.feed(mesh)
         batches = open_batches(config, "train", feed)
         validation = validation_batches(config, feed)
-        score = Scorer(program, workdir)
+        score = Scorer(program)
         rank = None
         if settings.keep_best is not None:
-            rank = goodness(settings.keep_best, validation, score.names())
+            rank = goodness(settings.keep_best, validation, score.names)
 
         if config.init_from is not None and not workdir.checkpoints.exists():
             transfer.report(config)  # what cannot be: say so before anything is written
+    score.agree()
     with processes.together():
         if first_process:
             synthetic = config.data.reader == "synthetic"
@@ -52,9 +53,11 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     state = checkpoints.restore(program.abstract_state, batches) or transfer.start(program)
     first_step = int(state.step)
     if first_step >= settings.steps:
+        best = checkpoints.best()
         checkpoints.close()
         if first_process:
             print(f"{workdir.path} is finished: step {first_step} of {settings.steps}.")
+            _conclude(config, workdir, best, {})
         return None
 
     # Steps
@@ -97,7 +100,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
             evaluated = None
             if finished or step % settings.eval_every == 0:
                 evaluated = evaluate(program, state.params, validation)
-                evaluated |= score(state.params, step)
+                evaluated |= score(state.params, workdir.predictions / str(step))
                 writer.write(step, "eval", evaluated)
                 display.evaluated(step, evaluated)
                 meter.restart(step, metrics)
@@ -115,9 +118,18 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     if first_process:
         if not finished:
             print(f"Stopped at step {step}; the same command continues from there.")
-        elif best is None:
-            print(render(evaluated or {}), end="")
         else:
-            print(render(best[1]), end="")
-            print(f"Best by {settings.keep_best}: {workdir.checkpoints / str(best[0])}")
+            _conclude(config, workdir, best, evaluated or {})
     return None if finished else stopped_by
+
+
+def _conclude(
+    config: Config,
+    workdir: Workdir,
+    best: tuple[int, dict[str, float]] | None,
+    last: dict[str, float],
+) -> None:
+    """Shows scores of tasks: of the best checkpoint, if one is known, and where it is."""
+    print(render(last if best is None else best[1]), end="")
+    if best is not None:
+        print(f"Best by {config.train.keep_best}: {workdir.checkpoints / str(best[0])}")

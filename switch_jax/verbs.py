@@ -66,7 +66,7 @@ def _find_checkpoint(args: argparse.Namespace) -> "tuple[Workdir, Path, Config]"
 
 def eval(args: argparse.Namespace) -> None:
     from switch_jax.evaluate import evaluate_checkpoint
-    from switch_jax.predict import render
+    from switch_jax.scoring import render
 
     metrics = evaluate_checkpoint(*_find_checkpoint(args))
     shown = ("cross_entropy", "neg_log_perplexity", "accuracy", "unigram_entropy")
@@ -103,7 +103,9 @@ def experts(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     if args.input and not Path(args.input).is_file():
         raise UserError(f"Input file {args.input!r} does not exist.")
-    texts = Path(args.input).read_text(errors="replace").splitlines() if args.input else [args.text]
+    texts = [args.text]
+    if args.input:  # other ends of lines are part of a text
+        texts = Path(args.input).read_text(errors="replace").removesuffix("\n").split("\n")
     from switch_jax import checkpoint
     from switch_jax.data.vocabulary import read
     from switch_jax.decode import complete

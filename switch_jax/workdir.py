@@ -6,7 +6,8 @@ tensorboard/           the same
 checkpoints/STEP/      state, data position
 figures/*.png
 experts/experts.*       what each expert specialises in, as HTML and JSON
-predictions/STEP/*.jsonl  what the model answers to the examples of fine-tuning tasks
+predictions/STEP/*.jsonl  what the model answers to the examples of fine-tuning tasks;
+                          eval-STEP/ where a checkpoint was evaluated alone
 """
 
 import importlib.metadata
@@ -22,7 +23,10 @@ from switch_jax.schema import Config
 
 # What a checkpoint cannot be continued with once it differs. The rest (steps, intervals, mesh,
 # learning rate, …) may change between two runs of the same WORKDIR.
-_FIXED = ("model", "moe", "lora", "optimizer.name", "data.mixture", "data.reader")
+_FIXED = (
+    *("model", "moe", "lora", "optimizer.name", "optimizer.trained"),
+    *("data.mixture", "data.reader"),
+)
 _FREE = ("model.remat",)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tasks as miniature
 
-from switch_jax.data import catalog, open_batches, open_each, open_examples
+from switch_jax.data import catalog, open_batches, open_each, open_examples, records
 from switch_jax.data.bad_records import BadRecords
 from switch_jax.data.downstream import TASKS, own
 from switch_jax.errors import UserError
@@ -50,8 +50,6 @@ def test_examples_are_the_same_from_tfds_and_from_every_file(name, tmp_path):
     for suffix, write in writers.items():
         for split, of in splits.items():
             write(tmp_path / suffix / task.dataset / f"{split}.{suffix}", of)
-    if any(isinstance(kind, dict) for kind in task.schema.values()):
-        del writers["tsv"]  # fields within fields have no columns
     for split in set(task.splits) - {"test"}:
         rows = task.splits[split]
         expected = [
@@ -151,6 +149,7 @@ def test_a_data_set_that_is_missing_is_told_with_how_to_get_it(tmp_path):
         ('{"sentence": "It is.", "label": "good"}', r"label 'good' is none of its classes"),
         ('{"text": "It is.", "label": 1}', r"record 1 lacks the field 'sentence'; add it"),
         ('{"sentence": 3, "label": 1}', r"the field 'sentence' is 3 and must be str"),
+        ('{"sentence": "It is.", "label": 0.5}', r"is 0.5 and must be int \| str; correct it"),
     ],
 )
 def test_records_that_are_wrong_are_named(tmp_path, line, sentence):
@@ -170,6 +169,55 @@ def test_lines_that_cannot_be_read_are_left_out_or_refused(tmp_path):
     with pytest.raises(UserError, match=r"train\.jsonl, line 5"):
         open_batches(config(spec, on_bad_record="error"), "train")
     assert len(open_examples(config(spec))[catalog.name_of(spec)]) == 4
+
+
+@pytest.mark.parametrize("label", ["true", "1", "1.0", '"1"', '"acceptable"'])
+def test_labels_are_as_tables_and_json_have_them(tmp_path, label):
+    path = tmp_path / "cola.jsonl"
+    path.write_text(
+        f'{{"sentence": "It is.", "label": {label}}}\n{{"sentence": "", "label": null}}'
+    )
+    task = TASKS["glue.cola"]
+    known, unknown = records.records(str(path), task.schema, BadRecords("error"))
+    assert task.format(known, True)[0].answer == "acceptable"
+    assert task.format(unknown, True)[0].answer is None
+
+
+def test_a_list_that_is_no_json_is_told(tmp_path):
+    path = tmp_path / "web.csv"
+    path.write_text("question,answers\nWho?,\"['a', 'b']\"\n")
+    with pytest.raises(
+        UserError, match=r"'answers' is \"\['a', 'b'\]\" and must be a list, as in JSON"
+    ):
+        list(
+            records.records(
+                str(path), TASKS["closed_book.web_questions"].schema, BadRecords("skip")
+            )
+        )
+
+
+def test_long_texts_and_halves_of_characters(tmp_path):
+    long = [{"inputs": "x" * 200_000, "targets": "1"}, {"inputs": "y", "targets": "2"}]
+    miniature.write_tsv(tmp_path / "long.tsv", long)
+    schema, bad = own("pairs.x").schema, BadRecords("skip")
+    assert list(records.records(str(tmp_path / "long.tsv"), schema, bad)) == long
+    (tmp_path / "half.jsonl").write_text(
+        '{"inputs": "\\ud83d", "targets": "1"}\n{"inputs": "\\ud83d\\ude00", "targets": "2"}\n'
+    )
+    [kept] = records.records(str(tmp_path / "half.jsonl"), schema, bad)
+    assert kept == {"inputs": "😀", "targets": "2"} and sum(bad.counts.values()) == 1
+
+
+def test_a_split_in_two_formats_is_refused_and_other_files_are_left_alone(tmp_path):
+    folder = tmp_path / "glue" / "rte"
+    of = records_of(TASKS["glue.rte"])
+    for split in ("train", "validation"):
+        miniature.write_jsonl(folder / f"{split}.jsonl", of[split])
+        miniature.write_jsonl(folder / f"{split}_old.jsonl", of[split])
+    assert len(examples("glue.rte", tmp_path, "train")) == 5
+    miniature.write_tsv(folder / "train.tsv", of["train"])
+    with pytest.raises(UserError, match=r"train split of glue\.rte is in .* as jsonl and as tsv"):
+        examples("glue.rte", tmp_path, "train")
 
 
 def test_own_pairs_are_called_after_their_files():

@@ -1,19 +1,22 @@
-"""switch_jax.predict: answers on any mesh, what is written, and the checkpoint kept for them."""
+"""switch_jax.predict and scoring: answers on any mesh, their files, the best checkpoint."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tasks as miniature
 from conftest import tiny
 
-from switch_jax import checkpoint, cli, predict
+from switch_jax import checkpoint, cli, predict, scoring
 from switch_jax import config as config_lib
-from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data import downstream, open_batches, open_vocabulary
+from switch_jax.data.batch import EVERYTHING
 from switch_jax.data.downstream import TASKS
 from switch_jax.errors import UserError
-from switch_jax.evaluate import evaluate_checkpoint
+from switch_jax.evaluate import evaluate, evaluate_checkpoint, goodness, validation_batches
 from switch_jax.sharding import make_mesh
 from switch_jax.step import Program
 from switch_jax.train import train
@@ -95,6 +98,8 @@ def test_every_evaluation_writes_its_predictions(run):
     last = evaluations(run)[6]
     assert {"glue.mrpc/f1", "glue.mrpc/score", "pairs.twice/accuracy"} < set(last)
     assert last["glue.mrpc/score"] == np.mean([last["glue.mrpc/f1"], last["glue.mrpc/accuracy"]])
+    scores = [last[f"{task}/score"] for task in ("glue.rte", "glue.mrpc", "pairs.twice")]
+    assert last["average"] == pytest.approx(np.mean(scores))
 
 
 def test_evaluating_alone_gives_what_training_saw(run, config):
@@ -104,6 +109,93 @@ def test_evaluating_alone_gives_what_training_saw(run, config):
     for name, value in alone.items():
         if name != "unigram_entropy":
             assert value == pytest.approx(during[name], rel=1e-6), name
+    before = (run.predictions / "6" / "glue.rte.jsonl").read_text()
+    assert (run.predictions / "eval-6" / "glue.rte.jsonl").read_text() == before
+
+
+def test_a_loss_counts_every_example_once(config):
+    """Five examples of a task in batches of four, of which three batches are asked for."""
+    many = config_lib.override(config, {"train.eval_batches": "3"})
+    for name, batches in validation_batches(many, EVERYTHING).items():
+        assert len(batches) == 2, name
+        rows = np.concatenate([batch["encoder_input_tokens"] for batch in batches])
+        weights = np.concatenate([batch["decoder_loss_weights"] for batch in batches])
+        assert rows.any(1).tolist() == weights.any(1).tolist() == [True] * 5 + [False] * 3
+        assert len({row.tobytes() for row in rows[:5]}) == 5
+    program = Program(many, make_mesh(many))
+    found = evaluate(program, program.init().params, validation_batches(many, EVERYTHING))
+    alone = config_lib.override(many, {"data.batch_size": "1", "train.eval_batches": "9"})
+    program = Program(alone, make_mesh(alone))
+    expected = evaluate(program, program.init().params, validation_batches(alone, EVERYTHING))
+    for source in ("glue.rte", "glue.mrpc", "pairs.twice"):
+        name = f"{source}/cross_entropy"
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_examples_without_an_answer_are_answered_and_nothing_else(config, tmp_path):
+    rng = np.random.default_rng(0)
+    records = [miniature.record(TASKS["glue.rte"], rng) for _ in range(6)]
+    for split in ("train", "validation"):
+        path = tmp_path / "glue" / "rte" / f"{split}.jsonl"
+        miniature.write_jsonl(path, [*records[:4], *({**r, "label": -1} for r in records[4:])])
+        ax = tmp_path / "glue" / "ax" / "test.jsonl"
+        inference = {"premise": "It is.", "hypothesis": "It was.", "label": -1}
+        miniature.write_jsonl(ax, [inference] * 3)
+    changes = {"data.mixture": "glue.rte, glue.ax", "data.data_dir": str(tmp_path)}
+    some = config_lib.override(config, changes | {"train.keep_best": "none"})
+    program = Program(some, make_mesh(some))
+    scorer = scoring.Scorer(program)
+    scores = scorer(program.init().params, tmp_path / "predictions")
+    assert set(scores) == {"glue.rte/accuracy", "glue.rte/invalid", "glue.rte/score", "average"}
+    assert scorer.names == list(scores)
+    lines = {p.stem: p.read_text().count("\n") for p in (tmp_path / "predictions").iterdir()}
+    assert lines == {"glue.rte": 6, "glue.ax": 3}
+    assert set(validation_batches(some, EVERYTHING)) == {"glue.rte"}
+    [batch] = validation_batches(some, EVERYTHING)["glue.rte"]
+    assert batch["decoder_loss_weights"].any(1).all()
+
+
+def test_there_is_no_average_without_all_of_a_mixture(config, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, key in (("arc.easy", "A"), ("arc.challenge", "")):
+        of = [miniature.record(TASKS[name], rng) | {"answerKey": key} for _ in range(3)]
+        for split in ("train", "validation"):
+            labelled = of if split == "validation" else [{**r, "answerKey": "A"} for r in of]
+            miniature.write_jsonl(tmp_path / TASKS[name].dataset / f"{split}.jsonl", labelled)
+    changes = {"data.mixture": "arc", "data.data_dir": str(tmp_path), "train.keep_best": "none"}
+    some = config_lib.override(config, changes)
+    names = scoring.Scorer(Program(some, make_mesh(some))).names
+    assert names == ["arc.easy/accuracy", "arc.easy/score"]
+    assert "There is no average: arc.challenge has no labelled" in capsys.readouterr().err
+
+
+def test_targets_are_compared_as_the_vocabulary_writes_them(config, tmp_path, capsys):
+    pairs = [{"inputs": "say it", "targets": text} for text in ("longer than rows", "1  2")]
+    for split in ("train", "validation"):
+        miniature.write_jsonl(tmp_path / f"{split}.jsonl", pairs)
+    changes = {"data.mixture": f"pairs:{tmp_path}/{{split}}.jsonl", "train.keep_best": "none"}
+    some = config_lib.override(config, changes | {"data.data_dir": "none"})
+    scorer = scoring.Scorer(Program(some, make_mesh(some)))
+    assert "1 of 2 validation targets are longer than data.targets_length=8" in (
+        capsys.readouterr().err
+    )
+
+    class Folds:
+        def encode(self, text):
+            return text.split()
+
+        def decode(self, ids):
+            return " ".join(ids)
+
+    task, [_, example] = downstream.own("pairs.x"), next(iter(scorer._examples.values()))
+    assert scoring._scored(task, [example], ["1 2"], Folds())["accuracy"] == 100
+
+
+def test_predictions_that_cannot_be_written_are_told_before_they_are_made(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    scorer = scoring.Scorer(Program(config, make_mesh(config)))
+    with pytest.raises(UserError, match=r"Predictions cannot be written to .*file"):
+        scorer({}, tmp_path / "file" / "6")
 
 
 def test_the_verb_shows_a_table(run, capsys):
@@ -113,7 +205,7 @@ def test_the_verb_shows_a_table(run, capsys):
     for task in ("glue.rte", "glue.mrpc", "pairs.twice"):
         [line] = [line for line in out.splitlines() if line.startswith(task)]
         assert float(line.split()[1]) == pytest.approx(during[f"{task}/score"], abs=0.01)
-    assert predict.render({"cross_entropy": 1.0, "python_docs/accuracy": 0.5}) == ""
+    assert scoring.render({"cross_entropy": 1.0, "python_docs/accuracy": 0.5}) == ""
 
 
 def answered(config, **mesh):
@@ -172,8 +264,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(config, tmp_path):
 
     checkpoints = open_again()
     for step, value in quality.items():
-        state = jax.tree.map(lambda x: x, state)
-        state = type(state)(state.step * 0 + step, state.tokens, state.params, state.opt_state)
+        state = dataclasses.replace(state, step=jnp.int32(step))
         checkpoints.save(state, batches, None if value is None else {"quality": value})
         if step == 3:  # continued by another process
             checkpoints.close()
@@ -201,6 +292,21 @@ def test_a_metric_that_does_not_exist_is_told_before_training(config, tmp_path, 
     with pytest.raises(UserError, match=f"no metric '{metric}' for train.keep_best; {hint}"):
         train(wrong, Workdir(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_is_not_finite_is_never_the_best(config, tmp_path):
+    good = goodness("accuracy", {}, [])
+    assert good({"accuracy": float("nan")}) == good({}) == -float("inf") < good({"accuracy": 0.0})
+    assert goodness("cross_entropy", {}, [])({"cross_entropy": 2.0}) == -2.0
+    workdir, program = Workdir(tmp_path), Program(config, make_mesh(config))
+    state, batches = program.init(), open_batches(config, "train")
+    checkpoints = checkpoint.Checkpoints(workdir, keep=1, goodness=good)
+    for step, value in enumerate((0.3, np.nan, 0.9, 0.5, np.nan, 0.1), start=1):
+        state = dataclasses.replace(state, step=jnp.int32(step))
+        checkpoints.save(state, batches, {"accuracy": float(value)})
+    assert checkpoints.best() == (3, {"accuracy": 0.9})
+    checkpoints.close()
+    assert {folder.name for folder in workdir.checkpoints.iterdir()} == {"3", "6"}
 
 
 def test_the_best_of_checkpoints_without_evaluations_is_refused(config):

@@ -71,8 +71,11 @@ class BatchIterator(Protocol):
     """An endless stream of this process's rows of each global batch.
 
     `save` writes, and `restore` reads, the position after the batch last returned, into
-    a folder that belongs to the iterator alone.
+    a folder that belongs to the iterator alone. After `epoch` rows of all processes together it
+    begins anew; None where that is not known.
     """
+
+    epoch: int | None
 
     def __iter__(self) -> "BatchIterator": ...
     def __next__(self) -> Batch: ...
@@ -94,6 +97,7 @@ class RowIterator(abc.ABC):
         self._saves = feed.saves and feed.index == 0
         self._source = source
         self._next_row = 0
+        self.epoch: int | None = None
 
     @abc.abstractmethod
     def rows(self, numbers: np.ndarray) -> Batch:

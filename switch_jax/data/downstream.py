@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from switch_jax.data import prompts
 from switch_jax.data.prompts import Format
+from switch_jax.data.records import LABEL
 from switch_jax.errors import UserError
 
 Part = Literal["train", "validation", "test"]
@@ -117,8 +118,6 @@ def own(name: str) -> Task:
     )
 
 
-LABEL = int | str  # a class by its number or by its name
-
 _LENGTHS = {
     "glue": (512, 84),
     "super_glue": (512, 62),
@@ -131,7 +130,7 @@ _LENGTHS = {
     "xsum": (512, 128),
 }
 _VERSIONS = {"glue": "1.0.0", "super_glue": "1.0.2", "anli": "0.1.0"}
-_TEST: dict[Part, Rows] = {"test": Rows("test")}
+_TEST: dict[Part, Rows] = {"validation": Rows("test")}  # answered, and not scored
 
 
 def _task(

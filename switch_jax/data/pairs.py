@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
@@ -27,7 +28,7 @@ from switch_jax.errors import UserError
 
 
 class Pairs(Source):
-    """A task, whose texts are inputs, targets, inputs, targets, …
+    """A task, whose texts are inputs, targets, inputs, targets, … of the examples with an answer.
 
     Args:
       files: those of the data set's splits that the task's parts are taken from. Where there are
@@ -57,9 +58,12 @@ class Pairs(Source):
         return (Shard(tuple(file.path for file in files), sum(file.size for file in files)),)
 
     def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
+        if self._held_out and split == "validation":
+            bad = BadRecords("skip")  # the same files: they are told of in training
         for example in self.examples(split, bad):
-            yield example.inputs
-            yield example.targets
+            if example.answer is not None:
+                yield example.inputs
+                yield example.targets
 
     def documents(self, split: Split) -> int | None:
         """In training, pairs as the task counts them; None where it does not."""
@@ -94,7 +98,7 @@ def find_task(root: epath.Path, task: Task) -> Pairs:
         glue/cola/2.0.0/glue-train.tfrecord-00000-of-00001
         glue/cola/train.jsonl, validation.tsv, train-00000-of-00002.parquet
 
-    Raises `UserError` where one of its splits is not there.
+    Raises `UserError` where one of its splits is not there, or is there twice.
     """
     folder = root / task.dataset
     version = newest(folder)
@@ -104,13 +108,21 @@ def find_task(root: epath.Path, task: Task) -> Pairs:
             stem = task.dataset.partition("/")[0]
             found = glob(os.fspath(version / f"{stem}-{rows.split}.tfrecord*"))
         else:
-            found = glob(os.fspath(folder / f"{rows.split}[-.]*"))
-            found = [file for file in found if records.is_known(file.path)]
+            found = glob(os.fspath(folder / f"{rows.split}*"))
+            whole = re.compile(rf"{rows.split}(-\d+-of-\d+)?(\.\w+)+(-\d+-of-\d+)?(\.\w+)?")
+            found = [f for f in found if whole.fullmatch(os.path.basename(f.path))]
+            found = [f for f in found if records.is_known(f.path)]
         if not found:
             raise UserError(
                 f"The {rows.split} split of {task.name} is not in {os.fspath(folder)!r}; prepare it"
                 f" with `tfds build {task.dataset}`, put {rows.split}.jsonl, .tsv or .parquet with"
                 f" the fields {', '.join(task.schema)} there, or set data.data_dir to where it is."
+            )
+        formats = sorted({records.format_of(file.path) for file in found})
+        if len(formats) > 1:
+            raise UserError(
+                f"The {rows.split} split of {task.name} is in {os.fspath(folder)!r} as"
+                f" {' and as '.join(formats)}; keep one of them."
             )
         files[rows.split] = found
     return Pairs(task, files)

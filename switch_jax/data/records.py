@@ -28,6 +28,9 @@ from switch_jax.errors import UserError
 Record = dict[str, Any]
 Schema = Mapping[str, Any]
 
+LABEL = int | str  # a class by its number or by its name
+csv.field_size_limit(2**28)  # a text may be longer than the module's own 128 KiB
+
 _NAME = re.compile(
     r"\.(json|jsonl|ndjson|tsv|csv|parquet|tfrecords?)(?:-\d+-of-\d+)?(\.gz|\.zst)?$"
 )
@@ -36,6 +39,13 @@ _NAME = re.compile(
 def is_known(path: str) -> bool:
     """Whether a file has a name of the table above."""
     return _NAME.search(path) is not None
+
+
+def format_of(path: str) -> str:
+    """Which of the table's formats a file's name says; it must be one."""
+    match = _NAME.search(path)
+    assert match is not None
+    return match[1]
 
 
 def records(path: str, schema: Schema, bad: BadRecords) -> Iterator[Record]:
@@ -72,7 +82,7 @@ def _fields(record: Record, schema: Schema, where: str, flat: bool, prefix: str 
     for name, kind in schema.items():
         key = prefix + name if flat else name
         if isinstance(kind, dict):
-            inner = record if flat else record.get(name)
+            inner = record if flat else _parsed(record.get(name), "{")
             if not isinstance(inner, dict):
                 raise UserError(f"{where} lacks the field {prefix + name!r}; add it.")
             found[name] = _fields(inner, kind, where, flat, f"{prefix}{name}/")
@@ -85,19 +95,32 @@ def _fields(record: Record, schema: Schema, where: str, flat: bool, prefix: str 
 
 def _value(value: Any, kind: Any, what: str) -> Any:
     if isinstance(kind, list):
-        values = json.loads(value) if isinstance(value, str) and value[:1] == "[" else value
+        values = _parsed(value, "[")
         if not isinstance(values, (list, tuple)):
-            raise UserError(f"{what} is {value!r} and must be a list; correct it.")
+            raise UserError(f"{what} is {value!r} and must be a list, as in JSON; correct it.")
         return [_value(v, kind[0], what) for v in values]
     if isinstance(value, list) and len(value) == 1:  # as a tf.train.Example has it
         value = value[0]
+    if kind == LABEL:
+        value = -1 if value is None or value == "" else value
     if isinstance(value, str) and not isinstance("", kind):  # as a line of text has it
         with contextlib.suppress(ValueError):
-            value = float(value) if kind is float else int(value)
+            value = float(value)
+    if isinstance(value, float) and isinstance(0, kind) and value.is_integer():
+        value = int(value)  # as a table with gaps has it
     if kind is float and isinstance(value, int):
         value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{what} is {value!r} and must be {getattr(kind, '__name__', kind)}.")
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind != LABEL):
+        named = getattr(kind, "__name__", kind)
+        raise UserError(f"{what} is {value!r} and must be {named}; correct it.")
+    return value
+
+
+def _parsed(value: Any, begins: str) -> Any:
+    """`value`, or where it is the JSON of a list or an object, as a column has it, that."""
+    if isinstance(value, str) and value.startswith(begins):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
     return value
 
 
@@ -107,7 +130,9 @@ def _lines(file: io.BufferedReader, path: str, bad: BadRecords) -> Iterator[Reco
             continue
         try:
             record = json.loads(line)
-        except ValueError:  # UnicodeDecodeError is one
+            if b"\\ud" in line.lower():
+                json.dumps(record, ensure_ascii=False).encode()  # half of a pair is no text
+        except ValueError:  # UnicodeDecodeError and UnicodeEncodeError are such
             record = None
         if isinstance(record, dict):
             yield record

@@ -55,10 +55,9 @@ def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Validation examples of the mixture's pairs, by source; raises `UserError`."""
     store, _ = _opened(config)
     documents = store.documents("validation")
-    names = [
-        name for _, names in mixture.select(config.data, documents, store.specs()) for name in names
-    ]
-    return {name: store.examples(name) for name in names if store.pairs(name) and documents[name]}
+    selected = mixture.select(config.data, documents, store.specs())
+    pairs = [name for _, names in selected for name in names if store.pairs(name)]
+    return {name: examples for name in pairs if (examples := store.examples(name))}
 
 
 def _opened(config: Config) -> tuple[TokenStore, Vocabulary]:
@@ -100,6 +99,8 @@ class StoreIterator(RowIterator):
         self._first_sentinel = vocabulary.sentinel(0)
         self._sources = [_Source(data, store, name, split) for name in shares]
         self._quotas = _quotas(np.array(list(shares.values())))
+        if len(self._sources) == 1:
+            self.epoch = self._sources[0].size
 
     def rows(self, numbers: np.ndarray) -> Batch:
         source, within = self._drawn(numbers)
@@ -207,6 +208,11 @@ class _Source:
         self.paired = store.pairs(name)
         self._lengths = (data.inputs_length, data.targets_length)
         if not len(self.tokens):
+            if self.paired:
+                raise UserError(
+                    f"The {split} split of {name} has no example with an answer; name another task"
+                    " or mixture in data.mixture."
+                )
             raise UserError(
                 f"The {split} split of {name} has no text; name files for it with {{split}} in"
                 f" data.mixture, or leave {name} out."
@@ -216,13 +222,13 @@ class _Source:
             key = f"{store.fingerprint(name, split)}-{data.inputs_length}-{data.targets_length}"
             make = packing.plan_pairs if self.paired else packing.plan
             self._plan = packing.planned(key, make, self.tokens.offsets, *self._lengths)
-            self._size = len(self._plan.row_offsets) - 1
+            self.size = len(self._plan.row_offsets) - 1
         elif self.paired:
-            self._length, self._size = 1, len(self.tokens.offsets) // 2
+            self._length, self.size = 1, len(self.tokens.offsets) // 2
         else:
             # A split shorter than a row is one short row.
             self._length = min(span_lengths(*self._lengths).tokens, len(self.tokens))
-            self._size = len(self.tokens) // self._length
+            self.size = len(self.tokens) // self._length
 
     def pair(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets, int32, each cut where it is too long and with an EOS."""
@@ -235,16 +241,16 @@ class _Source:
 
     def pieces(self, numbers: np.ndarray) -> _Pieces:
         """What the rows with the given numbers, [R] int64, are made of; `source` is not set."""
-        epochs, within = np.divmod(numbers, self._size)
+        epochs, within = np.divmod(numbers, self.size)
         rows = np.empty_like(numbers)
         for epoch in np.unique(epochs):
             now = epochs == epoch
-            rows[now] = permuted(within[now], self._size, self._seed, int(epoch))
+            rows[now] = permuted(within[now], self.size, self._seed, int(epoch))
         plan = self._plan
         if plan is None:
             row, segment = np.arange(len(rows)), np.ones(len(rows), np.int64)
             start, length = rows * self._length, np.full(len(rows), self._length)
-            number = epochs * self._size + rows
+            number = epochs * self.size + rows
         else:
             counts = plan.row_offsets[rows + 1] - plan.row_offsets[rows]
             row = np.repeat(np.arange(len(rows)), counts)

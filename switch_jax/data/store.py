@@ -28,7 +28,7 @@ from switch_jax.data.sources import Split
 from switch_jax.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 
 
 def is_store(directory: str | Path) -> bool:
@@ -76,8 +76,8 @@ class TokenStore:
 
     def examples(self, name: str) -> list[dict[str, Any]]:
         """Validation examples of pairs: `inputs`, `targets`, and `answer`."""
-        lines = examples_path(self._directory / name / "validation").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        path = examples_path(self._directory / name / "validation")
+        return [json.loads(line) for line in path.open()] if path.exists() else []
 
     def fingerprint(self, name: str, split: Split) -> str:
         """Identifies the tokens of a split."""

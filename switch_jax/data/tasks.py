@@ -132,6 +132,7 @@ class SeqioIterator:
         words: Vocabulary,
         shares: Mapping[str, float],
     ):
+        self.epoch: int | None = None
         self._rows = len(feed.rows(data.batch_size))
         self._names = ", ".join(shares)
         self._folder = f"process_{feed.index}_of_{feed.count}"
