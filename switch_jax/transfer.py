@@ -1,11 +1,18 @@
 """Parameters that training starts from: which are taken from a checkpoint, and which begin anew.
 
-`init_rules` are `PATTERN -> NAME; …`: the first whose regular expression matches the whole path of
-a parameter says which one of the checkpoint it is taken from (`\\\\1` is the first group), and with
-an empty NAME that it begins anew. Where no rule matches, the path there is the same.
+Parameters are named by layer (`by_layer.py`), so that the models may have their experts in
+different layers. `init_rules` are `PATTERN -> NAME; …`: the first whose regular expression matches
+the whole name of a parameter says which one of the checkpoint it is taken from (`\\1` is the first
+group), and with an empty NAME that it begins anew. Where no rule matches, the name there is the
+same.
 
-    decoder/(.*) -> encoder/\\\\1        the decoder begins as the encoder
+    decoder/(.*) -> encoder/\\1        the decoder begins as the encoder
     .*/router/.* ->                    routers begin anew
+
+Where a layer is dense in one model and sparse in the other, its feed-forward weights have no
+namesake. From dense to sparse, every expert begins as a copy of the dense weights and the router
+anew (sparse upcycling, Komatsuzaki et al. 2022). From sparse to dense, they begin anew, and all
+else is taken: how the paper initialises the students of distillation.
 """
 
 import dataclasses
@@ -14,23 +21,27 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from switch_jax import checkpoint, lora, sharding
+from switch_jax import by_layer, checkpoint, lora
+from switch_jax.by_layer import Slice
 from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer, named_parameters
 from switch_jax.schema import Config
 from switch_jax.step import Program, TrainState
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 # The vocabulary may grow: ids that were there before keep their embeddings.
 _VOCABULARY = {"embedding": 0, "head": 1}
 
 
 class Transfer(NamedTuple):
-    """What becomes of parameters, by path."""
+    """What becomes of parameters, by name."""
 
-    loaded: dict[str, str]  # path → path in the checkpoint
+    loaded: dict[str, str]  # name → name in the checkpoint
     initialised: list[str]
     ignored: list[str]  # of the checkpoint
 
@@ -52,8 +63,8 @@ def plan(target: Shapes, source: Shapes, rules: str) -> Transfer:
         )
     for name, shape in target.items():
         theirs = _renamed(name, parsed)
-        if lora.is_adapter(name) and theirs not in source:
-            theirs = ""
+        if theirs not in source:
+            theirs = _instead(theirs, source)
         if theirs == "":
             initialised.append(name)
             continue
@@ -62,7 +73,7 @@ def plan(target: Shapes, source: Shapes, rules: str) -> Transfer:
                 f"{name} is taken from {theirs}, which the checkpoint of init_from does not have;"
                 f" add a rule such as '{re.escape(name)} ->' to init_rules, and it begins anew."
             )
-        if source[theirs] != shape and not grows(name, source[theirs], shape):
+        if not any(fits(name, source[theirs], shape) for fits in (_equal, grows, copied)):
             raise UserError(
                 f"{name} has the shape {list(shape)} and {theirs} in the checkpoint of init_from"
                 f" {list(source[theirs])}; make the models alike, or add a rule such as"
@@ -73,7 +84,30 @@ def plan(target: Shapes, source: Shapes, rules: str) -> Transfer:
     return Transfer(loaded, initialised, ignored)
 
 
-def grows(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+def _instead(name: str, source: Shapes) -> str:
+    """What to take for a parameter that is not in `source`; "": it begins anew."""
+    if lora.is_adapter(name):
+        return ""
+    layer, found, own = name.partition("/mlp/")
+    if found and f"{layer}/mlp/wi" in source:  # dense there
+        if own.startswith("router/"):
+            return ""
+        return name.replace("/mlp/experts/", "/mlp/")
+    if own in ("wi", "gate", "wo") and f"{layer}/mlp/experts/wi" in source:
+        return ""
+    return name
+
+
+def _equal(name: str, old: Shape, new: Shape) -> bool:
+    return old == new
+
+
+def copied(name: str, old: Shape, new: Shape) -> bool:
+    """Whether every expert gets the weights of a dense layer."""
+    return "/experts/" in name and old == new[1:]
+
+
+def grows(name: str, old: Shape, new: Shape) -> bool:
     """Whether a parameter is only longer than it was, by ids of the vocabulary."""
     axis = _VOCABULARY.get(name)
     if axis is None or len(old) != len(new) or new[axis] < old[axis]:
@@ -119,37 +153,89 @@ def start(program: Program) -> TrainState:
     state, config = program.init(), program.config
     if config.init_from is None:
         return state
-    _, folder = checkpoint.find_together(config.init_from)
-    source = checkpoint.parameter_shapes(folder)
-    loaded = plan(_shapes(state.params), source, config.init_rules).loaded
-    whole = sharding.replicated(program.mesh)
+    workdir, folder = checkpoint.find_together(config.init_from)
+    stored = checkpoint.parameter_shapes(folder)
+    sources = _sources(_shapes(state.params), stored, config, workdir.config())
     abstract = {}
-    for name, theirs in loaded.items():
-        fresh = state.params[name]
-        where = fresh.sharding if fresh.shape == source[theirs] else whole
-        abstract[theirs] = jax.ShapeDtypeStruct(source[theirs], fresh.dtype, sharding=where)
+    for name, slices in sources.items():
+        for theirs in {part.name for part in slices.values()}:
+            where = _alike(state.params[name], stored[theirs])
+            abstract[theirs] = jax.ShapeDtypeStruct(stored[theirs], jnp.float32, sharding=where)
     restored = checkpoint.restore_params(folder, abstract)
     params = dict(state.params)
-    for name, theirs in loaded.items():
-        fresh, old = params[name], restored[theirs]
-        if (fresh.shape, fresh.sharding) == (old.shape, old.sharding):
-            params[name] = old
-        else:
-            params[name] = jax.jit(_over, out_shardings=fresh.sharding)(fresh, old)
+    for name, slices in sources.items():
+        params[name] = _filled(params[name], slices, restored)
     return dataclasses.replace(state, params=params)
 
 
+def _sources(
+    target: Shapes, stored: Shapes, config: Config, made_with: Config
+) -> dict[str, dict[int | None, Slice]]:
+    """By stacked parameter, for each of its blocks that is taken from somewhere, from where."""
+    ours, theirs = by_layer.slices(target, config), by_layer.slices(stored, made_with)
+    loaded = _plan(target, stored, config, made_with).loaded
+    sources: dict[str, dict[int | None, Slice]] = {}
+    for name, source in loaded.items():
+        part = ours[name]
+        sources.setdefault(part.name, {})[part.block] = theirs[source]
+    return sources
+
+
+def _plan(target: Shapes, stored: Shapes, config: Config, made_with: Config) -> Transfer:
+    shapes = by_layer.shapes(target, config), by_layer.shapes(stored, made_with)
+    return plan(*shapes, config.init_rules)
+
+
+def _alike(fresh: jax.Array, shape: Shape) -> NamedSharding:
+    """How an array of another checkpoint lies on the mesh: as `fresh`, which is made from it."""
+    assert isinstance(fresh.sharding, NamedSharding)
+    sizes, axes = list(fresh.shape), list(fresh.sharding.spec)
+    axes += [None] * (len(sizes) - len(axes))
+    if len(shape) < len(sizes):  # dense weights of experts
+        del sizes[1], axes[1]
+    kept = (axis if size == old else None for axis, size, old in zip(axes, sizes, shape))
+    return NamedSharding(fresh.sharding.mesh, PartitionSpec(*kept))
+
+
+def _filled(
+    fresh: jax.Array, slices: Mapping[int | None, Slice], restored: Mapping[str, jax.Array]
+) -> jax.Array:
+    """`fresh` with what its blocks are taken from, sharded as it was."""
+    name = next(iter(slices.values())).name
+    old = restored[name]
+    same = all(part == Slice(name, block) for block, part in slices.items())
+    whole = None in slices or len(slices) == len(fresh)
+    if same and whole and (fresh.shape, fresh.sharding) == (old.shape, old.sharding):
+        return old
+
+    def fill(fresh, olds):
+        for block, part in slices.items():
+            old = olds[part.name] if part.block is None else olds[part.name][part.block]
+            if block is None:
+                fresh = _over(fresh, old)
+            else:
+                fresh = fresh.at[block].set(_over(fresh[block], old))
+        return fresh
+
+    olds = {part.name: restored[part.name] for part in slices.values()}
+    return jax.jit(fill, donate_argnums=0, out_shardings=fresh.sharding)(fresh, olds)
+
+
 def _over(fresh: jax.Array, old: jax.Array) -> jax.Array:
-    """`fresh` with `old` in its first places."""
+    """`fresh` with `old` in its first places, or in the place of every expert."""
+    if old.ndim < fresh.ndim:
+        return jnp.broadcast_to(old, fresh.shape)
     return jax.lax.dynamic_update_slice(fresh, old, [0] * fresh.ndim)
 
 
 def report(config: Config) -> str:
     """What training would begin with, without an accelerator or data; raises `UserError`."""
-    _, folder = checkpoint.find(config.init_from or "")
+    workdir, folder = checkpoint.find(config.init_from or "")
+    made_with = workdir.config()
     model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    target, source = _shapes(named_parameters(model)), checkpoint.parameter_shapes(folder)
-    return render(plan(target, source, config.init_rules), target, source)
+    target, stored = _shapes(named_parameters(model)), checkpoint.parameter_shapes(folder)
+    transfer = _plan(target, stored, config, made_with)
+    return render(transfer, by_layer.shapes(target, config), by_layer.shapes(stored, made_with))
 
 
 def _shapes(parameters: Mapping[str, Any]) -> Shapes:
@@ -157,18 +243,39 @@ def _shapes(parameters: Mapping[str, Any]) -> Shapes:
 
 
 def render(transfer: Transfer, target: Shapes, source: Shapes) -> str:
-    """A table of what is loaded, what begins anew, and what is left in the checkpoint."""
-    lines = []
+    """A table of what is loaded, what begins anew, and what is left in the checkpoint.
+
+    Layers that have the same fate share a line.
+    """
+    lines: dict[str, list[str]] = {}
+
+    def add(fate: str, name: str, shape: Shape, rest: str = "") -> None:
+        pattern, layer = _without_layer(name)
+        lines.setdefault(f"{fate:11}  {pattern:48} {_shape(shape)}{rest}", []).append(layer)
+
     for name, theirs in transfer.loaded.items():
-        was = "" if theirs == name else f"  from {theirs}"
-        if source[theirs] != target[name]:
-            was += f"  {_shape(source[theirs])}, the rest initialised"
-        lines.append(f"loaded       {name:56} {_shape(target[name])}{was}")
-    lines += [f"initialised  {name:56} {_shape(target[name])}" for name in transfer.initialised]
-    lines += [f"ignored      {name:56} {_shape(source[name])}" for name in transfer.ignored]
+        pattern, other = _without_layer(theirs)
+        layer = _without_layer(name)[1]
+        rest = "" if theirs == name else f"  from {pattern if layer == other else theirs}"
+        if copied(name, source[theirs], target[name]):
+            rest += ", for every expert"
+        elif source[theirs] != target[name]:
+            rest += f"  {_shape(source[theirs])}, the rest initialised"
+        add("loaded", name, target[name], rest)
+    for name in transfer.initialised:
+        add("initialised", name, target[name])
+    for name in transfer.ignored:
+        add("ignored", name, source[name])
+    rows = [line + (f"  layers {','.join(of)}" if of[0] else "") for line, of in lines.items()]
     counts = (len(transfer.loaded), len(transfer.initialised), len(transfer.ignored))
-    lines.append("{} loaded, {} initialised, {} ignored".format(*counts))
-    return "\n".join(lines)
+    return "\n".join([*rows, "{} loaded, {} initialised, {} ignored".format(*counts)])
+
+
+def _without_layer(name: str) -> tuple[str, str]:
+    """`encoder/layers/*/mlp/wi` and `3` of `encoder/layers/3/mlp/wi`; the second may be empty."""
+    stack, found, rest = name.partition("/layers/")
+    number, _, own = rest.partition("/")
+    return (f"{stack}/layers/*/{own}", number) if found else (name, "")
 
 
 def _shape(shape: tuple[int, ...]) -> str:
