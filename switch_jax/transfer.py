@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from switch_jax import checkpoint, lora, sharding
+from switch_jax import lora, pretrained, sharding
 from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer, named_parameters
 from switch_jax.schema import Config
@@ -119,8 +119,7 @@ def start(program: Program) -> TrainState:
     state, config = program.init(), program.config
     if config.init_from is None:
         return state
-    _, folder = checkpoint.find_together(config.init_from)
-    source = checkpoint.parameter_shapes(folder)
+    _, source, restore = pretrained.find(config.init_from, together=True)
     loaded = plan(_shapes(state.params), source, config.init_rules).loaded
     whole = sharding.replicated(program.mesh)
     abstract = {}
@@ -128,7 +127,7 @@ def start(program: Program) -> TrainState:
         fresh = state.params[name]
         where = fresh.sharding if fresh.shape == source[theirs] else whole
         abstract[theirs] = jax.ShapeDtypeStruct(source[theirs], fresh.dtype, sharding=where)
-    restored = checkpoint.restore_params(folder, abstract)
+    restored = restore(abstract)
     params = dict(state.params)
     for name, theirs in loaded.items():
         fresh, old = params[name], restored[theirs]
@@ -146,9 +145,9 @@ def _over(fresh: jax.Array, old: jax.Array) -> jax.Array:
 
 def report(config: Config) -> str:
     """What training would begin with, without an accelerator or data; raises `UserError`."""
-    _, folder = checkpoint.find(config.init_from or "")
+    source = pretrained.find(config.init_from or "").shapes
     model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    target, source = _shapes(named_parameters(model)), checkpoint.parameter_shapes(folder)
+    target = _shapes(named_parameters(model))
     return render(plan(target, source, config.init_rules), target, source)
 
 
