@@ -1,4 +1,4 @@
-"""Parameters that training starts from: which are taken from a checkpoint, and which begin anew.
+"""Which parameters of a model are taken from another one, and which begin anew: names and shapes.
 
 Parameters are named by layer (`by_layer.py`), so that the models may have their experts in
 different layers. `init_rules` are `PATTERN -> NAME; …`: the first whose regular expression matches
@@ -15,21 +15,14 @@ anew (sparse upcycling, Komatsuzaki et al. 2022). From sparse to dense, they beg
 else is taken: how the paper initialises the students of distillation.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
-
-from switch_jax import by_layer, checkpoint, lora
+from switch_jax import by_layer, lora
 from switch_jax.by_layer import Slice
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, named_parameters
 from switch_jax.schema import Config
-from switch_jax.step import Program, TrainState
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -145,101 +138,29 @@ def _renamed(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
     return name
 
 
-def start(program: Program) -> TrainState:
-    """A fresh state, with parameters of `init_from` where the config names it.
-
-    The optimizer always begins anew. All processes must call it. Raises `UserError` as `plan` does.
-    """
-    state, config = program.init(), program.config
-    if config.init_from is None:
-        return state
-    workdir, folder = checkpoint.find_together(config.init_from)
-    stored = checkpoint.parameter_shapes(folder)
-    sources = _sources(_shapes(state.params), stored, config, workdir.config())
-    abstract = {}
-    for name, slices in sources.items():
-        for theirs in {part.name for part in slices.values()}:
-            where = _alike(state.params[name], stored[theirs])
-            abstract[theirs] = jax.ShapeDtypeStruct(stored[theirs], jnp.float32, sharding=where)
-    restored = checkpoint.restore_params(folder, abstract)
-    params = dict(state.params)
-    for name, slices in sources.items():
-        params[name] = _filled(params[name], slices, restored)
-    return dataclasses.replace(state, params=params)
+# By parameter as the model has it, for each of its blocks that is taken from somewhere, from where.
+Origins = dict[str, dict[int | None, Slice]]
 
 
-def _sources(
-    target: Shapes, stored: Shapes, config: Config, made_with: Config
-) -> dict[str, dict[int | None, Slice]]:
-    """By stacked parameter, for each of its blocks that is taken from somewhere, from where."""
-    ours, theirs = by_layer.slices(target, config), by_layer.slices(stored, made_with)
-    loaded = _plan(target, stored, config, made_with).loaded
-    sources: dict[str, dict[int | None, Slice]] = {}
-    for name, source in loaded.items():
+def origins(target: Shapes, config: Config, source: Shapes, made_with: Config) -> Origins:
+    """Decides as `plan`, for parameters as models of these two configs have them."""
+    ours, theirs = by_layer.slices(target, config), by_layer.slices(source, made_with)
+    found: Origins = {}
+    for name, old in _plan(target, config, source, made_with).loaded.items():
         part = ours[name]
-        sources.setdefault(part.name, {})[part.block] = theirs[source]
-    return sources
+        found.setdefault(part.name, {})[part.block] = theirs[old]
+    return found
 
 
-def _plan(target: Shapes, stored: Shapes, config: Config, made_with: Config) -> Transfer:
-    shapes = by_layer.shapes(target, config), by_layer.shapes(stored, made_with)
+def report(target: Shapes, config: Config, source: Shapes, made_with: Config) -> str:
+    """What `origins` finds, as a table."""
+    shapes = by_layer.shapes(target, config), by_layer.shapes(source, made_with)
+    return render(_plan(target, config, source, made_with), *shapes)
+
+
+def _plan(target: Shapes, config: Config, source: Shapes, made_with: Config) -> Transfer:
+    shapes = by_layer.shapes(target, config), by_layer.shapes(source, made_with)
     return plan(*shapes, config.init_rules)
-
-
-def _alike(fresh: jax.Array, shape: Shape) -> NamedSharding:
-    """How an array of another checkpoint lies on the mesh: as `fresh`, which is made from it."""
-    assert isinstance(fresh.sharding, NamedSharding)
-    sizes, axes = list(fresh.shape), list(fresh.sharding.spec)
-    axes += [None] * (len(sizes) - len(axes))
-    if len(shape) < len(sizes):  # dense weights of experts
-        del sizes[1], axes[1]
-    kept = (axis if size == old else None for axis, size, old in zip(axes, sizes, shape))
-    return NamedSharding(fresh.sharding.mesh, PartitionSpec(*kept))
-
-
-def _filled(
-    fresh: jax.Array, slices: Mapping[int | None, Slice], restored: Mapping[str, jax.Array]
-) -> jax.Array:
-    """`fresh` with what its blocks are taken from, sharded as it was."""
-    name = next(iter(slices.values())).name
-    old = restored[name]
-    same = all(part == Slice(name, block) for block, part in slices.items())
-    whole = None in slices or len(slices) == len(fresh)
-    if same and whole and (fresh.shape, fresh.sharding) == (old.shape, old.sharding):
-        return old
-
-    def fill(fresh, olds):
-        for block, part in slices.items():
-            old = olds[part.name] if part.block is None else olds[part.name][part.block]
-            if block is None:
-                fresh = _over(fresh, old)
-            else:
-                fresh = fresh.at[block].set(_over(fresh[block], old))
-        return fresh
-
-    olds = {part.name: restored[part.name] for part in slices.values()}
-    return jax.jit(fill, donate_argnums=0, out_shardings=fresh.sharding)(fresh, olds)
-
-
-def _over(fresh: jax.Array, old: jax.Array) -> jax.Array:
-    """`fresh` with `old` in its first places, or in the place of every expert."""
-    if old.ndim < fresh.ndim:
-        return jnp.broadcast_to(old, fresh.shape)
-    return jax.lax.dynamic_update_slice(fresh, old, [0] * fresh.ndim)
-
-
-def report(config: Config) -> str:
-    """What training would begin with, without an accelerator or data; raises `UserError`."""
-    workdir, folder = checkpoint.find(config.init_from or "")
-    made_with = workdir.config()
-    model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    target, stored = _shapes(named_parameters(model)), checkpoint.parameter_shapes(folder)
-    transfer = _plan(target, stored, config, made_with)
-    return render(transfer, by_layer.shapes(target, config), by_layer.shapes(stored, made_with))
-
-
-def _shapes(parameters: Mapping[str, Any]) -> Shapes:
-    return {name: tuple(array.shape) for name, array in parameters.items()}
 
 
 def render(transfer: Transfer, target: Shapes, source: Shapes) -> str:

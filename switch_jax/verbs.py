@@ -102,7 +102,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.input and not Path(args.input).is_file():
         raise UserError(f"Input file {args.input!r} does not exist.")
     texts = Path(args.input).read_text(errors="replace").splitlines() if args.input else [args.text]
-    from switch_jax import checkpoint
+    from switch_jax import checkpoint, pretrained
     from switch_jax.data.vocabulary import read
     from switch_jax.decode import fill_blanks
     from switch_jax.search import Options
@@ -117,7 +117,7 @@ def generate(args: argparse.Namespace) -> None:
     _start(args)
     workdir, folder = checkpoint.find_together(args.workdir)
     vocabulary = read(workdir.vocabulary)
-    model = checkpoint.load(folder)
+    model = pretrained.load(folder)
     for filled in fill_blanks(
         model, vocabulary, texts, max_length=args.max_length, options=options
     ):
@@ -138,9 +138,9 @@ def inspect(args: argparse.Namespace) -> None:
     else:
         print(accounting.render(summary))
         if config.init_from is not None:
-            from switch_jax import transfer
+            from switch_jax import initial
 
-            print("", f"From {config.init_from}:", transfer.report(config), sep="\n")
+            print("", f"From {config.init_from}:", initial.report(config), sep="\n")
         if suggestions:
             print("", meshes.render(suggestions), sep="\n")
 

@@ -1,12 +1,12 @@
-"""switch_jax.transfer and by_layer between dense and sparse models: experts from dense weights,
-and what of a sparse model a dense one can begin with."""
+"""switch_jax.transfer, initial and by_layer between dense and sparse models: experts from dense
+weights, and what of a sparse model a dense one can begin with."""
 
 import jax
 import numpy as np
 import pytest
 from conftest import make_batch, tiny
 
-from switch_jax import by_layer, checkpoint, transfer
+from switch_jax import by_layer, checkpoint, initial
 from switch_jax import config as config_lib
 from switch_jax.data import open_batches
 from switch_jax.sharding import make_mesh
@@ -66,7 +66,7 @@ def started(run: Run, **overrides):
     """What training begins with, by layer, what it would have begun with, and the program."""
     settings = config_lib.override(config(**overrides), {"init_from": str(run.path)})
     program = Program(settings, make_mesh(settings))
-    fresh, params = program.init().params, transfer.start(program).params
+    fresh, params = program.init().params, initial.start(program).params
     assert all(params[name].sharding == fresh[name].sharding for name in fresh)
     by_name = values_by_layer(params, settings), values_by_layer(fresh, settings)
     return *by_name, program.model(params)
@@ -130,14 +130,14 @@ def test_rules_reach_single_layers(dense):
     settings = config_lib.override(config(**DENSE), settings)
     program = Program(settings, make_mesh(settings))
     fresh = values_by_layer(program.init().params, settings)
-    for name, value in values_by_layer(transfer.start(program).params, settings).items():
+    for name, value in values_by_layer(initial.start(program).params, settings).items():
         anew = name in ("encoder/layers/1/mlp/wi", "encoder/layers/3/mlp/wi")
         assert (value == (fresh if anew else dense.by_layer)[name]).all(), name
 
 
 def test_the_report_tells_layers_apart(dense):
     settings = config_lib.override(config(**SPARSE), {"init_from": str(dense.path)})
-    lines = [" ".join(line.split()) for line in transfer.report(settings).splitlines()]
+    lines = [" ".join(line.split()) for line in initial.report(settings).splitlines()]
     assert "loaded encoder/layers/*/mlp/wi 16 × 32 layers 0,1,2" in lines
     experts = "loaded encoder/layers/*/mlp/experts/wi 4 × 16 × 32"
     assert f"{experts} from encoder/layers/*/mlp/wi, for every expert layers 3" in lines
