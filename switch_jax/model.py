@@ -288,7 +288,7 @@ class SwitchTransformer(nnx.Module):
 
     def _plan(self, token_BxL, mask_BxL, batch_size: int, factor: float | None) -> Plan:
         rows = self.config.moe.group_rows(batch_size, token_BxL.shape[1])
-        return Plan(token_BxL, mask_BxL, rows, factor, span(rows, len(token_BxL)))
+        return Plan(token_BxL, mask_BxL, rows, factor, span(rows, token_BxL.shape[0]))
 
 
 def stats_of(routes: Mapping[str, Routes]) -> Stats:

@@ -44,20 +44,20 @@ def upcycle(source: Pretrained, config: Config) -> Imported:
         return _initialised(config, name)
 
     def read(name: str, index: Index) -> np.ndarray:
-        block, own, shape = None, index, shapes[name]
-        if "/runs/" in name:
-            (block, *own), shape = index, shape[1:]
+        stacked = "/runs/" in name
+        block, own = (index[0], index[1:]) if stacked else (None, index)
         part = origins.get(name, {}).get(block)
         if part is None:
             return fresh(name)[index]
         value = old(part.name) if part.block is None else old(part.name)[part.block]
+        shape = shapes[name][1:] if stacked else shapes[name]
         if len(value.shape) < len(shape):  # dense weights, which every expert gets
             return value
         if value.shape != shape:  # a larger vocabulary
             grown = fresh(name).copy()
             grown[tuple(map(slice, value.shape))] = value
             value = grown
-        return value[tuple(own)]
+        return value[own]
 
     clean = dataclasses.replace(config, init_from=None, init_rules="", lora=LoRAConfig())
     return Imported(clean, read, vocabulary=source.vocabulary)

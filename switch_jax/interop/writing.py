@@ -9,8 +9,6 @@ import asyncio
 import dataclasses
 import functools
 import itertools
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from switch_jax.errors import UserError
+from switch_jax import files
 from switch_jax.interop.imported import Imported, Index, Stacked
 from switch_jax.workdir import Workdir
 
@@ -30,22 +28,15 @@ _BYTES_AT_ONCE = 128 * 2**20  # of slices that are being written
 def write_workdir(imported: Imported, output: Path) -> None:
     """Writes a WORKDIR whose only checkpoint, 0, has the parameters of `imported`.
 
-    Made beside `output`, which it becomes when it is complete; what fails leaves nothing behind.
     Raises `UserError` where `output` exists or cannot be written.
     """
-    if output.exists():
-        raise UserError(f"{output} exists; name a folder that does not, or remove it.")
-    partial = output.absolute().with_name(f".{output.name}.{os.getpid()}.partial")
-    workdir = Workdir(partial)
-    try:
+    with files.new_folder(output) as folder:
+        workdir = Workdir(folder)
         workdir.prepare(imported.config, imported.vocabulary)
         for name, content in imported.carried.items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).write_bytes(content)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
         _write_parameters(imported, workdir.checkpoints / "0" / "params")
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_parameters(imported: Imported, folder: Path) -> None:
