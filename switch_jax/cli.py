@@ -168,6 +168,16 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="S", help="another S draws others (0)"
     )
 
+    sub = verb("export", verbs.export, "write a checkpoint as programs for serving, by jax.export")
+    workdir(sub, "a WORKDIR, or one of its checkpoints")
+    sub.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    sub.add_argument(
+        "--inputs_length", type=_positive, metavar="N", help="tokens of an input (as in training)"
+    )
+    sub.add_argument(
+        "--max_length", type=_positive, metavar="N", help="tokens to generate (as in training)"
+    )
+
     sub = verb("inspect", verbs.inspect, "parameters, FLOPs and memory of a config; needs no data")
     config(sub)
     sub.add_argument(

@@ -82,7 +82,8 @@ def find(
     """As `generate`, with scores: tokens [B, num_return, max_length] and scores [B, num_return].
 
     Draws depend on (seed, number of the row, position) alone; `first_row` is the number of the
-    first one. An expert layer drops no token, but for expert choice, which is left as trained.
+    first one. An expert layer drops no token; but an encoder's expert choice is as in training, and
+    so is `moe.expert_capacity`.
     """
     source_BxS = jnp.asarray(encoder_input_tokens, jnp.int32)
     if source_BxS.ndim != 2:
@@ -155,8 +156,10 @@ def encode(model: SwitchTransformer, source_BxS: jax.Array) -> tuple[jax.Array, 
     """Encoder states [B, S, D] of inputs, and where these are [B, S] bool."""
     mask_BxS = source_BxS > 0
     moe = model.config.moe
-    # Capacity is how many tokens an expert chooses; there, and there alone, it holds here too.
-    factor = moe.eval_capacity_factor if moe.router == "expert_choice" else None
+    # Where capacity is part of the model, it holds here too: an expert chooses so many tokens, or
+    # takes so many of a sequence. A decoder's tokens come one by one, and find room.
+    lasting = moe.router == "expert_choice" or moe.expert_capacity is not None
+    factor = moe.eval_capacity_factor if lasting else None
     # Groups of one row each, so that they are the same whatever the batch is.
     encoded_BxSxD, _ = model.encode(source_BxS, mask_BxS.astype(jnp.int32), factor, batch_size=1)
     return encoded_BxSxD, mask_BxS

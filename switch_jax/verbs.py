@@ -124,6 +124,22 @@ def generate(args: argparse.Namespace) -> None:
         _show(filled)
 
 
+def export(args: argparse.Namespace) -> None:
+    from switch_jax import export, pretrained
+
+    _start(args)
+    source = pretrained.find(args.workdir)
+    data = source.config.data
+    export.write(
+        pretrained.load(args.workdir),
+        Path(args.output),
+        inputs_length=args.inputs_length or data.inputs_length,
+        max_length=args.max_length or data.targets_length,
+        vocabulary=source.vocabulary,
+    )
+    print(f"{args.output}: greedy.py there shows how to call it.")
+
+
 def inspect(args: argparse.Namespace) -> None:
     from switch_jax import accounting, chips, meshes
 
