@@ -64,7 +64,10 @@ def write(
         ) from None
     with files.new_folder(output) as folder:
         model = decode.cast(model, experts=True)
-        parameters = {n: np.asarray(p[...]) for n, p in named_parameters(model).items()}
+        # Contiguous: safetensors would write the bytes of others in the wrong order.
+        parameters = {
+            name: np.ascontiguousarray(leaf[...]) for name, leaf in named_parameters(model).items()
+        }
         save_file(parameters, folder / "parameters.safetensors")
         signature = _write_programs(model, folder, inputs_length, max_length)
         (folder / "signature.json").write_text(json.dumps(signature, indent=2) + "\n")

@@ -9,13 +9,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import tiny
-from test_parity import load_reference, model_config, reference
 
 import switch_jax
 from switch_jax import export
 from switch_jax.cli import main
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, named_parameters
+from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
 
 INPUTS, OUTPUTS = 13, 9
 
@@ -48,13 +47,18 @@ def generated(model, rows):
     return np.asarray(switch_jax.generate(model, padded, max_length=OUTPUTS)).tolist()
 
 
+def random_model(**overrides) -> SwitchTransformer:
+    """Weights so large that outputs differ from token to token."""
+    large = {"model.init_scale": 8.0, "model.tied_embeddings": False}
+    return SwitchTransformer(tiny(**large | overrides), jax.random.key(0))
+
+
 @pytest.fixture(scope="module")
-def model():
-    """Random weights whose outputs differ from token to token."""
-    stored = reference("switch_relu_tied")
-    config = model_config(json.loads(str(stored["config"])))
-    abstract = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    return load_reference(abstract, stored)
+def model() -> SwitchTransformer:
+    """With experts in some layers only, and arrays in memory in another order than C's."""
+    model = random_model(**{"model.num_encoder_layers": 4, "moe.last": 2})
+    values = {n: np.asfortranarray(leaf[...]) for n, leaf in named_parameters(model).items()}
+    return with_parameters(model, values)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +100,7 @@ def test_describes_itself(model, folder):
     ids=["attention", "expert choice, bfloat16"],
 )
 def test_other_experts(moe, tmp_path):
-    config = tiny(**{"model.init_scale": 1.0, "model.tied_embeddings": False} | moe)
-    model = SwitchTransformer(config, jax.random.key(0))
+    model = random_model(**moe)
     export.write(model, tmp_path / "out", inputs_length=INPUTS, max_length=OUTPUTS)
     inputs = sources(3, 32)
     expected = generated(model, inputs)
@@ -106,8 +109,7 @@ def test_other_experts(moe, tmp_path):
 
 
 def test_weights_are_stored_as_they_are_used(tmp_path):
-    config = tiny(**{"model.dtype": "bfloat16", "moe.num_experts": 2})
-    model = SwitchTransformer(config, jax.random.key(0))
+    model = random_model(**{"model.dtype": "bfloat16", "moe.num_experts": 2})
     export.write(model, tmp_path / "out", inputs_length=INPUTS, max_length=OUTPUTS)
     signature = json.loads((tmp_path / "out" / "signature.json").read_text())
     for name, described in signature["parameters"].items():
