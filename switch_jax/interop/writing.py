@@ -9,8 +9,6 @@ import asyncio
 import dataclasses
 import functools
 import itertools
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from switch_jax.errors import UserError
+from switch_jax.files import new_folder
 from switch_jax.interop.imported import Imported, Index, Stacked
 from switch_jax.workdir import Workdir
 
@@ -33,19 +31,18 @@ def write_workdir(imported: Imported, output: Path) -> None:
     Made beside `output`, which it becomes when it is complete; what fails leaves nothing behind.
     Raises `UserError` where `output` exists or cannot be written.
     """
-    if output.exists():
-        raise UserError(f"{output} exists; name a folder that does not, or remove it.")
-    partial = output.absolute().with_name(f".{output.name}.{os.getpid()}.partial")
-    workdir = Workdir(partial)
-    try:
-        workdir.prepare(imported.config, imported.vocabulary)
+    with new_folder(output) as partial:
+        workdir = Workdir(partial)
+        config = imported.config
+        if imported.vocabulary is not None:  # what is evaluated later must be read with it
+            vocabulary = str(Workdir(output.absolute()).vocabulary)
+            data = dataclasses.replace(config.data, vocabulary=vocabulary)
+            config = dataclasses.replace(config, data=data)
+        workdir.prepare(config, imported.vocabulary)
         for name, content in imported.carried.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
         _write_parameters(imported, workdir.checkpoints / "0" / "params")
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_parameters(imported: Imported, folder: Path) -> None:
