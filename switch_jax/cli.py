@@ -243,6 +243,22 @@ def _parser() -> argparse.ArgumentParser:
     config(sub)
     sub.add_argument("--count", type=_positive, default=3, help="examples of each source (3)")
     sub.add_argument("--split", choices=("train", "validation"), default="train")
+
+    convert = subparsers.add_parser("convert", help="checkpoints of other programs, in and out")
+    convert_verbs = convert.add_subparsers(dest="convert_verb", metavar="VERB", required=True)
+
+    def conversion(name: str, run: Callable, text: str, source: str) -> None:
+        sub = verb(name, run, text, convert_verbs)
+        sub.add_argument("source", metavar=source, help="what is read")
+        sub.add_argument("output", metavar="OUT", help="the folder to write; must not exist")
+
+    conversion(
+        "from-hf",
+        verbs.convert_from_hf,
+        "a WORKDIR from a Hugging Face folder (T5, mT5, Switch Transformers)",
+        "DIR",
+    )
+    conversion("to-hf", verbs.convert_to_hf, "a Hugging Face folder from a checkpoint", "WORKDIR")
     return parser
 
 

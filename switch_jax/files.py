@@ -21,9 +21,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A sibling to fill, which becomes `path` when that is done; what fails leaves nothing behind.
+    """A sibling to fill, which becomes `path` when all went well and otherwise is gone.
 
-    Raises `UserError` where `path` exists or cannot be written.
+    Raises `UserError` where `path` exists or its place cannot be written to.
     """
     if path.exists():
         raise UserError(f"{path} exists; name a folder that does not, or remove it.")
@@ -31,7 +31,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another.") from error
+        raise UserError(
+            f"{path} cannot be made ({error.strerror}); name another folder."
+        ) from error
     try:
         yield partial
         partial.rename(path)

@@ -242,3 +242,19 @@ def data_peek(args: argparse.Namespace) -> None:
     from switch_jax.data.peek import peek
 
     print(peek(_load_config(args), args.count, args.split))
+
+
+def convert_from_hf(args: argparse.Namespace) -> None:
+    from switch_jax.interop import huggingface
+    from switch_jax.interop.writing import write_workdir
+
+    imported = huggingface.read(Path(args.source))
+    write_workdir(imported, Path(args.output))
+    print("\n".join([*imported.notes, f"{args.output}: use it as --workdir, or as init_from"]))
+
+
+def convert_to_hf(args: argparse.Namespace) -> None:
+    from switch_jax.interop import hf_export
+
+    notes = hf_export.export(args.source, Path(args.output))
+    print("\n".join([*notes, f"{args.output}: transformers' from_pretrained takes it"]))

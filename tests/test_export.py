@@ -124,7 +124,7 @@ def test_what_fails_leaves_nothing_behind(model, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="exists"):
         write(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be made"):
         write(tmp_path / "file" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert main(["export", "--workdir", str(tmp_path), "--output", str(tmp_path / "out")]) == 2

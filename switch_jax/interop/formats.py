@@ -7,7 +7,7 @@ from typing import Protocol
 from switch_jax.interop.imported import Imported
 
 # In the order in which they are asked.
-_IMPORTERS: tuple[str, ...] = ()
+_IMPORTERS = ("switch_jax.interop.huggingface",)
 
 
 class Importer(Protocol):

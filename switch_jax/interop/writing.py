@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from switch_jax import files
+from switch_jax.files import new_folder
 from switch_jax.interop.imported import Imported, Index, Stacked
 from switch_jax.workdir import Workdir
 
@@ -28,14 +28,20 @@ _BYTES_AT_ONCE = 128 * 2**20  # of slices that are being written
 def write_workdir(imported: Imported, output: Path) -> None:
     """Writes a WORKDIR whose only checkpoint, 0, has the parameters of `imported`.
 
+    Made beside `output`, which it becomes when it is complete; what fails leaves nothing behind.
     Raises `UserError` where `output` exists or cannot be written.
     """
-    with files.new_folder(output) as folder:
-        workdir = Workdir(folder)
-        workdir.prepare(imported.config, imported.vocabulary)
+    with new_folder(output) as partial:
+        workdir = Workdir(partial)
+        config = imported.config
+        if imported.vocabulary is not None:  # what is evaluated later must be read with it
+            vocabulary = str(Workdir(output.absolute()).vocabulary)
+            data = dataclasses.replace(config.data, vocabulary=vocabulary)
+            config = dataclasses.replace(config, data=data)
+        workdir.prepare(config, imported.vocabulary)
         for name, content in imported.carried.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
         _write_parameters(imported, workdir.checkpoints / "0" / "params")
 
 
