@@ -247,10 +247,11 @@ def _parser() -> argparse.ArgumentParser:
     convert = subparsers.add_parser("convert", help="checkpoints of other programs, in and out")
     convert_verbs = convert.add_subparsers(dest="convert_verb", metavar="VERB", required=True)
 
-    def conversion(name: str, run: Callable, text: str, source: str) -> None:
+    def conversion(name: str, run: Callable, text: str, source: str) -> argparse.ArgumentParser:
         sub = verb(name, run, text, convert_verbs)
         sub.add_argument("source", metavar=source, help="what is read")
         sub.add_argument("output", metavar="OUT", help="the folder to write; must not exist")
+        return sub
 
     conversion(
         "from-hf",
@@ -259,6 +260,19 @@ def _parser() -> argparse.ArgumentParser:
         "DIR",
     )
     conversion("to-hf", verbs.convert_to_hf, "a Hugging Face folder from a checkpoint", "WORKDIR")
+    conversion(
+        "from-t5x",
+        verbs.convert_from_t5x,
+        "a WORKDIR from a T5X checkpoint (T5, mT5, Switch Transformers)",
+        "DIR",
+    )
+    sub = conversion(
+        "upcycle",
+        verbs.convert_upcycle,
+        "a sparse model from a dense one; say how with --config.moe.num_experts=8 or the like",
+        "DIR",
+    )
+    config(sub, required=False)
     return parser
 
 

@@ -253,6 +253,31 @@ def convert_from_hf(args: argparse.Namespace) -> None:
     print("\n".join([*imported.notes, f"{args.output}: use it as --workdir, or as init_from"]))
 
 
+def convert_from_t5x(args: argparse.Namespace) -> None:
+    from switch_jax.interop import t5x
+    from switch_jax.interop.writing import write_workdir
+
+    imported = t5x.read(Path(args.source))
+    write_workdir(imported, Path(args.output))
+    print("\n".join([*imported.notes, f"{args.output}: use it as --workdir, or as init_from"]))
+
+
+def convert_upcycle(args: argparse.Namespace) -> None:
+    from switch_jax import config as config_lib
+    from switch_jax import pretrained
+    from switch_jax.interop.upcycled import upcycle
+    from switch_jax.interop.writing import write_workdir
+
+    _start(args)
+    source = pretrained.find(args.source)
+    if args.config:
+        config = _load_config(args)
+    else:
+        config = config_lib.override(source.config, args.overrides)
+    write_workdir(upcycle(source, config), Path(args.output))
+    print(f"{args.output}: use it as --workdir, or as init_from")
+
+
 def convert_to_hf(args: argparse.Namespace) -> None:
     from switch_jax.interop import hf_export
 

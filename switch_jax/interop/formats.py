@@ -7,7 +7,7 @@ from typing import Protocol
 from switch_jax.interop.imported import Imported
 
 # In the order in which they are asked.
-_IMPORTERS = ("switch_jax.interop.huggingface",)
+_IMPORTERS = ("switch_jax.interop.huggingface", "switch_jax.interop.t5x")
 
 
 class Importer(Protocol):

@@ -87,7 +87,9 @@ def _from_state(state: Path) -> Arrays:
         keys = ts.KvStore.open(base, context=context).result().list().result()
     except ValueError as error:
         raise _damaged(state, error) from error
-    names = sorted(key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray"))
+    names = sorted(
+        key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")
+    )
     mine = [name for name in names if name.startswith(_PARAMETERS)]
     prefix = base.get("path", "")
     arrays = {
@@ -145,15 +147,14 @@ def _context() -> ts.Context:
     return ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
 
 
-def _opened(
-    where: Path, store: dict[str, Any], context: ts.Context, check: bool = False
-) -> Array:
+def _opened(where: Path, store: dict[str, Any], context: ts.Context, check: bool = False) -> Array:
     """A zarr array; with `check`, one that lacks no chunk, which would be read as zeros."""
     spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
     try:
         array = ts.open(spec, open=True, read=True, context=context).result()
         chunks = np.prod(-(-np.array(array.shape) // array.chunk_layout.read_chunk.shape))
-        if check and (there := len(array.kvstore.list().result()) - 1) < chunks:
+        files = ts.KvStore.open(store, context=context).result().list() if check else None
+        if files is not None and (there := len(files.result()) - 1) < chunks:
             raise ValueError(f"{there} of {chunks:.0f} chunks are there")
     except ValueError as error:
         raise _damaged(where, error) from error
