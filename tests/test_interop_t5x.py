@@ -209,7 +209,20 @@ def test_scanned_layers_with_biases_of_their_own(tmp_path):
 
 
 def test_a_folder_for_each_array_as_orbax_once_wrote(switch, tmp_path):
-    check_same(write_orbax(tmp_path / "checkpoint_1", renamed(switch), use_ocdbt=False), switch)
+    theirs = renamed(switch)
+    path = write_orbax(tmp_path / "checkpoint_1", theirs, use_ocdbt=False)
+    check_same(path, switch)
+    small = "encoder/encoder_norm/scale"  # then with an index, which has small arrays itself
+    leaves = {name: "PLACEHOLDER://target." + name.replace("/", ".") for name in theirs}
+    content = serialization.msgpack_serialize(nested(leaves | {small: theirs[small] + 1}))
+    (path / "state" / "checkpoint").write_bytes(content)
+    for folder in (path, path / "state"):
+        imported = t5x.read(folder)
+        np.testing.assert_array_equal(imported.read("encoder/final_norm/scale", ()), 2)
+        router = imported.read("decoder/runs/0/layers/1/mlp/router/kernel", (0,))
+        np.testing.assert_array_equal(
+            router, theirs["decoder/layers_1/mlp/router/router_weights/w/kernel"]
+        )
 
 
 def test_bfloat16_arrays(switch, tmp_path):
@@ -218,6 +231,11 @@ def test_bfloat16_arrays(switch, tmp_path):
     value = imported.read("encoder/runs/0/layers/1/mlp/experts/wi", (1, 2))
     assert value.dtype == np.float32
     assert (value == rounded["encoder/layers_3/mlp/expert/wi/kernel"][2]).all()
+
+
+def test_arrays_that_are_no_weights_are_refused(switch, tmp_path):
+    path = write_legacy(tmp_path / "checkpoint_1", renamed(switch), "uint16")
+    assert "uint16" in failure(path)
 
 
 def test_becomes_a_workdir(switch, legacy, tmp_path, capsys):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from flax import serialization
@@ -18,6 +19,7 @@ from switch_jax.errors import UserError
 
 INDEX, STATE, MANIFEST = "checkpoint", "state", "manifest.ocdbt"
 _PARAMETERS = "target."
+_PLACEHOLDER = "PLACEHOLDER://"  # what Orbax had in an index, before it had databases
 _CACHE = 256 * 2**20  # bytes of chunks that are kept: slices that follow each other share them
 
 # What an array is cut with.
@@ -72,32 +74,31 @@ def _is_state(path: Path) -> bool:
 
 def open_arrays(checkpoint: Path) -> Arrays:
     """Opens what `find` found; raises `UserError` for what is missing, damaged or elsewhere."""
-    if _is_index(checkpoint / INDEX):
-        return _from_index(checkpoint)
-    return _from_state(checkpoint if _is_state(checkpoint) else checkpoint / STATE)
+    folder = (
+        checkpoint if _is_state(checkpoint) or _is_index(checkpoint / INDEX) else checkpoint / STATE
+    )
+    if (folder / MANIFEST).is_file():
+        return _from_store(folder, {"driver": "ocdbt", "base": f"file://{folder.absolute()}/"})
+    if _is_index(folder / INDEX):
+        return _from_index(folder)
+    return _from_store(folder, {"driver": "file", "path": f"{folder.absolute()}/"})
 
 
-def _from_state(state: Path) -> Arrays:
-    if (state / MANIFEST).is_file():
-        base: dict[str, Any] = {"driver": "ocdbt", "base": f"file://{state.absolute()}/"}
-    else:
-        base = {"driver": "file", "path": f"{state.absolute()}/"}
+def _from_store(folder: Path, base: dict[str, Any]) -> Arrays:
+    """All arrays of a key-value store."""
     context = _context()
     try:
         keys = ts.KvStore.open(base, context=context).result().list().result()
     except ValueError as error:
-        raise _damaged(state, error) from error
-    names = sorted(
-        key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")
-    )
+        raise _damaged(folder, error) from error
+    ends = "/.zarray"
+    names = sorted(key.decode().removesuffix(ends) for key in keys if key.decode().endswith(ends))
     mine = [name for name in names if name.startswith(_PARAMETERS)]
-    prefix = base.get("path", "")
-    arrays = {
-        name.removeprefix(_PARAMETERS).replace(".", "/"): _opened(
-            state / name, base | {"path": f"{prefix}{name}/"}, context
-        )
-        for name in mine
-    }
+    arrays = {}
+    for name in mine:
+        store = base | {"path": f"{base.get('path', '')}{name}/"}
+        path = name.removeprefix(_PARAMETERS).replace(".", "/")
+        arrays[path] = _opened(folder / name, store, context)
     return Arrays(arrays, len(names) - len(mine))
 
 
@@ -127,11 +128,14 @@ def _points(tree: dict) -> bool:
 
 
 def _from_leaf(checkpoint: Path, leaf: Any, context: ts.Context) -> Array:
-    if not isinstance(leaf, dict):
+    # Of what the index says of an array elsewhere, only the name of its folder counts.
+    if isinstance(leaf, dict):
+        name = str(leaf["kvstore"].get("path", leaf.get("path", ""))).rstrip("/")
+    elif isinstance(leaf, str):
+        name = leaf.removeprefix(_PLACEHOLDER)
+    else:
         value = np.asarray(leaf)
         return Array(value.shape, lambda cut: np.asarray(value[cut], np.float32))
-    # Of what the index says, only where the folder is: the path is relative, in one of two places.
-    name = str(leaf["kvstore"].get("path", leaf.get("path", ""))).rstrip("/")
     folder = (checkpoint / name).resolve()
     if not folder.is_relative_to(checkpoint.resolve()) or not name:
         raise UserError(
@@ -152,6 +156,8 @@ def _opened(where: Path, store: dict[str, Any], context: ts.Context, check: bool
     spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
     try:
         array = ts.open(spec, open=True, read=True, context=context).result()
+        if not jnp.issubdtype(array.dtype.numpy_dtype, jnp.floating):
+            raise ValueError(f"its numbers are {array.dtype.name}")
         chunks = np.prod(-(-np.array(array.shape) // array.chunk_layout.read_chunk.shape))
         files = ts.KvStore.open(store, context=context).result().list() if check else None
         if files is not None and (there := len(files.result()) - 1) < chunks:
