@@ -63,12 +63,12 @@ def plan(target: Shapes, source: Shapes, rules: str) -> Transfer:
             continue
         if theirs not in source:
             raise UserError(
-                f"{name} is taken from {theirs}, which the checkpoint of init_from does not have;"
+                f"{name} is taken from {theirs}, which the source checkpoint does not have;"
                 f" add a rule such as '{re.escape(name)} ->' to init_rules, and it begins anew."
             )
         if not any(fits(name, source[theirs], shape) for fits in (_equal, grows, copied)):
             raise UserError(
-                f"{name} has the shape {list(shape)} and {theirs} in the checkpoint of init_from"
+                f"{name} has the shape {list(shape)} and {theirs} in the source checkpoint"
                 f" {list(source[theirs])}; make the models alike, or add a rule such as"
                 f" '{re.escape(name)} ->' to init_rules, and it begins anew."
             )

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from conftest import make_batch, tiny
 
-from switch_jax import by_layer, checkpoint, initial
+import switch_jax
+from switch_jax import by_layer, checkpoint, initial, pretrained
 from switch_jax import config as config_lib
+from switch_jax.cli import main
 from switch_jax.data import open_batches
+from switch_jax.interop.upcycled import upcycle
+from switch_jax.model import named_parameters
 from switch_jax.sharding import make_mesh
 from switch_jax.step import Program
 from switch_jax.workdir import Workdir
@@ -142,3 +146,50 @@ def test_the_report_tells_layers_apart(dense):
     experts = "loaded encoder/layers/*/mlp/experts/wi 4 × 16 × 32"
     assert f"{experts} from encoder/layers/*/mlp/wi, for every expert layers 3" in lines
     assert "initialised decoder/layers/*/mlp/router/kernel 16 × 4 layers 1" in lines
+
+
+def test_becomes_a_workdir_that_equals_what_training_begins_with(dense, tmp_path, capsys):
+    output = tmp_path / "sparse"
+    keys = {"moe.num_experts": "4", "moe.last": "2", "train.seed": "3"}
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
+    assert main(["convert", "upcycle", str(dense.path), str(output), *flags]) == 0
+    assert str(output) in capsys.readouterr().out
+    written = named_parameters(switch_jax.load(output))
+    target = SPARSE | {"train.seed": 3}
+    expected, _, _ = started(dense, **target)
+    written = values_by_layer({n: leaf[...] for n, leaf in written.items()}, config(**target))
+    assert written.keys() == expected.keys()
+    for name, value in written.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    assert Workdir(output).config() == config(**target)
+
+
+def test_a_larger_vocabulary_and_adapters_are_carried_over(tmp_path):
+    lora = Run(tmp_path / "lora", **DENSE, **{"lora.rank": 2, "lora.of": "mlp/"})
+    name = "encoder/runs/0/layers/0/mlp/wi"
+    params = dict(lora.params) | {f"{name}.lora_b": lora.params[f"{name}.lora_b"] + 1}
+    source = pretrained.Pretrained(
+        config=Workdir(lora.path).config(),
+        shapes={n: p.shape for n, p in params.items()},
+        restore=lambda wanted: {n: params[n] for n in wanted},
+    )
+    target = config(**SPARSE, **{"model.vocab_size": 40})
+    imported = upcycle(source, target)
+    merged = params[name][3] + 8 * params[f"{name}.lora_a"][3] @ params[f"{name}.lora_b"][3]
+    expert = imported.read("encoder/runs/1/layers/1/mlp/experts/wi", (0, 2))
+    np.testing.assert_allclose(expert, merged, rtol=1e-6)
+    embedding = imported.read("embedding", ())
+    assert embedding.shape == (40, 16) and (embedding[:32] == params["embedding"]).all()
+    assert imported.config.lora.rank == 0
+
+
+def test_what_cannot_be_upcycled_is_told(dense, sparse, tmp_path, capsys):
+    def told(source, *flags):
+        assert main(["convert", "upcycle", str(source.path), str(tmp_path / "out"), *flags]) == 2
+        assert not list(tmp_path.iterdir())
+        return capsys.readouterr().err
+
+    assert "--config.moe.num_experts" in told(dense)
+    flags = ["--config.moe.num_experts=4", "--config.model.d_ff=48"]
+    assert "/layers/0/mlp/wi has the shape [16, 48]" in told(dense, *flags)
+    assert "[8, 16, 32]" in told(sparse, "--config.moe.num_experts=8")
