@@ -3,17 +3,19 @@
 checkpoints/STEP/params      dict path → array, all that `load` needs
 checkpoints/STEP/optimizer   steps done, tokens seen, optimizer state
 checkpoints/STEP/data        position of the batch last consumed
+checkpoints/STEP/metrics     the metric that the best one is kept by
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from switch_jax import processes
 from switch_jax.data.batch import BatchIterator
@@ -41,12 +43,28 @@ class _IteratorArgs(ocp.args.CheckpointArgs):
 
 
 class Checkpoints:
-    """The checkpoints of a WORKDIR; the newest `keep` stay."""
+    """The checkpoints of a WORKDIR; the newest `keep` stay.
 
-    def __init__(self, workdir: Workdir, keep: int):
+    Args:
+      goodness: of metrics given to `save`; the checkpoint where it is highest stays too.
+    """
+
+    def __init__(
+        self,
+        workdir: Workdir,
+        keep: int,
+        goodness: Callable[[Mapping[str, float]], float] | None = None,
+    ):
         self._folder = workdir.checkpoints.absolute()
+        self._goodness = goodness
+        kept: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
+        if goodness is not None:
+            kept.append(preservation_policy.BestN(get_metric_fn=goodness, n=1))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, create=True
+            preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+            best_fn=goodness,  # without it, Orbax writes no metrics
+            enable_async_checkpointing=True,
+            create=True,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         # Each process reads by itself: one that cannot must not leave the others waiting in Orbax.
@@ -58,14 +76,27 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, batches: BatchIterator) -> None:
+    def save(
+        self, state: TrainState, batches: BatchIterator, metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Starts writing a checkpoint; training goes on meanwhile."""
         items = {
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave(_rest(state)),
             "data": _IteratorArgs(batches),
         }
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+        given = dict(metrics or {}) if self._goodness else None
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=given)
+
+    def best(self) -> tuple[int, dict[str, float]] | None:
+        """Step and metrics of the best checkpoint; None where none is known to be."""
+        goodness = self._goodness
+        if goodness is None:
+            return None
+        self._manager.wait_until_finished()
+        saved = ((step, self._manager.metrics(step)) for step in self._manager.all_steps())
+        rated = [(step, metrics) for step, metrics in saved if metrics]
+        return max(rated, key=lambda pair: (goodness(pair[1]), pair[0]), default=None)
 
     def restore(self, abstract: TrainState, batches: BatchIterator) -> TrainState | None:
         """The state of the newest good checkpoint; `batches` is moved to its position.
@@ -168,6 +199,20 @@ def restore_params(
     wanted = ocp.args.PyTreeRestore(dict(abstract), restore_args=arguments, partial_restore=True)
     with _readable(checkpoint), ocp.PyTreeCheckpointer() as reader:
         return reader.restore(checkpoint.absolute() / "params", args=wanted)
+
+
+def restore_opt_state(checkpoint: Path, abstract: Any) -> Any:
+    """The optimizer's state, sharded as `abstract`; raises `UserError` where shapes differ."""
+    folder, wanted = checkpoint.absolute() / "optimizer", {"opt_state": abstract}
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
+    with _readable(checkpoint), ocp.PyTreeCheckpointer() as reader:
+        stored = ocp.tree.to_flat_dict(reader.metadata(folder).item_metadata.tree)
+        shapes = {path: tuple(array.shape) for path, array in stored.items()}
+        for path, array in ocp.tree.to_flat_dict(wanted).items():
+            if shapes.get(path) != array.shape:  # Orbax would cut or pad it
+                raise ValueError(f"{'/'.join(path)} is {shapes.get(path)}, not {array.shape}")
+        return reader.restore(folder, args=restore)["opt_state"]
 
 
 @contextmanager

@@ -131,10 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     processes(sub)
     as_json(sub)
 
-    sub = verb("generate", verbs.generate, "fill the blanks (___ or <extra_id_0> …) of a text")
+    sub = verb("generate", verbs.generate, "fill a text's blanks (___), or answer it")
     workdir(sub, "a WORKDIR, or one of its checkpoints")
     text = sub.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", help="a text with blanks")
+    text.add_argument("--text", help="a text, with blanks (___ or <extra_id_0> …) or without")
     text.add_argument("--input", metavar="FILE", help="a file with one such text a line")
     sub.add_argument(
         "--max_length", type=_positive, default=128, metavar="N", help="tokens at the most (128)"

@@ -335,7 +335,7 @@ def _names(path: tuple) -> list[str]:
     return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
-def fill_blanks(
+def complete(
     model: SwitchTransformer,
     vocabulary: Vocabulary,
     texts: Sequence[str],
@@ -345,7 +345,8 @@ def fill_blanks(
 ) -> Iterator[str]:
     """Texts with their blanks filled: `___`, or sentinels such as `<extra_id_0>`, in order.
 
-    A blank that the model says nothing about stays `___`. Of several results, the first counts.
+    Of a text without blanks, what the model writes. A blank that it says nothing about stays
+    `___`. Of several results, the first counts.
     Raises `UserError` for a text with more blanks than there are sentinels.
     """
     options = Options() if options is None else options
@@ -374,7 +375,9 @@ def _with_sentinels(text: str) -> str:
 
 
 def _filled(text: str, output: str) -> str:
-    """`text` with its sentinels replaced by what follows them in `output`."""
+    """`text` with its sentinels replaced by what follows them in `output`; or that, without any."""
+    if not re.search(r"<extra_id_\d+>", text):
+        return output.strip()
     pieces = re.split(r"<extra_id_(\d+)>", output)
     answers = dict(zip(pieces[1::2], pieces[2::2]))
 

@@ -1,9 +1,11 @@
 """Evaluation: token-weighted sums over batches, divided once at the end."""
 
+import difflib
 import functools
 import itertools
+import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ from switch_jax.data import open_each, open_vocabulary
 from switch_jax.data.batch import Batch, Feed
 from switch_jax.data.vocabulary import read
 from switch_jax.errors import UserError
+from switch_jax.predict import Scorer
 from switch_jax.schema import Config
 from switch_jax.step import Program
 from switch_jax.workdir import Workdir
 
 Validation = Mapping[str, Sequence[Batch]]  # by source
+
+_OF_SOURCES = ("cross_entropy", "neg_log_perplexity")
+_OF_ALL = (*_OF_SOURCES, "accuracy")  # of tokens; a task's own is of answers
 
 
 def evaluate(
@@ -41,7 +47,8 @@ def evaluate(
     metrics = _quality(total) | losses.router_metrics(total[2], program.config)
     if len(sums) > 1:
         for source, of_source in sums.items():
-            metrics |= {f"{source}/{name}": value for name, value in _quality(of_source).items()}
+            quality = _quality(of_source)
+            metrics |= {f"{source}/{name}": quality[name] for name in _OF_SOURCES}
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -51,15 +58,33 @@ def _add(a: Any, b: Any) -> Any:
 
 def _quality(result: Any) -> dict[str, Any]:
     sums, targets, _ = result
-    return {
-        "cross_entropy": sums.cross_entropy / targets,
-        "neg_log_perplexity": -sums.cross_entropy / targets,
-        "accuracy": sums.correct / targets,
-    }
+    loss = sums.cross_entropy / targets
+    return dict(zip(_OF_ALL, (loss, -loss, sums.correct / targets)))
+
+
+def goodness(
+    metric: str, batches: Validation, scores: Sequence[str]
+) -> Callable[[Mapping[str, float]], float]:
+    """What is the higher the better an evaluation is by one of its metrics.
+
+    Args:
+      scores: names of metrics that `evaluate` does not give.
+
+    Raises `UserError` where no metric has that name.
+    """
+    sources = batches if len(batches) > 1 else ()
+    of_sources = (f"{source}/{name}" for source in sources for name in _OF_SOURCES)
+    known = [*_OF_ALL, *of_sources, *scores]
+    if metric not in known:
+        close = difflib.get_close_matches(metric, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}."
+        raise UserError(f"There is no metric {metric!r} for train.keep_best; {hint}")
+    sign = -1 if metric.endswith(("cross_entropy", "invalid")) else 1
+    return lambda metrics: sign * metrics.get(metric, -sign * math.inf)
 
 
 def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[str, float]:
-    """Metrics of a checkpoint on validation batches of `config`.
+    """Metrics of a checkpoint on validation batches of `config`, and of its tasks' examples.
 
     With `unigram_entropy` of the same targets, to compare with. Raises `UserError`, also where
     the batches are not in the vocabulary that the run was trained with.
@@ -67,12 +92,13 @@ def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[
     check_vocabulary(workdir, config)
     program = Program(config, sharding.make_mesh(config))
     feed = sharding.feed(program.mesh)
-    batches = validation_batches(config, feed)
+    batches, score = validation_batches(config, feed), Scorer(program, workdir)
     params = restore_params(folder, program.abstract_state.params)
     metrics = evaluate(program, params, batches)
     mine = itertools.chain(*batches.values()) if feed.saves else []
     counts_V = processes.total(_token_counts(mine, config))
-    return metrics | {"unigram_entropy": unigram_entropy(counts_V)}
+    metrics["unigram_entropy"] = unigram_entropy(counts_V)
+    return metrics | score(params, int(folder.name))
 
 
 def check_vocabulary(workdir: Workdir, config: Config) -> None:

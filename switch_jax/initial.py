@@ -6,11 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from switch_jax import pretrained, transfer
 from switch_jax.by_layer import Slice
+from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer, named_parameters
+from switch_jax.pretrained import Pretrained
 from switch_jax.schema import Config
 from switch_jax.step import Program, TrainState
 
@@ -18,8 +21,9 @@ from switch_jax.step import Program, TrainState
 def start(program: Program) -> TrainState:
     """A fresh state, with parameters of `init_from` where the config names it.
 
-    The optimizer always begins anew. All processes must call it. Raises `UserError` as
-    `transfer.plan` does.
+    Steps are counted from 0 and, with `init_optimizer` fresh, the optimizer begins anew too. All
+    processes must call it. Raises `UserError` as `transfer.plan` does, and where the optimizer of
+    the checkpoint is another.
     """
     state, config = program.init(), program.config
     if config.init_from is None:
@@ -36,7 +40,34 @@ def start(program: Program) -> TrainState:
     restored = source.restore(abstract)
     for name, slices in origins.items():
         params[name] = _filled(params[name], slices, restored)
-    return dataclasses.replace(state, params=params)
+    state = dataclasses.replace(state, params=params)
+    if config.init_optimizer == "loaded":
+        opt_state = _optimizer_of(source, config.init_from, state.opt_state)
+        state = dataclasses.replace(state, opt_state=opt_state)
+    return state
+
+
+def _optimizer_of(source: Pretrained, path: str, fresh: Any) -> Any:
+    """The optimizer's statistics in a checkpoint, with a schedule that begins anew."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh
+    )
+    if source.restore_optimizer is None:
+        raise UserError(f"{path} has no optimizer of ours; set init_optimizer=fresh.")
+    try:
+        loaded = source.restore_optimizer(abstract)
+    except UserError as error:
+        raise UserError(
+            f"The optimizer of {path} does not fit: other parameters are trained here, or by"
+            " another optimizer; set init_optimizer=fresh."
+        ) from error
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda old, new: new if is_schedule(new) else old, loaded, fresh, is_leaf=is_schedule
+    )
 
 
 def report(config: Config) -> str:

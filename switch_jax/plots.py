@@ -25,9 +25,13 @@ _ROUTER = (
 # How many sources stand below one another in a figure, at the most.
 _SOURCES_BELOW = 36
 
+# How many panels of tasks stand beside one another.
+_TASKS_BESIDE = 4
+
 
 def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
-    """Draws `loss.png`, and `router.png` where there are experts, into `folder`.
+    """Draws `loss.png`, `router.png` where there are experts, and `tasks.png` where tasks were
+    scored, into `folder`.
 
     Of two runs, the first is the baseline of `sources.png` where they share several sources.
     Returns the files written. Raises `UserError` where a run has no metrics, or Matplotlib
@@ -45,6 +49,8 @@ def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
         figures["router.png"] = _router(runs)
     if len(runs) == 2 and len(speedup.common_sources(*runs.values())) > 1:
         figures["sources.png"] = _sources(runs)
+    if scores := sorted({key for lines in runs.values() for m in lines for key in _scores(m)}):
+        figures["tasks.png"] = _tasks(runs, scores)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():
@@ -127,6 +133,40 @@ def _router(runs: dict[str, list[dict]]) -> Any:
             )
         axes.set(xlabel="step", title=label)
     figure.axes[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _scores(metrics: dict) -> list[str]:
+    """The numbers of tasks, and of their mixture, in a line of metrics."""
+    return [key for key in metrics if key == "average" or key.endswith("/score")]
+
+
+def _tasks(runs: dict[str, list[dict]], scores: list[str]) -> Any:
+    """What tasks were scored with, a panel each; the best of every run is marked."""
+    columns = min(len(scores), _TASKS_BESIDE)
+    rows = -(-len(scores) // columns)
+    figure = new_figure(rows, columns, (3.6 * columns + 1.2, 3.2 * rows))
+    for axes, score in zip(figure.axes, scores):
+        for number, (run, lines) in enumerate(runs.items()):
+            steps, values = _series(lines, "eval", score)
+            axes.plot(steps, values, color=f"C{number}", marker="o", ms=3, label=run)
+            if values:
+                best = int(np.argmax(values))
+                axes.plot(steps[best], values[best], "*", color=f"C{number}", ms=11)
+                axes.annotate(
+                    f"{values[best]:.1f}",
+                    (steps[best], values[best]),
+                    textcoords="offset points",
+                    xytext=(0, 7),
+                    ha="center",
+                    fontsize=8,
+                )
+        axes.margins(y=0.15)
+        axes.set(xlabel="step", title=score.removesuffix("/score"))
+    for axes in figure.axes[len(scores) :]:
+        axes.remove()
+    figure.axes[0].set_ylabel("score")
+    figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 

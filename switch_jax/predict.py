@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from switch_jax import losses, metrics, sharding
-from switch_jax.data import open_examples, open_vocabulary
+from switch_jax.data import downstream, open_examples, open_vocabulary
 from switch_jax.data.batch import padded_batch
-from switch_jax.data.downstream import MIXTURES, TASKS
 from switch_jax.data.spans import EOS
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.decode import generate
@@ -117,17 +116,26 @@ class Scorer:
         if self._examples:
             self._predictor = Predictor(program, open_vocabulary(program.config))
 
+    def names(self) -> list[str]:
+        """Of all metrics that a call gives."""
+        return list(self._scores({name: [""] * len(of) for name, of in self._examples.items()}))
+
     def __call__(self, params: Mapping[str, jax.Array], step: int) -> dict[str, float]:
         """`<task>/<metric>` in per cent, `<task>/score` as the paper reports it, and of a mixture
         `average`, the paper's; predictions go to `predictions/STEP/<task>.jsonl`.
         """
+        predictions = {}
+        for name, examples in self._examples.items():
+            predictions[name] = self._answered(params, name, examples)
+            if jax.process_index() == 0:
+                _write(self._folder / str(step) / f"{name}.jsonl", examples, predictions[name])
+        return self._scores(predictions)
+
+    def _scores(self, predictions: Mapping[str, Sequence[str]]) -> dict[str, float]:
         values: dict[str, float] = {}
         for name, examples in self._examples.items():
-            predictions = self._answered(params, name, examples)
-            if jax.process_index() == 0:
-                _write(self._folder / str(step) / f"{name}.jsonl", examples, predictions)
-            values |= _scored(name, examples, predictions)
-        mixture = MIXTURES.get(self._config.data.mixture)
+            values |= _scored(name, examples, predictions[name])
+        mixture = downstream.MIXTURES.get(self._config.data.mixture)
         if mixture is not None:
             groups = [[values[f"{task}/score"] for task in group] for group in mixture.average]
             values["average"] = float(np.mean([np.mean(group) for group in groups]))
@@ -135,10 +143,34 @@ class Scorer:
 
     def _answered(self, params: Any, name: str, examples: Sequence[Mapping]) -> list[str]:
         inputs = [example["inputs"] for example in examples]
-        classes = TASKS[name].classes
+        classes = downstream.task(name).classes
         if self._config.eval.method == "rank" and classes:
             return self._predictor.rank(params, inputs, classes)
         return self._predictor.write(params, inputs)
+
+
+def render(values: Mapping[str, float]) -> str:
+    """A table of what a `Scorer` gave, in lines; empty where there were no tasks."""
+    of_tasks: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        task, _, metric = key.rpartition("/")
+        of_tasks.setdefault(task, {})[metric] = value
+    scored = {task: of for task, of in of_tasks.items() if "score" in of}
+    if not scored:
+        return ""
+    lines = [f"{'task':30} {'score':>7}\n"]
+    for task, of in scored.items():
+        detail = [f"{name} {of[name]:.2f}" for name in of if name not in _BESIDE]
+        if of.get("invalid"):
+            detail.append(f"{of['invalid']:.0f} answers invalid")
+        lines.append(f"{task:30} {of['score']:7.2f}  {', '.join(detail)}\n")
+    if "average" in values:
+        lines.append(f"{'average':30} {values['average']:7.2f}\n")
+    return "".join(lines)
+
+
+# What is no metric of a task's answers.
+_BESIDE = ("score", "invalid", "cross_entropy", "neg_log_perplexity")
 
 
 def _write(path: Path, examples: Sequence[Mapping], predictions: Sequence[str]) -> None:
@@ -159,7 +191,7 @@ _ANSWERS: dict[str, Callable[[Any], Any]] = {
 
 
 def _scored(name: str, examples: Sequence[Mapping], predictions: Sequence[str]) -> dict[str, float]:
-    task = TASKS[name]
+    task = downstream.task(name)
     known = [i for i, example in enumerate(examples) if example["answer"] is not None]
     if not task.metrics or not known:
         return {}

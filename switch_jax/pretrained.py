@@ -1,5 +1,6 @@
 """Models that exist already, of this program or another: what `load` and `init_from` begin with."""
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,12 +23,14 @@ class Pretrained(NamedTuple):
     shapes: of its parameters (and adapters), by path.
     restore: those that are named, with the shapes and shardings given; raises `UserError`.
     vocabulary: content of its `vocabulary.model`, where there is one.
+    restore_optimizer: as `checkpoint.restore_opt_state`, where there is an optimizer of ours.
     """
 
     config: Config
     shapes: Mapping[str, tuple[int, ...]]
     restore: Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
     vocabulary: bytes | None = None
+    restore_optimizer: Callable[[Any], Any] | None = None
 
 
 def find(path: str | Path, *, together: bool = False) -> Pretrained:
@@ -46,8 +49,9 @@ def find(path: str | Path, *, together: bool = False) -> Pretrained:
     return Pretrained(
         workdir.config(),
         checkpoint.parameter_shapes(folder),
-        lambda abstract: checkpoint.restore_params(folder, abstract),
+        functools.partial(checkpoint.restore_params, folder),
         workdir.vocabulary.read_bytes() if workdir.vocabulary.is_file() else None,
+        functools.partial(checkpoint.restore_opt_state, folder),
     )
 
 
@@ -56,7 +60,7 @@ def load(path: str | Path) -> SwitchTransformer:
 
     Raises `UserError` where there is nothing to load.
     """
-    config, shapes, restore, _ = find(path)
+    config, shapes, restore, *_ = find(path)
     model: Any = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
     where = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {

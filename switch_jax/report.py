@@ -149,6 +149,14 @@ class ProgressDisplay:
             left = (time.time() - began) / max(step - first, 1) * (self._total - step)
             self.say(f"step {step}/{self._total}  {text}  {left:,.0f} s left")
 
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the loss of an evaluation and, where tasks were scored, what is their number."""
+        text = f"step {step}  validation cross-entropy {metrics['cross_entropy']:.4f}"
+        scores = [name for name in metrics if name.endswith("/score")]
+        for name in ["average"] if "average" in metrics else scores:
+            text += f"  {name.removesuffix('/score')} {metrics[name]:.2f}"
+        self.say(text)
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         self._console.print(text, highlight=False, soft_wrap=True)

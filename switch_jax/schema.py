@@ -169,6 +169,7 @@ class TrainConfig:
     eval_batches: int = 20
     checkpoint_every: int = 5000
     keep_checkpoints: int = 3
+    keep_best: str | None = None  # and the one that is best by this metric of evaluations
     idle_expert_steps: int = 1000  # without a token, after which an expert is reported
 
 
@@ -216,6 +217,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     init_from: str | None = None  # checkpoint whose parameters training starts from
     init_rules: str = ""  # which is taken from where, PATTERN -> NAME; …: see transfer.py
+    # The optimizer's statistics: fresh, or those of init_from. Steps are counted from 0 either way.
+    init_optimizer: Literal["fresh", "loaded"] = "fresh"
 
     @property
     def sparse(self) -> bool:

@@ -6,9 +6,9 @@ import jax
 
 from switch_jax import accounting, checkpoint, initial, processes, sharding
 from switch_jax.data import open_batches, open_vocabulary
-from switch_jax.evaluate import evaluate, validation_batches
+from switch_jax.evaluate import evaluate, goodness, validation_batches
 from switch_jax.idle_experts import IdleExperts
-from switch_jax.predict import Scorer
+from switch_jax.predict import Scorer, render
 from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
 from switch_jax.schema import Config
 from switch_jax.step import Program
@@ -36,6 +36,9 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         batches = open_batches(config, "train", feed)
         validation = validation_batches(config, feed)
         score = Scorer(program, workdir)
+        rank = None
+        if settings.keep_best is not None:
+            rank = goodness(settings.keep_best, validation, score.names())
 
         if config.init_from is not None and not workdir.checkpoints.exists():
             initial.report(config)  # what cannot be: say so before anything is written
@@ -45,7 +48,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
             workdir.prepare(config, None if synthetic else open_vocabulary(config).content)
 
     # State
-    checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints)
+    checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints, rank)
     state = checkpoints.restore(program.abstract_state, batches) or initial.start(program)
     first_step = int(state.step)
     if first_step >= settings.steps:
@@ -91,24 +94,30 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
                 display.status(step, values)
                 for sentence in idle.news():
                     display.say(f"step {step}  {sentence}")
+            evaluated = None
             if finished or step % settings.eval_every == 0:
-                values = evaluate(program, state.params, validation)
-                values |= score(state.params, step)
-                writer.write(step, "eval", values)
-                display.say(f"step {step}  validation cross-entropy {values['cross_entropy']:.4f}")
+                evaluated = evaluate(program, state.params, validation)
+                evaluated |= score(state.params, step)
+                writer.write(step, "eval", evaluated)
+                display.evaluated(step, evaluated)
                 meter.restart(step, metrics)
             if saving:
                 # After its metrics are on disk, and before the next batch is drawn, so that the
                 # position saved is of the batch consumed.
-                checkpoints.save(state, batches)
+                checkpoints.save(state, batches, evaluated)
             if last:
                 break
             if saving:
                 with meter.waiting(metrics):
                     batch = program.put(next(batches))
+        best = checkpoints.best()
         checkpoints.close()
-    if finished:
-        return None
     if first_process:
-        print(f"Stopped at step {step}; the same command continues from there.")
-    return stopped_by
+        if not finished:
+            print(f"Stopped at step {step}; the same command continues from there.")
+        elif best is None:
+            print(render(evaluated or {}), end="")
+        else:
+            print(render(best[1]), end="")
+            print(f"Best by {settings.keep_best}: {workdir.checkpoints / str(best[0])}")
+    return None if finished else stopped_by

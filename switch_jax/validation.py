@@ -32,6 +32,16 @@ def validate(config: Config) -> None:
         f"data.batch_size={data.batch_size} is not a multiple of"
         f" train.accumulate={train.accumulate}; change one of them.",
     )
+    _require(
+        train.keep_best is None or train.checkpoint_every % train.eval_every == 0,
+        f"train.keep_best={train.keep_best} needs every checkpoint evaluated, and"
+        f" train.checkpoint_every={train.checkpoint_every} is not a multiple of"
+        f" train.eval_every={train.eval_every}; change one of them.",
+    )
+    _require(
+        config.init_optimizer == "fresh" or config.init_from is not None,
+        "init_optimizer=loaded needs init_from, the checkpoint to load it from; set both.",
+    )
     sizes = [
         getattr(config.mesh, f.name) for f in dataclasses.fields(config.mesh) if f.name != "fsdp"
     ]

@@ -66,6 +66,7 @@ def _find_checkpoint(args: argparse.Namespace) -> "tuple[Workdir, Path, Config]"
 
 def eval(args: argparse.Namespace) -> None:
     from switch_jax.evaluate import evaluate_checkpoint
+    from switch_jax.predict import render
 
     metrics = evaluate_checkpoint(*_find_checkpoint(args))
     shown = ("cross_entropy", "neg_log_perplexity", "accuracy", "unigram_entropy")
@@ -74,7 +75,8 @@ def eval(args: argparse.Namespace) -> None:
         if name.endswith("/cross_entropy"):  # of one source among several
             shown_as = name.removesuffix("/cross_entropy")
             lines.append(f"  of {shown_as:15} {value:.4f}")
-    _show(json.dumps(metrics) if args.json else "\n".join(lines))
+    text = "\n".join([*lines, "", render(metrics)]).rstrip()
+    _show(json.dumps(metrics) if args.json else text)
 
 
 def experts(args: argparse.Namespace) -> None:
@@ -104,7 +106,7 @@ def generate(args: argparse.Namespace) -> None:
     texts = Path(args.input).read_text(errors="replace").splitlines() if args.input else [args.text]
     from switch_jax import checkpoint, pretrained
     from switch_jax.data.vocabulary import read
-    from switch_jax.decode import fill_blanks
+    from switch_jax.decode import complete
     from switch_jax.search import Options
 
     options = Options(
@@ -118,10 +120,8 @@ def generate(args: argparse.Namespace) -> None:
     workdir, folder = checkpoint.find_together(args.workdir)
     vocabulary = read(workdir.vocabulary)
     model = pretrained.load(folder)
-    for filled in fill_blanks(
-        model, vocabulary, texts, max_length=args.max_length, options=options
-    ):
-        _show(filled)
+    for text in complete(model, vocabulary, texts, max_length=args.max_length, options=options):
+        _show(text)
 
 
 def export(args: argparse.Namespace) -> None:

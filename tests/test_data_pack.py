@@ -116,10 +116,10 @@ def test_killed_and_continued_gives_the_same_files(mixture, words, tmp_path):
     )
     output = tmp_path / "killed"
     arguments = ("data", "pack", "--config", config, "--output", output, "--workers", 1)
-    for number in (signal.SIGKILL, signal.SIGINT):
+    for number, more in ((signal.SIGKILL, 3), (signal.SIGINT, 2)):
         done = len(list(output.rglob("*.json")))
         process = runs.start(*arguments, program=("-c", SLOW))
-        while len(list(output.rglob("*.json"))) < done + 3:
+        while len(list(output.rglob("*.json"))) < done + more:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
@@ -128,7 +128,7 @@ def test_killed_and_continued_gives_the_same_files(mixture, words, tmp_path):
     assert "same command continues" in out
     done = [path for path in output.rglob("*.tokens") if path.with_suffix(".json").exists()]
     when = {path: path.stat().st_mtime_ns for path in done}
-    assert len(when) >= 5
+    assert len(when) >= 4
     out, _ = runs.run(*arguments, program=("-c", SLOW))
     assert {path: path.stat().st_mtime_ns for path in done} == when
     assert contents(output) == contents(tmp_path / "whole")

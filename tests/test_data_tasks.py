@@ -188,15 +188,6 @@ def test_packed_text_is_not_streamed(tmp_path):
         open_batches(config(mixture="text", data_dir=str(store)), "train")
 
 
-def test_tasks_are_not_streamed_as_text(tmp_path):
-    folder = tmp_path / "glue" / "cola"
-    folder.mkdir(parents=True)
-    for split in ("train", "validation"):
-        (folder / f"{split}.jsonl").write_text('{"sentence": "It is.", "label": 1}\n')
-    with pytest.raises(UserError, match=r"glue\.cola is a fine-tuning task.*reader=store"):
-        open_batches(config(mixture="glue.cola", data_dir=str(tmp_path)), "train")
-
-
 def test_bytes_are_streamed_as_they_are_packed():
     c = config(vocabulary="bytes", inputs_length=64)
     streamed = next(open_batches(c, "validation"))["encoder_input_tokens"]

@@ -318,7 +318,7 @@ def test_bench_times_decoding(monkeypatch):
 
 
 class Words:
-    """A vocabulary of words, with the sentinels that `fill_blanks` looks for."""
+    """A vocabulary of words, with the sentinels that `complete` looks for."""
 
     words = ("<pad>", "</s>", "import", "as", "np", "numpy", "<extra_id_1>", "<extra_id_0>")
 
@@ -336,16 +336,17 @@ class Words:
         ("import <extra_id_0> as np", "<extra_id_0> numpy </s>", "import numpy as np"),
         ("___ numpy as ___", "<extra_id_0> import <extra_id_1> np </s>", "import numpy as np"),
         ("import ___ as np", "numpy </s>", "import ___ as np"),
+        ("import numpy", "as np </s>", "as np"),
     ],
 )
-def test_fill_blanks(monkeypatch, text, answer, filled):
+def test_blanks_are_filled_and_texts_without_are_answered(monkeypatch, text, answer, filled):
     words = Words()
 
     def find(model, source, max_length, options, first_row):
         return Sequences(np.array([[words.encode(answer)]]), np.zeros((1, 1)))
 
     monkeypatch.setattr(decode, "find", find)
-    assert list(decode.fill_blanks(None, words, [text])) == [filled]
+    assert list(decode.complete(None, words, [text])) == [filled]
 
 
 def test_many_texts_are_filled_in_batches_and_in_their_order(monkeypatch):
@@ -360,8 +361,8 @@ def test_many_texts_are_filled_in_batches_and_in_their_order(monkeypatch):
         return Sequences(np.array(answers)[:, None], np.zeros((len(source), 1)))
 
     monkeypatch.setattr(decode, "find", find)
-    filled = list(decode.fill_blanks(None, words, texts, options=Options(seed=4)))
+    filled = list(decode.complete(None, words, texts, options=Options(seed=4)))
     assert filled == [text.replace("___", text.split()[0]) for text in texts]
     assert calls == [((32, 64), 0, 4), ((32, 128), 32, 4), ((32, 64), 64, 4)]
     with pytest.raises(UserError, match="more than 100 blanks"):
-        list(decode.fill_blanks(None, words, ["___ " * 101]))
+        list(decode.complete(None, words, ["___ " * 101]))

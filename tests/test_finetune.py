@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+import tasks
 
 from switch_jax.data import downstream, python_docs, vocabularies
 from switch_jax.data.downstream import TASKS
@@ -15,38 +16,6 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "finetune"
 
 # Without parts that have labels, or without a validation split.
 UNSCORED = {"glue.ax", "super_glue.axb", "super_glue.axg", "glue.mnli", "super_glue.dpr"}
-
-
-def value(kind, name, rng):
-    """A value of a schema's type."""
-    if isinstance(kind, dict):
-        return {key: value(of, key, rng) for key, of in kind.items()}
-    if isinstance(kind, list):
-        return [value(kind[0], name, rng) for _ in range(2)]
-    if name in ("label", "answerKey"):
-        return 0
-    if kind is float:
-        return float(rng.integers(0, 6))
-    if kind is int:
-        return int(rng.integers(0, 100))
-    return " ".join(rng.choice(["red", "green", "blue", "left", "right", "old"], 4))
-
-
-def record(task, rng):
-    made = value(task.schema, "", rng)
-    if task.classes and "label" in made:
-        made["label"] = task.classes[int(rng.integers(len(task.classes)))]
-    if task.name == "super_glue.wsc":
-        text = made["text"].split(" ")
-        made |= {"label": "True", "span2_index": 2, "span2_text": text[2], "span1_text": text[0]}
-    if task.name == "super_glue.dpr":
-        made |= {"sentence": "He saw that it was red.", "pronoun": "it"}
-    if task.name.startswith("arc"):
-        made["choices"] = {"text": ["red", "blue"], "label": ["A", "B"]}
-        made["answerKey"] = "AB"[int(rng.integers(2))]
-    if task.name.startswith("winogrande"):
-        made["label"] = "2"
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +29,11 @@ def data_dir(tmp_path_factory):
         for rows in task.splits.values():
             if rows.begin or rows.end:  # closed-book tasks validate on what is left of training
                 continue
-            lines = [json.dumps(record(task, rng)) + "\n" for _ in range(8)]
+            lines = [json.dumps(tasks.record(task, rng)) + "\n" for _ in range(8)]
             (folder / f"{rows.split}.jsonl").write_text("".join(lines))
     for name in ("natural_questions", "web_questions", "trivia_qa"):
         task = TASKS[f"closed_book.{name}"]
-        lines = [json.dumps(record(task, rng)) + "\n" for _ in range(task.num_examples + 4)]
+        lines = [json.dumps(tasks.record(task, rng)) + "\n" for _ in range(task.num_examples + 4)]
         (root / task.dataset / "train.jsonl").write_text("".join(lines))
     return root
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+import tasks as miniature
 
 from switch_jax import config as config_lib
 from switch_jax import rendezvous
@@ -203,6 +204,34 @@ def test_four_two_and_one_process_are_one_run(config, tmp_path):
     (code, _, err), _ = ends(two, seconds=30)
     assert code not in (0, 128 + signal.SIGTERM), err
     assert same_losses(losses(two_dir), reference)
+
+
+def test_two_processes_share_the_answers_to_a_task(config, tmp_path):
+    """Five examples in batches of four: the last one is ragged, and each process has half."""
+    for split in ("train", "validation"):
+        pairs = [{"inputs": "so " * i + str(i), "targets": "a" * (9 - i)} for i in range(5)]
+        miniature.write_jsonl(tmp_path / f"{split}.jsonl", pairs)
+    changes = SMALL | {
+        "data.mixture": f"pairs:{tmp_path}/{{split}}.jsonl",
+        "data.data_dir": "none",
+        "data.vocabulary": "bytes",
+        "model.vocab_size": 384,
+        "optimizer.learning_rate": 2.0,
+        "train.steps": 20,
+        "train.keep_best": "cross_entropy",
+        "train.checkpoint_every": 1000,
+        "mesh.data": 2,
+    }
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    command = ["train", "--config", config, *flags]
+    runs.run(*command, "--workdir", tmp_path / "one", XLA_FLAGS=devices(2))
+    codes, outs, errs = zip(*ends(start(by_flags(2), [*command, "--workdir", tmp_path / "two"])))
+    assert codes == (0, 0), errs
+    assert "pairs." in outs[0] and "Best by cross_entropy" in outs[0] and not outs[1]
+    [one], [two] = (list((tmp_path / name / "predictions/20").iterdir()) for name in ("one", "two"))
+    assert one.read_text() == two.read_text()
+    written = [json.loads(line)["prediction"] for line in one.read_text().splitlines()]
+    assert len(written) == 5 and any(written)
 
 
 def test_missing_processes_are_named_by_those_that_are_there(config, tmp_path):

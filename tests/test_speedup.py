@@ -20,7 +20,7 @@ def evaluations(steps, **qualities):
         line |= {f"mc4.{name}/neg_log_perplexity": q[place] for name, q in qualities.items()}
         found = [q[place] for q in qualities.values() if q[place] is not None]
         line["neg_log_perplexity"] = sum(found) / len(found) if found else None
-        lines.append(line | {"cross_entropy": 2.0, "mc4.sw/accuracy": 0.5})
+        lines.append(line | {"cross_entropy": 2.0, "mc4.sw/cross_entropy": 0.5})
     return lines
 
 

@@ -68,9 +68,10 @@ def trained(tmp_path_factory):
     checkpoints = checkpoint.Checkpoints(workdir, keep=1)
     state = program.init()
     state = dataclasses.replace(state, step=state.step + 3)
+    state, *_ = program.train_step(state, program.put(make_batch(made_with)))
     checkpoints.save(state, open_batches(made_with, "train"))
     checkpoints.close()
-    return workdir.path, {name: np.asarray(p) for name, p in state.params.items()}
+    return workdir.path, jax.device_get(state.params), jax.device_get(state.opt_state)
 
 
 def started(trained, **overrides):
@@ -87,6 +88,40 @@ def test_parameters_are_taken_and_the_rest_begins_anew(trained, mesh):
     params, _, state = started(trained, **mesh)
     assert int(state.step) == 0
     assert all((params[name] == value).all() for name, value in trained[1].items())
+
+
+@pytest.mark.parametrize("mesh", [{}, {"mesh.expert": 4, "mesh.model": 2}])
+def test_the_optimizer_is_taken_when_asked_and_its_schedule_begins_anew(trained, mesh):
+    settings = config_lib.override(
+        config(**mesh), {"init_from": str(trained[0]), "init_optimizer": "loaded"}
+    )
+    program = Program(settings, make_mesh(settings))
+    state, fresh = initial.start(program), program.init()
+
+    def by_kind(opt_state):
+        scheduled, statistics = [], []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+            of_schedule = jax.tree_util.keystr(path) == "[2].count"
+            (scheduled if of_schedule else statistics).append(np.asarray(leaf))
+        return scheduled, statistics
+
+    (schedule,), statistics = by_kind(state.opt_state)
+    assert int(state.step) == 0 == schedule and by_kind(trained[2])[0] == [1]
+    assert all(map(np.array_equal, statistics, by_kind(trained[2])[1]))
+    assert not all(map(np.array_equal, statistics, by_kind(fresh.opt_state)[1]))
+    wanted = jax.tree.leaves(program.state_sharding.opt_state)
+    assert all(x.sharding == s for x, s in zip(jax.tree.leaves(state.opt_state), wanted))
+
+
+def test_an_optimizer_that_does_not_fit_is_refused(trained):
+    for change in ({"optimizer.name": "adamw"}, {"model.vocab_size": 48}):
+        settings = config_lib.override(
+            config(**change), {"init_from": str(trained[0]), "init_optimizer": "loaded"}
+        )
+        with pytest.raises(UserError, match=r"optimizer of .* does not fit.* init_optimizer=fresh"):
+            initial.start(Program(settings, make_mesh(settings)))
+    with pytest.raises(UserError, match="init_optimizer=loaded needs init_from"):
+        config_lib.override(config(), {"init_optimizer": "loaded"})
 
 
 def test_a_larger_vocabulary_keeps_the_old_ids(trained):

@@ -27,5 +27,5 @@ def get_config(arg: str = "") -> ConfigDict:
         num_experts=args.num_experts, expert_dropout_rate=0.4 * (args.num_experts > 0)
     )
     config.optimizer.update(schedule="constant", learning_rate=1e-3, warmup_steps=0)
-    config.train.update(steps=16_000, eval_every=200, checkpoint_every=200)
+    config.train.update(steps=16_000, eval_every=200, checkpoint_every=200, keep_best="average")
     return config

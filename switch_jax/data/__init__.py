@@ -57,7 +57,14 @@ def open_each(config: Config, split: Split, feed: Feed = EVERYTHING) -> Mapping[
 def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Validation examples of the fine-tuning tasks in a mixture, by task.
 
-    Each has `inputs`, `targets` and the `answer` that metrics compare with. Only packed records
-    have them.
+    Each has `inputs`, `targets` and the `answer` that metrics compare with.
     """
-    return rows.open_examples(config) if config.data.reader == "store" else {}
+    match config.data.reader:
+        case "store":
+            return rows.open_examples(config)
+        case "synthetic":
+            return {}
+        case "seqio":
+            from switch_jax.data import tasks
+
+            return tasks.open_examples(config)

@@ -13,7 +13,7 @@ from switch_jax.data.bad_records import BadRecords
 from switch_jax.data.sources import Source, Split
 from switch_jax.errors import UserError
 
-BLOCK = 64  # documents
+BLOCK = 64  # documents; inputs and targets are two
 
 
 class BlockReader:
@@ -21,11 +21,12 @@ class BlockReader:
 
     Attributes:
       split, shards: which one, and how many it has.
+      pairs: as the source's.
       failures: what ended the reading of a shard early; whoever reads must look.
     """
 
     def __init__(self, source: Source, split: Split, bad: BadRecords):
-        self.split = split
+        self.split, self.pairs = split, source.pairs
         self._source, self._bad = source, bad
         self._shards = source.shards(split)
         self.shards = len(self._shards)

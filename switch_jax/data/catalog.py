@@ -4,19 +4,21 @@ python_docs                     the text that comes with Python
 c4                              English C4 in `data.data_dir`: of TFDS, or AllenAI's json.gz
 mc4, mc4.sw                     multilingual C4, all languages or one, likewise
 c4/en:2.2.0, lm1b               a TFDS data set in `data.data_dir` whose examples have a `text`
+glue, squad, arc.easy           fine-tuning tasks in `data.data_dir`: see `downstream`
 /books/{split}-*.jsonl.gz       files; `{split}` stands for train and validation
+pairs:/mine/{split}.jsonl       files whose records have `inputs` and `targets`
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
-from switch_jax.data import downstream, formats
-from switch_jax.data.pairs import find_task
-from switch_jax.data.sources import SPLITS, Files, PythonDocs, Source, Split, glob, newest
+from switch_jax.data import downstream, formats, records
+from switch_jax.data.pairs import Pairs, find_task
+from switch_jax.data.sources import SPLITS, File, Files, PythonDocs, Source, Split, glob, newest
 from switch_jax.errors import UserError
 
 # mC4's 101 languages; six of them have a second code, for texts in Latin script.
@@ -30,12 +32,16 @@ MC4_LANGUAGES = tuple(_CODES.split())
 
 _SPLITS: dict[Split, str] = {split: split for split in SPLITS}
 
+_PAIRS = "pairs:"
+
 
 def name_of(spec: str) -> str:
     """The name of the source, or of the group of sources, that `spec` stands for.
 
     Files are called by the last part of their path that is more than wildcards and suffixes.
     """
+    if spec.startswith(_PAIRS):
+        return f"pairs.{name_of(spec.removeprefix(_PAIRS))}"
     if not is_files(spec):
         return spec.partition(":")[0]
     for part in reversed(spec.split("/")):
@@ -54,8 +60,12 @@ def find(spec: str, data_dir: str | None) -> list[Source]:
     """
     if spec == "python_docs":
         return [PythonDocs()]
+    if spec.startswith(_PAIRS):
+        files = _named_files(spec, records.is_known, ".jsonl, .tsv, .csv, .parquet or .tfrecord")
+        return [Pairs(downstream.own(name_of(spec)), files)]
     if is_files(spec):
-        return [_named_files(spec)]
+        known = ".txt, .json, .jsonl (or these with .gz or .zst), .parquet or .tfrecord"
+        return [Files(name_of(spec), _named_files(spec, formats.is_known, known), {})]
     name, _, version = spec.partition(":")
     group, _, language = name.partition(".")
     multilingual = group == "mc4" and (not language or language in MC4_LANGUAGES)
@@ -116,11 +126,12 @@ def _readable(task: str) -> bool:
 
 def is_files(spec: str) -> bool:
     """Whether a part of a mixture names files."""
-    return spec.startswith(("/", "./", "../", "~")) or "*" in spec or formats.is_known(spec)
+    begins = (_PAIRS, "/", "./", "../", "~")
+    return spec.startswith(begins) or "*" in spec or formats.is_known(spec)
 
 
-def _named_files(spec: str) -> Source:
-    pattern = os.path.expanduser(spec)
+def _named_files(spec: str, is_known: Callable[[str], bool], known: str) -> dict[Split, list[File]]:
+    pattern = os.path.expanduser(spec.removeprefix(_PAIRS))
     if "**" in pattern:
         raise UserError(
             f"data.mixture={spec}: ** is not understood; write a * for every folder between."
@@ -134,13 +145,10 @@ def _named_files(spec: str) -> Source:
             raise UserError(
                 f"data.mixture: no file matches {patterns[split]!r}; name files that exist."
             )
-        unknown = [file.path for file in found if not formats.is_known(file.path)]
+        unknown = [file.path for file in found if not is_known(file.path)]
         if unknown:
-            raise UserError(
-                f"data.mixture: {unknown[0]!r} is of no known format; use .txt, .json, .jsonl"
-                " (or these with .gz or .zst), .parquet or .tfrecord."
-            )
-    return Files(name_of(spec), files, {})
+            raise UserError(f"data.mixture: {unknown[0]!r} is of no known format; use {known}.")
+    return files
 
 
 def _c4_json(root: epath.Path, version: str) -> Source | None:

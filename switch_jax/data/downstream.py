@@ -41,7 +41,8 @@ class Task:
     Attributes:
       dataset: of TFDS, with its config.
       splits: where each part lies in the data set; not every task has all three.
-      num_examples: in training, and the rate in a mixture; of ReCoRD one for every answer.
+      num_examples: in training, and the rate in a mixture; of ReCoRD one for every answer. None
+        where only the files tell.
       schema: the fields that `format` reads, with their names and types in TFDS: a type, `[type]`
         for a list, or a dict of fields. A record may have more.
       format: text of a record; see `prompts`.
@@ -56,7 +57,7 @@ class Task:
     dataset: str
     version: str
     splits: Mapping[Part, Rows]
-    num_examples: int
+    num_examples: int | None
     schema: Mapping[str, Any]
     format: Format
     classes: tuple[str, ...]
@@ -80,6 +81,9 @@ class Mixture:
     average: tuple[tuple[str, ...], ...]
 
 
+_ALL: dict[Part, Rows] = {part: Rows(part) for part in get_args(Part)}
+
+
 def find(name: str) -> Mixture:
     """The mixture of that name, or one of the single task of that name; raises `UserError`."""
     if name in MIXTURES:
@@ -87,7 +91,30 @@ def find(name: str) -> Mixture:
     if name not in TASKS:
         known = ", ".join([*MIXTURES, *TASKS])
         raise UserError(f"There is no fine-tuning task {name!r}; use one of {known}.")
-    return Mixture(name, {name: TASKS[name].num_examples}, ((name,),))
+    return Mixture(name, {name: TASKS[name].num_examples or 0}, ((name,),))
+
+
+def task(name: str) -> Task:
+    """The task that a source of pairs is called after: one of TASKS, or of somebody's own files."""
+    return TASKS[name] if name in TASKS else own(name)
+
+
+def own(name: str) -> Task:
+    """A task whose records are inputs and targets already; targets are compared as they are."""
+    return Task(
+        name=name,
+        dataset="",
+        version="",
+        splits=_ALL,
+        num_examples=None,
+        schema={"inputs": str, "targets": str},
+        format=prompts.pair,
+        classes=(),
+        metrics=("accuracy",),
+        reported=None,
+        inputs_length=512,
+        targets_length=114,
+    )
 
 
 LABEL = int | str  # a class by its number or by its name
@@ -104,7 +131,6 @@ _LENGTHS = {
     "xsum": (512, 128),
 }
 _VERSIONS = {"glue": "1.0.0", "super_glue": "1.0.2", "anli": "0.1.0"}
-_ALL: dict[Part, Rows] = {part: Rows(part) for part in get_args(Part)}
 _TEST: dict[Part, Rows] = {"test": Rows("test")}
 
 
@@ -370,7 +396,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in _TASKS}
 def _mixture(name: str, tasks: str, average: str, benchmark: str | None = None) -> Mixture:
     """Args: average: groups with blanks between them, their tasks with `+`."""
     stem = benchmark or name
-    rates = {f"{stem}.{task}": TASKS[f"{stem}.{task}"].num_examples for task in tasks.split()}
+    rates = {f"{stem}.{task}": TASKS[f"{stem}.{task}"].num_examples or 0 for task in tasks.split()}
     groups = (group.split("+") for group in average.split())
     return Mixture(name, rates, tuple(tuple(f"{stem}.{task}" for task in g) for g in groups))
 

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from switch_jax.data.bad_records import MISSING, Action, BadRecords
 from switch_jax.data.mixture import find_sources
-from switch_jax.data.pairs import Pairs
+from switch_jax.data.pairs import Pairs, as_json
 from switch_jax.data.sources import SPLITS, Shard, Source, Split
 from switch_jax.data.store import (
     FORMAT,
@@ -234,7 +234,7 @@ def _tokenise(task: _Task, action: Action) -> int:
     offsets = [0]
     if isinstance(task.source, Pairs) and task.split != "train":
         examples = task.source.examples(task.split, bad)
-        lines = "".join(json.dumps(example._asdict()) + "\n" for example in examples)
+        lines = "".join(line + "\n" for line in as_json(examples))
         write_whole(examples_path(task.folder), lines.encode())
         bad = BadRecords(action)  # they are counted below
     tokens_file = tokens_path(task.folder, task.number)

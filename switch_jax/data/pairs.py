@@ -2,8 +2,9 @@
 
 import hashlib
 import itertools
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
 
@@ -11,7 +12,17 @@ from switch_jax.data import records
 from switch_jax.data.bad_records import BadRecords
 from switch_jax.data.downstream import Task
 from switch_jax.data.prompts import Example
-from switch_jax.data.sources import SPLITS, File, Shard, Source, Split, glob, newest, stamp
+from switch_jax.data.sources import (
+    SPLITS,
+    File,
+    Shard,
+    Source,
+    Split,
+    glob,
+    held_out,
+    newest,
+    stamp,
+)
 from switch_jax.errors import UserError
 
 
@@ -19,15 +30,20 @@ class Pairs(Source):
     """A task, whose texts are inputs, targets, inputs, targets, …
 
     Args:
-      files: those of the data set's splits that the task's parts are taken from.
+      files: those of the data set's splits that the task's parts are taken from. Where there are
+        none for validation though the task has it, a fixed 1 % of training is held out.
     """
 
     pairs = True
 
-    def __init__(self, task: Task, files: Mapping[str, list[File]]):
+    def __init__(self, task: Task, files: Mapping[str, list[File]] | Mapping[Split, list[File]]):
         self.name = task.name
         self._task = task
-        self._files = dict(files)
+        self._files = {str(split): list(found) for split, found in files.items()}
+        valid = task.splits.get("validation")
+        self._held_out = valid is not None and valid.split not in files
+        if valid is not None and self._held_out:
+            self._files[valid.split] = files["train"]
         named = [(os.path.basename(f.path), f.size) for split in files.values() for f in split]
         digest = hashlib.blake2b(repr((named, task.splits)).encode(), digest_size=16)
         self.fingerprint = digest.hexdigest()
@@ -45,6 +61,12 @@ class Pairs(Source):
             yield example.inputs
             yield example.targets
 
+    def documents(self, split: Split) -> int | None:
+        """In training, pairs as the task counts them; None where it does not."""
+        if split != "train":
+            return None
+        return self._task.num_examples if "train" in self._task.splits else 0
+
     def examples(self, split: Split, bad: BadRecords) -> Iterator[Example]:
         """A split's examples in order; what cannot be read goes to `bad`."""
         rows = self._task.splits.get(split)
@@ -56,7 +78,14 @@ class Pairs(Source):
             for record in records.records(file.path, self._task.schema, bad)
         )
         for record in itertools.islice(found, rows.begin, rows.end):
-            yield from self._task.format(record, split == "train")
+            for example in self._task.format(record, split == "train"):
+                if not self._held_out or held_out(example.inputs) == (split == "validation"):
+                    yield example
+
+
+def as_json(examples: Iterable[Example]) -> Iterator[str]:
+    """A line each, with `inputs`, `targets` and `answer`."""
+    return (json.dumps(example._asdict()) for example in examples)
 
 
 def find_task(root: epath.Path, task: Task) -> Pairs:
@@ -76,7 +105,7 @@ def find_task(root: epath.Path, task: Task) -> Pairs:
             found = glob(os.fspath(version / f"{stem}-{rows.split}.tfrecord*"))
         else:
             found = glob(os.fspath(folder / f"{rows.split}[-.]*"))
-            found = [file for file in found if records.NAME.search(file.path)]
+            found = [file for file in found if records.is_known(file.path)]
         if not found:
             raise UserError(
                 f"The {rows.split} split of {task.name} is not in {os.fspath(folder)!r}; prepare it"

@@ -34,6 +34,8 @@ T5's colleagues (google-research/prompt-tuning), as far as it goes.
 | arc.easy   | `arc_easy question: … choice1: … choice2: …`   | choice's text | SPoT's questions   |
 |            |                                                |               | with choices; COPA |
 
+Records of one's own files have `inputs` and `targets` already.
+
 Where the answer is not known (a label of -1, no answers), targets are `<unk>`, or `-1.0` in
 glue.stsb, and `Example.answer` is None.
 """
@@ -190,6 +192,11 @@ def squad(record: Record, training: bool) -> list[Example]:
 def summarization(record: Record, training: bool, document: str, summary: str) -> list[Example]:
     """The fields `document` and `summary`."""
     return [Example(f"summarize: {record[document]}", record[summary], record[summary])]
+
+
+def pair(record: Record, training: bool) -> list[Example]:
+    """Inputs and targets as they are."""
+    return [Example(record["inputs"], record["targets"], record["targets"])]
 
 
 def open_question(record: Record, training: bool, prefix: str, answers: str) -> list[Example]:

@@ -28,7 +28,14 @@ from switch_jax.errors import UserError
 Record = dict[str, Any]
 Schema = Mapping[str, Any]
 
-NAME = re.compile(r"\.(json|jsonl|ndjson|tsv|csv|parquet|tfrecords?)(?:-\d+-of-\d+)?(\.gz|\.zst)?$")
+_NAME = re.compile(
+    r"\.(json|jsonl|ndjson|tsv|csv|parquet|tfrecords?)(?:-\d+-of-\d+)?(\.gz|\.zst)?$"
+)
+
+
+def is_known(path: str) -> bool:
+    """Whether a file has a name of the table above."""
+    return _NAME.search(path) is not None
 
 
 def records(path: str, schema: Schema, bad: BadRecords) -> Iterator[Record]:
@@ -40,7 +47,7 @@ def records(path: str, schema: Schema, bad: BadRecords) -> Iterator[Record]:
     Raises `UserError` for a name that is not known, a package that is missing, a field that is
     missing or of another type, and where `bad` does.
     """
-    name = NAME.search(path)
+    name = _NAME.search(path)
     if name is None:
         raise UserError(
             f"{path} has no known format; use .jsonl, .tsv, .csv or .tfrecord, each also with .gz"

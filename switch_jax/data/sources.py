@@ -147,7 +147,7 @@ class Files(Source):
             bad = BadRecords("skip")  # the same files: they are told of in training
         for path in shard.paths:
             for text in formats.texts(path, bad):
-                if not self._held_out or _held_out(text) == (split == "validation"):
+                if not self._held_out or held_out(text) == (split == "validation"):
                     yield text
 
     def documents(self, split: Split) -> int | None:
@@ -164,7 +164,7 @@ def stamp(files: Iterable[Iterable[File]]) -> str:
     return hashlib.blake2b(repr([list(of) for of in files]).encode(), digest_size=16).hexdigest()
 
 
-def _held_out(text: str) -> bool:
+def held_out(text: str) -> bool:
     """A fixed 1 % of all texts."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 100 == 0

@@ -10,18 +10,21 @@ document or of a row, without an EOS. No other module uses TensorFlow.
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from switch_jax.data import mixture, vocabulary
-from switch_jax.data.bad_records import MISSING, ToldRecords
+from switch_jax.data.bad_records import MISSING, BadRecords, ToldRecords
 from switch_jax.data.batch import EVERYTHING, Batch, Feed
 from switch_jax.data.blocks import BLOCK, BlockReader
+from switch_jax.data.pairs import Pairs, as_json
 from switch_jax.data.sources import Source, Split
 from switch_jax.data.spans import MEAN_SPAN, NOISE_DENSITY, span_lengths
 from switch_jax.data.store import is_store
@@ -75,7 +78,8 @@ def open_mixture(config: Config, split: Split, feed: Feed = EVERYTHING) -> "Seqi
     documents = {source.name: source.documents("train") for source in sources}
     specs = {source.name: source.spec for source in sources}
     shares = mixture.shares(config.data, documents, specs)
-    return SeqioIterator(config.data, split, feed, sources, words, shares)
+    drawn = [source for source in sources if source.name in shares]
+    return SeqioIterator(config.data, split, feed, drawn, words, shares)
 
 
 def open_sources(
@@ -83,26 +87,31 @@ def open_sources(
 ) -> dict[str, "SeqioIterator"]:
     """Rows of each source on its own; raises `UserError`."""
     sources, words = _opened(config)
+    some = [source for source in sources if source.shards(split)] or sources
     return {
         source.name: SeqioIterator(config.data, split, feed, [source], words, {source.name: 1.0})
-        for source in sources
+        for source in some
     }
+
+
+def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Validation examples of the mixture's pairs, by source; raises `UserError`."""
+    sources, _ = _opened(config)
+    bad = BadRecords("skip")  # whoever reads the batches is told
+    found = {s.name: list(s.examples("validation", bad)) for s in sources if isinstance(s, Pairs)}
+    return {name: list(map(json.loads, as_json(of))) for name, of in found.items() if of}
 
 
 def _opened(config: Config) -> tuple[list[Source], Vocabulary]:
     data = config.data
-    span_lengths(data.inputs_length, data.targets_length)
     if data.data_dir is not None and is_store(data.data_dir):
         raise UserError(
             f"data.data_dir={data.data_dir!r} is packed text; set data.reader=store to read it."
         )
     sources, words = mixture.find_sources(data), open_vocabulary(config)
-    paired = [source.name for source in sources if source.pairs]
-    if paired:
-        raise UserError(
-            f"{paired[0]} is a fine-tuning task, which is not streamed; set data.reader=store."
-        )
-    check_sentinels(data, words)
+    if not all(source.pairs for source in sources):
+        span_lengths(data.inputs_length, data.targets_length)
+        check_sentinels(data, words)
     return sources, words
 
 
@@ -150,7 +159,7 @@ class SeqioIterator:
         buffered = max(16, _BUFFERED_ROWS // len(rates))
         open_shards = max(1, _OPEN_SHARDS // len(rates))
         tasks = [
-            _task(f"source_{number}", Documents(reader, open_shards), words, data.pack, buffered)
+            _task(f"source_{number}", Documents(reader, open_shards), words, data, buffered)
             for number, reader in enumerate(self._readers)
         ]
         provider = tasks[0]
@@ -221,9 +230,10 @@ class SeqioIterator:
 
 
 def _task(
-    name: str, source: "Documents", words: Vocabulary, pack: bool, buffered: int
+    name: str, source: "Documents", words: Vocabulary, data: DataConfig, buffered: int
 ) -> seqio.Task:
     feature = seqio.Feature(_seqio_vocabulary(words), add_eos=True)
+    corrupted = [select_random_chunk, *([] if data.pack else [join]), cut, corrupt]
     return seqio.Task(
         name,
         source=source,
@@ -231,8 +241,7 @@ def _task(
             seqio.preprocessors.tokenize,
             # What follows is drawn anew in every epoch.
             seqio.CacheDatasetPlaceholder(),
-            *([select_random_chunk, cut] if pack else [select_random_chunk, join, cut]),
-            corrupt,
+            *([] if source.pairs else corrupted),
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features={"inputs": feature, "targets": feature},
@@ -247,7 +256,7 @@ def _seqio_vocabulary(words: Vocabulary) -> seqio.Vocabulary:
 
 
 class Documents(seqio.DataSource):
-    """The texts of a split, as `targets`.
+    """The texts of a split, as `targets`, or as `inputs` and `targets` where they are pairs.
 
     In training, shards come in an order that `seed` and the epoch decide, and `open_shards` of
     them are read in turns; in validation they come one after the other.
@@ -255,6 +264,7 @@ class Documents(seqio.DataSource):
 
     def __init__(self, reader: BlockReader, open_shards: int):
         super().__init__(splits=[reader.split])
+        self.pairs = reader.pairs
         self._reader = reader
         self._open_shards = open_shards
 
@@ -283,8 +293,12 @@ class Documents(seqio.DataSource):
             shards = shards.shuffle(len(mine), seed=seed)
         open_shards = self._open_shards if shuffle else 1
         texts = shards.interleave(self._shard, cycle_length=open_shards, block_length=BLOCK)
+        if self.pairs:  # a block has no half of one
+            texts = texts.batch(2, drop_remainder=True)
         if not whole:
             texts = texts.shard(info.num_shards, info.index)
+        if self.pairs:
+            return texts.map(lambda pair: {"inputs": pair[0], "targets": pair[1]})
         return texts.map(lambda text: {"targets": text})
 
     def _shard(self, shard: tf.Tensor) -> tf.data.Dataset:
