@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny
-from test_parity import load_reference, model_config, reference
+from hugging_face import reference, write_folder
 
 import switch_jax
 from switch_jax import bench, decode, search, sharding
@@ -21,15 +20,18 @@ from switch_jax.step import Program
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(tmp_path_factory):
     """Random weights whose outputs differ from token to token."""
-    stored = reference("switch_relu_tied")
-    config = model_config(json.loads(str(stored["config"])))
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    loaded = switch_jax.load(write_folder(folder, reference("switch_relu_tied")))
     # Training capacity so small that a decoder which heeded it would drop.
-    moe = dataclasses.replace(config.moe, capacity_factor=0.1, min_capacity=1)
-    config = dataclasses.replace(config, moe=moe)
+    moe = dataclasses.replace(
+        loaded.config.moe, expert_capacity=None, capacity_factor=0.1, min_capacity=1
+    )
+    config = dataclasses.replace(loaded.config, moe=moe)
     abstract = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    return load_reference(abstract, stored)
+    values = {name: leaf[...] for name, leaf in named_parameters(loaded).items()}
+    return with_parameters(abstract, values)
 
 
 def forced_logits(model, source, target, num_sequences: int = 1):

@@ -84,7 +84,7 @@ def from_hugging_face(raw: Mapping[str, Any], found: Structure) -> tuple[Config,
         moe = {ours: _given(known, theirs) for theirs, ours in _MOE.items()}
         # Each sequence is a group of its own, and padding a token as any other.
         moe |= {"group_size": 1, "padding": "routed"}
-        moe |= _placement(known, layers, found, notes)
+        moe |= _placement(known, found, notes)
     try:
         config = config_lib.from_dict({"model": model, "moe": moe, "data": {"batch_size": _BATCH}})
     except UserError as error:
@@ -207,14 +207,12 @@ def _tied(known: Mapping[str, Any], found: Structure, notes: list[str]) -> bool:
     return bool(scaled)
 
 
-def _placement(
-    known: Mapping[str, Any], layers: Mapping[str, int], found: Structure, notes: list[str]
-) -> dict[str, Any]:
+def _placement(known: Mapping[str, Any], found: Structure, notes: list[str]) -> dict[str, Any]:
     """`moe.every` and `moe.stacks`, from which layers have a router."""
     with_experts = [stack for stack in STACKS if found.sparse[stack]]
-    for every in range(1, max(layers.values()) + 1):
+    for every in range(1, max(found.layers.values()) + 1):
         if with_experts and all(
-            found.sparse[stack] == tuple(range(every - 1, layers[stack], every))
+            found.sparse[stack] == tuple(range(every - 1, found.layers[stack], every))
             for stack in with_experts
         ):
             break

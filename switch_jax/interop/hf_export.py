@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from switch_jax import checkpoint, lora
-from switch_jax.data.vocabulary import BYTES
+from switch_jax.data.vocabulary import BYTES, HUGGING_FACE_NAME
 from switch_jax.files import new_folder
 from switch_jax.interop import hf_config, names
-from switch_jax.interop.huggingface import CARRIED, CONFIG, LEFTOVER, RECORD, VOCABULARY
+from switch_jax.interop.huggingface import CARRIED, CONFIG, LEFTOVER, RECORD
 from switch_jax.interop.imported import Stacked, parameters
 from switch_jax.interop.names import ALIASES, HEAD, SHARED
 from switch_jax.interop.tensors import DTYPES, INDEX, safetensors
@@ -66,7 +66,7 @@ def _source(workdir: Workdir) -> _Source:
     leftover = files.pop(LEFTOVER, None)
     config, types = (json.loads(files.pop(name, b"{}")) for name in (CONFIG, RECORD))
     if workdir.vocabulary.is_file() and workdir.vocabulary.read_bytes() != BYTES.encode():
-        files[VOCABULARY] = workdir.vocabulary.read_bytes()
+        files[HUGGING_FACE_NAME] = workdir.vocabulary.read_bytes()
     unused = {} if leftover is None else safetensors().numpy.load(leftover)
     return _Source(config, types, unused, files)
 
@@ -75,7 +75,7 @@ def _tensors(config: Config, folder: Path, source: _Source) -> Iterator[tuple[st
     """Every tensor to be written, with its name."""
     known = parameters(config)
     table = names.table(config, known)
-    embedding = None
+    embedding = np.empty(0)
     for path, value in _values(config, folder, known):
         if path == "embedding":
             embedding = value
@@ -127,7 +127,7 @@ def _write(tensors: Iterable[tuple[str, np.ndarray]], folder: Path) -> None:
     if len(contents) == 1:
         (folder / "0").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, written in enumerate(contents):
         name = f"model-{number + 1:05}-of-{len(contents):05}.safetensors"
         (folder / f"{number}").rename(folder / name)

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from switch_jax.data.vocabulary import HUGGING_FACE_NAME
 from switch_jax.errors import UserError
 from switch_jax.interop import hf_config, names
 from switch_jax.interop.imported import Imported, Index, parameters
-from switch_jax.interop.names import ALIASES, HEAD, SHARED, UNUSED, Source
+from switch_jax.interop.names import ALIASES, HEAD, SHARED, UNUSED
 from switch_jax.interop.tensors import Tensors, safetensors
 from switch_jax.schema import Config
 
 # Where a WORKDIR keeps what came with the weights, and is written out again.
 CARRIED = "huggingface"
 CONFIG, RECORD, LEFTOVER = "config.json", "tensors.json", "unused.safetensors"
-VOCABULARY = "spiece.model"
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -51,7 +51,7 @@ def read(path: Path) -> Imported:
     return Imported(
         config,
         functools.partial(_slice, tensors, table, stored),
-        vocabulary=_content(path / VOCABULARY),
+        vocabulary=_content(path / HUGGING_FACE_NAME),
         carried=_carried(path, tensors),
         notes=notes,
     )

@@ -4,7 +4,7 @@ T5, mT5 and Switch Transformers name everything alike but the feed-forward layer
 are [out, in] and one for each layer and expert; ours are [in, out] and stacked.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from switch_jax.interop.imported import Index, Stacked
@@ -110,7 +110,7 @@ class Structure(NamedTuple):
     own_head: bool
 
 
-def structure(names: Iterator[str] | set[str]) -> Structure:
+def structure(names: Iterable[str]) -> Structure:
     """The structure of the model that has tensors of these names."""
     layers = {stack: 0 for stack in STACKS}
     sparse: dict[str, set[int]] = {stack: set() for stack in STACKS}

@@ -4,7 +4,6 @@ Nothing is read but what is asked for.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,7 +35,7 @@ class Tensor(NamedTuple):
 
 
 class _File(Protocol):
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
 
     def read(self, name: str) -> np.ndarray: ...
 
@@ -108,7 +107,9 @@ class _Torch:
             name: Tensor(tensor.shape, _NAMES[tensor.dtype])
             for name, tensor in self._file.tensors.items()
         }
-        self.read = self._file.read
+
+    def read(self, name: str) -> np.ndarray:
+        return self._file.read(name)
 
 
 class _Safetensors:

@@ -82,22 +82,24 @@ class TorchFile:
             values = np.fromfile(
                 self._path, storage.dtype, storage.size, offset=self._offsets[storage.key]
             )
+            if len(values) < storage.size:
+                raise EOFError("it has become shorter")
             flat = values[offset:]
             bytes_apart = [stride * storage.dtype.itemsize for stride in strides]
             return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, bytes_apart))
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise _damaged(self._path, error) from error
 
     def _check(self, name: str, tensor: TorchTensor) -> None:
         """Nothing outside of its storage may be read, nor outside of the file."""
         storage, offset, shape, strides = tensor
-        numbers = (storage.size, offset, *shape, *strides)
+        numbers: tuple[Any, ...] = (storage.size, offset, *shape, *strides)
         legal = all(type(n) is int and n >= 0 for n in numbers) and len(shape) == len(strides)
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides)) if legal else 0
         end = self._offsets.get(storage.key, math.inf) + storage.size * storage.dtype.itemsize
         if (
             not legal
-            or (math.prod(shape) and last >= storage.size)
+            or (0 not in shape and last >= storage.size)
             or end > self._path.stat().st_size
         ):
             raise UserError(
