@@ -28,11 +28,9 @@ from switch_jax.data.spans import EOS
 from switch_jax.decode import Cache
 from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
+from switch_jax.schema import Config
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-# Tokens of a batch at the most. Some arithmetic on positions must be known to fit in 32 bits.
-_MOST_TOKENS = 2**18
 
 State = dict[str, jax.Array]
 
@@ -96,7 +94,7 @@ def _write_programs(
         logits_BxV, cache = decode.decode_step(model, token_B, position, cache, mask_BxS)
         return logits_BxV, _as_state(cache, mask_BxS)
 
-    most = max(1, _MOST_TOKENS // inputs_length)
+    most = _most_rows(model.config, inputs_length)
     (batch,) = export.symbolic_shape("batch", constraints=[f"batch <= {most}"])
     parameters = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -137,6 +135,13 @@ def _write_programs(
         "state": {name: _described(leaf) for name, leaf in state.items()},
         "parameters": {name: _described(leaf) for name, leaf in parameters.items()},
     }
+
+
+def _most_rows(config: Config, inputs_length: int) -> int:
+    """Rows of a batch, so that `routing.ranks` knows that its keys fit in 32 bits."""
+    E, K = config.moe.num_experts, max(config.moe.places, 1)
+    pool = E * max(run.blocks for run in config.runs("decoder"))
+    return (2**32 - 1) // max((E + 1) * K * inputs_length, (pool + 1) * K)
 
 
 def _described(leaf: Any) -> dict[str, Any]:

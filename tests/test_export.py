@@ -90,6 +90,7 @@ def test_describes_itself(model, folder):
     "moe",
     [
         {"moe.sublayer": "both", "moe.shared_d_ff": 8, "moe.router": "hash"},
+        {"moe.router": "top_k", "moe.top_k": 8, "moe.num_experts": 256},
         {
             "moe.stacks": "encoder",
             "moe.router": "expert_choice",
@@ -97,7 +98,7 @@ def test_describes_itself(model, folder):
             "model.dtype": "bfloat16",
         },
     ],
-    ids=["attention", "expert choice, bfloat16"],
+    ids=["attention", "top-8 of many", "expert choice, bfloat16"],
 )
 def test_other_experts(moe, tmp_path):
     model = random_model(**moe)
