@@ -66,9 +66,11 @@ def write(
         parameters = {
             name: np.ascontiguousarray(leaf[...]) for name, leaf in named_parameters(model).items()
         }
-        save_file(parameters, folder / "parameters.safetensors")
         signature = _write_programs(model, folder, inputs_length, max_length)
         (folder / "signature.json").write_text(json.dumps(signature, indent=2) + "\n")
+        save_file(parameters, folder / "parameters.safetensors")
+        # Left alone, it is for its owner's eyes only, unlike the other files.
+        shutil.copymode(folder / "signature.json", folder / "parameters.safetensors")
         shutil.copyfile(exported.__file__, folder / "greedy.py")
         if vocabulary is not None:
             (folder / "vocabulary.model").write_bytes(vocabulary)

@@ -84,6 +84,7 @@ def test_describes_itself(model, folder):
     assert logits == {"shape": ["batch", V], "dtype": "float32"}
     assert signature["parameters"].keys() == named_parameters(model).keys()
     assert (folder / "vocabulary.model").read_bytes() == b"bytes"
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 @pytest.mark.parametrize(

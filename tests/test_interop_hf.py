@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import switch_jax
 from switch_jax import config as config_lib
-from switch_jax import pretrained, sharding, transfer
+from switch_jax import initial, pretrained, sharding
 from switch_jax.cli import main
 from switch_jax.data import vocabularies
 from switch_jax.errors import UserError
@@ -187,7 +187,7 @@ def trained(stored, tmp_path_factory) -> Path:
     raw["mesh"]["expert"] = 4
     config = config_lib.from_dict(raw | {"init_from": str(folder)})
     program = Program(config, sharding.make_mesh(config))
-    state = transfer.start(program)
+    state = initial.start(program)
     first = named_parameters(switch_jax.load(folder))
     for name, leaf in first.items():
         np.testing.assert_array_equal(state.params[name], leaf[...], err_msg=name)

@@ -334,3 +334,5 @@ def test_experts_where_no_keys_would_have_them_are_told():
     assert keys == {"every": 1, "first": 3, "last": None, "stacks": "both"}
     with pytest.raises(UserError, match=r"\[2, 3\]"):
         placement(layers, {"encoder": (2, 3), "decoder": (1, 3, 5)})
+    with pytest.raises(UserError, match=r"\[\]"):
+        placement(layers, {"encoder": (), "decoder": ()})

@@ -10,6 +10,7 @@ from typing import Any
 from switch_jax import config as config_lib
 from switch_jax.errors import UserError
 from switch_jax.interop.names import Structure
+from switch_jax.interop.placement import placement
 from switch_jax.schema import STACKS, Config
 
 SWITCH = "switch_transformers"
@@ -208,25 +209,14 @@ def _tied(known: Mapping[str, Any], found: Structure, notes: list[str]) -> bool:
 
 
 def _placement(known: Mapping[str, Any], found: Structure, notes: list[str]) -> dict[str, Any]:
-    """`moe.every` and `moe.stacks`, from which layers have a router."""
-    with_experts = [stack for stack in STACKS if found.sparse[stack]]
-    for every in range(1, max(found.layers.values()) + 1):
-        if with_experts and all(
-            found.sparse[stack] == tuple(range(every - 1, found.layers[stack], every))
-            for stack in with_experts
-        ):
-            break
-    else:
-        raise UserError(
-            f"The encoder has experts in its layers {found.sparse['encoder']} and the decoder in"
-            f" {found.sparse['decoder']}, counted from 0; what can be had is experts in the last"
-            " of every so many layers."
-        )
-    for stack in with_experts:
+    """Where `moe` has its experts, from which layers have a router."""
+    keys = placement(found.layers, found.sparse)
+    every = keys["every"]
+    for stack in filter(found.sparse.get, STACKS):
         said = known.get(f"{stack}_sparse_step", every)
         if said != every:
             notes.append(
                 f"config.json has {stack}_sparse_step={said}, and the weights have experts in"
                 f" {'every layer' if every == 1 else f'one of {every} layers'}: that is taken."
             )
-    return {"every": every, "stacks": "both" if len(with_experts) == 2 else with_experts[0]}
+    return keys

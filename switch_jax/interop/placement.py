@@ -13,19 +13,19 @@ def placement(layers: Mapping[str, int], sparse: Mapping[str, tuple[int, ...]]) 
 
     Args:
       layers: how many each stack has.
-      sparse: numbers of those with experts, from 0; some stack has one.
+      sparse: numbers of those with experts, from 0.
 
     Raises `UserError` where no values of these keys give them.
     """
     stacks = [stack for stack in STACKS if sparse[stack]]
-    where = "both" if len(stacks) == 2 else stacks[0]
     model = ModelConfig(num_encoder_layers=layers["encoder"], num_decoder_layers=layers["decoder"])
     counts = range(1, max(layers.values()) + 1)
-    some = [(key, count) for count in counts for key in ("first", "last")]
-    for (key, count), every in itertools.product([("first", None), *some], counts):
-        keys: dict[str, Any] = {"every": every, "stacks": where, "first": None, "last": None} | {
-            key: count
-        }
+    among = [(None, None), *((n, None) for n in counts), *((None, n) for n in counts)]
+    for (first, last), every in itertools.product(among, counts):
+        if not stacks or any((first or last or layers[stack]) % every for stack in stacks):
+            continue
+        keys: dict[str, Any] = {"every": every, "first": first, "last": last}
+        keys["stacks"] = stacks[0] if len(stacks) == 1 else "both"
         config = Config(model=model, moe=MoEConfig(num_experts=1, **keys))
         if all(config.sparse_layers(stack) == sparse[stack] for stack in STACKS):
             return keys
