@@ -1,5 +1,7 @@
 """A foreign checkpoint, read slice by slice: as a WORKDIR, and on devices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -44,7 +46,8 @@ def test_becomes_a_workdir(values, tmp_path):
     carried = {"huggingface/generation_config.json": b"{}"}
     write_workdir(foreign(values, vocabulary=b"bytes", carried=carried), tmp_path / "out")
     workdir = Workdir(tmp_path / "out")
-    assert workdir.config() == CONFIG
+    data = dataclasses.replace(CONFIG.data, vocabulary=str(workdir.vocabulary))
+    assert workdir.config() == dataclasses.replace(CONFIG, data=data)
     assert workdir.vocabulary.read_bytes() == b"bytes"
     assert (workdir.path / "huggingface" / "generation_config.json").read_bytes() == b"{}"
     loaded = named_parameters(switch_jax.load(workdir.path))
