@@ -106,15 +106,18 @@ def test_expert_choice_generates_at_its_evaluation_capacity():
 
 
 def test_greedy_takes_the_best_token_and_stops_at_eos(model):
-    source = jax.random.randint(jax.random.key(0), (3, 13), 2, 96)
+    vocab_size = model.config.model.vocab_size
+    source = jax.random.randint(jax.random.key(0), (3, 13), 2, vocab_size)
     output = np.asarray(decode.generate(model, source, max_length=6))
     shifted = np.pad(output, ((0, 0), (1, 0)))[:, :-1]
     batch = {"encoder_input_tokens": source, "decoder_input_tokens": jnp.asarray(shifted)}
     logits, _ = jax.jit(lambda m, b: m.forward(b, factor=None))(model, batch)
-    np.testing.assert_array_equal(output, logits.argmax(-1))
+    ended = np.cumsum(shifted == decode.EOS, axis=1) > 0
+    assert output[0].all() and ended.any()
+    np.testing.assert_array_equal(output, np.where(ended, 0, logits.argmax(-1)))
 
     # Exchange EOS with what a row begins with: that row ends at once, and zeros follow.
-    order = np.arange(96)
+    order = np.arange(vocab_size)
     order[[decode.EOS, output[0, 0]]] = output[0, 0], decode.EOS
     swapped = dict(named_parameters(model))
     swapped["embedding"] = model.embedding[...][order]

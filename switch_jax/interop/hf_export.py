@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +123,7 @@ def _write(tensors: Iterable[tuple[str, np.ndarray]], folder: Path) -> None:
     for number, part in enumerate(_parts(tensors)):
         # transformers does not read a file without this.
         safetensors().numpy.save_file(part, folder / f"{number}", {"format": "pt"})
+        shutil.copymode(folder / CONFIG, folder / f"{number}")  # or no one else could read it
         contents.append(list(part))
         total += sum(value.nbytes for value in part.values())
     if len(contents) == 1:

@@ -38,6 +38,7 @@ class _File(Protocol):
     tensors: dict[str, Tensor]
 
     def read(self, name: str) -> np.ndarray: ...
+    def close(self) -> None: ...
 
 
 class Tensors:
@@ -48,6 +49,7 @@ class Tensors:
 
     def __init__(self, folder: Path):
         self._files: dict[str, _File] = {}
+        self._reading: _File | None = None
         self._folder = folder
         self._file_of = self._weight_map()
         self.known: dict[str, Tensor] = {}
@@ -61,8 +63,13 @@ class Tensors:
                 ) from None
 
     def read(self, name: str) -> np.ndarray:
-        """Values of a tensor, in its own type."""
-        return self._open(self._file_of[name]).read(name)
+        """Values of a tensor, in its own type; one file at a time is held in memory."""
+        file = self._open(self._file_of[name])
+        if file is not self._reading:
+            if self._reading is not None:
+                self._reading.close()
+            self._reading = file
+        return file.read(name)
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor → name of its file."""
@@ -111,17 +118,16 @@ class _Torch:
     def read(self, name: str) -> np.ndarray:
         return self._file.read(name)
 
+    def close(self) -> None:
+        """Nothing is kept open."""
+
 
 class _Safetensors:
     def __init__(self, path: Path):
-        library = safetensors()
         self._path = path
-        try:
-            self._file = library.safe_open(path, "numpy")
-            self._file.__enter__()
-            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-        except (OSError, library.SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); copy it again.") from error
+        self._mapped: Any = None  # while tensors of this file are read
+        file = self._open()
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         self.tensors = {n: Tensor(tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
         for name, tensor in self.tensors.items():
             if tensor.dtype not in DTYPES:
@@ -131,7 +137,19 @@ class _Safetensors:
                 )
 
     def read(self, name: str) -> np.ndarray:
-        return self._file.get_tensor(name)
+        if self._mapped is None:
+            self._mapped = self._open()
+        return self._mapped.get_tensor(name)
+
+    def close(self) -> None:
+        self._mapped = None
+
+    def _open(self) -> Any:
+        library = safetensors()
+        try:
+            return library.safe_open(self._path, "numpy")
+        except (OSError, library.SafetensorError) as error:
+            raise UserError(f"{self._path} cannot be read ({error}); copy it again.") from error
 
 
 def safetensors() -> Any:
