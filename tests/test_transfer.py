@@ -1,4 +1,4 @@
-"""switch_jax.transfer, initial and optim: what training begins with, and which parameters it changes."""
+"""switch_jax.transfer, initial and optim: what training begins with, and what of it changes."""
 
 import dataclasses
 import re
