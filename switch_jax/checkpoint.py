@@ -139,6 +139,12 @@ class Checkpoints:
         return None
 
     def _restore_step(self, step: int, abstract: TrainState, batches: BatchIterator) -> TrainState:
+        if not (self._folder / str(step) / "optimizer").exists():
+            raise UserError(
+                f"Checkpoint {self._folder / str(step)} has parameters alone, as `switch-jax"
+                " convert` writes them; to train from it, name its folder as init_from and use"
+                " another --workdir."
+            )
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
             "optimizer": ocp.args.StandardRestore(_rest(abstract)),

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
         return sub
 
-    def config(sub: argparse.ArgumentParser, *, required: bool = True) -> None:
+    def config(sub: argparse._ActionsContainer, *, required: bool = True) -> None:
         sub.add_argument("--config", required=required, metavar="FILE", help=_CONFIG_HELP)
 
     def workdir(sub: argparse.ArgumentParser, text: str) -> None:
@@ -179,7 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = verb("inspect", verbs.inspect, "parameters, FLOPs and memory of a config; needs no data")
-    config(sub)
+    of = sub.add_mutually_exclusive_group(required=True)
+    config(of, required=False)
+    of.add_argument("--workdir", metavar="DIR", help="the WORKDIR of a run, for its config")
     sub.add_argument(
         "--topology", metavar="NAME", help="suggest meshes for v5p:8x16x16, h100:64 or the like"
     )

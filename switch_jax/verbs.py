@@ -142,8 +142,13 @@ def export(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     from switch_jax import accounting, chips, meshes
+    from switch_jax import config as config_lib
+    from switch_jax.workdir import Workdir
 
-    config = _load_config(args)
+    if args.workdir:
+        config = config_lib.override(Workdir(args.workdir).config(), args.overrides)
+    else:
+        config = _load_config(args)
     summary, suggestions = accounting.summary(config), []
     if args.topology:
         chip, devices = chips.of_topology(args.topology)

@@ -113,17 +113,19 @@ def test_greedy_takes_the_best_token_and_stops_at_eos(model):
     batch = {"encoder_input_tokens": source, "decoder_input_tokens": jnp.asarray(shifted)}
     logits, _ = jax.jit(lambda m, b: m.forward(b, factor=None))(model, batch)
     ended = np.cumsum(shifted == decode.EOS, axis=1) > 0
-    assert output[0].all() and ended.any()
+    row = output.all(-1).argmax()
+    assert output[row].all() and ended.any()
     np.testing.assert_array_equal(output, np.where(ended, 0, logits.argmax(-1)))
 
     # Exchange EOS with what a row begins with: that row ends at once, and zeros follow.
     order = np.arange(vocab_size)
-    order[[decode.EOS, output[0, 0]]] = output[0, 0], decode.EOS
+    first = output[row, 0]
+    order[[decode.EOS, first]] = first, decode.EOS
     swapped = dict(named_parameters(model))
     swapped["embedding"] = model.embedding[...][order]
     renamed = with_parameters(model, {n: getattr(v, "value", v) for n, v in swapped.items()})
     output = np.asarray(decode.generate(renamed, order[source], max_length=6))
-    np.testing.assert_array_equal(output[0], [decode.EOS, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(output[row], [decode.EOS, 0, 0, 0, 0, 0])
 
 
 def log_probabilities(model, source, tokens):

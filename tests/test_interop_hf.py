@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import switch_jax
 from switch_jax import config as config_lib
 from switch_jax import initial, pretrained, sharding
+from switch_jax.checkpoint import Checkpoints
 from switch_jax.cli import main
 from switch_jax.data import vocabularies
 from switch_jax.errors import UserError
@@ -240,7 +242,7 @@ def test_keeps_their_routing(converted):
     assert (moe.jitter, moe.aux_loss_weight, moe.z_loss_weight) == (0.0, 0.001, 0.001)
 
 
-def test_verbs_work_on_a_converted_folder(converted, capsys):
+def test_verbs_work_on_a_converted_folder(converted, stored, capsys):
     assert main(["generate", "--workdir", str(converted), "--text", "a ___", "--max_length=4"]) == 0
     capsys.readouterr()
     overrides = {"reader": "synthetic", "inputs_length": "16", "targets_length": "8"}
@@ -249,6 +251,19 @@ def test_verbs_work_on_a_converted_folder(converted, capsys):
     assert main(argv) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert 3 < metrics["cross_entropy"] < 8
+    assert main(["inspect", "--workdir", str(converted), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["params"] == sum(value.size for value in weights(stored).values())
+    assert {layer["capacity"] for layer in summary["moe"]} == {6}
+
+
+def test_training_begins_with_it_and_does_not_continue_it(converted):
+    config = Workdir(converted).config()
+    program = Program(config, sharding.make_mesh(config))
+    checkpoints = Checkpoints(Workdir(converted), 3)
+    with pytest.raises(UserError, match="init_from"):
+        checkpoints.restore(program.abstract_state, None)
+    checkpoints.close()
 
 
 # --- what a config.json says
@@ -447,11 +462,15 @@ def test_a_view_beyond_its_storage_is_refused(stored, folder, tmp_path, capsys):
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     torch_bin.write_zip(path, weights(stored))
-    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        described = archive.read("pytorch_model/data.pkl")
+        storages = {e[19:]: archive.read(e) for e in archive.namelist() if "/data/" in e}
     # 64 rows of the embedding become 65: protocol 2 writes both as one byte.
-    shape = content.index(b"K\x40K\x10\x86")
-    path.write_bytes(content[:shape] + b"K\x41" + content[shape + 2 :])
-    fails(folder, tmp_path, capsys, path.name)
+    shape = described.rindex(b"K\x40K\x10")
+    longer = described[:shape] + b"K\x41" + described[shape + 2 :]
+    arrays = {key: np.frombuffer(content, np.uint8) for key, content in storages.items()}
+    torch_bin.write_archive(path, longer, arrays)
+    fails(folder, tmp_path, capsys, path.name, f"{SHARED} are not in it")
 
 
 def test_an_export_that_fails_leaves_nothing(converted, tmp_path, monkeypatch, capsys):

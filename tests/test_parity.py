@@ -13,7 +13,7 @@ import pytest
 from hugging_face import MODELS, reference, weights, write_folder
 
 import switch_jax
-from switch_jax import losses
+from switch_jax import decode, losses
 from switch_jax.interop import names
 from switch_jax.interop.imported import parameters
 from switch_jax.model import named_parameters
@@ -91,10 +91,14 @@ def check_routing(routed, probs_NxBxLxE, real_BxS, stack) -> None:
 
 
 def check_generation(model, stored) -> None:
+    """The encoder's capacity holds there, too, and in the decoder there is room for all."""
+    source = stored["encoder_input_tokens"]
+    encoded, real = jax.jit(decode.encode)(model, source)
+    close(encoded[real], stored["encoder_states"][real])
     for wanted, options in (("greedy", Options()), ("beams", Options(3, length_penalty=0.0))):
         found = switch_jax.generate(
             model,
-            stored["encoder_input_tokens"],
+            source,
             max_length=stored[wanted].shape[1],
             beam_size=options.beam_size,
             length_penalty=options.length_penalty,
