@@ -1,26 +1,32 @@
 """Writes tests/golden/*.npz: what Hugging Face's models compute from random weights.
 
-    pip install torch 'transformers>=5.19'
+    pip install torch 'transformers>=5.23'
     python scripts/make_reference.py tests/golden
 
-The files there were made with torch 2.13.0 (CPU), transformers 5.23.0 and numpy 2.4.6.
-Nothing is downloaded. Two runs with these versions give equal bytes. transformers 5.0 to
-at least 5.14 have a broken Switch router (issue 48293: its capacity never binds).
+The files there were made with torch 2.14.1 (CPU), transformers 5.23.0 and numpy 2.4.6. Nothing is
+downloaded. transformers 5.0 to at least 5.14 have a broken Switch router (issue 48293: its capacity
+never binds).
 
 A file holds one tiny encoder-decoder:
 
-    config                          JSON; the names of this project's configuration
+    config                          the JSON that transformers saves beside the weights
     param/<Hugging Face's name>     float16, exactly the weights that were used; a tied
                                     embedding appears once, as `shared.weight`
-    encoder_input_tokens [B, S]     and decoder_input_tokens [B, T]: int32, without padding
+    encoder_input_tokens [B, S]     int32, the last row padded on the right
+    decoder_target_tokens [B, T]    int32, and decoder_input_tokens, the same shifted right
     encoder_states [B, S, d_model]  float32, after the encoder's final norm
-    logits [B, T, vocab_size]       float32, with the output scaling of tied embeddings
-    padded/…                        encoder_input_tokens, encoder_mask and logits where the
-                                    second row is padded on the right; same decoder tokens
+    logits [B, T, vocab_size]       float32, teacher-forced, with the scaling of tied embeddings
+    loss                            mean cross-entropy of the targets, in nats
+    grad/<Hugging Face's name>      its gradients; of experts without a token, zeros
+    router/<stack> [n, B, L, E]     probabilities of the n expert layers; Switch only
+    greedy, beams [B, N]            what `generate` returns behind the start token; past the end, 0
 """
 
+import itertools
 import json
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +40,17 @@ from transformers import (
 )
 
 BATCH, SOURCE, TARGET, UNPADDED = 2, 40, 24, 27
+GENERATED, BEAMS, EOS = 16, 3, 1
 SIZES = {
-    "vocab_size": 96,
-    "d_model": 32,
+    "vocab_size": 64,
+    "d_model": 16,
     "d_kv": 8,
-    "num_heads": 4,
-    "d_ff": 48,
+    "num_heads": 2,
+    "d_ff": 24,
     # Distances in these sequences reach the logarithmic buckets and the last one, too.
     "relative_attention_num_buckets": 16,
     "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
     "attn_implementation": "eager",
 }
 GRID = 64  # weights are multiples of 1/64: exact in float16, and they compress well
@@ -66,8 +74,7 @@ def t5_geglu_untied() -> PreTrainedModel:
     return model
 
 
-def switch_relu_tied() -> PreTrainedModel:
-    """Every second layer is sparse; with room for a whole sequence, no expert drops a token."""
+def _switch(expert_capacity: int) -> PreTrainedModel:
     return SwitchTransformersForConditionalGeneration(
         SwitchTransformersConfig(
             num_layers=4,
@@ -75,7 +82,7 @@ def switch_relu_tied() -> PreTrainedModel:
             num_sparse_encoder_layers=2,
             num_sparse_decoder_layers=2,
             num_experts=4,
-            expert_capacity=SOURCE,
+            expert_capacity=expert_capacity,
             router_jitter_noise=0.0,
             dense_act_fn="relu",
             **SIZES,
@@ -83,10 +90,22 @@ def switch_relu_tied() -> PreTrainedModel:
     )
 
 
-def randomise(model: PreTrainedModel, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Overwrites all parameters, for activations of order one; returns them by name."""
-    params = {name: param.data for name, param in sorted(model.named_parameters())}
-    for name, param in params.items():
+def switch_relu_tied() -> PreTrainedModel:
+    """Every second layer is sparse; with room for a whole sequence, no expert drops a token."""
+    return _switch(SOURCE)
+
+
+def switch_dropping() -> PreTrainedModel:
+    """The same, with room for a fair share of a target and less than one of a source."""
+    return _switch(6)
+
+
+MAKERS = (t5_relu_tied, t5_geglu_untied, switch_relu_tied, switch_dropping)
+
+
+def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Overwrites all parameters, for activations of order one."""
+    for name, param in sorted(model.named_parameters()):
         noise = torch.randn(param.shape, generator=generator)
         if name.endswith("norm.weight"):
             value = 1 + 0.2 * noise
@@ -96,93 +115,116 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> dict[str, t
             value = noise * param.shape[1] ** -0.5
             if "router" in name:
                 value *= 2  # so that routing is decisive
-        param.copy_((value * GRID).round() / GRID)
+        if name in ("shared.weight", "lm_head.weight"):
+            value[EOS] *= 2  # or a sequence would seldom end
+        param.data.copy_((value * GRID).round() / GRID)
         assert torch.equal(param, param.half().float())
-    return params
+
+
+def is_switch(model: PreTrainedModel) -> bool:
+    return isinstance(model, SwitchTransformersForConditionalGeneration)
+
+
+def forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """What a forward and a backward pass compute."""
+    model.zero_grad()
+    # Without the router's losses, which transformers adds where it is asked for logits.
+    out = model(**inputs, use_cache=False)
+    out.loss.backward()
+    arrays = {
+        "encoder_states": out.encoder_last_hidden_state,
+        "logits": out.logits,
+        "loss": out.loss,
+    }
+    for name, param in model.named_parameters():
+        arrays[f"grad/{name}"] = torch.zeros_like(param) if param.grad is None else param.grad
+    if is_switch(model):
+        with torch.no_grad():
+            routed = model(**inputs, use_cache=False, output_router_logits=True)
+        for stack in ("encoder", "decoder"):
+            logits = torch.stack(list(routed[f"{stack}_router_logits"]))
+            arrays[f"router/{stack}"] = logits.softmax(-1)
+    return {name: array.detach().numpy() for name, array in arrays.items()}
 
 
 @torch.no_grad()
-def run(model, params, encoder_tokens, mask, decoder_tokens) -> tuple[np.ndarray, np.ndarray]:
-    """Encoder states and logits, after checking the head and the routing."""
-    is_switch = isinstance(model, SwitchTransformersForConditionalGeneration)
-    out = model(
-        input_ids=encoder_tokens,
-        attention_mask=mask,
-        decoder_input_ids=decoder_tokens,
-        use_cache=False,
-        **({"output_router_logits": True} if is_switch else {}),
-    )
-    states = model.decoder(
-        input_ids=decoder_tokens,
-        encoder_hidden_states=out.encoder_last_hidden_state,
-        encoder_attention_mask=mask,
-        use_cache=False,
-    ).last_hidden_state
-    if "lm_head.weight" in params:  # own weights, no scaling
-        assert not torch.allclose(params["lm_head.weight"], params["shared.weight"])
-        expected = states @ params["lm_head.weight"].T
-    else:
-        expected = states * model.config.d_model**-0.5 @ params["shared.weight"].T
-    torch.testing.assert_close(out.logits, expected)
-    if is_switch:
-        routers = (*out.encoder_router_logits, *out.decoder_router_logits)
-        assert len(routers) == 4  # two sparse layers a stack
-        for logits in routers:
-            first, second = logits.topk(2).values.unbind(-1)
-            assert (first - second).min() > 1e-3  # rounding cannot send a token elsewhere
-            assert set(logits.argmax(-1).flatten().tolist()) == set(range(4))
-    return out.encoder_last_hidden_state.numpy(), out.logits.numpy()
+def generate(model: PreTrainedModel, tokens: torch.Tensor, beams: int) -> np.ndarray:
+    """[B, GENERATED] int32; beams by log probability, without a length penalty."""
+    out = model.generate(
+        input_ids=tokens,
+        attention_mask=(tokens > 0).long(),
+        max_new_tokens=GENERATED,
+        num_beams=beams,
+        do_sample=False,
+        length_penalty=0.0,
+        early_stopping=False,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )[:, 1:].numpy()
+    padded = np.zeros((len(out), GENERATED), np.int32)
+    for row, found in zip(padded, out):
+        length = list(found).index(EOS) + 1 if EOS in found else len(found)
+        row[:length] = found[:length]  # beams are filled up with EOS
+    return padded
 
 
-def reference(model: PreTrainedModel, seed: int) -> dict[str, np.ndarray]:
-    """All arrays of one file."""
+def telling(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether rounding cannot send a token elsewhere, and sequences end early and late."""
+    for name, probs in arrays.items():
+        if name.startswith("router/"):
+            first, second = np.sort(probs, -1)[..., :-3:-1].swapaxes(0, -1)
+            if (first - second).min() < 1e-3 or len(np.unique(probs.argmax(-1))) < 4:
+                return False
+    greedy, beams = arrays["greedy"], arrays["beams"]
+    ends = (greedy == EOS).any(-1).any() and (beams == EOS).any(-1).all()
+    return bool(ends and greedy[:, 4].any() and beams[:, 1].any())
+
+
+def compute(model: PreTrainedModel, source: torch.Tensor, target: torch.Tensor) -> dict:
+    """All arrays of a file, for the parameters that the model has and these tokens [B, L]."""
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    params = randomise(model, generator)
-    vocab = SIZES["vocab_size"]
-    encoder_tokens = torch.randint(1, vocab, (BATCH, SOURCE), generator=generator)
-    decoder_tokens = torch.randint(1, vocab, (BATCH, TARGET), generator=generator)
-    decoder_tokens[:, 0] = 0
-    mask = torch.ones_like(encoder_tokens)
-    padded_mask = mask.clone()
-    padded_mask[1, UNPADDED:] = 0
-    padded_tokens = encoder_tokens * padded_mask
-
-    states, logits = run(model, params, encoder_tokens, mask, decoder_tokens)
-    _, padded_logits = run(model, params, padded_tokens, padded_mask, decoder_tokens)
-    hf = model.config
-    config = {
-        **{key: SIZES[key] for key in ("vocab_size", "d_model", "d_ff", "num_heads")},
-        "head_dim": hf.d_kv,
-        "num_encoder_layers": hf.num_layers,
-        "num_decoder_layers": hf.num_decoder_layers,
-        "activation": "geglu" if hf.dense_act_fn == "gelu_new" else hf.dense_act_fn,
-        "tied_embeddings": "lm_head.weight" not in params,
-        "relative_buckets": hf.relative_attention_num_buckets,
-        "relative_max_distance": hf.relative_attention_max_distance,
-        "num_experts": getattr(hf, "num_experts", 0),
-        "every": getattr(hf, "encoder_sparse_step", 2),
-    }
+    inputs = {"input_ids": source, "attention_mask": (source > 0).long(), "labels": target}
+    shifted = torch.nn.functional.pad(target, (1, 0))[:, :-1]
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        config = json.loads(Path(folder, "config.json").read_text())
+    params = {name: param.detach().half().numpy() for name, param in model.named_parameters()}
     return {
         "config": np.array(json.dumps(config)),
-        **{f"param/{name}": param.half().numpy() for name, param in params.items()},
-        "encoder_input_tokens": encoder_tokens.numpy().astype(np.int32),
-        "decoder_input_tokens": decoder_tokens.numpy().astype(np.int32),
-        "encoder_states": states,
-        "logits": logits,
-        "padded/encoder_input_tokens": padded_tokens.numpy().astype(np.int32),
-        "padded/encoder_mask": padded_mask.numpy().astype(np.int32),
-        "padded/logits": padded_logits,
+        **{f"param/{name}": value for name, value in sorted(params.items())},
+        "encoder_input_tokens": source.numpy().astype(np.int32),
+        "decoder_input_tokens": shifted.numpy().astype(np.int32),
+        "decoder_target_tokens": target.numpy().astype(np.int32),
+        **forward(model, inputs),
+        "greedy": generate(model, source, 1),
+        "beams": generate(model, source, BEAMS),
     }
+
+
+def reference(make: Callable[[], PreTrainedModel]) -> dict[str, np.ndarray]:
+    """The arrays of one file, of the first seed that is `telling`; takes minutes."""
+    model = make()
+    for seed in itertools.count():
+        generator = torch.Generator().manual_seed(seed)
+        randomise(model, generator)
+        vocab = SIZES["vocab_size"]
+        source = torch.randint(2, vocab, (BATCH, SOURCE), generator=generator)
+        target = torch.randint(2, vocab, (BATCH, TARGET), generator=generator)
+        source[-1, UNPADDED:] = 0
+        arrays = compute(model, source, target)
+        # transformers and T5X do not have the same rules for beams. What many find is what both do.
+        if telling(arrays) and (generate(model, source, 4 * BEAMS) == arrays["beams"]).all():
+            return arrays
+    raise AssertionError
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "tests/golden")
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for seed, make in enumerate((t5_relu_tied, t5_geglu_untied, switch_relu_tied)):
+    for make in MAKERS:
         path = folder / f"{make.__name__}.npz"
-        np.savez_compressed(path, **reference(make(), seed))
+        np.savez_compressed(path, **reference(make))
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

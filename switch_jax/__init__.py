@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 # Public name → module. Imported on first use: `switch-jax --help` must not wait for JAX.
 _PUBLIC = {
-    "load": "switch_jax.checkpoint",
+    "load": "switch_jax.pretrained",
     "generate": "switch_jax.decode",
     "Config": "switch_jax.config",
     "UserError": "switch_jax.errors",

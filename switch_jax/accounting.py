@@ -42,9 +42,10 @@ class ExpertLayer:
     """How an expert layer routes the global batch; `eval_` is at the evaluation factor.
 
     `slots_per_token`, E·C / S, is the capacity factor that really holds. Where it is not
-    `capacity_factor`, `changed_by` says why: "rounding", "min_capacity", or "group_tokens"
-    (no expert needs more slots than its group has tokens). Dropless, there are as many slots as
-    assignments (what fills up blocks of rows is not counted).
+    `capacity_factor`, `changed_by` says why: "rounding", "min_capacity", "expert_capacity", or
+    "group_tokens" (no expert needs more slots than its group has tokens). Dropless, there are as
+    many slots as assignments (what fills up blocks of rows is not counted), and with
+    `expert_capacity`, which only limits them, no more.
     `dropped_if_uniform`: see the function; what a router that is balanced on average drops
     nevertheless, before ntlb's second tries.
     """
@@ -225,7 +226,9 @@ def _expert_layer(config: Config, stack: str, layer: int, sublayer: str) -> Expe
     assignments = _assignments(S, C, moe)
 
     def slots(factor: float | None, capacity: int) -> float:
-        return assignments if factor is None else E * capacity / S
+        if factor is None:
+            return assignments
+        return min(E * capacity / S, assignments if moe.expert_capacity else math.inf)
 
     return ExpertLayer(
         stack=stack,
@@ -257,6 +260,8 @@ def _assignments(tokens: int, capacity: int, moe: MoEConfig) -> float:
 def _changed_by(tokens: int, capacity: int, moe: MoEConfig) -> str | None:
     if moe.capacity_factor is None:
         return None
+    if moe.expert_capacity is not None:
+        return "expert_capacity"
     exact = round(moe.capacity_factor * tokens / moe.num_experts, 9)
     if capacity == exact:
         return None

@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from switch_jax import lora, processes
+from switch_jax import processes
 from switch_jax.data.batch import BatchIterator
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, with_parameters
 from switch_jax.step import TrainState
 from switch_jax.workdir import Workdir
 
@@ -148,6 +145,12 @@ class Checkpoints:
         return None
 
     def _restore_step(self, step: int, abstract: TrainState, batches: BatchIterator) -> TrainState:
+        if not (self._folder / str(step) / "optimizer").exists():
+            raise UserError(
+                f"Checkpoint {self._folder / str(step)} has parameters alone, as `switch-jax"
+                " convert` writes them; to train from it, name its folder as init_from and use"
+                " another --workdir."
+            )
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
             "optimizer": ocp.args.StandardRestore(_rest(abstract)),
@@ -243,19 +246,3 @@ def _readable(checkpoint: Path) -> Iterator[None]:
         raise UserError(
             f"Checkpoint {checkpoint} cannot be read ({reason}); take another one."
         ) from error
-
-
-def load(path: str | Path) -> SwitchTransformer:
-    """The model of a WORKDIR (its newest checkpoint) or of a checkpoint folder, on one device.
-
-    Raises `UserError` where there is nothing to load.
-    """
-    workdir, checkpoint = find(path)
-    config = workdir.config()
-    model: Any = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    where = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-        for name, shape in parameter_shapes(checkpoint).items()
-    }
-    return with_parameters(model, lora.merged(restore_params(checkpoint, abstract), config))

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
         return sub
 
-    def config(sub: argparse.ArgumentParser, *, required: bool = True) -> None:
+    def config(sub: argparse._ActionsContainer, *, required: bool = True) -> None:
         sub.add_argument("--config", required=required, metavar="FILE", help=_CONFIG_HELP)
 
     def workdir(sub: argparse.ArgumentParser, text: str) -> None:
@@ -168,8 +168,20 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="S", help="another S draws others (0)"
     )
 
+    sub = verb("export", verbs.export, "write a checkpoint as programs for serving, by jax.export")
+    workdir(sub, "a WORKDIR, or one of its checkpoints")
+    sub.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    sub.add_argument(
+        "--inputs_length", type=_positive, metavar="N", help="tokens of an input (as in training)"
+    )
+    sub.add_argument(
+        "--max_length", type=_positive, metavar="N", help="tokens to generate (as in training)"
+    )
+
     sub = verb("inspect", verbs.inspect, "parameters, FLOPs and memory of a config; needs no data")
-    config(sub)
+    of = sub.add_mutually_exclusive_group(required=True)
+    config(of, required=False)
+    of.add_argument("--workdir", metavar="DIR", help="the WORKDIR of a run, for its config")
     sub.add_argument(
         "--topology", metavar="NAME", help="suggest meshes for v5p:8x16x16, h100:64 or the like"
     )
@@ -233,6 +245,36 @@ def _parser() -> argparse.ArgumentParser:
     config(sub)
     sub.add_argument("--count", type=_positive, default=3, help="examples of each source (3)")
     sub.add_argument("--split", choices=("train", "validation"), default="train")
+
+    convert = subparsers.add_parser("convert", help="checkpoints of other programs, in and out")
+    convert_verbs = convert.add_subparsers(dest="convert_verb", metavar="VERB", required=True)
+
+    def conversion(name: str, run: Callable, text: str, source: str) -> argparse.ArgumentParser:
+        sub = verb(name, run, text, convert_verbs)
+        sub.add_argument("source", metavar=source, help="what is read")
+        sub.add_argument("output", metavar="OUT", help="the folder to write; must not exist")
+        return sub
+
+    conversion(
+        "from-hf",
+        verbs.convert_from_hf,
+        "a WORKDIR from a Hugging Face folder (T5, mT5, Switch Transformers)",
+        "DIR",
+    )
+    conversion("to-hf", verbs.convert_to_hf, "a Hugging Face folder from a checkpoint", "WORKDIR")
+    conversion(
+        "from-t5x",
+        verbs.convert_from_t5x,
+        "a WORKDIR from a T5X checkpoint (T5, mT5, Switch Transformers)",
+        "DIR",
+    )
+    sub = conversion(
+        "upcycle",
+        verbs.convert_upcycle,
+        "a sparse model from a dense one; say how with --config.moe.num_experts=8 or the like",
+        "DIR",
+    )
+    config(sub, required=False)
     return parser
 
 

@@ -82,7 +82,8 @@ def find(
     """As `generate`, with scores: tokens [B, num_return, max_length] and scores [B, num_return].
 
     Draws depend on (seed, number of the row, position) alone; `first_row` is the number of the
-    first one. An expert layer drops no token, but for expert choice, which is left as trained.
+    first one. An expert layer drops no token; but an encoder's expert choice is as in training, and
+    so is `moe.expert_capacity`.
     """
     source_BxS = jnp.asarray(encoder_input_tokens, jnp.int32)
     if source_BxS.ndim != 2:
@@ -155,8 +156,10 @@ def encode(model: SwitchTransformer, source_BxS: jax.Array) -> tuple[jax.Array, 
     """Encoder states [B, S, D] of inputs, and where these are [B, S] bool."""
     mask_BxS = source_BxS > 0
     moe = model.config.moe
-    # Capacity is how many tokens an expert chooses; there, and there alone, it holds here too.
-    factor = moe.eval_capacity_factor if moe.router == "expert_choice" else None
+    # Where capacity is part of the model, it holds here too: an expert chooses so many tokens, or
+    # takes so many of a sequence. A decoder's tokens come one by one, and find room.
+    lasting = moe.router == "expert_choice" or moe.expert_capacity is not None
+    factor = moe.eval_capacity_factor if lasting else None
     # Groups of one row each, so that they are the same whatever the batch is.
     encoded_BxSxD, _ = model.encode(source_BxS, mask_BxS.astype(jnp.int32), factor, batch_size=1)
     return encoded_BxSxD, mask_BxS
@@ -178,7 +181,7 @@ def bind(
       num_sequences: of each input, side by side; they are along axis 2 of the state.
     """
     cache = start_cache(model, encoded_BxSxD, length, num_sequences)
-    model = _cast(model)
+    model = cast(model, experts=False)
 
     def step(token_N, position, own):
         logits_NxV, (own, _) = decode_step(
@@ -220,14 +223,14 @@ def decode_step(
     The N sequences may be several of each input, side by side.
     """
     stack, length = model.decoder, cache.own[0][0].shape[3]
-    N, B = len(token_N), len(source_mask_BxS)
+    N, B = token_N.shape[0], source_mask_BxS.shape[0]
     position_T = jnp.arange(length)
     bias_Hx1xT = stack.relative_bias(position[None], position_T)
     mask_1x1xT = (position_T <= position)[None, None]
     cross_mask_Bx1xS = source_mask_BxS[:, None]
     token_Nx1 = token_N[:, None]
     plan = Plan(token_Nx1, jnp.ones(token_Nx1.shape, bool), rows=1, factor=None)
-    pool = _few_experts_of_many(model.config, N)
+    pool = _few_experts_of_many(model.config, dropless.at_least(N))
 
     def body(x_and_own, number_and_block, run):
         (x_Nx1xD, own), (number, cut, cross) = x_and_own, number_and_block
@@ -313,18 +316,19 @@ class _PoolRouter(Router):
         return decision._replace(assignment=decision.assignment._replace(expert_SxK=expert))
 
 
-def _cast(model: SwitchTransformer) -> SwitchTransformer:
+def cast(model: SwitchTransformer, *, experts: bool) -> SwitchTransformer:
     """The same weights in the activation dtype, once instead of at every token.
 
-    Not those that are used in another, nor the experts, few of which are used at a time.
+    Not those that are used in another; `experts` too, of which few are used at a time?
     """
     dtype = model.config.model.dtype
 
-    def cast(path, leaf):
-        kept = any("norm" in n or n in ("router", "relative_bias", "experts") for n in _names(path))
-        return leaf if kept else leaf.astype(dtype)
+    def one(path, leaf):
+        names = _names(path)
+        kept = any("norm" in name or name in ("router", "relative_bias") for name in names)
+        return leaf if kept or ("experts" in names and not experts) else leaf.astype(dtype)
 
-    return jax.tree.map_with_path(cast, model)
+    return jax.tree.map_with_path(one, model)
 
 
 def _names(path: tuple) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import export
 
 from switch_jax import routing
 from switch_jax.dispatch import gather_rows
@@ -71,7 +72,13 @@ def make_blocks(expert_TxK: jax.Array, num_experts: int, rows: int) -> Blocks:
 
 def num_blocks(assignments: int, num_experts: int, rows: int) -> int:
     """Blocks that suffice however the assignments fall: at most one an expert is not full."""
-    return assignments // rows + min(num_experts, assignments)
+    open_ended = export.is_symbolic_dim(assignments)
+    return assignments // rows + (num_experts if open_ended else min(num_experts, assignments))
+
+
+def at_least(size: int) -> int:
+    """`size`, or 1 where it is left open until a program is called (`jax.export`)."""
+    return 1 if export.is_symbolic_dim(size) else size
 
 
 def block_rows(assignments: int, num_experts: int) -> int:
@@ -107,7 +114,7 @@ def compute(
         x_TxD = gathered(x_GxSxD, "model", 2).reshape(T, -1)
         expert_TxK = expert_GxSxK.reshape(T, K) - E * position("expert")
         expert_TxK = jnp.where((expert_TxK >= 0) & (expert_TxK < E), expert_TxK, E)
-        rows = block_rows(T * K, num_experts)
+        rows = block_rows(at_least(G) * S * K, num_experts)
         slot_TxK, held_M, expert_N, used = make_blocks(expert_TxK, E, rows)
 
         def matmul(x_MxX: jax.Array, own: nnx.Param, last: str) -> jax.Array:
@@ -142,7 +149,8 @@ def compute(
         return jax.tree.unflatten(jax.tree.structure(experts), leaves)
 
     # Fewer assignments than experts, as in decoding: only what is used is cast.
-    few = assignment.expert_SxK.size < num_experts
+    G, *own = assignment.expert_SxK.shape
+    few = at_least(G) * math.prod(own) < num_experts
     weights = rebuilt([weight(p, p.dtype if few else dtype) for p in parameters])
     specs = rebuilt([spec(parameter.get_metadata()["axes"]) for parameter in parameters])
     return on_mesh(
@@ -160,14 +168,14 @@ def grouped_matmul(
 
     A loop of dynamic length has no derivative of its own; here both ways are one.
     """
-    rows = len(x_MxX) // len(expert_N)
+    rows = x_MxX.shape[0] // expert_N.shape[0]
 
     def body(i, y_MxY):
         x_RxX = jax.lax.dynamic_slice_in_dim(x_MxX, i * rows, rows)
         y_RxY = x_RxX @ w_ExXxY[expert_N[i]].astype(x_RxX.dtype)
         return jax.lax.dynamic_update_slice_in_dim(y_MxY, y_RxY, i * rows, 0)
 
-    zeros = jnp.zeros((len(x_MxX), w_ExXxY.shape[2]), x_MxX.dtype)
+    zeros = jnp.zeros((x_MxX.shape[0], w_ExXxY.shape[2]), x_MxX.dtype)
     return jax.lax.fori_loop(0, used, body, varying(zeros, MESH_AXES))
 
 
@@ -177,7 +185,7 @@ def _grouped_matmul_fwd(x_MxX, w_ExXxY, expert_N, used):
 
 def _grouped_matmul_bwd(residuals, g_MxY):
     x_MxX, w_ExXxY, expert_N, used = residuals
-    rows = len(x_MxX) // len(expert_N)
+    rows = x_MxX.shape[0] // expert_N.shape[0]
 
     def body(i, dw_ExXxY):
         x_RxX, g_RxY = (

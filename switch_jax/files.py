@@ -1,7 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from switch_jax.errors import UserError
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -12,3 +17,25 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A sibling to fill, which becomes `path` when all went well and otherwise is gone.
+
+    Raises `UserError` where `path` exists or its place cannot be written to.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; name a folder that does not, or remove it.")
+    partial = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be made ({error.strerror}); name another folder."
+        ) from error
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from switch_jax.model import Stats, token_masks
+from switch_jax.model import Stats, routed_mask, token_masks
 from switch_jax.router import RouterSums
 from switch_jax.schema import STACKS, Config
 from switch_jax.sharding import BATCH_AXES, highest, on_mesh, position, spec, summed, varying
@@ -24,8 +24,8 @@ class Totals(NamedTuple):
     """What the sums of a global batch are divided by; float32 scalars."""
 
     targets: jax.Array  # Σ of loss weights
-    tokens: dict[str, jax.Array]  # real tokens, by stack
-    groups: dict[str, jax.Array]  # groups with at least one real token, by stack
+    tokens: dict[str, jax.Array]  # routed tokens, by stack
+    groups: dict[str, jax.Array]  # groups with at least one routed token, by stack
 
 
 class LossSums(NamedTuple):
@@ -39,12 +39,13 @@ class LossSums(NamedTuple):
 def totals(batch: Mapping[str, jax.Array], config: Config) -> Totals:
     """Denominators of a global batch."""
     groups, tokens = {}, {}
-    for stack, mask_BxL in zip(STACKS, token_masks(batch)):
+    for stack, real_BxL in zip(STACKS, token_masks(batch)):
+        mask_BxL = routed_mask(real_BxL, config)
         B, L = mask_BxL.shape
         rows = config.moe.group_rows(B, L)
         tokens[stack] = jnp.sum(mask_BxL, dtype=jnp.float32)
-        real_B = mask_BxL.any(-1)
-        groups[stack] = jnp.sum(real_B.reshape(B // rows, rows).any(-1), dtype=jnp.float32)
+        routed_B = mask_BxL.any(-1)
+        groups[stack] = jnp.sum(routed_B.reshape(B // rows, rows).any(-1), dtype=jnp.float32)
     targets = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
     return Totals(targets, tokens, groups)
 

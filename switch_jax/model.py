@@ -288,7 +288,8 @@ class SwitchTransformer(nnx.Module):
 
     def _plan(self, token_BxL, mask_BxL, batch_size: int, factor: float | None) -> Plan:
         rows = self.config.moe.group_rows(batch_size, token_BxL.shape[1])
-        return Plan(token_BxL, mask_BxL, rows, factor, span(rows, len(token_BxL)))
+        mask_BxL = routed_mask(mask_BxL, self.config)
+        return Plan(token_BxL, mask_BxL, rows, factor, span(rows, token_BxL.shape[0]))
 
 
 def stats_of(routes: Mapping[str, Routes]) -> Stats:
@@ -312,6 +313,11 @@ def token_masks(batch: Mapping[str, Any]) -> tuple[Any, Any]:
     if "decoder_loss_weights" in batch:
         return encoder, batch["decoder_loss_weights"] > 0
     return encoder, batch["decoder_input_tokens"] >= 0
+
+
+def routed_mask(mask_BxL: jax.Array, config: Config) -> jax.Array:
+    """Which positions go to experts: bool [B, L], from which are real."""
+    return jnp.ones_like(mask_BxL) if config.moe.padding == "routed" else mask_BxL
 
 
 def _same_segment(query_BxT: jax.Array, key_BxS: jax.Array) -> jax.Array:

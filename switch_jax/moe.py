@@ -26,6 +26,7 @@ from switch_jax.layers import (
     weight,
 )
 from switch_jax.router import Plan, Routed, Router, router_sums
+from switch_jax.routing import Assignment
 from switch_jax.schema import Config
 from switch_jax.sharding import constrain
 
@@ -140,8 +141,12 @@ def through_experts(
     C = moe.capacity(plan.rows * L, plan.factor)
     decision = router(x_BxLxD, plan, fold(keys, 0))
     assignment = decision.assignment
-    if plan.factor is None:
-        row_assignment = jax.tree.map(lambda leaf: leaf.reshape(B, L, -1), assignment)
+    # A capacity that is not in proportion to the tokens may be far above what experts get: it is
+    # not a number of slots to compute, but a limit on what is computed.
+    limited = moe.expert_capacity is not None and plan.factor is not None and plan.span == 1
+    if plan.factor is None or limited:
+        kept = _within(assignment, C, E) if limited else assignment
+        row_assignment = jax.tree.map(lambda leaf: leaf.reshape(B, L, -1), kept)
         outputs = dropless.compute(experts, x_BxLxD, row_assignment, rate, fold(keys, 1))
     else:
         x_GxSxD = x_BxLxD.reshape(*assignment.gate_SxK.shape[:2], -1)
@@ -159,6 +164,13 @@ def through_experts(
             outputs = tuple(transit.combine(y, gate_GxSxK, route) for y in slots)
     sums = router_sums(decision._replace(assignment=assignment), C, plan.span)
     return tuple(y.reshape(B, L, -1) for y in outputs), Routed(assignment, sums)
+
+
+def _within(assignment: Assignment, capacity: int, num_experts: int) -> Assignment:
+    """Without the assignments that found no slot."""
+    kept_GxSxK = assignment.slot_SxK < capacity
+    expert_GxSxK = jnp.where(kept_GxSxK, assignment.expert_SxK, num_experts)
+    return assignment._replace(expert_SxK=expert_GxSxK)
 
 
 def _compute(

@@ -232,5 +232,5 @@ def _placed(
     """[N] int32: the position of each among its expert's, from the order that sorts by expert."""
     count_E = expert_counts(expert_N, num_experts + 1)
     start_E = jnp.cumsum(count_E) - count_E
-    rank_N = jnp.arange(len(order_N), dtype=jnp.int32) - start_E[sorted_expert_N]
+    rank_N = jnp.arange(order_N.size, dtype=jnp.int32) - start_E[sorted_expert_N]
     return jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)

@@ -57,9 +57,13 @@ class MoEConfig:
     router_dtype: Literal["float32", "bfloat16"] = "float32"
     capacity_factor: float | None = 1.25  # None: dropless
     eval_capacity_factor: float | None = 2.0
+    # Slots of an expert in a group, in place of both factors (Hugging Face: 64 for each sequence).
+    expert_capacity: int | None = None
     capacity_rounding: Literal["ceil", "floor"] = "ceil"  # floor: Mesh TensorFlow
     min_capacity: int = 4
     group_size: int = 8192  # tokens that compete for the same slots, at the most
+    # routed: padding goes to experts and counts as any token (Hugging Face)
+    padding: Literal["skipped", "routed"] = "skipped"
     aux_loss_weight: float = 0.01
     aux_loss_reduction: Literal["sum", "mean"] = "sum"  # over layers; mean: T5X
     z_loss_weight: float = 0.0  # of the router's logits
@@ -93,11 +97,13 @@ class MoEConfig:
     def capacity(self, tokens: int, factor: float | None) -> int:
         """Slots of one expert in a group of `tokens` (paper, eq. 3, without a factor k).
 
-        `factor` None is dropless: a slot for every token. Never more than `tokens`, nor less
-        than `min_capacity`.
+        `factor` None is dropless: a slot for every token. Otherwise `expert_capacity`, or where
+        that is None what the factor gives, and at least `min_capacity`; never more than `tokens`.
         """
         if factor is None:
             return tokens
+        if self.expert_capacity is not None:
+            return min(self.expert_capacity, tokens)
         rounded = {"ceil": math.ceil, "floor": math.floor}[self.capacity_rounding]
         # Rounded first: 1.1 × 320 / 32 must be 11 slots, not 12 for an error in the last bit.
         share = rounded(round(factor * tokens / self.num_experts, 9))

@@ -4,7 +4,7 @@ import signal
 
 import jax
 
-from switch_jax import accounting, checkpoint, processes, sharding, transfer
+from switch_jax import accounting, checkpoint, initial, processes, sharding
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.evaluate import evaluate, goodness, validation_batches
 from switch_jax.idle_experts import IdleExperts
@@ -41,7 +41,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
             rank = goodness(settings.keep_best, validation, score.names)
 
         if config.init_from is not None and not workdir.checkpoints.exists():
-            transfer.report(config)  # what cannot be: say so before anything is written
+            initial.report(config)  # what cannot be: say so before anything is written
     score.agree()
     with processes.together():
         if first_process:
@@ -50,7 +50,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
 
     # State
     checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints, rank)
-    state = checkpoints.restore(program.abstract_state, batches) or transfer.start(program)
+    state = checkpoints.restore(program.abstract_state, batches) or initial.start(program)
     first_step = int(state.step)
     if first_step >= settings.steps:
         best = checkpoints.best()

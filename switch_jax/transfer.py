@@ -1,38 +1,40 @@
-"""Parameters that training starts from: which are taken from a checkpoint, and which begin anew.
+"""Which parameters of a model are taken from another one, and which begin anew: names and shapes.
 
-`init_rules` are `PATTERN -> NAME; …`: the first whose regular expression matches the whole path of
-a parameter says which one of the checkpoint it is taken from (`\\\\1` is the first group), and with
-an empty NAME that it begins anew. Where no rule matches, the path there is the same.
+Parameters are named by layer (`by_layer.py`), so that the models may have their experts in
+different layers. `init_rules` are `PATTERN -> NAME; …`: the first whose regular expression matches
+the whole name of a parameter says which one of the checkpoint it is taken from (`\\1` is the first
+group), and with an empty NAME that it begins anew. Where no rule matches, the name there is the
+same.
 
-    decoder/(.*) -> encoder/\\\\1        the decoder begins as the encoder
+    decoder/(.*) -> encoder/\\1        the decoder begins as the encoder
     .*/router/.* ->                    routers begin anew
+
+Where a layer is dense in one model and sparse in the other, its feed-forward weights have no
+namesake. From dense to sparse, every expert begins as a copy of the dense weights and the router
+anew (sparse upcycling, Komatsuzaki et al. 2022). From sparse to dense, they begin anew, and all
+else is taken: how the paper initialises the students of distillation.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import optax
-
-from switch_jax import checkpoint, lora, sharding
+from switch_jax import by_layer, lora
+from switch_jax.by_layer import Slice
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, named_parameters
 from switch_jax.schema import Config
-from switch_jax.step import Program, TrainState
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 # The vocabulary may grow: ids that were there before keep their embeddings.
 _VOCABULARY = {"embedding": 0, "head": 1}
 
 
 class Transfer(NamedTuple):
-    """What becomes of parameters, by path."""
+    """What becomes of parameters, by name."""
 
-    loaded: dict[str, str]  # path → path in the checkpoint
+    loaded: dict[str, str]  # name → name in the checkpoint
     initialised: list[str]
     ignored: list[str]  # of the checkpoint
 
@@ -54,19 +56,19 @@ def plan(target: Shapes, source: Shapes, rules: str) -> Transfer:
         )
     for name, shape in target.items():
         theirs = _renamed(name, parsed)
-        if lora.is_adapter(name) and theirs not in source:
-            theirs = ""
+        if theirs not in source:
+            theirs = _instead(theirs, source)
         if theirs == "":
             initialised.append(name)
             continue
         if theirs not in source:
             raise UserError(
-                f"{name} is taken from {theirs}, which the checkpoint of init_from does not have;"
+                f"{name} is taken from {theirs}, which the source checkpoint does not have;"
                 f" add a rule such as '{re.escape(name)} ->' to init_rules, and it begins anew."
             )
-        if source[theirs] != shape and not grows(name, source[theirs], shape):
+        if not any(fits(name, source[theirs], shape) for fits in (_equal, grows, copied)):
             raise UserError(
-                f"{name} has the shape {list(shape)} and {theirs} in the checkpoint of init_from"
+                f"{name} has the shape {list(shape)} and {theirs} in the source checkpoint"
                 f" {list(source[theirs])}; make the models alike, or add a rule such as"
                 f" '{re.escape(name)} ->' to init_rules, and it begins anew."
             )
@@ -75,7 +77,30 @@ def plan(target: Shapes, source: Shapes, rules: str) -> Transfer:
     return Transfer(loaded, initialised, ignored)
 
 
-def grows(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+def _instead(name: str, source: Shapes) -> str:
+    """What to take for a parameter that is not in `source`; "": it begins anew."""
+    if lora.is_adapter(name):
+        return ""
+    layer, found, own = name.partition("/mlp/")
+    if found and f"{layer}/mlp/wi" in source:  # dense there
+        if own.startswith("router/"):
+            return ""
+        return name.replace("/mlp/experts/", "/mlp/")
+    if own in ("wi", "gate", "wo") and f"{layer}/mlp/experts/wi" in source:
+        return ""
+    return name
+
+
+def _equal(name: str, old: Shape, new: Shape) -> bool:
+    return old == new
+
+
+def copied(name: str, old: Shape, new: Shape) -> bool:
+    """Whether every expert gets the weights of a dense layer."""
+    return "/experts/" in name and old == new[1:]
+
+
+def grows(name: str, old: Shape, new: Shape) -> bool:
     """Whether a parameter is only longer than it was, by ids of the vocabulary."""
     axis = _VOCABULARY.get(name)
     if axis is None or len(old) != len(new) or new[axis] < old[axis]:
@@ -113,90 +138,65 @@ def _renamed(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
     return name
 
 
-def start(program: Program) -> TrainState:
-    """A fresh state, with parameters of `init_from` where the config names it.
-
-    Steps are counted from 0 and, with `init_optimizer` fresh, the optimizer begins anew too. All
-    processes must call it. Raises `UserError` as `plan` does, and where the optimizer of the
-    checkpoint is another.
-    """
-    state, config = program.init(), program.config
-    if config.init_from is None:
-        return state
-    _, folder = checkpoint.find_together(config.init_from)
-    source = checkpoint.parameter_shapes(folder)
-    loaded = plan(_shapes(state.params), source, config.init_rules).loaded
-    whole = sharding.replicated(program.mesh)
-    abstract = {}
-    for name, theirs in loaded.items():
-        fresh = state.params[name]
-        where = fresh.sharding if fresh.shape == source[theirs] else whole
-        abstract[theirs] = jax.ShapeDtypeStruct(source[theirs], fresh.dtype, sharding=where)
-    restored = checkpoint.restore_params(folder, abstract)
-    params = dict(state.params)
-    for name, theirs in loaded.items():
-        fresh, old = params[name], restored[theirs]
-        if (fresh.shape, fresh.sharding) == (old.shape, old.sharding):
-            params[name] = old
-        else:
-            params[name] = jax.jit(_over, out_shardings=fresh.sharding)(fresh, old)
-    state = dataclasses.replace(state, params=params)
-    if config.init_optimizer == "loaded":
-        state = dataclasses.replace(state, opt_state=_optimizer_of(folder, state.opt_state))
-    return state
+# By parameter as the model has it, for each of its blocks that is taken from somewhere, from where.
+Origins = dict[str, dict[int | None, Slice]]
 
 
-def _optimizer_of(folder: Path, fresh: Any) -> Any:
-    """The optimizer's statistics in a checkpoint, with a schedule that begins anew."""
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh
-    )
-    try:
-        loaded = checkpoint.restore_opt_state(folder, abstract)
-    except UserError as error:
-        raise UserError(
-            f"The optimizer of {folder} does not fit: other parameters are trained here, or by"
-            " another optimizer; set init_optimizer=fresh."
-        ) from error
-
-    def is_schedule(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByScheduleState)
-
-    return jax.tree.map(
-        lambda old, new: new if is_schedule(new) else old, loaded, fresh, is_leaf=is_schedule
-    )
+def origins(target: Shapes, config: Config, source: Shapes, made_with: Config) -> Origins:
+    """Decides as `plan`, for parameters as models of these two configs have them."""
+    ours, theirs = by_layer.slices(target, config), by_layer.slices(source, made_with)
+    found: Origins = {}
+    for name, old in _plan(target, config, source, made_with).loaded.items():
+        part = ours[name]
+        found.setdefault(part.name, {})[part.block] = theirs[old]
+    return found
 
 
-def _over(fresh: jax.Array, old: jax.Array) -> jax.Array:
-    """`fresh` with `old` in its first places."""
-    return jax.lax.dynamic_update_slice(fresh, old, [0] * fresh.ndim)
+def report(target: Shapes, config: Config, source: Shapes, made_with: Config) -> str:
+    """What `origins` finds, as a table."""
+    shapes = by_layer.shapes(target, config), by_layer.shapes(source, made_with)
+    return render(_plan(target, config, source, made_with), *shapes)
 
 
-def report(config: Config) -> str:
-    """What training would begin with, without an accelerator or data; raises `UserError`."""
-    _, folder = checkpoint.find(config.init_from or "")
-    model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    target, source = _shapes(named_parameters(model)), checkpoint.parameter_shapes(folder)
-    return render(plan(target, source, config.init_rules), target, source)
-
-
-def _shapes(parameters: Mapping[str, Any]) -> Shapes:
-    return {name: tuple(array.shape) for name, array in parameters.items()}
+def _plan(target: Shapes, config: Config, source: Shapes, made_with: Config) -> Transfer:
+    shapes = by_layer.shapes(target, config), by_layer.shapes(source, made_with)
+    return plan(*shapes, config.init_rules)
 
 
 def render(transfer: Transfer, target: Shapes, source: Shapes) -> str:
-    """A table of what is loaded, what begins anew, and what is left in the checkpoint."""
-    lines = []
+    """A table of what is loaded, what begins anew, and what is left in the checkpoint.
+
+    Layers that have the same fate share a line.
+    """
+    lines: dict[str, list[str]] = {}
+
+    def add(fate: str, name: str, shape: Shape, rest: str = "") -> None:
+        pattern, layer = _without_layer(name)
+        lines.setdefault(f"{fate:11}  {pattern:48} {_shape(shape)}{rest}", []).append(layer)
+
     for name, theirs in transfer.loaded.items():
-        was = "" if theirs == name else f"  from {theirs}"
-        if source[theirs] != target[name]:
-            was += f"  {_shape(source[theirs])}, the rest initialised"
-        lines.append(f"loaded       {name:56} {_shape(target[name])}{was}")
-    lines += [f"initialised  {name:56} {_shape(target[name])}" for name in transfer.initialised]
-    lines += [f"ignored      {name:56} {_shape(source[name])}" for name in transfer.ignored]
+        pattern, other = _without_layer(theirs)
+        layer = _without_layer(name)[1]
+        rest = "" if theirs == name else f"  from {pattern if layer == other else theirs}"
+        if copied(name, source[theirs], target[name]):
+            rest += ", for every expert"
+        elif source[theirs] != target[name]:
+            rest += f"  {_shape(source[theirs])}, the rest initialised"
+        add("loaded", name, target[name], rest)
+    for name in transfer.initialised:
+        add("initialised", name, target[name])
+    for name in transfer.ignored:
+        add("ignored", name, source[name])
+    rows = [line + (f"  layers {','.join(of)}" if of[0] else "") for line, of in lines.items()]
     counts = (len(transfer.loaded), len(transfer.initialised), len(transfer.ignored))
-    lines.append("{} loaded, {} initialised, {} ignored".format(*counts))
-    return "\n".join(lines)
+    return "\n".join([*rows, "{} loaded, {} initialised, {} ignored".format(*counts)])
+
+
+def _without_layer(name: str) -> tuple[str, str]:
+    """`encoder/layers/*/mlp/wi` and `3` of `encoder/layers/3/mlp/wi`; the second may be empty."""
+    stack, found, rest = name.partition("/layers/")
+    number, _, own = rest.partition("/")
+    return (f"{stack}/layers/*/{own}", number) if found else (name, "")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

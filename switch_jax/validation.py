@@ -65,7 +65,7 @@ _LEAST = {
     "moe": {
         0: "num_experts shared_d_ff second_threshold sampling_temperature min_capacity"
         " aux_loss_weight z_loss_weight balance_bias_rate",
-        1: "every first last top_k group_size",
+        1: "every first last top_k group_size expert_capacity",
     },
     "data": {0: "rate_exponent", 1: "inputs_length targets_length batch_size"},
     "lora": {0: "rank"},
@@ -211,6 +211,18 @@ def _check_router(config: Config) -> None:
 
 def _check_capacity(config: Config) -> None:
     moe = config.moe
+    if moe.expert_capacity is not None:
+        _require(
+            None not in (moe.capacity_factor, moe.eval_capacity_factor),
+            f"moe.expert_capacity={moe.expert_capacity} drops tokens, and moe.capacity_factor or"
+            " moe.eval_capacity_factor is None, which drops none; set moe.expert_capacity=None, or"
+            " both factors to a number.",
+        )
+        _require(
+            moe.router != "expert_choice",
+            "moe.router=expert_choice takes as many tokens as moe.capacity_factor says; set"
+            " moe.expert_capacity=None.",
+        )
     for stack in STACKS:
         if not config.sparse_layers(stack):
             continue

@@ -106,7 +106,7 @@ def generate(args: argparse.Namespace) -> None:
     texts = [args.text]
     if args.input:  # other ends of lines are part of a text
         texts = Path(args.input).read_text(errors="replace").removesuffix("\n").split("\n")
-    from switch_jax import checkpoint
+    from switch_jax import checkpoint, pretrained
     from switch_jax.data.vocabulary import read
     from switch_jax.decode import complete
     from switch_jax.search import Options
@@ -121,15 +121,36 @@ def generate(args: argparse.Namespace) -> None:
     _start(args)
     workdir, folder = checkpoint.find_together(args.workdir)
     vocabulary = read(workdir.vocabulary)
-    model = checkpoint.load(folder)
+    model = pretrained.load(folder)
     for text in complete(model, vocabulary, texts, max_length=args.max_length, options=options):
         _show(text)
 
 
+def export(args: argparse.Namespace) -> None:
+    from switch_jax import export, pretrained
+
+    _start(args)
+    source = pretrained.find(args.workdir)
+    data = source.config.data
+    export.write(
+        pretrained.load(args.workdir),
+        Path(args.output),
+        inputs_length=args.inputs_length or data.inputs_length,
+        max_length=args.max_length or data.targets_length,
+        vocabulary=source.vocabulary,
+    )
+    print(f"{args.output}: greedy.py there shows how to call it.")
+
+
 def inspect(args: argparse.Namespace) -> None:
     from switch_jax import accounting, chips, meshes
+    from switch_jax import config as config_lib
+    from switch_jax.workdir import Workdir
 
-    config = _load_config(args)
+    if args.workdir:
+        config = config_lib.override(Workdir(args.workdir).config(), args.overrides)
+    else:
+        config = _load_config(args)
     summary, suggestions = accounting.summary(config), []
     if args.topology:
         chip, devices = chips.of_topology(args.topology)
@@ -140,9 +161,9 @@ def inspect(args: argparse.Namespace) -> None:
     else:
         print(accounting.render(summary))
         if config.init_from is not None:
-            from switch_jax import transfer
+            from switch_jax import initial
 
-            print("", f"From {config.init_from}:", transfer.report(config), sep="\n")
+            print("", f"From {config.init_from}:", initial.report(config), sep="\n")
         if suggestions:
             print("", meshes.render(suggestions), sep="\n")
 
@@ -228,3 +249,44 @@ def data_peek(args: argparse.Namespace) -> None:
     from switch_jax.data.peek import peek
 
     print(peek(_load_config(args), args.count, args.split))
+
+
+def convert_from_hf(args: argparse.Namespace) -> None:
+    from switch_jax.interop import huggingface
+    from switch_jax.interop.writing import write_workdir
+
+    imported = huggingface.read(Path(args.source))
+    write_workdir(imported, Path(args.output))
+    print("\n".join([*imported.notes, f"{args.output}: use it as --workdir, or as init_from"]))
+
+
+def convert_from_t5x(args: argparse.Namespace) -> None:
+    from switch_jax.interop import t5x
+    from switch_jax.interop.writing import write_workdir
+
+    imported = t5x.read(Path(args.source))
+    write_workdir(imported, Path(args.output))
+    print("\n".join([*imported.notes, f"{args.output}: use it as --workdir, or as init_from"]))
+
+
+def convert_upcycle(args: argparse.Namespace) -> None:
+    from switch_jax import config as config_lib
+    from switch_jax import pretrained
+    from switch_jax.interop.upcycled import upcycle
+    from switch_jax.interop.writing import write_workdir
+
+    _start(args)
+    source = pretrained.find(args.source)
+    if args.config:
+        config = _load_config(args)
+    else:
+        config = config_lib.override(source.config, args.overrides)
+    write_workdir(upcycle(source, config), Path(args.output))
+    print(f"{args.output}: use it as --workdir, or as init_from")
+
+
+def convert_to_hf(args: argparse.Namespace) -> None:
+    from switch_jax.interop import hf_export
+
+    notes = hf_export.export(args.source, Path(args.output))
+    print("\n".join([*notes, f"{args.output}: transformers' from_pretrained takes it"]))

@@ -47,7 +47,13 @@ class Workdir:
     def config(self) -> Config:
         """The config the run was made with; raises `UserError` where there is none."""
         try:
-            return config_lib.from_dict(json.loads(self.config_file.read_text())["config"])
+            content = json.loads(self.config_file.read_text())
+            if "model_type" in content:
+                raise UserError(
+                    f"{self.path} is a folder of Hugging Face's; make a WORKDIR of it with"
+                    f" `switch-jax convert from-hf {self.path} OUT`."
+                )
+            return config_lib.from_dict(content["config"])
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} is not a WORKDIR: it has no config.json; name the folder that was"

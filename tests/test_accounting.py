@@ -242,6 +242,7 @@ def test_why_the_effective_capacity_factor_differs():
 
     assert changed_by(moe__num_experts=96) == "rounding"
     assert changed_by(moe__num_experts=96, moe__capacity_rounding="floor") == "rounding"
+    assert changed_by(moe__expert_capacity=64) == "expert_capacity"
     assert changed_by(moe__num_experts=2816) == "rounding"  # 3.6 slots become min_capacity's 4
     assert changed_by(moe__num_experts=4096) == "min_capacity"
     assert changed_by(moe__num_experts=1) == "group_tokens"

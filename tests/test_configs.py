@@ -223,6 +223,13 @@ TOP_2 = {"moe.router": "top_k"}
             },
             ["moe.capacity_factor=1.25", "decoder", "64", "128 experts", "moe.min_capacity=1"],
         ),
+        (
+            {"moe.expert_capacity": "64", "moe.eval_capacity_factor": "None"},
+            ["moe.expert_capacity=64", "moe.eval_capacity_factor", "a number"],
+        ),
+        (CHOICE | {"moe.expert_capacity": "64"}, ["expert_choice", "moe.expert_capacity=None"]),
+        ({"moe.expert_capacity": "0"}, ["moe.expert_capacity", "at least 1"]),
+        ({"moe.padding": "dropped"}, ["moe.padding", "skipped, routed"]),
         ({"moe.input_dropout_rate": "1"}, ["moe.input_dropout_rate", "below 1"]),
         ({"moe.router": "soft"}, ["moe.router", "expert_choice", "'soft'"]),
     ],

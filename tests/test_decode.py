@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny
-from test_parity import load_reference, model_config, reference
+from hugging_face import reference, write_folder
 
 import switch_jax
 from switch_jax import bench, decode, search, sharding
@@ -21,15 +20,18 @@ from switch_jax.step import Program
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(tmp_path_factory):
     """Random weights whose outputs differ from token to token."""
-    stored = reference("switch_relu_tied")
-    config = model_config(json.loads(str(stored["config"])))
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    loaded = switch_jax.load(write_folder(folder, reference("switch_relu_tied")))
     # Training capacity so small that a decoder which heeded it would drop.
-    moe = dataclasses.replace(config.moe, capacity_factor=0.1, min_capacity=1)
-    config = dataclasses.replace(config, moe=moe)
+    moe = dataclasses.replace(
+        loaded.config.moe, expert_capacity=None, capacity_factor=0.1, min_capacity=1
+    )
+    config = dataclasses.replace(loaded.config, moe=moe)
     abstract = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    return load_reference(abstract, stored)
+    values = {name: leaf[...] for name, leaf in named_parameters(loaded).items()}
+    return with_parameters(abstract, values)
 
 
 def forced_logits(model, source, target, num_sequences: int = 1):
@@ -104,21 +106,26 @@ def test_expert_choice_generates_at_its_evaluation_capacity():
 
 
 def test_greedy_takes_the_best_token_and_stops_at_eos(model):
-    source = jax.random.randint(jax.random.key(0), (3, 13), 2, 96)
+    vocab_size = model.config.model.vocab_size
+    source = jax.random.randint(jax.random.key(0), (3, 13), 2, vocab_size)
     output = np.asarray(decode.generate(model, source, max_length=6))
     shifted = np.pad(output, ((0, 0), (1, 0)))[:, :-1]
     batch = {"encoder_input_tokens": source, "decoder_input_tokens": jnp.asarray(shifted)}
     logits, _ = jax.jit(lambda m, b: m.forward(b, factor=None))(model, batch)
-    np.testing.assert_array_equal(output, logits.argmax(-1))
+    ended = np.cumsum(shifted == decode.EOS, axis=1) > 0
+    row = output.all(-1).argmax()
+    assert output[row].all() and ended.any()
+    np.testing.assert_array_equal(output, np.where(ended, 0, logits.argmax(-1)))
 
     # Exchange EOS with what a row begins with: that row ends at once, and zeros follow.
-    order = np.arange(96)
-    order[[decode.EOS, output[0, 0]]] = output[0, 0], decode.EOS
+    order = np.arange(vocab_size)
+    first = output[row, 0]
+    order[[decode.EOS, first]] = first, decode.EOS
     swapped = dict(named_parameters(model))
     swapped["embedding"] = model.embedding[...][order]
     renamed = with_parameters(model, {n: getattr(v, "value", v) for n, v in swapped.items()})
     output = np.asarray(decode.generate(renamed, order[source], max_length=6))
-    np.testing.assert_array_equal(output[0], [decode.EOS, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(output[row], [decode.EOS, 0, 0, 0, 0, 0])
 
 
 def log_probabilities(model, source, tokens):

@@ -100,6 +100,10 @@ def test_totals_count_real_tokens_and_groups():
     assert totals.tokens["encoder"] == (batch["encoder_input_tokens"] > 0).sum()
     assert totals.tokens["decoder"] == totals.targets == batch["decoder_loss_weights"].sum()
     assert totals.groups == {"encoder": 2, "decoder": 1}
+    routed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, padding="routed"))
+    totals = losses.totals(batch, routed)
+    assert totals.tokens == {s: batch[f"{s}_input_tokens"].size for s in totals.tokens}
+    assert totals.targets == batch["decoder_loss_weights"].sum()
 
 
 def test_terms_of_microbatches_add_up_to_those_of_the_batch(batch, logits):

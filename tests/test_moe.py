@@ -298,6 +298,22 @@ def test_the_way_through_tokens_and_the_way_through_slots_are_the_same(monkeypat
     jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), *results)
 
 
+def test_a_fixed_capacity_drops_what_as_many_slots_do():
+    """`moe.expert_capacity` limits what is computed; a factor makes room for as much."""
+    x, mask = inputs()
+    slots, factor = layer(min_capacity=1), 2 * E / (ROWS * L)
+    fixed = configured(slots, expert_capacity=2)
+    (wanted, sums), (y, got_sums) = call(slots, x, mask, factor), call(fixed, x, mask, 1.0)
+    assert sums.dropped > 1
+    np.testing.assert_allclose(y, wanted, **CLOSE)
+    jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), got_sums, sums)
+    _, wanted = loss_and_gradients(ours(slots, factor), slots, x, mask)
+    _, got = loss_and_gradients(ours(fixed, 1.0), fixed, x, mask)
+    jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), got, wanted)
+    dropless, sums = call(fixed, x, mask, None)  # asked for, it holds whatever the capacity
+    assert sums.dropped == 0 and np.abs(dropless - y).max() > 0.01
+
+
 def test_expert_dropout_acts_on_hidden_activations_and_is_keyed_by_row():
     mlp, (x, mask) = layer(expert_dropout_rate=0.5), inputs(holes=False)
     one = layer(expert_dropout_rate=0.5, d_ff=1)

@@ -1,113 +1,161 @@
-"""The backbone against Hugging Face: stored outputs of random weights (make_reference.py)."""
+"""The model against Hugging Face's: stored outputs of random weights, and live where there is one.
 
-import json
+Everything goes the way that users go: a folder of theirs, `switch_jax.load`.
+"""
+
+import importlib.util
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hugging_face import MODELS, reference, weights, write_folder
 
-from switch_jax import config as config_lib
-from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
+import switch_jax
+from switch_jax import decode, losses
+from switch_jax.interop import names
+from switch_jax.interop.imported import parameters
+from switch_jax.model import named_parameters
+from switch_jax.search import Options
 
-GOLDEN = Path(__file__).parent / "golden"
-MODELS = ["t5_relu_tied", "t5_geglu_untied", "switch_relu_tied"]
-# Beyond this, exact instead of tanh GELU, or a wrong bucket, would show.
+# Of the largest value. Beyond this, exact instead of tanh GELU, or a wrong bucket, would show.
 TOLERANCE = 1e-5
+PARTS = ("encoder_input", "decoder_target")
+SCRIPT = Path(__file__).parent.parent / "scripts" / "make_reference.py"
 
 
-def reference(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return dict(file)
+def close(got, wanted, message: str = "") -> None:
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE * scale, err_msg=message)
 
 
-def model_config(stored: dict) -> config_lib.Config:
-    raw = config_lib.defaults().to_dict()
-    for key, value in stored.items():
-        raw["moe" if key in raw["moe"] else "model"][key] = value
-    raw["model"]["dtype"] = "float32"
-    raw["moe"]["eval_capacity_factor"] = None
-    return config_lib.from_dict(raw)
+def batch(stored) -> dict[str, jax.Array]:
+    named = {name: jnp.asarray(stored[name]) for name in stored if name.endswith("_tokens")}
+    return named | {"decoder_loss_weights": jnp.ones(named["decoder_target_tokens"].shape)}
 
 
-def hf_name(name: str, layer: int) -> str:
-    """Hugging Face's name of our parameter `name`, of one layer where it is stacked."""
-    stack, *rest = name.split("/")
-    simple = {"embedding": "shared", "head": "lm_head"}
-    if not rest:
-        return simple[stack] + ".weight"
-    if rest[0] == "final_norm":
-        return f"{stack}.final_layer_norm.weight"
-    attention = f"{stack}.block.{layer}.layer.0.SelfAttention."
-    if rest[0] == "relative_bias":
-        return f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    leaf = rest[-1]
-    part = "mlp" if "mlp" in rest else rest[-2]
-    last = 2 if stack == "decoder" else 1
-    norms = {"self_norm": 0, "cross_norm": 1, "mlp_norm": last}
-    if part in norms:
-        return f"{stack}.block.{layer}.layer.{norms[part]}.layer_norm.weight"
-    if part == "self_attention":
-        return f"{attention}{leaf[0]}.weight"
-    if part == "cross_attention":
-        return f"{stack}.block.{layer}.layer.1.EncDecAttention.{leaf[0]}.weight"
-    return f"{stack}.block.{layer}.layer.{last}.{{mlp}}.{leaf}"
+@jax.jit
+def run(model, batch):
+    """Loss with gradients, and encoder states, logits and routing on the way."""
+
+    def loss(model):
+        factor, source = model.config.moe.capacity_factor, batch["encoder_input_tokens"]
+        encoded, _ = model.encode(source, (source > 0).astype(jnp.int32), factor)
+        decoded, routes = model.route(batch, factor=factor)
+        sums = losses.token_losses(*model.factors(decoded), batch)
+        mean = sums.cross_entropy / batch["decoder_loss_weights"].sum()
+        return mean, (encoded, model.logits(decoded), routes)
+
+    return jax.value_and_grad(loss, has_aux=True)(model)
 
 
-def load_reference(model: SwitchTransformer, stored: dict[str, np.ndarray]) -> SwitchTransformer:
-    config = model.config
-    every = config.moe.every if config.sparse else 1
+def check_passes(model, stored) -> None:
+    """Forward and backward."""
+    (loss, (states, logits, routes)), gradients = run(model, batch(stored))
+    real = stored["encoder_input_tokens"] > 0
+    close(states[real], stored["encoder_states"][real])
+    close(logits, stored["logits"])
+    close(model(stored["encoder_input_tokens"], stored["decoder_input_tokens"]), stored["logits"])
+    close(loss, stored["loss"])
+    check_gradients(model.config, gradients, stored)
+    for stack in routes:
+        if f"router/{stack}" in stored:
+            check_routing(routes[stack]["mlp"], stored[f"router/{stack}"], real, stack)
+    assert ("router/encoder" in stored) == bool(routes["encoder"])
 
-    def one(name: str, layer: int) -> np.ndarray:
-        path = hf_name(name, layer)
-        prefix, mlp, leaf = path.partition("{mlp}.")
-        if not mlp:
-            value = stored["param/" + path].astype(np.float32)
-            embedding = path in ("shared.weight",)
-            return value if embedding or value.ndim == 1 else value.T
-        sparse = config.sparse and layer % every == every - 1
-        if leaf == "kernel":
-            return stored[f"param/{prefix}mlp.router.classifier.weight"].T
-        if config.model.activation == "geglu":
-            leaf = {"gate": "wi_0", "wi": "wi_1", "wo": "wo"}[leaf]
-        if sparse:
-            return np.stack(
-                [
-                    stored[f"param/{prefix}mlp.experts.expert_{e}.{leaf}.weight"].T
-                    for e in range(config.moe.num_experts)
-                ]
-            )
-        module = "mlp" if config.sparse else "DenseReluDense"
-        return stored[f"param/{prefix}{module}.{leaf}.weight"].T
 
-    values = {}
-    for name, leaf in named_parameters(model).items():
-        if "/runs/" in name:
-            position = int(name.split("/layers/")[1].split("/")[0])
-            layers = range(position, leaf.shape[0] * every, every)
-            values[name] = np.stack([one(name, i) for i in layers]).astype(np.float32)
-        else:
-            values[name] = one(name, 0).astype(np.float32)
-        assert values[name].shape == leaf.shape, name
-    return with_parameters(model, values)
+def check_gradients(config, gradients, stored) -> None:
+    got = {name: np.asarray(leaf[...]) for name, leaf in named_parameters(gradients).items()}
+    table = names.table(config, parameters(config))
+    assert {source.name for source in table.values()} == {
+        name.removeprefix("grad/") for name in stored if name.startswith("grad/")
+    }
+    for (path, index), (name, transposed) in table.items():
+        wanted = stored[f"grad/{name}"]
+        close(got[path][index], wanted.T if transposed else wanted, name)
+
+
+def check_routing(routed, probs_NxBxLxE, real_BxS, stack) -> None:
+    """Experts and gates, and by entropy and z the other probabilities."""
+    shape = probs_NxBxLxE.shape[:3]
+    real = np.broadcast_to(real_BxS, shape) if stack == "encoder" else np.ones(shape, bool)
+    expert = np.asarray(routed.assignment.expert_SxK).reshape(shape)
+    gate = np.asarray(routed.assignment.gate_SxK).reshape(shape)
+    np.testing.assert_array_equal(expert[real], probs_NxBxLxE.argmax(-1)[real])
+    close(gate[real], probs_NxBxLxE.max(-1)[real])
+    if real.all():
+        entropy = -(probs_NxBxLxE * np.log(probs_NxBxLxE)).sum((1, 2, 3))
+        close(routed.sums.entropy, entropy)
+    np.testing.assert_array_equal(routed.sums.tokens, np.prod(shape[1:]))  # padding is routed
+
+
+def check_generation(model, stored) -> None:
+    """The encoder's capacity holds there, too, and in the decoder there is room for all."""
+    source = stored["encoder_input_tokens"]
+    encoded, real = jax.jit(decode.encode)(model, source)
+    close(encoded[real], stored["encoder_states"][real])
+    for wanted, options in (("greedy", Options()), ("beams", Options(3, length_penalty=0.0))):
+        found = switch_jax.generate(
+            model,
+            source,
+            max_length=stored[wanted].shape[1],
+            beam_size=options.beam_size,
+            length_penalty=options.length_penalty,
+        )
+        np.testing.assert_array_equal(found, stored[wanted], err_msg=wanted)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def stored_and_model(request, tmp_path_factory):
+    stored = reference(request.param)
+    folder = write_folder(tmp_path_factory.mktemp("hf") / "model", stored)
+    return stored, switch_jax.load(folder)
+
+
+def test_passes_equal_hugging_face(stored_and_model):
+    stored, model = stored_and_model
+    check_passes(model, stored)
+
+
+def test_generation_equals_hugging_face(stored_and_model):
+    stored, model = stored_and_model
+    check_generation(model, stored)
+
+
+def test_drops_where_hugging_face_does(tmp_path):
+    """Without its capacity, the model that drops is another one."""
+    stored = reference("switch_dropping")
+    model = switch_jax.load(write_folder(tmp_path / "model", stored))
+    logits, stats = jax.jit(lambda m: m.forward(batch(stored), factor=None))(model)
+    assert np.abs(logits - stored["logits"]).max() > 0.1
+    _, stats = jax.jit(lambda m: m.forward(batch(stored), factor=1.0))(model)
+    for stack in ("encoder", "decoder"):
+        chosen = stored[f"router/{stack}"].argmax(-1)
+        load = (chosen[..., None] == np.arange(4)).sum(2)
+        dropped = np.maximum(load - model.config.moe.expert_capacity, 0).sum((1, 2))
+        if stack == "decoder":  # no padding, whose states nobody needs and differ
+            np.testing.assert_allclose(stats[f"{stack}/mlp"].dropped, dropped, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_hugging_face(name):
+def test_equals_the_transformers_that_is_here(name, tmp_path):
+    """The same, computed anew, with the folder that it writes itself."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if (5, 0) <= version < (5, 19):
+        pytest.skip("its Switch router has no capacity")
+    spec = importlib.util.spec_from_file_location("make_reference", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
     stored = reference(name)
-    config = model_config(json.loads(str(stored["config"])))
-    abstract = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    model = load_reference(abstract, stored)
-
-    @jax.jit
-    def run(model, source, target):
-        states, _ = model.encode(source, (source > 0).astype("int32"), None)
-        return states, model(source, target)
-
-    states, logits = run(model, stored["encoder_input_tokens"], stored["decoder_input_tokens"])
-    np.testing.assert_allclose(states, stored["encoder_states"], atol=TOLERANCE)
-    np.testing.assert_allclose(logits, stored["logits"], atol=TOLERANCE)
-
-    padded = stored["padded/encoder_input_tokens"]
-    _, logits = run(model, padded, stored["decoder_input_tokens"])
-    np.testing.assert_allclose(logits, stored["padded/logits"], atol=TOLERANCE)
+    theirs = getattr(script, name)()
+    params = {key: torch.tensor(value).float() for key, value in weights(stored).items()}
+    assert not theirs.load_state_dict(params, strict=False).unexpected_keys
+    tokens = (torch.tensor(stored[f"{part}_tokens"]).long() for part in PARTS)
+    computed = script.compute(theirs, *tokens)
+    theirs.save_pretrained(tmp_path / "model")
+    model = switch_jax.load(tmp_path / "model")
+    check_passes(model, computed)
+    check_generation(model, computed)

@@ -14,7 +14,15 @@ from switch_jax.data import mixture
 from switch_jax.data.bad_records import BadRecords
 from switch_jax.data.sources import Source
 from switch_jax.data.spans import EOS, noise_and_spans, span_lengths
-from switch_jax.data.vocabulary import FILE_NAME, NUM_SENTINELS, PAD, UNK, Vocabulary, read
+from switch_jax.data.vocabulary import (
+    FILE_NAME,
+    HUGGING_FACE_NAME,
+    NUM_SENTINELS,
+    PAD,
+    UNK,
+    Vocabulary,
+    read,
+)
 from switch_jax.errors import UserError
 from switch_jax.schema import Config, DataConfig
 
@@ -31,7 +39,7 @@ def open_vocabulary(config: Config) -> Vocabulary:
     """The vocabulary that a config reads and writes text with.
 
     It is `data.vocabulary` where that names one, else the one that `data.data_dir` was packed
-    with, else that of the run that `init_from` names, else the mixture's own, which is trained on
+    with, else that of what `init_from` names, else the mixture's own, which is trained on
     first use.
 
     Raises `UserError` where it cannot be read or has more ids than `model.vocab_size`.
@@ -147,11 +155,11 @@ def sample(data: DataConfig, sources: list[Source], characters: int) -> Iterator
 
 
 def _of_run(init_from: str | None) -> Path | None:
-    """The vocabulary in the WORKDIR that a path is, or is a checkpoint of."""
+    """The vocabulary in the WORKDIR or foreign folder that a path is, or is a checkpoint of."""
     if init_from is None:
         return None
     path = Path(init_from).expanduser().absolute()
-    files = [folder / FILE_NAME for folder in (path, path.parent.parent)]
+    files = [path / FILE_NAME, path / HUGGING_FACE_NAME, path.parent.parent / FILE_NAME]
     return next((file for file in files if file.is_file()), None)
 
 

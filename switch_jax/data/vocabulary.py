@@ -19,7 +19,8 @@ from switch_jax.errors import UserError
 
 PAD, UNK = 0, 2
 NUM_SENTINELS = 100
-FILE_NAME = "vocabulary.model"  # in a folder of packed text
+FILE_NAME = "vocabulary.model"  # in a WORKDIR and in a folder of packed text
+HUGGING_FACE_NAME = "spiece.model"  # the same in a folder of theirs
 BYTES = "bytes"  # what a config, and a file, call the vocabulary of bytes
 
 _SENTINEL = re.compile(r"<extra_id_(\d{1,2})>")

@@ -1,0 +1,123 @@
+"""What training starts from: fresh parameters, or those that `transfer.py` takes from a model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from switch_jax import pretrained, transfer
+from switch_jax.by_layer import Slice
+from switch_jax.errors import UserError
+from switch_jax.model import SwitchTransformer, named_parameters
+from switch_jax.pretrained import Pretrained
+from switch_jax.schema import Config
+from switch_jax.step import Program, TrainState
+
+
+def start(program: Program) -> TrainState:
+    """A fresh state, with parameters of `init_from` where the config names it.
+
+    Steps are counted from 0 and, with `init_optimizer` fresh, the optimizer begins anew too. All
+    processes must call it. Raises `UserError` as `transfer.plan` does, and where the optimizer of
+    the checkpoint is another.
+    """
+    state, config = program.init(), program.config
+    if config.init_from is None:
+        return state
+    source = pretrained.find(config.init_from, together=True)
+    params = dict(state.params)
+    origins = transfer.origins(_shapes(params), config, source.shapes, source.config)
+    abstract = {}
+    for name, slices in origins.items():
+        for theirs in {part.name for part in slices.values()}:
+            shape = source.shapes[theirs]
+            where = _alike(params[name], shape)
+            abstract[theirs] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+    restored = source.restore(abstract)
+    for name, slices in origins.items():
+        params[name] = _filled(params[name], slices, restored)
+    state = dataclasses.replace(state, params=params)
+    if config.init_optimizer == "loaded":
+        opt_state = _optimizer_of(source, config.init_from, state.opt_state)
+        state = dataclasses.replace(state, opt_state=opt_state)
+    return state
+
+
+def _optimizer_of(source: Pretrained, path: str, fresh: Any) -> Any:
+    """The optimizer's statistics in a checkpoint, with a schedule that begins anew."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh
+    )
+    if source.restore_optimizer is None:
+        raise UserError(f"{path} has no optimizer of ours; set init_optimizer=fresh.")
+    try:
+        loaded = source.restore_optimizer(abstract)
+    except UserError as error:
+        raise UserError(
+            f"The optimizer of {path} does not fit: other parameters are trained here, or by"
+            " another optimizer; set init_optimizer=fresh."
+        ) from error
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda old, new: new if is_schedule(new) else old, loaded, fresh, is_leaf=is_schedule
+    )
+
+
+def report(config: Config) -> str:
+    """What training would begin with, without an accelerator or data; raises `UserError`."""
+    source = pretrained.find(config.init_from or "")
+    model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
+    return transfer.report(_shapes(named_parameters(model)), config, source.shapes, source.config)
+
+
+def _shapes(parameters: Mapping[str, Any]) -> transfer.Shapes:
+    return {name: tuple(array.shape) for name, array in parameters.items()}
+
+
+def _alike(fresh: jax.Array, shape: transfer.Shape) -> NamedSharding:
+    """How an array of the source lies on the mesh: as `fresh`, which is made from it."""
+    assert isinstance(fresh.sharding, NamedSharding)
+    sizes, axes = list(fresh.shape), list(fresh.sharding.spec)
+    axes += [None] * (len(sizes) - len(axes))
+    if len(shape) < len(sizes):  # dense weights of experts
+        del sizes[1], axes[1]
+    kept = (axis if size == old else None for axis, size, old in zip(axes, sizes, shape))
+    return NamedSharding(fresh.sharding.mesh, PartitionSpec(*kept))
+
+
+def _filled(
+    fresh: jax.Array, slices: Mapping[int | None, Slice], restored: Mapping[str, jax.Array]
+) -> jax.Array:
+    """`fresh` with what its blocks are taken from, sharded as it was."""
+    name = next(iter(slices.values())).name
+    old = restored[name]
+    same = all(part == Slice(name, block) for block, part in slices.items())
+    whole = None in slices or len(slices) == len(fresh)
+    if same and whole and (fresh.shape, fresh.sharding) == (old.shape, old.sharding):
+        return old
+
+    def fill(fresh, olds):
+        for block, part in slices.items():
+            old = olds[part.name] if part.block is None else olds[part.name][part.block]
+            if block is None:
+                fresh = _over(fresh, old)
+            else:
+                fresh = fresh.at[block].set(_over(fresh[block], old))
+        return fresh
+
+    olds = {part.name: restored[part.name] for part in slices.values()}
+    return jax.jit(fill, donate_argnums=0, out_shardings=fresh.sharding)(fresh, olds)
+
+
+def _over(fresh: jax.Array, old: jax.Array) -> jax.Array:
+    """`fresh` with `old` in its first places, or in the place of every expert."""
+    if old.ndim < fresh.ndim:
+        return jnp.broadcast_to(old, fresh.shape)
+    return jax.lax.dynamic_update_slice(fresh, old, [0] * fresh.ndim)

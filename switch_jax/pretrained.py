@@ -1,0 +1,70 @@
+"""Models that exist already, of this program or another: what `load` and `init_from` begin with."""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from switch_jax import checkpoint, lora
+from switch_jax.interop import formats
+from switch_jax.model import SwitchTransformer, with_parameters
+from switch_jax.schema import Config
+
+
+class Pretrained(NamedTuple):
+    """A model's parameters, wherever they lie.
+
+    config: what it was made with.
+    shapes: of its parameters (and adapters), by path.
+    restore: those that are named, with the shapes and shardings given; raises `UserError`.
+    vocabulary: content of its `vocabulary.model`, where there is one.
+    restore_optimizer: as `checkpoint.restore_opt_state`, where there is an optimizer of ours.
+    """
+
+    config: Config
+    shapes: Mapping[str, tuple[int, ...]]
+    restore: Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
+    vocabulary: bytes | None = None
+    restore_optimizer: Callable[[Any], Any] | None = None
+
+
+def find(path: str | Path, *, together: bool = False) -> Pretrained:
+    """The model of a WORKDIR (its newest checkpoint), a checkpoint, or a foreign one's folder.
+
+    `together`: several processes call this, and the choice of process 0 holds. Raises `UserError`
+    where there is none.
+    """
+    foreign = formats.read(Path(path).expanduser())
+    if foreign is not None:
+        if jax.process_index() == 0:
+            for note in foreign.notes:
+                print(note, file=sys.stderr)
+        return Pretrained(foreign.config, foreign.shapes, foreign.place, foreign.vocabulary)
+    workdir, folder = (checkpoint.find_together if together else checkpoint.find)(path)
+    return Pretrained(
+        workdir.config(),
+        checkpoint.parameter_shapes(folder),
+        functools.partial(checkpoint.restore_params, folder),
+        workdir.vocabulary.read_bytes() if workdir.vocabulary.is_file() else None,
+        functools.partial(checkpoint.restore_opt_state, folder),
+    )
+
+
+def load(path: str | Path) -> SwitchTransformer:
+    """The model of a WORKDIR, of a checkpoint or of a Hugging Face folder, on one device.
+
+    Raises `UserError` where there is nothing to load.
+    """
+    config, shapes, restore, *_ = find(path)
+    model: Any = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
+    where = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        for name, shape in shapes.items()
+    }
+    return with_parameters(model, lora.merged(restore(abstract), config))
