@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from switch_jax import processes
@@ -192,9 +193,19 @@ def find_together(path: str | Path) -> tuple[Workdir, Path]:
 
 def parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of a checkpoint's parameters, by path; raises `UserError`."""
-    with _readable(checkpoint), ocp.StandardCheckpointer() as reader:
-        metadata = reader.metadata(checkpoint.absolute() / "params").item_metadata
-        return {name: tuple(array.shape) for name, array in metadata.items()}
+    with _readable(checkpoint):
+        stored = _stored(checkpoint / "params")
+        return {name: tuple(array.shape) for name, array in stored.items()}
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """Shapes and dtypes of the arrays in a folder, as the tree that they are."""
+    # Not from a Checkpointer: it warns of a file that its manager would have written.
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return handler.metadata(epath.Path(folder.absolute())).tree
+    finally:
+        handler.close()
 
 
 def restore_params(
@@ -213,7 +224,7 @@ def restore_opt_state(checkpoint: Path, abstract: Any) -> Any:
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
     restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
     with _readable(checkpoint), ocp.PyTreeCheckpointer() as reader:
-        stored = ocp.tree.to_flat_dict(reader.metadata(folder).item_metadata.tree)
+        stored = ocp.tree.to_flat_dict(_stored(folder))
         shapes = {path: tuple(array.shape) for path, array in stored.items()}
         for path, array in ocp.tree.to_flat_dict(wanted).items():
             if shapes.get(path) != array.shape:  # Orbax would cut or pad it
