@@ -2,17 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from switch_jax import pretrained, transfer
+from switch_jax import lora, pretrained, transfer
 from switch_jax.by_layer import Slice
+from switch_jax.data import open_vocabulary, vocabulary
+from switch_jax.data.vocabulary import NUM_SENTINELS
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, named_parameters
+from switch_jax.model import SwitchTransformer, logical_axes, named_parameters
 from switch_jax.pretrained import Pretrained
 from switch_jax.schema import Config
 from switch_jax.step import Program, TrainState
@@ -29,6 +32,8 @@ def start(program: Program) -> TrainState:
     if config.init_from is None:
         return state
     source = pretrained.find(config.init_from, together=True)
+    source.say_notes()
+    ids = _moved_ids(source, config)
     params = dict(state.params)
     origins = transfer.origins(_shapes(params), config, source.shapes, source.config)
     abstract = {}
@@ -39,7 +44,7 @@ def start(program: Program) -> TrainState:
             abstract[theirs] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
     restored = source.restore(abstract)
     for name, slices in origins.items():
-        params[name] = _filled(params[name], slices, restored)
+        params[name] = _filled(params[name], slices, restored, ids)
     state = dataclasses.replace(state, params=params)
     if config.init_optimizer == "loaded":
         opt_state = _optimizer_of(source, config.init_from, state.opt_state)
@@ -73,8 +78,41 @@ def _optimizer_of(source: Pretrained, path: str, fresh: Any) -> Any:
 def report(config: Config) -> str:
     """What training would begin with, without an accelerator or data; raises `UserError`."""
     source = pretrained.find(config.init_from or "")
+    _moved_ids(source, config)
     model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    return transfer.report(_shapes(named_parameters(model)), config, source.shapes, source.config)
+    params = jax.eval_shape(
+        lambda params: lora.adapted(params, logical_axes(model), config), named_parameters(model)
+    )
+    table = transfer.report(_shapes(params), config, source.shapes, source.config)
+    return "\n".join([*source.notes, table])
+
+
+class MovedIds(NamedTuple):
+    """Ids of a vocabulary that has grown: pieces stay in front, sentinels at the end."""
+
+    pieces: int
+    old_size: int
+    new_size: int
+
+
+def _moved_ids(source: Pretrained, config: Config) -> MovedIds | None:
+    """How ids of the source became those of a config; None where they are the same.
+
+    Raises `UserError` where an id means another piece.
+    """
+    if source.vocabulary is None or config.data.reader == "synthetic":
+        return None
+    old, new = vocabulary.parse("init_from", source.vocabulary), open_vocabulary(config)
+    if old.fingerprint == new.fingerprint:
+        return None
+    pieces = old.size - NUM_SENTINELS
+    grown = new.size >= old.size and all(old.piece(i) == new.piece(i) for i in range(pieces))
+    if not grown:
+        raise UserError(
+            f"The vocabulary {new.name!r} is another than that of init_from={config.init_from}; set"
+            " data.vocabulary to that one, or to one that only adds pieces behind its own."
+        )
+    return MovedIds(pieces, old.size, new.size)
 
 
 def _shapes(parameters: Mapping[str, Any]) -> transfer.Shapes:
@@ -93,11 +131,17 @@ def _alike(fresh: jax.Array, shape: transfer.Shape) -> NamedSharding:
 
 
 def _filled(
-    fresh: jax.Array, slices: Mapping[int | None, Slice], restored: Mapping[str, jax.Array]
+    fresh: jax.Array,
+    slices: Mapping[int | None, Slice],
+    restored: Mapping[str, jax.Array],
+    ids: MovedIds | None,
 ) -> jax.Array:
     """`fresh` with what its blocks are taken from, sharded as it was."""
     name = next(iter(slices.values())).name
     old = restored[name]
+    if ids is not None and name in transfer.VOCABULARY_AXES:
+        move = partial(_with_ids, axis=transfer.VOCABULARY_AXES[name], ids=ids)
+        return jax.jit(move, out_shardings=fresh.sharding)(fresh, old)
     same = all(part == Slice(name, block) for block, part in slices.items())
     whole = None in slices or len(slices) == len(fresh)
     if same and whole and (fresh.shape, fresh.sharding) == (old.shape, old.sharding):
@@ -114,6 +158,17 @@ def _filled(
 
     olds = {part.name: restored[part.name] for part in slices.values()}
     return jax.jit(fill, donate_argnums=0, out_shardings=fresh.sharding)(fresh, olds)
+
+
+def _with_ids(fresh: jax.Array, old: jax.Array, axis: int, ids: MovedIds) -> jax.Array:
+    """`fresh` with `old` where its ids are now."""
+    pieces, sentinels = (
+        jax.lax.slice_in_dim(old, *ends, axis=axis)
+        for ends in ((0, ids.pieces), (ids.pieces, ids.old_size))
+    )
+    fresh = jax.lax.dynamic_update_slice_in_dim(fresh, pieces, 0, axis)
+    place = ids.new_size - NUM_SENTINELS
+    return jax.lax.dynamic_update_slice_in_dim(fresh, sentinels, place, axis)
 
 
 def _over(fresh: jax.Array, old: jax.Array) -> jax.Array:

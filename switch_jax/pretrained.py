@@ -24,6 +24,7 @@ class Pretrained(NamedTuple):
     restore: those that are named, with the shapes and shardings given; raises `UserError`.
     vocabulary: content of its `vocabulary.model`, where there is one.
     restore_optimizer: as `checkpoint.restore_opt_state`, where there is an optimizer of ours.
+    notes: what was repaired or assumed when it was read, for the user.
     """
 
     config: Config
@@ -31,6 +32,12 @@ class Pretrained(NamedTuple):
     restore: Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
     vocabulary: bytes | None = None
     restore_optimizer: Callable[[Any], Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    def say_notes(self) -> None:
+        """Prints them on stderr; of several processes, the first does."""
+        for note in self.notes if jax.process_index() == 0 else ():
+            print(note, file=sys.stderr)
 
 
 def find(path: str | Path, *, together: bool = False) -> Pretrained:
@@ -41,10 +48,13 @@ def find(path: str | Path, *, together: bool = False) -> Pretrained:
     """
     foreign = formats.read(Path(path).expanduser())
     if foreign is not None:
-        if jax.process_index() == 0:
-            for note in foreign.notes:
-                print(note, file=sys.stderr)
-        return Pretrained(foreign.config, foreign.shapes, foreign.place, foreign.vocabulary)
+        return Pretrained(
+            foreign.config,
+            foreign.shapes,
+            foreign.place,
+            foreign.vocabulary,
+            notes=foreign.notes,
+        )
     workdir, folder = (checkpoint.find_together if together else checkpoint.find)(path)
     return Pretrained(
         workdir.config(),
@@ -60,11 +70,13 @@ def load(path: str | Path) -> SwitchTransformer:
 
     Raises `UserError` where there is nothing to load.
     """
-    config, shapes, restore, *_ = find(path)
+    found = find(path)
+    found.say_notes()
+    config = found.config
     model: Any = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
     where = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-        for name, shape in shapes.items()
+        for name, shape in found.shapes.items()
     }
-    return with_parameters(model, lora.merged(restore(abstract), config))
+    return with_parameters(model, lora.merged(found.restore(abstract), config))

@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 # The vocabulary may grow: ids that were there before keep their embeddings.
-_VOCABULARY = {"embedding": 0, "head": 1}
+VOCABULARY_AXES = {"embedding": 0, "head": 1}
 
 
 class Transfer(NamedTuple):
@@ -42,8 +42,8 @@ class Transfer(NamedTuple):
 def plan(target: Shapes, source: Shapes, rules: str) -> Transfer:
     """Decides, for every parameter of `target`, where in `source` it is taken from.
 
-    Raises `UserError` for rules that cannot be read, and for a parameter that is not there, or is
-    there with another shape.
+    Raises `UserError` for rules that cannot be read or match nothing, and for a parameter that is
+    not there, or is there with another shape.
     """
     parsed = _parse(rules)
     loaded: dict[str, str] = {}
@@ -73,6 +73,12 @@ def plan(target: Shapes, source: Shapes, rules: str) -> Transfer:
                 f" '{re.escape(name)} ->' to init_rules, and it begins anew."
             )
         loaded[name] = theirs
+    for rule in parsed:
+        if not rule.used:
+            raise UserError(
+                f"init_rules has {rule.pattern.pattern!r}, which is the whole name of no parameter"
+                f" that a rule before it has not matched, such as {next(iter(target))}; correct it."
+            )
     ignored = sorted(set(source) - set(loaded.values()))
     return Transfer(loaded, initialised, ignored)
 
@@ -102,20 +108,27 @@ def copied(name: str, old: Shape, new: Shape) -> bool:
 
 def grows(name: str, old: Shape, new: Shape) -> bool:
     """Whether a parameter is only longer than it was, by ids of the vocabulary."""
-    axis = _VOCABULARY.get(name)
+    axis = VOCABULARY_AXES.get(name)
     if axis is None or len(old) != len(new) or new[axis] < old[axis]:
         return False
     return all(i == axis or a == b for i, (a, b) in enumerate(zip(old, new)))
 
 
-def _parse(rules: str) -> list[tuple[re.Pattern, str]]:
+class _Rule:
+    """A pattern, what to take for names that it matches, and whether it has matched any."""
+
+    def __init__(self, pattern: re.Pattern, theirs: str):
+        self.pattern, self.theirs, self.used = pattern, theirs, False
+
+
+def _parse(rules: str) -> list[_Rule]:
     parsed = []
     for rule in filter(None, map(str.strip, rules.split(";"))):
         pattern, arrow, name = rule.partition("->")
         try:
             if not arrow:
                 raise re.error("there is no ->")
-            parsed.append((re.compile(pattern.strip()), name.strip()))
+            parsed.append(_Rule(re.compile(pattern.strip()), name.strip()))
         except re.error as error:
             raise UserError(
                 f"init_rules has {rule!r}, which cannot be read ({error}); write PATTERN -> NAME,"
@@ -124,16 +137,17 @@ def _parse(rules: str) -> list[tuple[re.Pattern, str]]:
     return parsed
 
 
-def _renamed(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
-    for pattern, theirs in rules:
-        match = pattern.fullmatch(name)
+def _renamed(name: str, rules: list[_Rule]) -> str:
+    for rule in rules:
+        match = rule.pattern.fullmatch(name)
         if match:
+            rule.used = True
             try:
-                return match.expand(theirs)
+                return match.expand(rule.theirs)
             except (re.error, IndexError) as error:
                 raise UserError(
-                    f"init_rules has the name {theirs!r}, which does not fit {pattern.pattern!r}"
-                    f" ({error}); refer to groups that it has."
+                    f"init_rules has the name {rule.theirs!r}, which does not fit"
+                    f" {rule.pattern.pattern!r} ({error}); refer to groups that it has."
                 ) from error
     return name
 

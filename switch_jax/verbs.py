@@ -277,6 +277,7 @@ def convert_upcycle(args: argparse.Namespace) -> None:
 
     _start(args)
     source = pretrained.find(args.source)
+    source.say_notes()
     if args.config:
         config = _load_config(args)
     else:

@@ -91,3 +91,5 @@ def test_what_finds_nothing_is_told():
         Program(config(**{"lora.of": "adapters"}), make_mesh(config()))
     with pytest.raises(UserError, match=r"leave optimizer\.trained at all"):
         Program(config(**{"optimizer.trained": "experts"}), make_mesh(config()))
+    with pytest.raises(UserError, match=r"lora\.of='\[' is no regular expression"):
+        Program(config(**{"lora.of": "["}), make_mesh(config()))

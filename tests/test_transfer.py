@@ -7,10 +7,13 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_batch, tiny
+from sentencepiece import sentencepiece_model_pb2
 
 from switch_jax import checkpoint, initial, optim, transfer
 from switch_jax import config as config_lib
-from switch_jax.data import open_batches
+from switch_jax.data import open_batches, vocabularies
+from switch_jax.data.batch import SyntheticIterator
+from switch_jax.data.vocabulary import read
 from switch_jax.errors import UserError
 from switch_jax.sharding import make_mesh
 from switch_jax.step import Program
@@ -30,7 +33,7 @@ def test_without_rules_all_must_be_there_in_the_same_shape():
 
 def test_the_first_rule_that_matches_the_whole_path_counts():
     target = {"decoder/wi": (4, 6), "decoder/wo": (6, 4), "router": (4, 3), "embedding": (8, 4)}
-    rules = r"decoder/wo ->; decoder/(.*) -> encoder/\1; router ->; embed ->"
+    rules = r"decoder/wo ->; decoder/(.*) -> encoder/\1; router ->"
     loaded, initialised, ignored = transfer.plan(target, OLD, rules)
     assert loaded == {"decoder/wi": "encoder/wi", "embedding": "embedding"}
     assert initialised == ["decoder/wo", "router"]
@@ -38,6 +41,12 @@ def test_the_first_rule_that_matches_the_whole_path_counts():
     text = transfer.render(transfer.plan(target, OLD, rules), target, OLD)
     assert re.search(r"loaded +decoder/wi +4 × 6  from encoder/wi", text)
     assert text.endswith("2 loaded, 2 initialised, 2 ignored")
+
+
+@pytest.mark.parametrize("rules", ["embed ->", "router ->; rout.* -> encoder/wi"])
+def test_a_rule_that_matches_nothing_is_told(rules):
+    with pytest.raises(UserError, match=r"init_rules has '(embed|rout\.\*)', which is the whole"):
+        transfer.plan(OLD, OLD, rules)
 
 
 def test_the_vocabulary_may_grow_and_nothing_else():
@@ -129,6 +138,56 @@ def test_a_larger_vocabulary_keeps_the_old_ids(trained):
     old = trained[1]["embedding"]
     assert (params["embedding"][: len(old)] == old).all()
     assert (params["embedding"][len(old) :] == fresh["embedding"][len(old) :]).all()
+
+
+def test_sentinels_move_with_a_vocabulary_that_grows(tmp_path):
+    """Of one that was trained on, by pieces that a later one has behind its own."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(chr(97 + i) for i in rng.integers(0, 26, 60)) for _ in range(400)]
+    vocabularies.train(texts, tmp_path / "old.model", 480)
+    model = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "old.model").read_bytes())
+    model.pieces.add(piece="▁fnord", score=-1.0)
+    (tmp_path / "new.model").write_bytes(model.SerializeToString())
+    other = model.pieces.pop(100)
+    model.pieces.append(other)
+    (tmp_path / "other.model").write_bytes(model.SerializeToString())
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+
+    def with_vocabulary(name, **overrides):
+        settings = {"model.vocab_size": 512, "data.vocabulary": str(tmp_path / f"{name}.model")}
+        settings |= {"data.reader": "store", "data.mixture": str(tmp_path / "text.txt")}
+        return config_lib.override(tiny(**settings), {"mesh.data": "1"} | overrides)
+
+    old = with_vocabulary("old")
+    workdir, program = Workdir(tmp_path / "run"), Program(old, make_mesh(old))
+    words = read(tmp_path / "old.model")
+    workdir.prepare(old, words.content)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=1)
+    state = program.init()
+    checkpoints.save(state, SyntheticIterator(old))
+    checkpoints.close()
+    before = np.asarray(state.params["embedding"])
+
+    grown = with_vocabulary("new", init_from=str(workdir.path))
+    after = np.asarray(initial.start(Program(grown, make_mesh(grown))).params["embedding"])
+    more = read(tmp_path / "new.model")
+    for token in range(words.size):
+        moved = next(i for i in range(more.size) if more.piece(i) == words.piece(token))
+        assert (after[moved] == before[token]).all(), words.piece(token)
+    with pytest.raises(UserError, match=r"other\.model' is another than that of init_from"):
+        initial.report(with_vocabulary("other", init_from=str(workdir.path)))
+
+
+def test_adapters_go_on_from_adapters(tmp_path):
+    adapted = config(**{"lora.rank": 2})
+    workdir, program = Workdir(tmp_path), Program(adapted, make_mesh(adapted))
+    workdir.prepare(adapted, None)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=1)
+    state = program.init()
+    checkpoints.save(state, SyntheticIterator(adapted))
+    checkpoints.close()
+    again = config_lib.override(adapted, {"init_from": str(tmp_path)})
+    assert initial.report(again).endswith(f"{len(state.params)} loaded, 0 initialised, 0 ignored")
 
 
 def test_rules_reach_the_model(trained):

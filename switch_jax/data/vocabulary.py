@@ -156,4 +156,9 @@ def read(path: str | os.PathLike) -> Vocabulary:
             f" data.vocabulary to a SentencePiece model, to {BYTES}, or to None for one of the"
             " mixture's own."
         ) from error
-    return Bytes() if content == BYTES.encode() else SentencePieces(str(file), content)
+    return parse(str(file), content)
+
+
+def parse(name: str, content: bytes) -> Vocabulary:
+    """The vocabulary of a file's content; raises `UserError` where it is none."""
+    return Bytes() if content == BYTES.encode() else SentencePieces(name, content)
