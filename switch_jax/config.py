@@ -29,6 +29,21 @@ def defaults() -> ConfigDict:
     return ConfigDict(dataclasses.asdict(Config()), type_safe=False)
 
 
+def fine_tuning(num_experts: int) -> ConfigDict:
+    """`defaults()` with the paper's recipe for fine-tuning Switch-Base (sections 4.1 and 5.6).
+
+    16k steps, of which every 200th is evaluated and the best one counts, with more dropout in
+    experts than elsewhere; T5's constant learning rate. Batches are to have 2^20 tokens.
+    """
+    config = defaults()
+    config.model.dropout_rate = 0.1
+    config.moe.update(num_experts=num_experts, expert_dropout_rate=0.4 * (num_experts > 0))
+    config.data.pack = True
+    config.optimizer.update(schedule="constant", learning_rate=1e-3, warmup_steps=0)
+    config.train.update(steps=16_000, eval_every=200, checkpoint_every=200, keep_best="average")
+    return config
+
+
 def parse_arg(arg: str, **known: Any) -> types.SimpleNamespace:
     """Reads `name=value,…`, the part of `--config file.py:…` behind the colon.
 

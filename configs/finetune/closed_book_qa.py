@@ -10,22 +10,11 @@ change model.* and moe.* to what init_from was trained with.
 
 from ml_collections import ConfigDict
 
-from switch_jax.config import defaults, parse_arg
+from switch_jax.config import fine_tuning, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`num_experts` (128; 0 for T5-Base)."""
-    args = parse_arg(arg, num_experts=128)
-    config = defaults()
-    config.data.update(
-        mixture="closed_book", pack=True, inputs_length=128, targets_length=32, batch_size=8192
-    )
-    # The paper's recipe: 2^20 tokens a batch for 16k steps, evaluated every 200; more dropout in
-    # experts than elsewhere.
-    config.model.dropout_rate = 0.1
-    config.moe.update(
-        num_experts=args.num_experts, expert_dropout_rate=0.4 * (args.num_experts > 0)
-    )
-    config.optimizer.update(schedule="constant", learning_rate=1e-3, warmup_steps=0)
-    config.train.update(steps=16_000, eval_every=200, checkpoint_every=200, keep_best="average")
+    config = fine_tuning(parse_arg(arg, num_experts=128).num_experts)
+    config.data.update(mixture="closed_book", inputs_length=128, targets_length=32, batch_size=8192)
     return config
