@@ -272,8 +272,8 @@ def convert_from_t5x(args: argparse.Namespace) -> None:
 def convert_upcycle(args: argparse.Namespace) -> None:
     from switch_jax import config as config_lib
     from switch_jax import pretrained
-    from switch_jax.interop.upcycled import upcycle
     from switch_jax.interop.writing import write_workdir
+    from switch_jax.upcycle import upcycle
 
     _start(args)
     source = pretrained.find(args.source)

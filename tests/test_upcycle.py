@@ -11,10 +11,10 @@ from switch_jax import by_layer, checkpoint, initial, pretrained
 from switch_jax import config as config_lib
 from switch_jax.cli import main
 from switch_jax.data import open_batches
-from switch_jax.interop.upcycled import upcycle
 from switch_jax.model import named_parameters
 from switch_jax.sharding import make_mesh
 from switch_jax.step import Program
+from switch_jax.upcycle import upcycle
 from switch_jax.workdir import Workdir
 
 DENSE = {"moe.num_experts": 0}
