@@ -49,7 +49,7 @@ def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
         figures["router.png"] = _router(runs)
     if len(runs) == 2 and len(speedup.common_sources(*runs.values())) > 1:
         figures["sources.png"] = _sources(runs)
-    if scores := sorted({key for lines in runs.values() for m in lines for key in _scores(m)}):
+    if scores := _scores(runs):
         figures["tasks.png"] = _tasks(runs, scores)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -136,9 +136,11 @@ def _router(runs: dict[str, list[dict]]) -> Any:
     return figure
 
 
-def _scores(metrics: dict) -> list[str]:
-    """The numbers of tasks, and of their mixture, in a line of metrics."""
-    return [key for key in metrics if key == "average" or key.endswith("/score")]
+def _scores(runs: dict[str, list[dict]]) -> list[str]:
+    """The metrics that are numbers of tasks and, of several, that of their mixture."""
+    names = {name for lines in runs.values() for metrics in lines for name in metrics}
+    of_tasks = sorted(name for name in names if name.endswith("/score"))
+    return (["average"] if "average" in names and len(of_tasks) > 1 else []) + of_tasks
 
 
 def _tasks(runs: dict[str, list[dict]], scores: list[str]) -> Any:

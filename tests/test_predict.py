@@ -10,7 +10,7 @@ import pytest
 import tasks as miniature
 from conftest import tiny
 
-from switch_jax import checkpoint, cli, predict, scoring
+from switch_jax import checkpoint, cli, plots, predict, scoring
 from switch_jax import config as config_lib
 from switch_jax.data import downstream, open_batches, open_vocabulary
 from switch_jax.data.batch import EVERYTHING
@@ -220,6 +220,14 @@ def answered(config, **mesh):
 @pytest.fixture(scope="module")
 def on_one_device(config):
     return answered(config)
+
+
+def test_scores_are_drawn(run, tmp_path):
+    drawn = {path.name for path in plots.draw([run, run], tmp_path)}
+    assert "tasks.png" in drawn
+    lines = [{"step": 1, "split": "eval", "average": 1.0, "squad/score": 1.0}]
+    assert plots._scores({"a": lines}) == ["squad/score"]
+    assert plots._scores({"a": [*lines, {"xsum/score": 2.0}]})[0] == "average"
 
 
 @pytest.mark.parametrize("mesh", [{"expert": 2, "model": 2}, {"data": 4, "fsdp": True}])

@@ -24,3 +24,12 @@ def test_bench_routing_times_every_part_for_each_number_of_experts():
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         f"| {label}" for label in script["PARTS"].values()
     ]
+
+
+def test_finetune_mini_cuts_one_keyword_at_a_time():
+    script = runpy.run_path(str(SCRIPTS / "finetune_mini.py"))
+    text = "for format in forms: pass"
+    assert [gap["targets"].split()[1] for gap in script["gaps"](text)] == ["for", "in", "pass"]
+    for gap in script["gaps"](text):
+        sentinel, answer = gap["targets"].split()
+        assert gap["inputs"].replace(sentinel, answer) == text
