@@ -151,10 +151,15 @@ def inspect(args: argparse.Namespace) -> None:
         config = config_lib.override(Workdir(args.workdir).config(), args.overrides)
     else:
         config = _load_config(args)
-    summary, suggestions = accounting.summary(config), []
+    teacher = None
+    if config.distilled:
+        from switch_jax import distill
+
+        teacher = distill.teacher(config)
+    summary, suggestions = accounting.summary(config, teacher), []
     if args.topology:
         chip, devices = chips.of_topology(args.topology)
-        suggestions = meshes.suggest(config, chip, devices * args.slices, args.slices)
+        suggestions = meshes.suggest(config, chip, devices * args.slices, args.slices, teacher)
         summary["meshes"] = [meshes.as_json(suggestion) for suggestion in suggestions]
     if args.json:
         print(json.dumps(summary))
