@@ -19,15 +19,15 @@ from switch_jax.schema import Config
 
 QUALITY = "neg_log_perplexity"  # of validation text, nats a target token
 
-_REFERENCE = re.compile(r"\{([^{}]*)\}")
+_REFERENCE = re.compile(r"\{run:([^{}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A config to train.
 
-    `{NAME}` in the text of an override stands for the WORKDIR of run NAME with the same seed, which
-    is trained first: `{"init_from": "{teacher}"}`.
+    `{run:NAME}` in the text of an override stands for the WORKDIR of run NAME with the same seed,
+    which is trained first: `{"init_from": "{run:teacher}"}`.
     """
 
     config: str  # as `--config` takes it: path/to/file.py or path/to/file.py:name=value,…
