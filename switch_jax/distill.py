@@ -58,12 +58,18 @@ def check(config: Config) -> None:
     """Raises `UserError` where a teacher has no parameters yet, or was trained on other ids."""
     if not config.distilled:
         return
-    source = pretrained.find(_path(config))
+    path = _path(config)
+    if _CONFIG_FILE.fullmatch(path):
+        raise UserError(
+            f"The teacher {path} is a config and cannot answer; train it, and set distill.teacher"
+            " to its WORKDIR."
+        )
+    source = pretrained.find(path)
     if config.data.reader == "synthetic" or source.vocabulary is None:
         return
     if source.vocabulary != open_vocabulary(config).content:
         raise UserError(
-            f"The teacher {_path(config)} was trained with another vocabulary than"
+            f"The teacher {path} was trained with another vocabulary than"
             " data.vocabulary or data.data_dir gives; set data.vocabulary to the teacher's, and"
             " pack the data with it."
         )

@@ -54,7 +54,7 @@ class Workdir:
                     f" `switch-jax convert from-hf {self.path} OUT`."
                 )
             return config_lib.from_dict(content["config"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} is not a WORKDIR: it has no config.json; name the folder that was"
                 " given to `switch-jax train --workdir`."
