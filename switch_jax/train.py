@@ -32,6 +32,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
 
         # Mesh and data
         mesh = sharding.make_mesh(config)
+        device_kind = mesh.devices.flat[0].device_kind
         program, feed = Program(config, mesh), sharding.feed(mesh)
         batches = open_batches(config, "train", feed)
         validation = validation_batches(config, feed)
@@ -46,7 +47,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     with processes.together():
         if first_process:
             synthetic = config.data.reader == "synthetic"
-            workdir.prepare(config, None if synthetic else open_vocabulary(config).content)
+            vocabulary = None if synthetic else open_vocabulary(config).content
+            workdir.prepare(config, vocabulary, f"{mesh.devices.size} × {device_kind}")
 
     # State
     checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints, rank)
@@ -61,7 +63,6 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         return None
 
     # Steps
-    device_kind = mesh.devices.flat[0].device_kind
     meter = Meter(lambda s: accounting.mfu(config, s, device_kind, mesh.devices.size))
     writer = MetricsWriter(workdir, first_step, active=first_process)
     idle = IdleExperts(config)

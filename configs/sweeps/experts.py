@@ -33,7 +33,7 @@ def get_sweep(arg: str = "") -> Sweep:
                 "Loss against sparse parameters (Figures 1 and 4, left)",
                 "From 1 to 256 experts the loss falls steadily.",
                 named,
-                published="figure_1",
+                published="table_7",
             ),
             "steps": Curves(
                 "Quality by step (Figures 1 and 4, right)",
