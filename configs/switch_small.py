@@ -1,9 +1,9 @@
 """Switch-Small: what sweeps of size=gpu train, T5-Small with experts on one GPU.
 
-switch-jax train --config configs/switch_small.py:num_experts=16 --workdir runs/small \\
-    --config.data.data_dir=packed
+python scripts/package_text.py
+switch-jax train --config configs/switch_small.py:num_experts=16 --workdir runs/small
 
-`scripts/python_packages.sh` makes packed/, the text of the installed Python packages.
+The first line packs the text of the installed Python packages.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,11 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     config.moe.update(num_experts=args.num_experts)
     config.data.update(
-        mixture="python_packages", inputs_length=256, targets_length=58, batch_size=128
+        mixture="python,c,stubs,cython,english",
+        data_dir="runs/packages",
+        inputs_length=256,
+        targets_length=58,
+        batch_size=128,
     )
     config.optimizer.update(warmup_steps=1000, cooldown_steps=1000)
     config.train.update(

@@ -82,7 +82,7 @@ class Scaling:
     claim: str
     runs: Mapping[str, str]
     x: Literal["params", "experts"] = "params"
-    published: str | None = None  # name of a series in `paper.SERIES`, drawn beside ours
+    published: str | None = None  # name in `paper.SERIES` of points to draw beside ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +138,23 @@ class Sweep:
                 raise UserError(f"Run {name!r} of the sweep: {error}") from error
         return found
 
+    def check(self, configs: Mapping[str, Config]) -> None:
+        """Raises `UserError` where runs that are compared have other data or steps."""
+        compared = {f"table {place!r}": list(t.rows.values()) for place, t in self.tables.items()}
+        for place, figure in self.figures.items():
+            if not isinstance(figure, Transfer):
+                compared[f"figure {place!r}"] = shown(figure)
+        for place, names in compared.items():
+            first, *others = ((name, _same(configs[name])) for name in names)
+            for name, values in others:
+                for key, value in values.items():
+                    if value != first[1][key]:
+                        raise UserError(
+                            f"In {place} of the sweep, {key} is {value!r} in run {name!r} and"
+                            f" {first[1][key]!r} in {first[0]!r}; compare runs of the same data"
+                            " and steps."
+                        )
+
 
 def load(spec: str) -> Sweep:
     """Runs a sweep file.
@@ -183,6 +200,17 @@ def _check(sweep: Sweep) -> None:
         _known_rows(place, table)
     for place, figure in sweep.figures.items():
         _known(sweep, shown(figure), f"figure {place!r}")
+
+
+def _same(config: Config) -> dict[str, Any]:
+    """What must be the same in runs that are compared, by dotted key."""
+    values = config_lib.flat(config)
+    # The vocabulary may be that of the run it starts from, which is the same by its content.
+    return {
+        key: value
+        for key, value in values.items()
+        if key == "train.steps" or (key.startswith("data.") and key != "data.vocabulary")
+    }
 
 
 def _known(sweep: Sweep, names: Iterable[str], where: str) -> None:

@@ -33,6 +33,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         # Mesh and data
         taught_by = distill.teacher(config)
         mesh = sharding.make_mesh(config, teacher=taught_by)
+        device_kind = mesh.devices.flat[0].device_kind
         program, feed = Program(config, mesh, taught_by), sharding.feed(mesh)
         batches = open_batches(config, "train", feed)
         validation = validation_batches(config, feed)
@@ -49,7 +50,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     with processes.together():
         if first_process:
             synthetic = config.data.reader == "synthetic"
-            workdir.prepare(config, None if synthetic else open_vocabulary(config).content)
+            vocabulary = None if synthetic else open_vocabulary(config).content
+            workdir.prepare(config, vocabulary, f"{mesh.devices.size} × {device_kind}")
 
     # State
     checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints, rank)
@@ -65,7 +67,6 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
 
     # Steps
     teacher = distill.parameters(program)
-    device_kind = mesh.devices.flat[0].device_kind
     meter = Meter(lambda s: accounting.mfu(config, s, device_kind, mesh.devices.size, taught_by))
     writer = MetricsWriter(workdir, first_step, active=first_process)
     idle = IdleExperts(config)

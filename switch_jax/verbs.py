@@ -211,6 +211,36 @@ def plot(args: argparse.Namespace) -> None:
         print("", speedup.render(speedup.compare(*runs), *args.workdir), sep="\n")
 
 
+def sweep(args: argparse.Namespace) -> int:
+    import jax
+
+    from switch_jax import plots, runner, sweep, sweep_report
+
+    plots.matplotlib()  # missing: say so before anything is trained
+    jax.config.update("jax_platforms", "cpu")  # here; the accelerator is for the runs
+    made, folder = sweep.load(args.config).but(args.overrides), Path(args.workdir)
+    jobs = runner.jobs(made, folder)
+    runner.prepare(jobs, folder)
+    progress = runner.run(jobs)
+    if progress.stopped_by is not None:
+        print(
+            f"Stopped with {progress.finished} of {len(jobs)} runs finished; the same command"
+            " continues from there."
+        )
+        return 128 + progress.stopped_by
+    print("\n".join(map(str, sweep_report.write(made, jobs, folder))))
+    if progress.failed:
+        blocked = f", and {', '.join(progress.blocked)} need them" if progress.blocked else ""
+        raise UserError(
+            f"{len(progress.failed)} of {len(jobs)} runs failed ({', '.join(progress.failed)}; what"
+            f" they printed is in {folder / 'jobs'}){blocked}; put that right, and the same command"
+            " trains what is missing."
+        )
+    if left := [*progress.elsewhere, *progress.blocked]:
+        print(f"Other processes are training this sweep; missing yet: {', '.join(left)}.")
+    return 0
+
+
 def data_vocab(args: argparse.Namespace) -> None:
     from switch_jax.data import mixture, vocabularies
     from switch_jax.data.vocabulary import read
