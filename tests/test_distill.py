@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import make_batch, tiny
 
-from switch_jax import accounting, aot, checkpoint, chips, distill, initial, losses, meshes
+from switch_jax import accounting, aot, checkpoint, chips, distill, initial, losses, meshes, sweep
 from switch_jax import config as config_lib
 from switch_jax.data import open_batches
 from switch_jax.errors import UserError
@@ -23,6 +23,7 @@ from switch_jax.step import Program
 from switch_jax.train import train
 from switch_jax.workdir import Workdir
 
+ROOT = Path(__file__).parent.parent
 STEPS = 3
 ALONE = {"data.reader": "synthetic", "mesh.data": 1, "optimizer.name": "sgd"}
 # Few slots, so that where a token is matters, and noise that must not reach its answers.
@@ -384,3 +385,25 @@ def test_compiling_knows_of_it(tmp_path, monkeypatch):
     assert results[1]["teacher_bytes"] == 4 * params
     assert results[1]["argument_bytes"] == results[0]["argument_bytes"] + 4 * params
     assert "teacher" in aot.render(results[1]) and "teacher" not in aot.render(results[0])
+
+
+@pytest.mark.parametrize("size", ["mini", "gpu", "paper"])
+@pytest.mark.parametrize("table", [6, 7, 8])
+def test_sweeps_of_the_papers_tables(size, table, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    loaded = sweep.load(f"configs/sweeps/distill.py:size={size},table={table}")
+    configs = loaded.configs()
+    (found,) = loaded.tables.values()
+    assert set(found.rows.values()) <= set(configs) and found.teachers
+    students = {name for name, config in configs.items() if config.distilled}
+    assert {found.rows[row] for row in found.teachers} - students <= {"begun"}
+    for name in students:
+        assert not configs[name].sparse
+        assert configs[name].distill.teacher == f"{{run:{teacher_of(found, name)}}}"
+        assert configs[name].init_from is not None or name == "taught"
+    if size == "paper":
+        assert set(found.paper) == set(found.rows)
+
+
+def teacher_of(table: sweep.Table, name: str) -> str:
+    return next(table.teachers[row] for row, run in table.rows.items() if run == name)
