@@ -15,11 +15,12 @@ from switch_jax.sweep import QUALITY, Curves, Figure, Scaling, Sources, Sweep, T
 # Okabe and Ito's colours, which colour-blind people tell apart; beyond them markers differ too.
 COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#0072b2", "#cc79a7", "#8c8c8c")
 _MARKERS = "osD^vP*X"
+_HOUR = 3600.0
 _QUALITY_LABEL = "neg. log perplexity (nats)"
 _AXES = {
     "steps": "training step",
     "tokens": "target tokens",
-    "seconds": "hours of train steps",
+    "seconds": "seconds of train steps",
     "params": "parameters",
     "experts": "experts",
 }
@@ -72,8 +73,7 @@ def _curves(figure: Curves, results: Results) -> Any:
     """Every seed thin, their mean thick, and where each first is as good as the first's end."""
     drawn = plots.new_figure(1, 1, (6.4, 4.4))
     axes = drawn.axes[0]
-    unit = 3600.0 if figure.x == "seconds" else 1.0
-    goals, ends = [], []
+    goals, ends, longest = [], [], 0.0
     for number, (label, name) in enumerate(figure.runs.items()):
         found = [o.curve(QUALITY, figure.x) for o in results[name] if o is not None]
         found = [curve for curve in found if curve]
@@ -81,10 +81,10 @@ def _curves(figure: Curves, results: Results) -> Any:
             continue
         colour = COLOURS[number % len(COLOURS)]
         for curve in found:
-            x, quality = zip(*curve)
-            axes.plot(np.divide(x, unit), quality, color=colour, lw=0.8, alpha=0.35)
+            axes.plot(*zip(*curve), color=colour, lw=0.8, alpha=0.35)
         x, quality = np.mean([curve for curve in found if len(curve) == len(found[0])], axis=0).T
-        axes.plot(x / unit, quality, lw=1.8, ms=3, label=label, **_style(number))
+        axes.plot(x, quality, lw=1.8, ms=3, label=label, **_style(number))
+        longest = max(longest, x[-1])
         ends += [y for curve in found for _, y in curve[len(curve) // 4 :]]
         if number == 0:
             goals = [quality[-1]]
@@ -96,34 +96,45 @@ def _curves(figure: Curves, results: Results) -> Any:
     margin = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)  # the first quarter falls off the page
     axes.set(xlabel=_AXES[figure.x], ylabel=_QUALITY_LABEL)
+    if figure.x == "seconds" and longest > 2 * _HOUR:
+        axes.set_xlabel("hours of train steps")
+        axes.xaxis.set_major_locator(plots.matplotlib().ticker.MultipleLocator(_hours(longest)))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / _HOUR:g}")
     axes.legend(frameon=False, fontsize=8)
     return drawn
 
 
+def _hours(longest: float) -> float:
+    """Seconds between ticks, a round number of hours, for about six of them."""
+    steps = [n * 10**power for power in range(6) for n in (1, 2, 5)]
+    return _HOUR * next(n for n in steps if 6 * n * _HOUR >= longest)
+
+
 def _scaling(figure: Scaling, results: Results, laws: Mapping[str, Any]) -> Any:
+    """Ours alone and, where the paper has points, beside those on the same axes."""
     found = summary.points(figure, results)
     if not found:
         return None
-    drawn = plots.new_figure(1, 1, (6.4, 4.4))
-    axes = drawn.axes[0]
     series = {"ours": [(x, loss) for _, x, loss in found]}
     if figure.published:
         published = paper.SERIES[figure.published]
         series[published.source] = [(getattr(p, figure.x), p.loss) for p in published.points]
-    for number, (label, of) in enumerate(series.items()):
-        x, loss = np.array(of).T
-        colour = COLOURS[(5, 4)[number]]
-        axes.plot(x, loss, "os"[number], ms=5, color=colour, label=label)
-        if laws[label] is not None:
-            law = PowerLaw(**laws[label])
-            line = np.geomspace(x.min(), x.max())
-            low, high = law.exponent_interval
-            text = f"∝ x^{law.exponent:.4f} ({low:.4f} … {high:.4f})"
-            axes.plot(line, law(line), color=colour, lw=1, label=text)
-    axes.set(xscale="log", yscale="log", xlabel=_AXES[figure.x], ylabel="loss (nats)")
-    axes.yaxis.set_minor_formatter("{x:.2g}")
-    axes.yaxis.set_major_formatter("{x:.2g}")
-    axes.legend(frameon=False, fontsize=8)
+    drawn = plots.new_figure(1, len(series), (5.4 * len(series), 4.2))
+    for last, axes in enumerate(drawn.axes):
+        for number, (label, of) in enumerate(list(series.items())[: last + 1]):
+            x, loss = np.array(of).T
+            colour = COLOURS[(5, 4)[number]]
+            axes.plot(x, loss, "os"[number], ms=5, color=colour, label=label)
+            if laws[label] is not None:
+                law = PowerLaw(**laws[label])
+                line = np.geomspace(x.min(), x.max())
+                low, high = law.exponent_interval
+                text = f"$\\propto x^{{{law.exponent:.3f}}}$ (95 %: {low:.3f} … {high:.3f})"
+                axes.plot(line, law(line), color=colour, lw=1, label=text)
+        axes.set(xscale="log", yscale="log", xlabel=_AXES[figure.x], ylabel="loss (nats)")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.legend(frameon=False, fontsize=8)
     return drawn
 
 

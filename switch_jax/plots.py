@@ -63,6 +63,7 @@ def matplotlib() -> Any:
     """The library; raises `UserError` where it is not installed."""
     try:
         import matplotlib.figure
+        import matplotlib.ticker
     except ImportError:
         raise UserError('Figures need Matplotlib: pip install "switch_jax[plots]".') from None
     return matplotlib

@@ -14,7 +14,7 @@ from tensorboardX import SummaryWriter
 
 from switch_jax.workdir import Workdir
 
-_LAST_LINES = 2**18  # bytes, in which there are two lines of metrics at least
+_LAST_LINES = 2**18  # bytes, many times those of a line of metrics
 
 
 class MetricsWriter:
@@ -118,8 +118,8 @@ def last_step(workdir: Workdir) -> int:
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return 0
-    # What stands after the last end of line is not complete; what stands first may be cut.
-    return json.loads(lines[-2])["step"] if len(lines) > 2 else 0
+    # What stands after the last end of line is not complete.
+    return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
 
 
 class ProgressDisplay:

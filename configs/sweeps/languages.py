@@ -3,7 +3,7 @@
     python scripts/package_text.py
     switch-jax sweep --config configs/sweeps/languages.py:size=mini --workdir runs/languages
 
-Of sizes mini and gpu, the languages are those of the first line: programming languages, and English.
+Of sizes mini and gpu, the languages are those of the first line: of programmers, and English.
 With size=paper, which has mC4's, leave that out and add --config.data.data_dir=DIR, where mC4 is.
 """
 

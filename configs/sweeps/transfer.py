@@ -17,7 +17,7 @@ CLAIM = (
     "SuperGLUE is about linear in upstream quality, where large dense models are better than"
     " Switch of the same; of knowledge (TriviaQA), Switch has more."
 )
-PAPER = {"superglue": "average", "closed_book_qa": "trivia_qa/score"}  # task → metric
+PAPER = {"superglue": "average", "closed_book_qa": "closed_book.trivia_qa/score"}  # task → metric
 
 
 def get_sweep(arg: str = "") -> Sweep:
