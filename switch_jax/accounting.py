@@ -33,7 +33,7 @@ from switch_jax.schema import STACKS, Config, MoEConfig
 CONVENTIONS = {
     "flops_per_sequence": "paper: forward, scores once, no router, no padding",
     "flops_per_sequence_computed": "computed: forward, every matmul, all expert slots",
-    "train_flops_per_step": "3 x computed, and a teacher's once, over the global batch",
+    "train_flops_per_step": "3 x computed + a teacher's, global batch",
 }
 
 

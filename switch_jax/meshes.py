@@ -103,7 +103,7 @@ def _legal(config: Config, teacher: Config | None, sizes: dict[str, int], fsdp: 
 class _Work:
     """What a train step of a config does, and what of it falls to a device of a mesh."""
 
-    def __init__(self, config: Config, chip: Chip, teacher: Config | None):
+    def __init__(self, config: Config, chip: Chip, teacher: Config | None = None):
         state = accounting.state_bytes(config)
         self._config, self._chip = config, chip
         self._parameters = _parameters(config)

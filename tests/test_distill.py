@@ -15,11 +15,15 @@ from conftest import make_batch, tiny
 from switch_jax import accounting, aot, checkpoint, chips, distill, initial, losses, meshes, sweep
 from switch_jax import config as config_lib
 from switch_jax.data import open_batches
+from switch_jax.data.vocabularies import open_vocabulary
+from switch_jax.data.vocabulary import BYTES, FILE_NAME
 from switch_jax.errors import UserError
+from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
 from switch_jax.pretrained import load
 from switch_jax.report import read_metrics
 from switch_jax.sharding import make_mesh
 from switch_jax.step import Program
+from switch_jax.teacher import Teacher
 from switch_jax.train import train
 from switch_jax.workdir import Workdir
 
@@ -38,6 +42,7 @@ TEACHER = ALONE | {
 }
 STUDENT = ALONE | {
     "moe.num_experts": 0,
+    "moe.group_size": 32,
     "model.dropout_rate": 0.1,
     "optimizer.learning_rate": 0.5,
     "optimizer.schedule": "constant",
@@ -46,7 +51,7 @@ STUDENT = ALONE | {
     "distill.start_step": 1,
 }
 MESHES = {
-    "data=4, accumulate=2": {"mesh.data": 4, "train.accumulate": 2},
+    "data=2, accumulate=2": {"mesh.data": 2, "train.accumulate": 2},
     "expert=4, accumulate=4": {"mesh.expert": 4, "train.accumulate": 4},
     "fsdp, data=2 expert=2 model=2": {
         "mesh.data": 2,
@@ -184,7 +189,13 @@ def test_the_step_adds_what_the_teacher_says_in_evaluation(runs, taught_by):
     program = made(STUDENT | {"distill.teacher": taught_by} | OPEN)
     batch, params = make_batch(program.config), start.params
     student = program.model(params).forward(batch, factor=None)[0]
-    teacher = load(taught_by).forward(batch, factor=0.75)[0]
+    answering = load(taught_by)
+    grouped = dataclasses.replace(answering.config.moe, group_size=32)
+    config = dataclasses.replace(answering.config, moe=grouped)
+    answering = with_parameters(
+        SwitchTransformer(config, jax.random.key(0)), named_parameters(answering)
+    )
+    teacher = answering.forward(batch, factor=0.75)[0]
     _, m, _ = program.train_step(
         jax.device_put(start, program.state_sharding),
         program.put(batch),
@@ -193,7 +204,7 @@ def test_the_step_adds_what_the_teacher_says_in_evaluation(runs, taught_by):
     weights = batch["decoder_loss_weights"]
     expected = 0.4 * 2.0**2 * soft_sum(student, teacher, weights, 2.0) / weights.sum()
     np.testing.assert_allclose(m["distillation"], expected, rtol=1e-5)
-    other = load(taught_by).forward(batch, factor=0.25)[0]
+    other = answering.forward(batch, factor=0.25)[0]
     wrong = 0.4 * 2.0**2 * soft_sum(student, other, weights, 2.0) / weights.sum()
     assert abs(wrong - expected) > 1e-4
 
@@ -346,6 +357,25 @@ def test_a_teacher_of_another_vocabulary_is_refused(taught_by, monkeypatch):
     distill.check(config)
 
 
+def test_without_a_vocabulary_of_its_own_a_student_has_the_teachers(tmp_path):
+    (tmp_path / FILE_NAME).write_bytes(BYTES.encode())
+    settings = {"distill.teacher": str(tmp_path), "data.reader": "store", "model.vocab_size": 512}
+    assert open_vocabulary(tiny(**settings)).name == BYTES
+
+
+def test_a_teacher_may_have_been_adapted():
+    config = tiny(**TEACHER | {"lora.rank": 2})
+    program, batch = Program(config, make_mesh(config)), make_batch(config)
+    fresh = program.init().params
+    params = {n: p + 0.1 if n.endswith("lora_b") else p for n, p in fresh.items()}
+    teacher = Teacher(config, program.mesh)
+    assert teacher.abstract_params.keys() == params.keys()
+    logits = [jnp.dot(*jax.jit(teacher)(of, batch)) for of in (params, fresh)]
+    expected, _ = program.model(params).forward(batch, factor=config.moe.capacity_factor)
+    np.testing.assert_allclose(logits[0], expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits[1] - expected).max() > 0.01
+
+
 def test_its_memory_and_work_are_counted(taught_by):
     mesh = {"mesh.data": 1, "mesh.expert": 4}
     config = tiny(**STUDENT | mesh | {"distill.teacher": taught_by})
@@ -368,6 +398,8 @@ def test_its_memory_and_work_are_counted(taught_by):
     (without,) = [s for s in meshes.suggest(config, chip, 4) if s.mesh["data"] == 4]
     assert without.memory_bytes["teacher"] == 0
     assert size < mine.memory_bytes["teacher"] < 4 * size
+    flops = taught["train_flops_per_step"]
+    assert mine.seconds["compute"] == pytest.approx(flops / 4 / chip.flops)
     assert mine.seconds["compute"] > without.seconds["compute"]
 
 
