@@ -167,7 +167,7 @@ def test_time_left_goes_by_work(monkeypatch, capfd):
     assert lines == [
         "run 1 of 3: a",
         "a finished after 10 s",
-        "run 2 of 3: b  about 60 s left",
+        "run 2 of 3: b  about 50 s left",
         "b finished after 10 s",
         "run 3 of 3: c  about 40 s left",
     ]
