@@ -50,6 +50,19 @@ def fakes(folder, programs, **needs):
     ]
 
 
+def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
+    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
+    claimed = runner._claimed
+
+    def late(job):
+        job.record.write_text("{}")  # after we looked, and before we had the lock
+        return claimed(job)
+
+    monkeypatch.setattr(runner, "_claimed", late)
+    progress = runner.run([made])
+    assert progress.finished == 1 and not progress.failed and not made.output.exists()
+
+
 @contextlib.contextmanager
 def held(path):
     """As another process that trains the job holds its lock."""
