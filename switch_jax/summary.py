@@ -1,6 +1,7 @@
 """What a sweep shows, as JSON values: every run, and its tables and figures in numbers.
 
-Differences and speed-ups are of runs with the same seed; a spread is over seeds.
+Differences and speed-ups are of runs with the same seed; a spread is over the seeds that are
+finished, of which some may have diverged, or never reach what others do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,8 @@ from switch_jax.accounting import CONVENTIONS
 from switch_jax.outcome import Outcome
 from switch_jax.sweep import QUALITY, Curves, Scaling, Sources, Sweep, Table, Transfer
 
-Results = Mapping[str, Sequence[Outcome | None]]  # name of a run → by seed; None: not finished
+Outcomes = Sequence[Outcome | None]  # of a run, by seed; None: not finished
+Results = Mapping[str, Outcomes]  # by name of the run
 Values = list[float | None]
 
 
@@ -33,7 +35,7 @@ def summarise(made: Sweep, results: Results) -> dict[str, Any]:
     }
 
 
-def _run(seeds: Sequence[int], outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
+def _run(seeds: Sequence[int], outcomes: Outcomes) -> dict[str, Any]:
     """What each seed came to, and what they have in common."""
     known = {seed: outcome for seed, outcome in zip(seeds, outcomes) if outcome is not None}
     common = {}
@@ -82,15 +84,9 @@ def _table(table: Table, results: Results) -> dict[str, Any]:
             )
         if row in table.teachers:
             teachers = results[table.teachers[row]]
-            values["share_of_gain"] = [
-                None if ours is None or not whole else ours / whole
-                for ours, whole in zip(
-                    gains(first, outcomes, table.metric), gains(first, teachers, table.metric)
-                )
-            ]
+            values["share_of_gain"] = shares_of_gain(first, outcomes, teachers, table.metric)
             values["compression"] = [
-                None if ours is None or theirs is None else 1 - ours.params / theirs.params
-                for ours, theirs in zip(outcomes, teachers)
+                1 - ours.params / theirs.params for ours, theirs in _finished(outcomes, teachers)
             ]
         rows[row] = {
             "run": name,
@@ -154,28 +150,43 @@ def transfer(figure: Transfer, results: Results) -> dict[str, list[tuple[float, 
     return found
 
 
-def gains(
-    baseline: Sequence[Outcome | None], ours: Sequence[Outcome | None], metric: str
-) -> Values:
+def gains(baseline: Outcomes, ours: Outcomes, metric: str) -> Values:
     """How much better ours are in the end, by seed."""
-    pairs = zip(
-        _each(lambda o: o.quality(metric), baseline), _each(lambda o: o.quality(metric), ours)
-    )
-    return [None if a is None or b is None else b - a for a, b in pairs]
+    return [_difference(a, b, metric) for a, b in _finished(baseline, ours)]
 
 
-def speed_ups(baseline: Sequence[Outcome | None], ours: Sequence[Outcome | None], x: str) -> Values:
+def shares_of_gain(
+    baseline: Outcomes, students: Outcomes, teachers: Outcomes, metric: str
+) -> Values:
+    """How much of its teacher's gain over the baseline a student has, by seed."""
+    found: Values = []
+    for a, student, teacher in _finished(baseline, students, teachers):
+        ours, whole = _difference(a, student, metric), _difference(a, teacher, metric)
+        found.append(None if ours is None or not whole else ours / whole)
+    return found
+
+
+def speed_ups(baseline: Outcomes, ours: Outcomes, x: str) -> Values:
     """How many times as fast ours reach the baseline's final quality, by seed."""
     return [
-        None
-        if a is None or b is None
-        else curves.speed_up(a.curve(QUALITY, x), b.curve(QUALITY, x))
-        for a, b in zip(baseline, ours)
+        curves.speed_up(a.curve(QUALITY, x), b.curve(QUALITY, x))
+        for a, b in _finished(baseline, ours)
     ]
 
 
-def _each(value: Callable[[Outcome], float | None], outcomes: Sequence[Outcome | None]) -> Values:
-    return [None if outcome is None else value(outcome) for outcome in outcomes]
+def _difference(one: Outcome, other: Outcome, metric: str) -> float | None:
+    """How much better the other is; None where one of them has diverged."""
+    a, b = one.quality(metric), other.quality(metric)
+    return None if a is None or b is None else b - a
+
+
+def _finished(*runs: Outcomes) -> list[tuple[Outcome, ...]]:
+    """The outcomes of those seeds that are finished in all runs."""
+    return [seed for seed in zip(*runs) if None not in seed]  # type: ignore[misc]
+
+
+def _each(value: Callable[[Outcome], float | None], outcomes: Outcomes) -> Values:
+    return [value(outcome) for (outcome,) in _finished(outcomes)]
 
 
 def _spread(values: Values) -> dict[str, Any]:

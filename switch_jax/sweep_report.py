@@ -85,7 +85,7 @@ def cells(table: Mapping[str, Any]) -> Cells:
     """A table of the summary; columns in which no row has anything are left out."""
     metric = table["metric"]
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "neg. log perplexity" if metric == QUALITY else metric: lambda r: spread(r["quality"], 3),
+        "neg. log perplexity" if metric == QUALITY else metric: lambda r: quality(r["quality"]),
         "against the first row": lambda r: spread(r.get("gain"), 3, sign=True),
         "the paper's": lambda r: r["paper"] or "",
         "share of the gain": lambda r: spread(r.get("share_of_gain"), 0, percent=True),
@@ -146,9 +146,7 @@ def spread(
     found: Mapping[str, Any] | None, digits: int, *, percent: bool = False, sign: bool = False
 ) -> str:
     """A figure over seeds, as mean ± standard deviation; empty where there is none."""
-    if found is None or (found["mean"] is None and not found["of"]):
-        return ""
-    if found["mean"] is None:
+    if found is None or found["mean"] is None:
         return ""
     scale, unit = (100.0, " %") if percent else (1.0, "")
     plus = "+" if sign else ""
@@ -156,6 +154,11 @@ def spread(
     if found["deviation"] is not None:
         text += f" ± {scale * found['deviation']:.{digits}f}"
     return text + unit + _missing(found)
+
+
+def quality(found: Mapping[str, Any]) -> str:
+    """A final quality over seeds, "diverged" where no seed has one."""
+    return "diverged" if found["of"] and found["mean"] is None else spread(found, 3)
 
 
 def times(found: Mapping[str, Any] | None) -> str:

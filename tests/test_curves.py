@@ -73,11 +73,11 @@ def test_an_exact_power_law_is_found():
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, x, inside = np.random.default_rng(0), np.array([1.0, 2, 4, 8, 16, 32]), 0
-    for _ in range(400):
+    for _ in range(2000):
         law = curves.power_law(x, 2 * x**-0.1 * np.exp(rng.normal(0, 0.02, 6)), confidence=0.8)
         inside += law.exponent_interval[0] < -0.1 < law.exponent_interval[1]
         assert law.coefficient_interval[0] < law.coefficient < law.coefficient_interval[1]
-    low, high = stats.binom.interval(0.9999, 400, 0.8)
+    low, high = stats.binom.interval(0.9999, 2000, 0.8)
     assert low <= inside <= high
 
 

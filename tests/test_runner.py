@@ -50,6 +50,19 @@ def fakes(folder, programs, **needs):
     ]
 
 
+def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
+    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
+    claimed = runner._claimed
+
+    def late(job):
+        job.record.write_text("{}")  # after we looked, and before we had the lock
+        return claimed(job)
+
+    monkeypatch.setattr(runner, "_claimed", late)
+    progress = runner.run([made])
+    assert progress.finished == 1 and not progress.failed and not made.output.exists()
+
+
 @contextlib.contextmanager
 def held(path):
     """As another process that trains the job holds its lock."""
@@ -167,7 +180,7 @@ def test_time_left_goes_by_work(monkeypatch, capfd):
     assert lines == [
         "run 1 of 3: a",
         "a finished after 10 s",
-        "run 2 of 3: b  about 60 s left",
+        "run 2 of 3: b  about 50 s left",
         "b finished after 10 s",
         "run 3 of 3: c  about 40 s left",
     ]
