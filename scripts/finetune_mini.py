@@ -2,32 +2,23 @@
 
     .venv/bin/python scripts/finetune_mini.py [--output runs/finetune_mini]
 
-A piece of the standard library lost a Python keyword, and the model writes which one: 3,000
-examples for training and 600 for validation, these from documents that pretraining held out.
-`configs/switch_mini.py` is pretrained for 2,400 steps, then trained on the task from there and from
-scratch. Draws docs/images/finetune_mini.png. What is finished is not done again.
+The task is that of `keyword_task.py`. `configs/switch_mini.py` is pretrained for 2,400 steps, then
+trained on the task from there and from scratch. Draws docs/images/finetune_mini.png. What is
+finished is not done again.
 """
 
 import argparse
-import json
-import keyword
-import random
-import re
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
+from keyword_task import write_examples
+
 from switch_jax import cli
-from switch_jax.data import python_docs
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "switch_mini.py"
 FIGURE = ROOT / "docs" / "images" / "finetune_mini.png"
-
-EXAMPLES = {"train": 3000, "validation": 600}
-LETTERS = 80  # of context on either side
 
 PRETRAINING = {"train.steps": 2400, "train.log_every": 50}
 TASK = {
@@ -50,41 +41,6 @@ CONSTANT = {
 }
 # From scratch, a model may learn as fast as in pretraining, or as slowly as in fine-tuning.
 AS_IN_PRETRAINING = {"optimizer.cooldown_steps": 100}
-
-
-def gaps(text: str) -> Iterator[dict[str, str]]:
-    """Every keyword of a text, cut out of its surroundings."""
-    for found in re.finditer(rf"\b({'|'.join(keyword.kwlist)})\b", text):
-        begin, end = found.span()
-        before, after = text[max(0, begin - LETTERS) : begin], text[end : end + LETTERS]
-        yield {"inputs": f"{before}<extra_id_0>{after}", "targets": f"<extra_id_0> {found[0]}"}
-
-
-def write_examples(folder: Path) -> float:
-    """Examples of either split, where no keyword is more than a tenth.
-
-    Returns the share of the commonest one in validation.
-    """
-    rng = random.Random(0)
-    share = 0.0
-    for split, number in EXAMPLES.items():
-        pool = [
-            gap
-            for document in python_docs.documents()
-            if python_docs.held_out(document.path) == (split == "validation")
-            for gap in gaps(document.text)
-        ]
-        rng.shuffle(pool)
-        taken: Counter = Counter()
-        lines = []
-        for gap in pool:
-            if len(lines) < number and taken[gap["targets"]] < number // 10:
-                taken[gap["targets"]] += 1
-                lines.append(json.dumps(gap) + "\n")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{split}.jsonl").write_text("".join(lines))
-        share = max(taken.values()) / len(lines)
-    return share
 
 
 def run(*arguments: object) -> None:

@@ -33,7 +33,7 @@ from switch_jax.schema import STACKS, Config, MoEConfig
 CONVENTIONS = {
     "flops_per_sequence": "paper: forward, scores once, no router, no padding",
     "flops_per_sequence_computed": "computed: forward, every matmul, all expert slots",
-    "train_flops_per_step": "3 x computed, over the global batch",
+    "train_flops_per_step": "3 x computed + a teacher's, global batch",
 }
 
 
@@ -289,24 +289,37 @@ def dropped_if_uniform(tokens: int, capacity: int, moe: MoEConfig) -> float:
     return float(excess @ np.exp(log_pmf)) / (tokens * chance)
 
 
-def mfu(config: Config, step_seconds: float, device_kind: str, num_devices: int) -> float | None:
+def mfu(
+    config: Config,
+    step_seconds: float,
+    device_kind: str,
+    num_devices: int,
+    teacher: Config | None = None,
+) -> float | None:
     """Model FLOPs utilisation of a train step, of the bfloat16 peak whatever the dtype.
 
-    By the model convention. None where the device's peak is not known.
+    By the model convention; a teacher's forward pass is work of the step. None where the device's
+    peak is not known.
     """
     peak = peak_flops(device_kind)
     if peak is None:
         return None
-    parts = flops_by_part(config)
-    flops = 3 * (sum(parts.values()) - parts.get("empty_slots", 0)) * config.data.batch_size
-    return flops / (step_seconds * num_devices * peak)
+    flops = 0.0
+    for model, passes in ((config, 3), (teacher, 1)):
+        if model is not None:
+            parts = flops_by_part(model)
+            flops += passes * (sum(parts.values()) - parts.get("empty_slots", 0))
+    return flops * config.data.batch_size / (step_seconds * num_devices * peak)
 
 
-def summary(config: Config) -> dict[str, Any]:
+def summary(config: Config, teacher: Config | None = None) -> dict[str, Any]:
     """What `switch-jax inspect` prints, as JSON values.
 
-    `slots_per_token` is over all expert layers of both stacks; None in a dense model.
+    `slots_per_token` is over all expert layers of both stacks; None in a dense model. `teacher` is
+    None without one; it is no state, for it does not change and is in no checkpoint.
     """
+    taught_by = None if teacher is None else _teacher(teacher)
+    passes = 0.0 if taught_by is None else taught_by["flops_per_sequence_computed"]
     params, parts = params_by_group(config), flops_by_part(config)
     layers, bytes_by_part = expert_layers(config), state_bytes(config)
     tokens = [config.length(layer.stack) for layer in layers]
@@ -317,12 +330,21 @@ def summary(config: Config) -> dict[str, Any]:
         "flops_per_sequence": flops_per_sequence(config),
         "flops_per_sequence_computed": sum(parts.values()),
         "flops_by_part": parts,
-        "train_flops_per_step": 3 * sum(parts.values()) * config.data.batch_size,
+        "train_flops_per_step": (3 * sum(parts.values()) + passes) * config.data.batch_size,
         "flops_conventions": CONVENTIONS,
         "state_bytes": sum(bytes_by_part.values()),
         "state_bytes_by_part": bytes_by_part,
+        "teacher": taught_by,
         "slots_per_token": slots / sum(tokens) if layers else None,
         "moe": [dataclasses.asdict(layer) for layer in layers],
+    }
+
+
+def _teacher(config: Config) -> dict[str, Any]:
+    return {
+        "params": sum(params_by_group(config).values()),
+        "bytes": state_bytes(config)["parameters"],
+        "flops_per_sequence_computed": sum(flops_by_part(config).values()),
     }
 
 
@@ -345,6 +367,9 @@ def render(summary: dict[str, Any]) -> str:
     line("state", si(summary["state_bytes"], "B"), "over all devices")
     for name, size in summary["state_bytes_by_part"].items():
         line(f"  {name}", si(size, "B"))
+    if summary["teacher"] is not None:
+        line("teacher", f"{summary['teacher']['params']:,}", "parameters")
+        line("  memory", si(summary["teacher"]["bytes"], "B"), "over all devices")
     for name, convention in CONVENTIONS.items():
         line(name, si(summary[name], "FLOP"), convention)
     for name, flops in summary["flops_by_part"].items():

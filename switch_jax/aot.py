@@ -21,7 +21,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from switch_jax import accounting, hlo, roofline, sharding
+from switch_jax import accounting, distill, hlo, roofline, sharding
 from switch_jax import config as config_lib
 from switch_jax.cache import cache_root, made_once
 from switch_jax.chips import CHIPS
@@ -105,14 +105,15 @@ def compile_step(config: Config, target: Target) -> Result:
     error: its `fits` is false, and what is not known of it is None.
     """
     devices = target.devices()
-    mesh = sharding.make_mesh(config, devices)
-    program = Program(config, mesh)
-    state, batch = program.abstract_state, program.abstract_batch
-    traced = program.train_step.trace(state, batch)
+    taught_by = distill.teacher(config)
+    mesh = sharding.make_mesh(config, devices, teacher=taught_by)
+    program = Program(config, mesh, taught_by)
+    state, batch, teacher = program.abstract_state, program.abstract_batch, program.abstract_teacher
+    traced = program.train_step.trace(state, batch, teacher)
     with jax.set_mesh(mesh):
         lowered = traced.lower()
     text = lowered.as_text()
-    facts = _compiled(lowered, text, target, mesh, _bytes_per_device((state, batch)))
+    facts = _compiled(lowered, text, target, mesh, _bytes_per_device((state, batch, teacher)))
     summary = accounting.summary(config)
     result: Result = {
         "topology": target.topology,
@@ -123,6 +124,7 @@ def compile_step(config: Config, target: Target) -> Result:
         "params": summary["params"],
         "parameter_bytes": _bytes_per_device(state.params),
         "optimizer_bytes": _bytes_per_device(_on_device(state.opt_state)),
+        "teacher_bytes": _bytes_per_device(teacher),
         "parameters": _placement(program),
         "tokens_per_step": config.data.batch_size * config.data.inputs_length,
         "slots_per_token": summary["slots_per_token"],
@@ -136,7 +138,7 @@ def compile_step(config: Config, target: Target) -> Result:
     collectives = [hlo.Collective(**fields) for fields in facts["collectives"]]
     work = result["flops_per_device"], facts["memory_traffic_bytes"], collectives
     result["collective_bytes"] = _by_kind_and_axis(collectives)
-    return result | roofline.predict(config, mesh, *work)
+    return result | roofline.predict(config, mesh, *work, taught_by)
 
 
 def _compiled(
@@ -266,6 +268,8 @@ def render(result: Result) -> str:
     line("memory of a device", _gib(used), of if result["fits"] else f"{of}: does not fit")
     line("  parameters", _gib(result["parameter_bytes"]))
     line("  optimizer", _gib(result["optimizer_bytes"]))
+    if result["teacher_bytes"]:
+        line("  teacher", _gib(result["teacher_bytes"]))
     line("  gradients, activations …", _gib(_rest(result)))
     if result["slots_per_token"] is not None:
         line("expert slots per token", f"{result['slots_per_token']:.3f}")
@@ -288,8 +292,9 @@ def render(result: Result) -> str:
 
 
 def _rest(result: Result) -> int:
-    """Bytes of a device in use besides parameters and optimizer state."""
-    return result["hbm_bytes_per_device"] - result["parameter_bytes"] - result["optimizer_bytes"]
+    """Bytes of a device in use besides parameters, optimizer state and teacher."""
+    kept = sum(result[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher"))
+    return result["hbm_bytes_per_device"] - kept
 
 
 def _gib(size: float) -> str:
@@ -305,8 +310,9 @@ def remedy(config: Config, target: Target, result: Result) -> str:
     message = (
         f"A train step needs {_gib(used)} of a {result['device_kind']}'s {_gib(available)},"
         f" {_gib(used - available)} too many: parameters {_gib(result['parameter_bytes'])},"
-        f" optimizer {_gib(result['optimizer_bytes'])}, gradients and activations"
-        f" {_gib(_rest(result))}"
+        f" optimizer {_gib(result['optimizer_bytes'])},"
+        + (f" teacher {_gib(result['teacher_bytes'])}," if result["teacher_bytes"] else "")
+        + f" gradients and activations {_gib(_rest(result))}"
     )
     for change in _changes(config):
         keys = [f"--config.{key}={value}" for key, value in change.items()]

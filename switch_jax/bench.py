@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from switch_jax import accounting, decode, search, sharding
+from switch_jax import accounting, decode, distill, search, sharding
 from switch_jax.data.batch import SyntheticIterator
 from switch_jax.errors import UserError
 from switch_jax.layers import Mlp
@@ -46,7 +46,8 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
     if not config.sparse:
         raise UserError("bench compares experts with a dense model; set moe.num_experts above 0.")
     dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=0))
-    mesh = sharding.make_mesh(config)
+    teacher = distill.teacher(config)
+    mesh = sharding.make_mesh(config, teacher=teacher)
     result: dict[str, Any] = {
         "device_kind": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
@@ -55,7 +56,7 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         _use_compilation_cache(folder)
-        programs = {m: Program(c, mesh) for m, c in zip(MODELS, (config, dense))}
+        programs = {m: Program(c, mesh, teacher) for m, c in zip(MODELS, (config, dense))}
         for part, prepare in PARTS.items():
             cases = {m: _Case(*prepare(p.config, p)) for m, p in programs.items()}
             seconds = alternate({m: case.call for m, case in cases.items()}, repeats)
@@ -65,7 +66,9 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
         step = result["train_step"][model]
         tokens = config.data.batch_size * (config.data.inputs_length + config.data.targets_length)
         step["tokens_per_second"] = tokens / step["seconds"]
-        step["mfu"] = accounting.mfu(one, step["seconds"], result["device_kind"], result["devices"])
+        step["mfu"] = accounting.mfu(
+            one, step["seconds"], result["device_kind"], result["devices"], teacher
+        )
     return result
 
 
@@ -144,11 +147,12 @@ def _compare(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _train_step(config: Config, program: Program) -> tuple[Lower, Advance]:
     batch = program.put(next(SyntheticIterator(config, sharding.feed(program.mesh))))
+    teacher = distill.parameters(program)
 
     def advance(call, state):
-        return call(program.init() if state is None else state, batch)[0]
+        return call(program.init() if state is None else state, batch, teacher)[0]
 
-    return partial(program.train_step.lower, program.abstract_state, batch), advance
+    return partial(program.train_step.lower, program.abstract_state, batch, teacher), advance
 
 
 def _forward(config: Config, program: Program) -> tuple[Lower, Advance]:

@@ -11,6 +11,10 @@ from typing import Any
 from switch_jax import verbs
 from switch_jax.errors import UserError
 
+_SWEEP_HELP = (
+    "configs/sweeps/NAME.py or configs/sweeps/NAME.py:size=mini; change keys of all runs with"
+    " --config.KEY=VALUE"
+)
 _CONFIG_HELP = "configs/NAME.py or configs/NAME.py:key=value,…; change keys with --config.KEY=VALUE"
 
 
@@ -215,6 +219,10 @@ def _parser() -> argparse.ArgumentParser:
         help="runs to compare; of two, the first is the baseline of speed-ups by source",
     )
     sub.add_argument("--output", metavar="DIR", help="where to (default: DIR/figures of the first)")
+
+    sub = verb("sweep", verbs.sweep, "train the runs of a sweep, and draw what they show")
+    sub.add_argument("--config", required=True, metavar="FILE", help=_SWEEP_HELP)
+    workdir(sub, "folder of the sweep; several processes may share it")
 
     data = subparsers.add_parser("data", help="vocabularies, packed text, a look at examples")
     data_verbs = data.add_subparsers(dest="data_verb", metavar="VERB", required=True)

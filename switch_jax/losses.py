@@ -34,6 +34,7 @@ class LossSums(NamedTuple):
     cross_entropy: jax.Array  # nats
     z: jax.Array  # logsumexp(logits)²
     correct: jax.Array
+    soft: jax.Array | None = None  # cross-entropy with a teacher's distribution, nats
 
 
 def totals(batch: Mapping[str, jax.Array], config: Config) -> Totals:
@@ -51,44 +52,60 @@ def totals(batch: Mapping[str, jax.Array], config: Config) -> Totals:
 
 
 def token_losses(
-    states_BxTxD: jax.Array, head_DxV: jax.Array, batch: Mapping[str, jax.Array]
+    states_BxTxD: jax.Array,
+    head_DxV: jax.Array,
+    batch: Mapping[str, jax.Array],
+    teacher: tuple[jax.Array, jax.Array] | None = None,
+    temperature: float = 1.0,
 ) -> LossSums:
     """Cross-entropy, z and accuracy of the targets, weighted by their loss weights.
 
     The logits are states @ head, in float32. A device makes those of its own rows and part of the
     vocabulary alone, and of so many positions at a time that they take LOGITS_BYTES at the most;
     the backward pass makes them again.
-    """
 
-    def local(states_BxTxD, head_DxV, target_BxT, weight_BxT):
-        (B, T, _), V = states_BxTxD.shape, head_DxV.shape[1]
-        chunks = min(math.ceil(B * T * V * 4 / LOGITS_BYTES), T)
-        states_BxTxD = varying(states_BxTxD, "model")
+    Args:
+      teacher: states and head of another model, of any width, for the soft cross-entropy, whose
+        gradient is the student's alone.
+      temperature: of both models' probabilities there, softmax(logits / temperature).
+    """
+    models = [(states_BxTxD, head_DxV), *([teacher] if teacher else [])]
+
+    def local(states, heads, target_BxT, weight_BxT):
+        (B, T, _), V = states[0].shape, heads[0].shape[1]
+        chunks = min(math.ceil(len(states) * B * T * V * 4 / LOGITS_BYTES), T)
+        states = [varying(states_BxTxD, "model") for states_BxTxD in states]
         # Marked here and not in the loop: its gradient is then summed over devices once.
-        head_DxV = varying(head_DxV, BATCH_AXES)
+        heads = [varying(head_DxV, BATCH_AXES) for head_DxV in heads]
+
+        def sums_of(states, target_BxT, weight_BxT) -> LossSums:
+            logits = [
+                jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32)
+                for states_BxTxD, head_DxV in zip(states, heads)
+            ]
+            sums = _sums(logits[0], target_BxT, weight_BxT)
+            if teacher is None:
+                return sums
+            soft_BxT = _soft_cross_entropy(*(logits_BxTxV / temperature for logits_BxTxV in logits))
+            return sums._replace(soft=jnp.sum(weight_BxT * soft_BxT))
 
         def chunk(total: LossSums, arrays: tuple) -> tuple[LossSums, None]:
-            states_BxtxD, target_Bxt, weight_Bxt = arrays
-            logits_BxtxV = jnp.dot(states_BxtxD, head_DxV, preferred_element_type=jnp.float32)
-            sums = _sums(logits_BxtxV, target_Bxt, weight_Bxt)
-            return jax.tree.map(jnp.add, total, sums), None
+            return jax.tree.map(jnp.add, total, sums_of(*arrays)), None
 
         if chunks == 1:
-            sums = _sums(
-                jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32),
-                target_BxT,
-                weight_BxT,
-            )
+            sums = sums_of(states, target_BxT, weight_BxT)
         else:
-            zero = LossSums(*[varying(jnp.zeros(()), BATCH_AXES)] * 3)
-            parts = [_cut(x, chunks) for x in (states_BxTxD, target_BxT, weight_BxT)]
-            sums, _ = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), zero, parts)
+            zero = varying(jnp.zeros(()), BATCH_AXES)
+            zeros = LossSums(zero, zero, zero, None if teacher is None else zero)
+            parts = jax.tree.map(lambda x: _cut(x, chunks), (states, target_BxT, weight_BxT))
+            sums, _ = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), zeros, parts)
         return jax.tree.map(lambda x: summed(x, BATCH_AXES), sums)
 
     rows, whole = spec(("batch",)), spec(())
     in_specs = (rows, spec((None, "vocab")), rows, rows)
     targets = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    return on_mesh(local, in_specs=in_specs, out_specs=whole)(states_BxTxD, head_DxV, *targets)
+    states, heads = zip(*models)
+    return on_mesh(local, in_specs=in_specs, out_specs=whole)(states, heads, *targets)
 
 
 def row_cross_entropy(
@@ -124,14 +141,31 @@ def _terms(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """log Σ exp of the logits, the largest one, and the target's, [B, T] each."""
     V = logits_BxTxV.shape[-1]
-    largest_BxT = highest(jax.lax.stop_gradient(logits_BxTxV.max(-1)), "model")
-    scaled_BxTxV = jnp.exp(logits_BxTxV - largest_BxT[..., None])
-    log_z_BxT = jnp.log(summed(scaled_BxTxV.sum(-1), "model")) + largest_BxT
+    _, z_BxT, largest_BxT = _scaled(logits_BxTxV)
+    log_z_BxT = jnp.log(z_BxT) + largest_BxT
     # A masked sum instead of an index: only one device has the target's logit.
     vocabulary_V = V * position("model") + jnp.arange(V, dtype=target_BxT.dtype)
     at_target = vocabulary_V == target_BxT[..., None]
     target_logit_BxT = summed(jnp.sum(jnp.where(at_target, logits_BxTxV, 0), -1), "model")
     return log_z_BxT, largest_BxT, target_logit_BxT
+
+
+def _soft_cross_entropy(student_BxTxV: jax.Array, teacher_BxTxV: jax.Array) -> jax.Array:
+    """-Σ p log q over the vocabulary, [B, T] nats: p softmax of the teacher's logits, q of the
+    student's. No gradient reaches the teacher.
+    """
+    p_BxTxV, p_z_BxT, _ = _scaled(jax.lax.stop_gradient(teacher_BxTxV))
+    _, q_z_BxT, q_largest_BxT = _scaled(student_BxTxV)
+    # log q = logit - log z, and Σ p = 1.
+    mean_logit_BxT = summed(jnp.sum(p_BxTxV * student_BxTxV, -1), "model") / p_z_BxT
+    return jnp.log(q_z_BxT) + q_largest_BxT - mean_logit_BxT
+
+
+def _scaled(logits_BxTxV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """exp(logits - largest), its sum over the whole vocabulary, and the largest logit."""
+    largest_BxT = highest(jax.lax.stop_gradient(logits_BxTxV.max(-1)), "model")
+    scaled_BxTxV = jnp.exp(logits_BxTxV - largest_BxT[..., None])
+    return scaled_BxTxV, summed(scaled_BxTxV.sum(-1), "model"), largest_BxT
 
 
 def _cut(x_BxT: jax.Array, chunks: int) -> jax.Array:
@@ -142,9 +176,18 @@ def _cut(x_BxT: jax.Array, chunks: int) -> jax.Array:
 
 
 def loss_terms(
-    sums: LossSums, stats: Stats, totals: Totals, config: Config
+    sums: LossSums,
+    stats: Stats,
+    totals: Totals,
+    config: Config,
+    soft_weight: jax.Array | float = 0.0,
 ) -> dict[str, jax.Array]:
     """The terms of the training loss, weights included; their sum is the loss.
+
+    Distillation: soft_weight · T² · soft cross-entropy, and `cross_entropy` counts 1 - soft_weight.
+    The gradient of the soft one shrinks as 1 / T², which the factor T² undoes, so that the
+    temperature does not change the balance of the two (Hinton et al. 2015, §2, and
+    `StudentTeacher` of Mesh TensorFlow).
 
     Auxiliary: α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4). Routers that
     are balanced by construction, or learn nothing, have none.
@@ -154,6 +197,9 @@ def loss_terms(
         "cross_entropy": sums.cross_entropy / targets,
         "z_loss": config.train.z_loss_weight * sums.z / targets,
     }
+    if sums.soft is not None:
+        terms["cross_entropy"] *= 1 - soft_weight
+        terms["distillation"] = soft_weight * config.distill.temperature**2 * sums.soft / targets
     if not stats:
         return terms
     layers = sum(s.tokens.shape[0] for s in stats.values())

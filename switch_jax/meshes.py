@@ -28,7 +28,7 @@ class Suggestion:
 
     mesh: dict[str, int]
     fsdp: bool
-    memory_bytes: dict[str, float]  # parameters, optimizer, gradients, activations
+    memory_bytes: dict[str, float]  # parameters, optimizer, gradients, activations, teacher
     seconds: dict[str, float]  # compute, memory, links, and with several slices slices
     fits: bool
 
@@ -49,13 +49,15 @@ def step_seconds(seconds: dict[str, float]) -> float:
     return max(seconds["compute"], seconds["memory"]) + network
 
 
-def suggest(config: Config, chip: Chip, devices: int, slices: int = 1) -> list[Suggestion]:
+def suggest(
+    config: Config, chip: Chip, devices: int, slices: int = 1, teacher: Config | None = None
+) -> list[Suggestion]:
     """The legal meshes of so many devices, those that fit first, the fastest of them first.
 
     `mesh.fsdp` is set where it makes a mesh fit, or faster. Raises `UserError` where no mesh is
     legal.
     """
-    work = _Work(config, chip)
+    work = _Work(config, chip, teacher)
     found = []
     for model in _divisors(devices // slices):
         for expert in _divisors(devices // (slices * model)):
@@ -63,11 +65,13 @@ def suggest(config: Config, chip: Chip, devices: int, slices: int = 1) -> list[S
             sizes = dict(zip(MESH_AXES, (slices, data, expert, model)))
             choices = (False, True) if data > 1 else (False,)
             legal = [
-                work.suggestion(sizes, fsdp) for fsdp in choices if _legal(config, sizes, fsdp)
+                work.suggestion(sizes, fsdp)
+                for fsdp in choices
+                if _legal(config, teacher, sizes, fsdp)
             ]
             found += sorted(legal, key=_order)[:1]
     if not found:
-        sharding.check(config, dict(zip(MESH_AXES, (slices, devices // slices, 1, 1))))
+        sharding.check(config, dict(zip(MESH_AXES, (slices, devices // slices, 1, 1))), teacher)
         raise UserError(f"No mesh of {devices} devices divides the model and its batch.")
     return sorted(found, key=_order)
 
@@ -80,12 +84,17 @@ def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def _legal(config: Config, sizes: dict[str, int], fsdp: bool) -> bool:
-    """Whether a mesh divides the model and its batch, and no device would be idle."""
-    if sizes["expert"] > max(config.moe.num_experts, 1):
+def _legal(config: Config, teacher: Config | None, sizes: dict[str, int], fsdp: bool) -> bool:
+    """Whether a mesh divides the models and their batch, and no device would be idle."""
+    models = [
+        dataclasses.replace(model, mesh=MeshConfig(fsdp=fsdp))
+        for model in (config, teacher)
+        if model is not None
+    ]
+    if sizes["expert"] > max(1, *(model.moe.num_experts for model in models)):
         return False
     try:
-        sharding.check(dataclasses.replace(config, mesh=MeshConfig(fsdp=fsdp)), sizes)
+        sharding.check(models[0], sizes, *models[1:])
     except UserError:
         return False
     return True
@@ -94,15 +103,14 @@ def _legal(config: Config, sizes: dict[str, int], fsdp: bool) -> bool:
 class _Work:
     """What a train step of a config does, and what of it falls to a device of a mesh."""
 
-    def __init__(self, config: Config, chip: Chip):
-        model, state = accounting.abstract_model(config), accounting.state_bytes(config)
-        axes = logical_axes(model)
+    def __init__(self, config: Config, chip: Chip, teacher: Config | None = None):
+        state = accounting.state_bytes(config)
         self._config, self._chip = config, chip
-        self._parameters = [
-            (axes[name], math.prod(leaf.shape)) for name, leaf in named_parameters(model).items()
-        ]
+        self._parameters = _parameters(config)
+        self._teacher = [] if teacher is None else _parameters(teacher)
         self._optimizer = state["optimizer"] / state["parameters"]
         self._flops = sum(accounting.flops_by_part(config).values())
+        self._teacher_flops = sum(accounting.flops_by_part(teacher).values()) if teacher else 0.0
         self._expert_layers = accounting.expert_layers(config)
 
     def suggestion(self, sizes: dict[str, int], fsdp: bool) -> Suggestion:
@@ -113,11 +121,8 @@ class _Work:
 
     def _count(self, sizes: dict[str, int], fsdp: bool, *, experts: bool) -> float:
         """Parameters of expert layers' experts, or of all else, on a device."""
-        return sum(
-            count / math.prod(sizes[axis] for axis in sharding.spec(axes, fsdp=fsdp) if axis)
-            for axes, count in self._parameters
-            if ("expert" in axes) == experts
-        )
+        mine = [(axes, n) for axes, n in self._parameters if ("expert" in axes) == experts]
+        return _share(mine, sizes, fsdp)
 
     def _rows(self, sizes: dict[str, int]) -> float:
         """Rows of a microbatch on a device."""
@@ -131,6 +136,7 @@ class _Work:
             "optimizer": kept * self._optimizer,
             "gradients": kept * (2 if self._config.train.accumulate > 1 else 1),
             "activations": self._activations(sizes),
+            "teacher": 4 * _share(self._teacher, sizes, fsdp),
         }
 
     def _activations(self, sizes: dict[str, int]) -> float:
@@ -173,14 +179,16 @@ class _Work:
     ) -> dict[str, float]:
         config, chip = self._config, self._chip
         passes = {"none": 3, "dots": 3.3, "full": 4}[config.model.remat]
-        flops = self._flops * config.data.batch_size / math.prod(sizes.values())
+        flops = passes * self._flops + self._teacher_flops
+        flops *= config.data.batch_size / math.prod(sizes.values())
         # How often weights, with gradients and optimizer, and activations are read or written:
         # about what the compiler made of the paper's models.
         accumulate = config.train.accumulate
         traffic = (14 + 2 * accumulate) * memory["parameters"]
         traffic += 8 * accumulate * memory["activations"]
+        traffic += accumulate * memory["teacher"]
         seconds = {
-            "compute": passes * flops / chip.flops,
+            "compute": flops / chip.flops,
             "memory": traffic / (chip.memory_rate or math.inf),
             "links": self._link_seconds(sizes, fsdp),
         }
@@ -225,6 +233,23 @@ class _Work:
             return [(expert, tokens * layer.slots_per_token)]
         most = tokens * max(layer.capacity_factor or 1.0, self._config.moe.places)
         return [(size, size * transit.room(most / size)) for size in transit.hops(expert, most)]
+
+
+def _parameters(config: Config) -> list[tuple[tuple[str, ...], int]]:
+    """Logical axes and size of each parameter of a model."""
+    model = accounting.abstract_model(config)
+    axes = logical_axes(model)
+    return [(axes[name], math.prod(leaf.shape)) for name, leaf in named_parameters(model).items()]
+
+
+def _share(
+    parameters: list[tuple[tuple[str, ...], int]], sizes: dict[str, int], fsdp: bool
+) -> float:
+    """How many of these parameters a device of a mesh holds."""
+    return sum(
+        count / math.prod(sizes[axis] for axis in sharding.spec(axes, fsdp=fsdp) if axis)
+        for axes, count in parameters
+    )
 
 
 def as_json(suggestion: Suggestion) -> dict[str, Any]:

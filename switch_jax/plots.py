@@ -48,7 +48,7 @@ def draw(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
     if any(name.startswith("router/") for lines in runs.values() for name in lines[0]):
         figures["router.png"] = _router(runs)
     if len(runs) == 2 and len(speedup.common_sources(*runs.values())) > 1:
-        figures["sources.png"] = _sources(runs)
+        figures["sources.png"] = sources(runs)
     if scores := _scores(runs):
         figures["tasks.png"] = _tasks(runs, scores)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +63,7 @@ def matplotlib() -> Any:
     """The library; raises `UserError` where it is not installed."""
     try:
         import matplotlib.figure
+        import matplotlib.ticker
     except ImportError:
         raise UserError('Figures need Matplotlib: pip install "switch_jax[plots]".') from None
     return matplotlib
@@ -172,8 +173,11 @@ def _tasks(runs: dict[str, list[dict]], scores: list[str]) -> Any:
     return figure
 
 
-def _sources(runs: dict[str, list[dict]]) -> Any:
-    """Quality of two runs by source, and the second's speed-ups (as paper, Figs 7 and 8)."""
+def sources(runs: dict[str, list[dict]]) -> Any:
+    """Quality of two runs by source, and the second's speed-ups (as paper, Figs 7 and 8).
+
+    `runs` are their lines of metrics.jsonl by name, the baseline first.
+    """
     comparison = speedup.compare(*runs.values())
     rows = comparison.sources
     ordered = sorted(rows, key=lambda name: rows[name].baseline_quality, reverse=True)

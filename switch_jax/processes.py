@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from switch_jax import launch, rendezvous
+from switch_jax import launch, rendezvous, signals
 from switch_jax.errors import UserError
 
 # Seconds that processes wait for each other at the start.
@@ -108,34 +107,21 @@ def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
 
     Outside the main thread, signals are left alone.
     """
-    received: list[signal.Signals] = []
-    ask = _asked() if jax.process_count() > 1 else None
-    known: jax.Array | None = None  # whether any process had been asked a step ago
+    with signals.received() as received:
+        ask = _asked() if jax.process_count() > 1 else None
+        known: jax.Array | None = None  # whether any process had been asked a step ago
 
-    def stop() -> signal.Signals | None:
-        nonlocal known
-        if ask is None:
-            return received[0] if received else None
-        # Read a step later, for by then the devices have long answered.
-        before, known = known, ask(bool(received))
-        if before is None or not before:
-            return None
-        return received[0] if received else signal.SIGTERM
+        def stop() -> signal.Signals | None:
+            nonlocal known
+            if ask is None:
+                return received[0] if received else None
+            # Read a step later, for by then the devices have long answered.
+            before, known = known, ask(bool(received))
+            if before is None or not before:
+                return None
+            return received[0] if received else signal.SIGTERM
 
-    if threading.current_thread() is not threading.main_thread():
         yield stop
-        return
-
-    def handle(number, frame):
-        received.append(signal.Signals(number))
-        signal.signal(number, previous[number])
-
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _asked() -> Callable[[bool], jax.Array]:

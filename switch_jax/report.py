@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from switch_jax.workdir import Workdir
+
+_LAST_LINES = 2**18  # bytes, many times those of a line of metrics
 
 
 class MetricsWriter:
@@ -105,6 +108,18 @@ def read_metrics(workdir: Workdir) -> list[dict]:
         return []
     *lines, _ = workdir.metrics_file.read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+def last_step(workdir: Workdir) -> int:
+    """The last step that metrics.jsonl tells of, 0 where there is none; reads its end alone."""
+    try:
+        with workdir.metrics_file.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _LAST_LINES, 0))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return 0
+    # What stands after the last end of line is not complete.
+    return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
 
 
 class ProgressDisplay:

@@ -33,6 +33,7 @@ def predict(
     flops: float,
     traffic: float,
     collectives: Sequence[Collective],
+    teacher: Config | None = None,
 ) -> dict[str, Any]:
     """The least time of a step if everything overlaps, and what it would mean.
 
@@ -52,7 +53,7 @@ def predict(
         "seconds_by_resource": seconds,
         "step_seconds_roofline": step,
         "binding": binding,
-        "mfu_roofline": accounting.mfu(config, step, kind, mesh.devices.size),
+        "mfu_roofline": accounting.mfu(config, step, kind, mesh.devices.size, teacher),
         "tokens_per_day": tokens / step * 86400,
         "days_to_paper_tokens": PAPER_TOKENS * step / tokens / 86400,
     }

@@ -204,6 +204,19 @@ class LoRAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Distillation: a trained model's probabilities are targets beside the data's own.
+
+    loss = (1 - soft_weight) · cross-entropy + soft_weight · T² · soft cross-entropy + …
+    """
+
+    teacher: str | None = None  # a WORKDIR, a checkpoint, or a foreign one's folder; None: none
+    soft_weight: float = 0.25  # the paper's §4.2; 0: no teacher
+    temperature: float = 1.0  # T, of both models' probabilities; the paper tells none
+    start_step: int = 0  # after how many steps; until then the data's targets count alone
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything a run depends on."""
 
@@ -213,6 +226,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     lora: LoRAConfig = LoRAConfig()
+    distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     init_from: str | None = None  # checkpoint whose parameters training starts from
@@ -224,6 +238,11 @@ class Config:
     def sparse(self) -> bool:
         """Whether the model has expert layers at all."""
         return self.moe.num_experts > 0
+
+    @property
+    def distilled(self) -> bool:
+        """Whether a teacher takes part in training."""
+        return self.distill.teacher is not None and self.distill.soft_weight > 0
 
     def num_layers(self, stack: str) -> int:
         """Layers of the encoder or the decoder."""

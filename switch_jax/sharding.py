@@ -61,16 +61,23 @@ def resolve(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a config over `devices` (default: all), after checking that it divides.
+def make_mesh(
+    config: Config,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    teacher: Config | None = None,
+) -> Mesh:
+    """The mesh of a config over `devices` (default: all), after checking that it divides, and that
+    the teacher's model, if there is one, fits it as well.
 
     A product below the number of devices uses the first ones. An axis of size -1 takes as many
     devices as divide the model and its batch; several processes must all take part, so there
     it takes all or none will do.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _fitting(config, len(devices))
-    _check_dropless(config, sizes, devices)
+    sizes = _fitting(config, teacher, len(devices))
+    for one in filter(None, (config, teacher)):
+        _check_dropless(one, sizes, devices)
     shape = tuple(sizes.values())
     devices = devices[: math.prod(shape)]
     slices = {getattr(device, "slice_index", None) for device in devices}
@@ -89,7 +96,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _fitting(config: Config, num_devices: int) -> dict[str, int]:
+def _fitting(config: Config, teacher: Config | None, num_devices: int) -> dict[str, int]:
     """Sizes of the axes that pass `check`, the free axis as large as it can be."""
     sizes = resolve(config.mesh, num_devices)
     free = [axis for axis in MESH_AXES if getattr(config.mesh, axis) == -1]
@@ -97,17 +104,26 @@ def _fitting(config: Config, num_devices: int) -> dict[str, int]:
         for size in range(sizes[free[0]], 1, -1):
             candidate = sizes | {free[0]: size}
             try:
-                check(config, candidate)
+                check(config, candidate, teacher)
             except UserError:
                 continue
             return candidate
         sizes[free[0]] = 1
-    check(config, sizes)
+    check(config, sizes, teacher)
     return sizes
 
 
-def check(config: Config, sizes: dict[str, int]) -> None:
-    """Raises `UserError` where a mesh of these sizes does not divide the model or its batch."""
+def check(config: Config, sizes: dict[str, int], teacher: Config | None = None) -> None:
+    """Raises `UserError` where a mesh of these sizes does not divide a model or its batch."""
+    _check(config, sizes)
+    if teacher is not None:
+        try:
+            _check(teacher, sizes)
+        except UserError as error:
+            raise UserError(f"Of the teacher, {error}") from error
+
+
+def _check(config: Config, sizes: dict[str, int]) -> None:
     shards = math.prod(sizes[axis] for axis in BATCH_AXES)
     divided = [
         ("model.num_heads", config.model.num_heads, "model"),

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from switch_jax.curves import reached
 from switch_jax.errors import UserError
 
 _QUALITY = "neg_log_perplexity"
@@ -137,17 +138,6 @@ def _curve(lines: Lines, key: str) -> Curve:
 def _speed_up(baseline: Curve, ours: Curve) -> SpeedUp:
     goal = baseline[-1][1]
     # Not simply the baseline's last step: it may have got worse after it was as good.
-    baseline_step = _first_step(baseline, goal)
+    baseline_step = reached(baseline, goal)
     assert baseline_step is not None
-    return SpeedUp(goal, ours[-1][1], baseline_step, _first_step(ours, goal), ours[0][1] >= goal)
-
-
-def _first_step(curve: Curve, goal: float) -> float | None:
-    before, worse = curve[0]
-    if worse >= goal:
-        return float(before)
-    for step, quality in curve[1:]:
-        if quality >= goal:
-            return before + (step - before) * (goal - worse) / (quality - worse)
-        before, worse = step, quality
-    return None
+    return SpeedUp(goal, ours[-1][1], baseline_step, reached(ours, goal), ours[0][1] >= goal)

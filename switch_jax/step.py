@@ -20,6 +20,7 @@ from switch_jax.data.batch import feature_shapes
 from switch_jax.model import Stats, SwitchTransformer, logical_axes, stats_of, with_parameters
 from switch_jax.optim import make_optimizer, schedule, trained_names
 from switch_jax.schema import Config
+from switch_jax.teacher import Teacher
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -70,11 +71,17 @@ class OnMesh:
 
 
 class Program:
-    """The computations of a config on a mesh, with the shapes and shardings they need."""
+    """The computations of a config on a mesh, with the shapes and shardings they need.
 
-    def __init__(self, config: Config, mesh: Mesh):
+    Args:
+      teacher: config of the teacher, which `train_step` needs where the config has one.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, teacher: Config | None = None):
         self.config = config
         self.mesh = mesh
+        self._teacher = None if teacher is None else Teacher(teacher, mesh)
+        self.abstract_teacher = {} if self._teacher is None else self._teacher.abstract_params
         self._model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
         axes = lora.with_adapters(logical_axes(self._model), config)
         self._optimizer = make_optimizer(config, axes)
@@ -136,15 +143,22 @@ class Program:
         return TrainState(step, tokens, params, self._optimizer.init(params))
 
     def _train_step(
-        self, state: TrainState, batch: Batch
+        self, state: TrainState, batch: Batch, teacher: Mapping[str, jax.Array] | None = None
     ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
         """One optimizer step over a global batch, in `train.accumulate` microbatches.
+
+        `teacher`: its parameters, as `abstract_teacher`; an argument, for a constant would be
+        compiled into the program.
 
         Returns the state, metrics, and how many assignments each expert had: [layers, E] by
         `Stats` key.
         """
         config = self.config
+        assert config.distilled == (self._teacher is not None), "a Program without its teacher"
         totals = losses.totals(batch, config)
+        soft_weight = jnp.where(
+            state.step < config.distill.start_step, 0.0, config.distill.soft_weight
+        )
         keys = self._row_keys(state.step, batch)
 
         trained = {n: p for n, p in state.params.items() if n in self._trained}
@@ -157,8 +171,14 @@ class Program:
                 keys=keys,
                 batch_size=config.data.batch_size,
             )
-            sums, stats = losses.token_losses(*model.factors(decoded), microbatch), stats_of(routes)
-            terms = losses.loss_terms(sums, stats, totals, config)
+            answer = None
+            if self._teacher is not None:
+                answer = self._teacher(teacher or {}, microbatch)
+            sums = losses.token_losses(
+                *model.factors(decoded), microbatch, answer, config.distill.temperature
+            )
+            stats = stats_of(routes)
+            terms = losses.loss_terms(sums, stats, totals, config, soft_weight)
             return sum(terms.values()), (terms, sums, stats)
 
         gradients = jax.grad(loss, has_aux=True)
@@ -178,6 +198,8 @@ class Program:
         metrics = {
             "loss": sum(terms.values()),
             **terms,
+            # Of distillation as of any other training, so that runs can be compared.
+            "cross_entropy": sums.cross_entropy / jnp.maximum(totals.targets, 1),
             "accuracy": sums.correct / jnp.maximum(totals.targets, 1),
             "tokens": tokens,
             "learning_rate": self._schedule(state.step),

@@ -4,7 +4,7 @@ import signal
 
 import jax
 
-from switch_jax import accounting, checkpoint, initial, processes, sharding
+from switch_jax import accounting, checkpoint, distill, initial, processes, sharding
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.evaluate import evaluate, goodness, validation_batches
 from switch_jax.idle_experts import IdleExperts
@@ -31,8 +31,10 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         workdir.check(config)
 
         # Mesh and data
-        mesh = sharding.make_mesh(config)
-        program, feed = Program(config, mesh), sharding.feed(mesh)
+        taught_by = distill.teacher(config)
+        mesh = sharding.make_mesh(config, teacher=taught_by)
+        device_kind = mesh.devices.flat[0].device_kind
+        program, feed = Program(config, mesh, taught_by), sharding.feed(mesh)
         batches = open_batches(config, "train", feed)
         validation = validation_batches(config, feed)
         score = Scorer(program)
@@ -40,13 +42,16 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         if settings.keep_best is not None:
             rank = goodness(settings.keep_best, validation, score.names)
 
+        # What cannot be: say so before anything is written.
+        distill.check(config)
         if config.init_from is not None and not workdir.checkpoints.exists():
-            initial.report(config)  # what cannot be: say so before anything is written
+            initial.report(config)
     score.agree()
     with processes.together():
         if first_process:
             synthetic = config.data.reader == "synthetic"
-            workdir.prepare(config, None if synthetic else open_vocabulary(config).content)
+            vocabulary = None if synthetic else open_vocabulary(config).content
+            workdir.prepare(config, vocabulary, f"{mesh.devices.size} × {device_kind}")
 
     # State
     checkpoints = checkpoint.Checkpoints(workdir, settings.keep_checkpoints, rank)
@@ -61,8 +66,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         return None
 
     # Steps
-    device_kind = mesh.devices.flat[0].device_kind
-    meter = Meter(lambda s: accounting.mfu(config, s, device_kind, mesh.devices.size))
+    teacher = distill.parameters(program)
+    meter = Meter(lambda s: accounting.mfu(config, s, device_kind, mesh.devices.size, taught_by))
     writer = MetricsWriter(workdir, first_step, active=first_process)
     idle = IdleExperts(config)
     display = ProgressDisplay(settings.steps, first_step, active=first_process)
@@ -74,7 +79,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         batch = program.put(next(batches))
         previous = None
         for step in range(first_step + 1, settings.steps + 1):
-            state, metrics, load = program.train_step(state, batch)
+            state, metrics, load = program.train_step(state, batch, teacher)
             idle.update(load)
             if previous is None:
                 jax.block_until_ready(state)  # compilation is not a step

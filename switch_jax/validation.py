@@ -42,6 +42,14 @@ def validate(config: Config) -> None:
         config.init_optimizer == "fresh" or config.init_from is not None,
         "init_optimizer=loaded needs init_from, the checkpoint to load it from; set both.",
     )
+    _require(
+        0 <= config.distill.soft_weight <= 1,
+        f"distill.soft_weight must be from 0 to 1, not {config.distill.soft_weight}.",
+    )
+    _require(
+        config.distill.temperature > 0,
+        f"distill.temperature must be above 0, not {config.distill.temperature}.",
+    )
     sizes = [
         getattr(config.mesh, f.name) for f in dataclasses.fields(config.mesh) if f.name != "fsdp"
     ]
@@ -69,6 +77,7 @@ _LEAST = {
     },
     "data": {0: "rate_exponent", 1: "inputs_length targets_length batch_size"},
     "lora": {0: "rank"},
+    "distill": {0: "start_step"},
     "eval": {1: "beam_size"},
     "optimizer": {0: "warmup_steps cooldown_steps learning_rate weight_decay max_grad_norm"},
     "train": {

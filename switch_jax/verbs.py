@@ -151,10 +151,15 @@ def inspect(args: argparse.Namespace) -> None:
         config = config_lib.override(Workdir(args.workdir).config(), args.overrides)
     else:
         config = _load_config(args)
-    summary, suggestions = accounting.summary(config), []
+    teacher = None
+    if config.distilled:
+        from switch_jax import distill
+
+        teacher = distill.teacher(config)
+    summary, suggestions = accounting.summary(config, teacher), []
     if args.topology:
         chip, devices = chips.of_topology(args.topology)
-        suggestions = meshes.suggest(config, chip, devices * args.slices, args.slices)
+        suggestions = meshes.suggest(config, chip, devices * args.slices, args.slices, teacher)
         summary["meshes"] = [meshes.as_json(suggestion) for suggestion in suggestions]
     if args.json:
         print(json.dumps(summary))
@@ -204,6 +209,36 @@ def plot(args: argparse.Namespace) -> None:
     runs = [read_metrics(workdir) for workdir in workdirs]
     if len(runs) == 2 and speedup.common_sources(*runs):
         print("", speedup.render(speedup.compare(*runs), *args.workdir), sep="\n")
+
+
+def sweep(args: argparse.Namespace) -> int:
+    import jax
+
+    from switch_jax import plots, runner, sweep, sweep_report
+
+    plots.matplotlib()  # missing: say so before anything is trained
+    jax.config.update("jax_platforms", "cpu")  # here; the accelerator is for the runs
+    made, folder = sweep.load(args.config).but(args.overrides), Path(args.workdir)
+    jobs = runner.jobs(made, folder)
+    runner.prepare(jobs, folder)
+    progress = runner.run(jobs)
+    if progress.stopped_by is not None:
+        print(
+            f"Stopped with {progress.finished} of {len(jobs)} runs finished; the same command"
+            " continues from there."
+        )
+        return 128 + progress.stopped_by
+    print("\n".join(map(str, sweep_report.write(made, jobs, folder))))
+    if progress.failed:
+        blocked = f", and {', '.join(progress.blocked)} need them" if progress.blocked else ""
+        raise UserError(
+            f"{len(progress.failed)} of {len(jobs)} runs failed ({', '.join(progress.failed)}; what"
+            f" they printed is in {folder / 'jobs'}){blocked}; put that right, and the same command"
+            " trains what is missing."
+        )
+    if left := [*progress.elsewhere, *progress.blocked]:
+        print(f"Other processes are training this sweep; missing yet: {', '.join(left)}.")
+    return 0
 
 
 def data_vocab(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """WORKDIR, the folder of a run: its configuration, and where everything in it lies.
 
-config.json            resolved config, package versions, git revision
+config.json            resolved config, package versions, git revision, devices
 metrics.jsonl          one JSON object a line
 tensorboard/           the same
 checkpoints/STEP/      state, data position
@@ -54,7 +54,7 @@ class Workdir:
                     f" `switch-jax convert from-hf {self.path} OUT`."
                 )
             return config_lib.from_dict(content["config"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} is not a WORKDIR: it has no config.json; name the folder that was"
                 " given to `switch-jax train --workdir`."
@@ -78,12 +78,12 @@ class Workdir:
                 f"{self.path} has checkpoints but no config.json; use another --workdir."
             )
 
-    def prepare(self, config: Config, vocabulary: bytes | None) -> None:
+    def prepare(self, config: Config, vocabulary: bytes | None, devices: str | None = None) -> None:
         """Creates the folder for a run of `config`, which has passed `check`.
 
         The vocabulary's content stays with the run: the cache's own may be another one on
-        another Python. Raises `UserError` for a WORKDIR of another vocabulary, before anything
-        is written, and for a folder that cannot be written.
+        another Python. `devices` says what trains it. Raises `UserError` for a WORKDIR of
+        another vocabulary, before anything is written, and for a folder that cannot be written.
         """
         if self.vocabulary.exists() and vocabulary not in (None, self.vocabulary.read_bytes()):
             raise UserError(
@@ -94,6 +94,7 @@ class Workdir:
             "config": config_lib.to_dict(config),
             "versions": _versions(),
             "git_revision": _git_revision(),
+            "devices": devices,
         }
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -120,6 +120,7 @@ def test_what_does_not_fit_names_what_takes_it_and_a_change_that_was_compiled(mo
         "hbm_available_bytes": 30 * 2**30,
         "parameter_bytes": 8 * 2**30,
         "optimizer_bytes": 2 * 2**30,
+        "teacher_bytes": 3 * 2**30,
     }
     tried = []
 
@@ -130,7 +131,8 @@ def test_what_does_not_fit_names_what_takes_it_and_a_change_that_was_compiled(mo
     monkeypatch.setattr(aot, "compile_step", compile_step)
     sentence = aot.remedy(config, target, result)
     assert "40.00 GiB of a TPU v4's 30.00 GiB, 10.00 GiB too many" in sentence
-    assert "parameters 8.00 GiB, optimizer 2.00 GiB" in sentence and "activations 30.00" in sentence
+    assert "parameters 8.00 GiB, optimizer 2.00 GiB, teacher 3.00 GiB" in sentence
+    assert "activations 27.00" in sentence
     assert "--config.model.remat=full --config.train.accumulate=2 it fits" in sentence
     assert tried == [(True, "none", 1), (False, "full", 1), (False, "full", 2)]
     monkeypatch.setattr(aot, "compile_step", lambda *_: {"fits": False})

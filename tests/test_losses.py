@@ -87,7 +87,9 @@ def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits
 
 def test_padded_targets_do_not_matter(batch, logits):
     noise = 10 * (batch["decoder_loss_weights"] == 0)[..., None].astype(np.float32)
-    clean, other = (token_losses(x, batch) for x in (logits, logits + noise * logits))
+    clean, other = (
+        jax.tree.leaves(token_losses(x, batch)) for x in (logits, logits + noise * logits)
+    )
     np.testing.assert_allclose(clean, other, rtol=1e-6)
 
 
@@ -180,14 +182,16 @@ def test_logits_in_parts_give_the_same_sums_and_gradients(batch, monkeypatch, pa
     B, T = batch["decoder_target_tokens"].shape
     states = jnp.asarray(rng.normal(size=(B, T, 16)), jnp.float32)
     head = jnp.asarray(rng.normal(size=(16, CONFIG.model.vocab_size)), jnp.float32)
+    teacher = states[..., :12] + 1, head[:12]
 
     def loss(states, head):
-        sums = losses.token_losses(states, head, batch)
-        return sums.cross_entropy + 0.1 * sums.z, sums
+        sums = losses.token_losses(states, head, batch, teacher, 2.0)
+        return sums.cross_entropy + 0.1 * sums.z + 0.5 * sums.soft, sums
 
     both = jax.value_and_grad(loss, (0, 1), has_aux=True)
     (_, whole), gradients = both(states, head)
-    monkeypatch.setattr(losses, "LOGITS_BYTES", B * T * CONFIG.model.vocab_size * 4 // parts)
+    both_logits = 2 * B * T * CONFIG.model.vocab_size * 4
+    monkeypatch.setattr(losses, "LOGITS_BYTES", both_logits // parts)
     (_, cut), cut_gradients = both(states, head)
     for one, other in zip((*whole, *gradients), (*cut, *cut_gradients)):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
@@ -202,7 +206,7 @@ def test_no_device_has_the_logits_of_another(batch):
     V = config.model.vocab_size
     with jax.set_mesh(make_mesh(config)):
         text = (
-            jax.jit(jax.grad(lambda s, h: losses.token_losses(s, h, batch).cross_entropy))
+            jax.jit(jax.grad(lambda s, h: losses.token_losses(s, h, batch, (s + 1, h)).soft))
             .lower(jnp.ones((B, T, 16)), jnp.ones((16, V)))
             .compile()
             .as_text()

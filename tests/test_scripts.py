@@ -26,8 +26,8 @@ def test_bench_routing_times_every_part_for_each_number_of_experts():
     ]
 
 
-def test_finetune_mini_cuts_one_keyword_at_a_time():
-    script = runpy.run_path(str(SCRIPTS / "finetune_mini.py"))
+def test_keyword_task_cuts_one_keyword_at_a_time():
+    script = runpy.run_path(str(SCRIPTS / "keyword_task.py"))
     text = "for format in forms: pass"
     assert [gap["targets"].split()[1] for gap in script["gaps"](text)] == ["for", "in", "pass"]
     for gap in script["gaps"](text):

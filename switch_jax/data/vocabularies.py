@@ -39,13 +39,13 @@ def open_vocabulary(config: Config) -> Vocabulary:
     """The vocabulary that a config reads and writes text with.
 
     It is `data.vocabulary` where that names one, else the one that `data.data_dir` was packed
-    with, else that of what `init_from` names, else the mixture's own, which is trained on
-    first use.
+    with, else that of what `init_from` or `distill.teacher` names, else the mixture's own, which
+    is trained on first use.
 
     Raises `UserError` where it cannot be read or has more ids than `model.vocab_size`.
     """
     data = config.data
-    inherited = _of_run(config.init_from)
+    inherited = _of_run(config.init_from) or _of_run(config.distill.teacher)
     packed = None if data.data_dir is None else Path(data.data_dir, FILE_NAME)
     if data.vocabulary is not None:
         vocabulary = read(data.vocabulary)
@@ -154,11 +154,11 @@ def sample(data: DataConfig, sources: list[Source], characters: int) -> Iterator
                 left -= len(text)
 
 
-def _of_run(init_from: str | None) -> Path | None:
+def _of_run(name: str | None) -> Path | None:
     """The vocabulary in the WORKDIR or foreign folder that a path is, or is a checkpoint of."""
-    if init_from is None:
+    if name is None:
         return None
-    path = Path(init_from).expanduser().absolute()
+    path = Path(name).expanduser().absolute()
     files = [path / FILE_NAME, path / HUGGING_FACE_NAME, path.parent.parent / FILE_NAME]
     return next((file for file in files if file.is_file()), None)
 

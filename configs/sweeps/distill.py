@@ -1,0 +1,122 @@
+"""Tables 6, 7 and 8: how much of a sparse model's gain a dense one of the same FLOPs keeps.
+
+    switch-jax sweep --config configs/sweeps/distill.py:size=mini,table=6 --workdir runs/table6
+
+Table 8 has a fine-tuned teacher: of sizes mini and gpu, for the task that
+`python scripts/keyword_task.py` writes first. With size=paper add --config.data.data_dir=DIR, where
+C4 is, and for table=8 SuperGLUE as TFDS prepares it.
+
+In the paper, teacher and students train for as many steps. Runs of sizes mini and gpu are so short
+that weights which have trained before are most of what there is to gain, and a student that begins
+with them is soon better than its teacher: there, dense models train for a quarter of its steps.
+"""
+
+from switch_jax import config as config_lib
+from switch_jax import sizes
+from switch_jax.config import parse_arg
+from switch_jax.errors import UserError
+from switch_jax.sizes import Size, finetuned
+from switch_jax.sweep import Run, Sweep, Table
+
+SCALED = ("train.steps", "optimizer.warmup_steps", "optimizer.cooldown_steps")
+TAUGHT, INIT = {"distill.teacher": "{run:teacher}"}, {"init_from": "{run:teacher}"}
+ALONE = {"distill.soft_weight": 1.0}  # the teacher's probabilities are all that is learned from
+
+# As printed: experts → teacher, student.
+PAPER_7 = {
+    16: ("-1.505", "-1.587 (37 %)"),
+    32: ("-1.474", "-1.585 (32 %)"),
+    64: ("-1.444", "-1.579 (30 %)"),
+    128: ("-1.432", "-1.582 (27 %)"),
+    256: ("-1.427", "-1.578 (28 %)"),
+}
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    """`size` ('mini', 'gpu' or 'paper'), `table` (6, 7 or 8)."""
+    args = parse_arg(arg, size="mini", table=6)
+    makers = {6: techniques, 7: compression, 8: fine_tuned}
+    if args.table not in makers:
+        raise UserError(f"There is no table {args.table} here; use table=6, table=7 or table=8.")
+    size = sizes.find(args.size)
+    if args.size == "paper":
+        return makers[args.table](size, size.dense, size.switch(64))
+    full = config_lib.flat(config_lib.load(size.dense.config, size.dense.texts()))
+    dense = size.dense.but({key: full[key] // 4 for key in SCALED})
+    return makers[args.table](size, dense, size.switch())
+
+
+def techniques(size: Size, dense: Run, switch: Run) -> Sweep:
+    """Table 6: what makes a student better."""
+    rows = {
+        "T5-Base": "dense",
+        "Switch-Base": "teacher",
+        "distillation": "taught",
+        "+ non-expert weights": "begun_and_taught",
+        "+ 0.75 mix with the data's targets": "mixed",
+        "non-expert weights alone": "begun",
+    }
+    # The paper does not tell the mix of its first two rows with a teacher.
+    runs = {
+        "dense": dense,
+        "teacher": switch,
+        "taught": dense.but({**TAUGHT, **ALONE}),
+        "begun_and_taught": dense.but({**TAUGHT, **ALONE, **INIT}),
+        "mixed": dense.but({**TAUGHT, **INIT}),
+        "begun": dense.but(INIT),
+    }
+    printed = ("-1.636", "-1.444", "-1.631 (3 %)", "-1.598 (20 %)", "-1.580 (29 %)", "-1.639")
+    table = Table(
+        "Table 6: techniques of distillation",
+        "With the teacher's non-expert weights and a quarter of its probabilities, 29 % is kept.",
+        rows,
+        dict(zip(rows, printed)),
+        teachers=dict.fromkeys(list(rows)[2:], "teacher"),
+    )
+    seeds = size.seeds if len(size.seeds) == 1 else (0, 1, 2)
+    return Sweep("Distillation (Table 6)", runs, seeds, {"table_6": table})
+
+
+def compression(size: Size, dense: Run, _: Run) -> Sweep:
+    """Table 7: one student of teachers of many sizes."""
+    runs, rows, paper, teachers = {"dense": dense}, {"T5-Base": "dense"}, {"T5-Base": "-1.636"}, {}
+    for n in PAPER_7 if set(PAPER_7) <= set(size.experts) else size.experts:
+        teacher, of = f"experts_{n}", f"{{run:experts_{n}}}"
+        runs[teacher] = size.switch(n)
+        runs[f"of_{n}"] = dense.but({"distill.teacher": of, "init_from": of})
+        pair = {f"{n} experts": teacher, f"student of {n} experts": f"of_{n}"}
+        rows |= pair
+        teachers[f"student of {n} experts"] = teacher
+        paper |= dict(zip(pair, PAPER_7.get(n, ())))
+    table = Table(
+        "Table 7: compression",
+        "A student keeps 27 to 37 % of the gain of teachers that it is 82 to 99 % smaller than.",
+        rows,
+        paper,
+        teachers=teachers,
+    )
+    return Sweep("Distillation (Table 7)", runs, size.seeds, {"table_7": table})
+
+
+def fine_tuned(size: Size, dense: Run, switch: Run) -> Sweep:
+    """Table 8: a fine-tuned teacher, and a student that is fine-tuned with it."""
+    task = "superglue" if "superglue" in size.tasks else size.tasks[0]
+    upstream = {"dense": dense, "switch": switch}
+    alone = finetuned("dense", dense, size, task)
+    runs = upstream | {
+        "dense_tuned": alone,
+        "teacher": finetuned("switch", switch, size, task),
+        "student": alone.but(TAUGHT),
+    }
+    rows = {"T5-Base": "dense_tuned", "Switch-Base": "teacher", "distilled": "student"}
+    table = Table(
+        f"Table 8: {'the keyword task' if task == 'pairs' else task}",
+        "A student of a fine-tuned teacher keeps 30 % of its gain on SuperGLUE.",
+        rows,
+        dict(zip(rows, ("74.6", "81.3", "76.6 (30 %)"))) if task == "superglue" else {},
+        metric="average",
+        teachers={"distilled": "teacher"},
+    )
+    return Sweep(
+        "Distillation of a fine-tuned model (Table 8)", runs, size.seeds, {"table_8": table}
+    )

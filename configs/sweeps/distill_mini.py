@@ -1,0 +1,13 @@
+"""Table 6 on two CPU cores, in under 30 minutes.
+
+switch-jax sweep --config configs/sweeps/distill_mini.py --workdir runs/distill_mini
+"""
+
+from pathlib import Path
+
+from switch_jax import sweep
+
+
+def get_sweep(arg: str = "") -> sweep.Sweep:
+    """Takes no arguments."""
+    return sweep.load(f"{Path(__file__).parent / 'distill.py'}:size=mini,table=6,{arg}")

@@ -1,0 +1,50 @@
+"""Figures 1, 4 and 5: the same FLOPs and tokens with more and more experts.
+
+    switch-jax sweep --config configs/sweeps/experts.py:size=mini --workdir runs/experts
+
+size=mini: two CPU cores, under 30 minutes. size=gpu: each run under 10 minutes on one GPU. With
+size=paper add --config.data.data_dir=DIR, where C4 is.
+"""
+
+from switch_jax import sizes
+from switch_jax.config import parse_arg
+from switch_jax.sweep import Curves, Run, Scaling, Sweep, Table
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    """`size` ('mini', 'gpu' or 'paper')."""
+    size = sizes.find(parse_arg(arg, size="mini").size)
+    runs: dict[str, Run] = {"dense": size.dense}
+    runs |= {f"experts_{n}": size.switch(n) for n in size.experts}
+    named = {"dense": "dense"} | {f"{n} experts": f"experts_{n}" for n in size.experts}
+    return Sweep(
+        title="More experts at the same FLOPs (Figures 1, 4 and 5)",
+        runs=runs,
+        seeds=size.seeds,
+        tables={
+            "experts": Table(
+                "More experts at the same FLOPs",
+                "Every doubling of experts lowers the loss at the same FLOPs a token.",
+                named,
+            )
+        },
+        figures={
+            "experts": Scaling(
+                "Loss against sparse parameters (Figures 1 and 4, left)",
+                "From 1 to 256 experts the loss falls steadily.",
+                named,
+                published="table_7",
+            ),
+            "steps": Curves(
+                "Quality by step (Figures 1 and 4, right)",
+                "64 experts reach in 60k steps what T5-Base reaches in 450k: 7.5 times as fast.",
+                named,
+            ),
+            "seconds": Curves(
+                "Quality by time (Figure 5)",
+                "64 experts need a seventh of the time of T5-Base on the same 32 cores.",
+                named,
+                x="seconds",
+            ),
+        },
+    )

@@ -1,0 +1,13 @@
+"""The sweep over experts on two CPU cores.
+
+switch-jax sweep --config configs/sweeps/experts_mini.py --workdir runs/experts_mini
+"""
+
+from pathlib import Path
+
+from switch_jax import sweep
+
+
+def get_sweep(arg: str = "") -> sweep.Sweep:
+    """Takes no arguments."""
+    return sweep.load(f"{Path(__file__).parent / 'experts.py'}:size=mini,{arg}")

@@ -1,0 +1,25 @@
+"""Figure 12: two, four and eight experts.
+
+    switch-jax sweep --config configs/sweeps/few_experts.py:size=mini --workdir runs/few_experts
+
+With size=paper add --config.data.data_dir=DIR, where C4 is.
+"""
+
+from switch_jax import sizes
+from switch_jax.config import parse_arg
+from switch_jax.sweep import Curves, Sweep, Table
+
+CLAIM = "Two experts already beat T5-Base, and more are better."
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    """`size` ('mini', 'gpu' or 'paper')."""
+    size = sizes.find(parse_arg(arg, size="mini").size)
+    named = {"T5-Base": "dense"} | {f"{n} experts": f"experts_{n}" for n in (2, 4, 8)}
+    return Sweep(
+        title="Few experts (Figure 12)",
+        runs={"dense": size.dense} | {f"experts_{n}": size.switch(n) for n in (2, 4, 8)},
+        seeds=size.seeds,
+        tables={"few_experts": Table("Few experts", CLAIM, named)},
+        figures={"steps": Curves("Quality by step (Figure 12)", CLAIM, named)},
+    )

@@ -1,0 +1,28 @@
+"""Figure 6: experts against a dense model that takes 3.5 times the FLOPs a token.
+
+    switch-jax sweep --config configs/sweeps/larger_dense.py:size=mini --workdir runs/larger_dense
+
+With size=paper add --config.data.data_dir=DIR, where C4 is.
+"""
+
+from switch_jax import sizes
+from switch_jax.config import parse_arg
+from switch_jax.sweep import Curves, Sweep, Table
+
+CLAIM = "64 experts are as good as T5-Large in 2.5 times less time, and as T5-Base in 7 times less."
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    """`size` ('mini', 'gpu' or 'paper')."""
+    size = sizes.find(parse_arg(arg, size="mini").size)
+    named = {"T5-Large": "large", "T5-Base": "dense", "Switch-Base, 64 experts": "switch"}
+    return Sweep(
+        title="Experts against a larger dense model (Figure 6)",
+        runs={"large": size.large, "dense": size.dense, "switch": size.switch(64)},
+        seeds=size.seeds,
+        tables={"larger_dense": Table("Experts against a larger dense model", CLAIM, named)},
+        figures={
+            "steps": Curves("Quality by step (Figure 6, left)", CLAIM, named),
+            "seconds": Curves("Quality by time (Figure 6, right)", CLAIM, named, x="seconds"),
+        },
+    )

@@ -1,0 +1,65 @@
+"""Table 9: the paper's models, dense and sparse, on the same tokens.
+
+    switch-jax sweep --config configs/sweeps/models.py:size=mini --workdir runs/models
+
+Sizes mini and gpu have Base and Large; size=paper has all seven, which `switch-jax compile` says
+what machine they need of: add --config.data.data_dir=DIR, where C4 is, and --config.mesh.KEY=N.
+"""
+
+from switch_jax import sizes
+from switch_jax.config import parse_arg
+from switch_jax.sweep import Run, Scaling, Sweep, Table
+
+CLAIM = "At the same FLOPs a token, experts are better than dense at every size."
+PAPER = {
+    "T5-Base": "-1.556",
+    "T5-Large": "-1.350",
+    "T5-XXL": "-1.095",
+    "Switch-Base": "-1.306",
+    "Switch-Large": "-1.177",
+    "Switch-XXL": "-1.008",
+    "Switch-C": "-1.043",
+}
+LARGEST = {
+    "T5-XXL": "configs/t5_xxl.py",
+    "Switch-XXL": "configs/switch_xxl.py",
+    "Switch-C": "configs/switch_c.py",
+}
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    """`size` ('mini', 'gpu' or 'paper')."""
+    args = parse_arg(arg, size="mini")
+    size = sizes.find(args.size)
+    runs = {
+        "T5-Base": size.dense,
+        "T5-Large": size.large,
+        "Switch-Base": size.switch(),
+        "Switch-Large": size.large_switch,
+    }
+    if args.size == "paper":
+        runs |= {name: Run(config) for name, config in LARGEST.items()}
+        runs = {name: run.but({"train.steps": 500_000}) for name, run in runs.items()}
+    named = {name: name for name in runs}
+    dense = [name for name in named if name.startswith("T5")]
+    return Sweep(
+        title="Dense and sparse models (Table 9)",
+        runs=runs,
+        seeds=size.seeds,
+        tables={
+            "table_9": Table(
+                "Table 9: Dense and sparse models",
+                CLAIM,
+                named,
+                {name: PAPER[name] for name in named},
+            )
+        },
+        figures={
+            "dense": Scaling(
+                "Loss of dense models against their size",
+                "The loss falls with parameters and with FLOPs at once.",
+                {name: name for name in dense},
+                published="table_9",
+            ),
+        },
+    )

@@ -1,0 +1,44 @@
+"""Figure 13: whether what is better upstream is better downstream.
+
+    python scripts/keyword_task.py
+    switch-jax sweep --config configs/sweeps/transfer.py:size=mini --workdir runs/transfer
+
+Of sizes mini and gpu, the task is that of the first line. With size=paper, which has SuperGLUE and
+closed-book questions, leave that out and add --config.data.data_dir=DIR: C4 and the tasks as TFDS
+prepares them.
+"""
+
+from switch_jax import sizes
+from switch_jax.config import parse_arg
+from switch_jax.sizes import finetuned
+from switch_jax.sweep import Sweep, Transfer
+
+CLAIM = (
+    "SuperGLUE is about linear in upstream quality, where large dense models are better than"
+    " Switch of the same; of knowledge (TriviaQA), Switch has more."
+)
+PAPER = {"superglue": "average", "closed_book_qa": "closed_book.trivia_qa/score"}  # task → metric
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    """`size` ('mini', 'gpu' or 'paper')."""
+    args = parse_arg(arg, size="mini")
+    size = sizes.find(args.size)
+    lines = {
+        "dense": {"dense": size.dense, "large": size.large},
+        "Switch": {
+            **{f"experts_{n}": size.switch(n) for n in size.experts},
+            "large_switch": size.large_switch,
+        },
+    }
+    upstream = {name: run.but(size.short) for of in lines.values() for name, run in of.items()}
+    runs, figures = dict(upstream), {}
+    for task, metric in PAPER.items() if args.size == "paper" else [("pairs", "average")]:
+        runs |= {f"{task}_{n}": finetuned(n, run, size, task) for n, run in upstream.items()}
+        figures[task] = Transfer(
+            f"Upstream and downstream: {'the keyword task' if task == 'pairs' else task}",
+            CLAIM,
+            {label: tuple((n, f"{task}_{n}") for n in of) for label, of in lines.items()},
+            metric,
+        )
+    return Sweep("Upstream and downstream (Figure 13)", runs, size.seeds[:1], figures=figures)

@@ -1,0 +1,83 @@
+"""What a finished run came to, read from its WORKDIR."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from switch_jax import accounting
+from switch_jax.report import read_metrics
+from switch_jax.schema import Config
+from switch_jax.sweep import QUALITY
+from switch_jax.workdir import Workdir
+
+_ROUTER_READINGS = 4  # the last ones, whose mean is what a run drops in the end
+
+Points = list[tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A run, measured; what it does not have is None."""
+
+    config: Config
+    params: int
+    flops_per_sequence: int  # forward, by the paper's convention
+    evaluations: tuple[Mapping[str, Any], ...]  # lines of metrics.jsonl
+    tokens_per_step: float  # target tokens
+    step_seconds: float | None  # median, without compilation and evaluation
+    dropped: float | None  # share of assignments without a slot, in the end
+    devices: str | None
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps
+
+    @property
+    def step_flops(self) -> float:
+        """Of a train step, three times the forward pass."""
+        return 3.0 * self.flops_per_sequence * self.config.data.batch_size
+
+    @property
+    def sequences_per_second(self) -> float | None:
+        return self.step_seconds and self.config.data.batch_size / self.step_seconds
+
+    def quality(self, metric: str) -> float | None:
+        """The last evaluation's or, of a task's score, the best, as the paper reports them.
+
+        None where it is not finite: the run has diverged.
+        """
+        if metric == QUALITY:
+            return self.evaluations[-1][metric]
+        return max((y for _, y in self.curve(metric)), default=None)
+
+    def curve(self, metric: str, x: str = "steps") -> Points:
+        """A metric of the finite evaluations by `steps`, target `tokens`, `seconds` or `flops`."""
+        unit = {
+            "steps": 1.0,
+            "tokens": self.tokens_per_step,
+            "seconds": self.step_seconds or 0.0,
+            "flops": self.step_flops,
+        }[x]
+        points = ((line["step"], line.get(metric)) for line in self.evaluations)
+        return [(step * unit, value) for step, value in points if value is not None]
+
+
+def read(workdir: Workdir) -> Outcome:
+    """Reads a run that is finished."""
+    config, lines = workdir.config(), read_metrics(workdir)
+    steps = [line for line in lines if line["split"] == "train"]
+    seconds = [line["step_seconds"] for line in steps if "step_seconds" in line]
+    dropped = [m["router/dropped_fraction"] for m in steps if "router/dropped_fraction" in m]
+    finite = [value for value in dropped[-_ROUTER_READINGS:] if value is not None]
+    return Outcome(
+        config=config,
+        params=sum(accounting.params_by_group(config).values()),
+        flops_per_sequence=accounting.flops_per_sequence(config),
+        evaluations=tuple(line for line in lines if line["split"] == "eval"),
+        tokens_per_step=steps[-1]["tokens"] / steps[-1]["step"],
+        step_seconds=statistics.median(seconds) if seconds else None,
+        dropped=statistics.fmean(finite) if finite else None,
+        devices=json.loads(workdir.config_file.read_text())["devices"],
+    )

@@ -1,0 +1,201 @@
+"""What a sweep shows, as JSON values: every run, and its tables and figures in numbers.
+
+Differences and speed-ups are of runs with the same seed; a spread is over the seeds that are
+finished, of which some may have diverged, or never reach what others do.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from switch_jax import curves, paper, sweep
+from switch_jax.accounting import CONVENTIONS
+from switch_jax.outcome import Outcome
+from switch_jax.sweep import QUALITY, Curves, Scaling, Sources, Sweep, Table, Transfer
+
+Outcomes = Sequence[Outcome | None]  # of a run, by seed; None: not finished
+Results = Mapping[str, Outcomes]  # by name of the run
+Values = list[float | None]
+
+
+def summarise(made: Sweep, results: Results) -> dict[str, Any]:
+    """A sweep in numbers, of the runs that are finished."""
+    devices = {o.devices for outcomes in results.values() for o in outcomes if o and o.devices}
+    figures = {
+        place: {"title": figure.title, "claim": figure.claim, **_figure(figure, results)}
+        for place, figure in made.figures.items()
+    }
+    return {
+        "title": made.title,
+        "seeds": list(made.seeds),
+        "devices": sorted(devices),
+        "flops_convention": CONVENTIONS["flops_per_sequence"],
+        "runs": {name: _run(made.seeds, outcomes) for name, outcomes in results.items()},
+        "tables": {place: _table(table, results) for place, table in made.tables.items()},
+        "figures": figures,
+    }
+
+
+def _run(seeds: Sequence[int], outcomes: Outcomes) -> dict[str, Any]:
+    """What each seed came to, and what they have in common."""
+    known = {seed: outcome for seed, outcome in zip(seeds, outcomes) if outcome is not None}
+    common = {}
+    if known:
+        one = next(iter(known.values()))
+        common = {
+            "params": one.params,
+            "flops_per_sequence": one.flops_per_sequence,
+            "train_flops": one.step_flops * one.steps,
+            "steps": one.steps,
+            "tokens": one.tokens_per_step * one.steps,
+        }
+    return common | {
+        "seeds": {
+            str(seed): {
+                "step_seconds": outcome.step_seconds,
+                "dropped": outcome.dropped,
+                "evaluations": list(outcome.evaluations),
+            }
+            for seed, outcome in known.items()
+        }
+    }
+
+
+def _table(table: Table, results: Results) -> dict[str, Any]:
+    names = list(table.rows.values())
+    first = results[names[0]]
+    budgets = {o.step_flops * o.steps for name in names for o in results[name] if o is not None}
+    budget = min(budgets, default=0.0)
+    rows = {}
+    for row, name in table.rows.items():
+        outcomes = results[name]
+        values: dict[str, Values] = {
+            "quality": _each(lambda o: o.quality(table.metric), outcomes),
+            "sequences_per_second": _each(lambda o: o.sequences_per_second, outcomes),
+            "dropped": _each(lambda o: o.dropped, outcomes),
+        }
+        if name != names[0]:
+            values["gain"] = gains(first, outcomes, table.metric)
+        if name != names[0] and table.metric == QUALITY:
+            values["speed_up_steps"] = speed_ups(first, outcomes, "steps")
+            values["speed_up_seconds"] = speed_ups(first, outcomes, "seconds")
+        if table.metric == QUALITY and max(budgets, default=0.0) > 1.05 * budget:
+            values["at_equal_flops"] = _each(
+                lambda o: curves.at(o.curve(QUALITY, "flops"), budget), outcomes
+            )
+        if row in table.teachers:
+            teachers = results[table.teachers[row]]
+            values["share_of_gain"] = shares_of_gain(first, outcomes, teachers, table.metric)
+            values["compression"] = [
+                1 - ours.params / theirs.params for ours, theirs in _finished(outcomes, teachers)
+            ]
+        rows[row] = {
+            "run": name,
+            "params": next((o.params for o in outcomes if o is not None), None),
+            **{key: _spread(found) for key, found in values.items()},
+            "paper": table.paper.get(row),
+        }
+    return {"title": table.title, "claim": table.claim, "metric": table.metric, "rows": rows}
+
+
+def _figure(figure: sweep.Figure, results: Results) -> dict[str, Any]:
+    """The numbers that a figure shows beside its curves and points."""
+    if isinstance(figure, Curves):
+        first = results[next(iter(figure.runs.values()))]
+        return {
+            "x": figure.x,
+            "speed_up": {
+                label: _spread(speed_ups(first, results[name], figure.x))
+                for label, name in list(figure.runs.items())[1:]
+            },
+        }
+    if isinstance(figure, Scaling):
+        ours = [(x, loss) for _, x, loss in points(figure, results)]
+        laws = {"ours": _law(ours)}
+        if figure.published:
+            series = paper.SERIES[figure.published]
+            laws[series.source] = _law([(getattr(p, figure.x), p.loss) for p in series.points])
+        return {"x": figure.x, "power_laws": laws}
+    if isinstance(figure, Transfer):
+        return {"metric": figure.metric, "points": transfer(figure, results)}
+    assert isinstance(figure, Sources)
+    return {"baseline": figure.baseline, "run": figure.run}
+
+
+def points(figure: Scaling, results: Results) -> list[tuple[str, float, float]]:
+    """Label, size and final loss of every run that is finished and has not diverged."""
+    found = []
+    for label, name in figure.runs.items():
+        for outcome in results[name]:
+            quality = None if outcome is None else outcome.quality(QUALITY)
+            if outcome is not None and quality is not None:
+                sizes = {
+                    "params": outcome.params,
+                    "experts": max(outcome.config.moe.num_experts, 1),
+                }
+                found.append((label, float(sizes[figure.x]), -quality))
+    return found
+
+
+def transfer(figure: Transfer, results: Results) -> dict[str, list[tuple[float, float]]]:
+    """Upstream quality and downstream score of every pair and seed that has both."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for label, pairs in figure.pairs.items():
+        found[label] = []
+        for upstream, downstream in pairs:
+            for one, other in zip(results[upstream], results[downstream]):
+                quality = None if one is None else one.quality(QUALITY)
+                score = None if other is None else other.quality(figure.metric)
+                if quality is not None and score is not None:
+                    found[label].append((quality, score))
+    return found
+
+
+def gains(baseline: Outcomes, ours: Outcomes, metric: str) -> Values:
+    """How much better ours are in the end, by seed."""
+    return [_difference(a, b, metric) for a, b in _finished(baseline, ours)]
+
+
+def shares_of_gain(
+    baseline: Outcomes, students: Outcomes, teachers: Outcomes, metric: str
+) -> Values:
+    """How much of its teacher's gain over the baseline a student has, by seed."""
+    found: Values = []
+    for a, student, teacher in _finished(baseline, students, teachers):
+        ours, whole = _difference(a, student, metric), _difference(a, teacher, metric)
+        found.append(None if ours is None or not whole else ours / whole)
+    return found
+
+
+def speed_ups(baseline: Outcomes, ours: Outcomes, x: str) -> Values:
+    """How many times as fast ours reach the baseline's final quality, by seed."""
+    return [
+        curves.speed_up(a.curve(QUALITY, x), b.curve(QUALITY, x))
+        for a, b in _finished(baseline, ours)
+    ]
+
+
+def _difference(one: Outcome, other: Outcome, metric: str) -> float | None:
+    """How much better the other is; None where one of them has diverged."""
+    a, b = one.quality(metric), other.quality(metric)
+    return None if a is None or b is None else b - a
+
+
+def _finished(*runs: Outcomes) -> list[tuple[Outcome, ...]]:
+    """The outcomes of those seeds that are finished in all runs."""
+    return [seed for seed in zip(*runs) if None not in seed]  # type: ignore[misc]
+
+
+def _each(value: Callable[[Outcome], float | None], outcomes: Outcomes) -> Values:
+    return [value(outcome) for (outcome,) in _finished(outcomes)]
+
+
+def _spread(values: Values) -> dict[str, Any]:
+    return curves.spread(values)._asdict() | {"values": values}
+
+
+def _law(found: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """The power law through points, None where they are too few."""
+    try:
+        return curves.power_law([x for x, _ in found], [loss for _, loss in found])._asdict()
+    except ValueError:
+        return None

@@ -1,0 +1,238 @@
+"""What a sweep is: runs on the same data, and the tables and figures that compare them.
+
+`configs/sweeps/*.py` define `get_sweep(arg="")`, which returns a `Sweep`; `load()` runs such a
+file. Runs are named, tables and figures refer to them by name, and every run is trained once for
+each seed, which sets `train.seed` and `data.seed`: runs of a seed see the same rows in the same
+order.
+"""
+
+import dataclasses
+import re
+import runpy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from switch_jax import config as config_lib
+from switch_jax.errors import UserError
+from switch_jax.schema import Config
+
+QUALITY = "neg_log_perplexity"  # of validation text, nats a target token
+
+_REFERENCE = re.compile(r"\{run:([^{}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config to train.
+
+    `{run:NAME}` in the text of an override stands for the WORKDIR of run NAME with the same seed,
+    which is trained first: `{"init_from": "{run:teacher}"}`.
+    """
+
+    config: str  # as `--config` takes it: path/to/file.py or path/to/file.py:name=value,…
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # by dotted key
+
+    def but(self, overrides: Mapping[str, Any]) -> "Run":
+        """This run with other values for some keys."""
+        return Run(self.config, {**self.overrides, **overrides})
+
+    def needs(self) -> set[str]:
+        """Names of the runs whose WORKDIR it reads."""
+        return {name for v in self.overrides.values() for name in _REFERENCE.findall(str(v))}
+
+    def texts(self, workdirs: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Overrides as on the command line; references as they are, or as their WORKDIRs."""
+
+        def filled(text: str) -> str:
+            return _REFERENCE.sub(lambda m: m[0] if workdirs is None else workdirs[m[1]], text)
+
+        return {key: filled(str(value)) for key, value in self.overrides.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Runs side by side; the first row is the one that the others are compared with."""
+
+    title: str
+    claim: str  # what the paper finds
+    rows: Mapping[str, str]  # what a row is called → name of its run
+    paper: Mapping[str, str] = dataclasses.field(default_factory=dict)  # row → as printed there
+    metric: str = QUALITY  # of evaluations; more is better
+    # Row → run of its teacher: adds how much of the teacher's gain over the first row it has, and
+    # how many fewer parameters.
+    teachers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """Quality of runs in the course of training, and speed-ups over the first of them."""
+
+    title: str
+    claim: str
+    runs: Mapping[str, str]  # what a curve is called → name of its run
+    x: Literal["steps", "tokens", "seconds"] = "steps"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Final loss against size on logarithmic axes, with the power law that fits best."""
+
+    title: str
+    claim: str
+    runs: Mapping[str, str]
+    x: Literal["params", "experts"] = "params"
+    published: str | None = None  # name in `paper.SERIES` of points to draw beside ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Score of fine-tuned runs against the quality of what they started from."""
+
+    title: str
+    claim: str
+    # What a line is called → its points: upstream run, fine-tuned run.
+    pairs: Mapping[str, tuple[tuple[str, str], ...]]
+    metric: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Final quality and speed-up by source of the mixture, as for the paper's 101 languages."""
+
+    title: str
+    claim: str
+    baseline: str
+    run: str
+
+
+Figure = Curves | Scaling | Transfer | Sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Runs, and what compares them; tables and figures are files of these names."""
+
+    title: str
+    runs: Mapping[str, Run]
+    seeds: tuple[int, ...] = (0,)
+    tables: Mapping[str, Table] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+
+    def but(self, overrides: Mapping[str, Any]) -> "Sweep":
+        """This sweep with other values for some keys of all runs."""
+        return dataclasses.replace(
+            self, runs={name: run.but(overrides) for name, run in self.runs.items()}
+        )
+
+    def configs(self) -> dict[str, Config]:
+        """The config of every run by name, with references as they are and no seed set.
+
+        Raises `UserError` for a config that cannot be, and names the run.
+        """
+        found = {}
+        for name, run in self.runs.items():
+            try:
+                found[name] = config_lib.load(run.config, run.texts())
+            except UserError as error:
+                raise UserError(f"Run {name!r} of the sweep: {error}") from error
+        return found
+
+    def check(self, configs: Mapping[str, Config]) -> None:
+        """Raises `UserError` where runs that are compared have other data or steps."""
+        compared = {f"table {place!r}": list(t.rows.values()) for place, t in self.tables.items()}
+        for place, figure in self.figures.items():
+            if not isinstance(figure, Transfer):
+                compared[f"figure {place!r}"] = shown(figure)
+        for place, names in compared.items():
+            first, *others = ((name, _same(configs[name])) for name in names)
+            for name, values in others:
+                for key, value in values.items():
+                    if value != first[1][key]:
+                        raise UserError(
+                            f"In {place} of the sweep, {key} is {value!r} in run {name!r} and"
+                            f" {first[1][key]!r} in {first[0]!r}; compare runs of the same data"
+                            " and steps."
+                        )
+
+
+def load(spec: str) -> Sweep:
+    """Runs a sweep file.
+
+    Args:
+      spec: `path/to/file.py` or `path/to/file.py:name=value,…`.
+
+    Raises `UserError` for a missing file, and for a sweep that contradicts itself.
+    """
+    path, _, arg = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(
+            f"Sweep file {path!r} does not exist; name one such as configs/sweeps/experts.py."
+        )
+    module = runpy.run_path(path)
+    if "get_sweep" not in module:
+        raise UserError(f"{path!r} is no sweep: it must define get_sweep(arg='').")
+    sweep = module["get_sweep"](arg)
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"get_sweep in {path!r} must return a switch_jax.sweep.Sweep.")
+    _check(sweep)
+    return sweep
+
+
+def shown(figure: Figure) -> list[str]:
+    """Names of the runs that a figure compares."""
+    if isinstance(figure, Sources):
+        return [figure.baseline, figure.run]
+    if isinstance(figure, Transfer):
+        return [name for pairs in figure.pairs.values() for pair in pairs for name in pair]
+    return list(figure.runs.values())
+
+
+def _check(sweep: Sweep) -> None:
+    """Raises `UserError` where names do not fit, or what is compared differs in its data."""
+    for name, run in sweep.runs.items():
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise UserError(f"Run {name!r} of the sweep must be letters, digits and . _ + -.")
+        _known(sweep, run.needs(), f"run {name!r}")
+    _check_order(sweep)
+    for place, table in sweep.tables.items():
+        _known(sweep, [*table.rows.values(), *table.teachers.values()], f"table {place!r}")
+        _known_rows(place, table)
+    for place, figure in sweep.figures.items():
+        _known(sweep, shown(figure), f"figure {place!r}")
+
+
+def _same(config: Config) -> dict[str, Any]:
+    """What must be the same in runs that are compared, by dotted key."""
+    values = config_lib.flat(config)
+    # The vocabulary may be that of the run it starts from, which is the same by its content.
+    return {
+        key: value
+        for key, value in values.items()
+        if key == "train.steps" or (key.startswith("data.") and key != "data.vocabulary")
+    }
+
+
+def _known(sweep: Sweep, names: Iterable[str], where: str) -> None:
+    for name in names:
+        if name not in sweep.runs:
+            raise UserError(
+                f"In {where} of the sweep, there is no run {name!r}; use {', '.join(sweep.runs)}."
+            )
+
+
+def _known_rows(place: str, table: Table) -> None:
+    for row in (*table.paper, *table.teachers):
+        if row not in table.rows:
+            raise UserError(f"Table {place!r} of the sweep has no row {row!r}; add it to its rows.")
+
+
+def _check_order(sweep: Sweep) -> None:
+    """Raises `UserError` where runs need each other in a circle."""
+    done: set[str] = set()
+    while len(done) < len(sweep.runs):
+        ready = {n for n, run in sweep.runs.items() if n not in done and run.needs() <= done}
+        if not ready:
+            circle = ", ".join(n for n in sweep.runs if n not in done)
+            raise UserError(f"Runs of the sweep need each other first: {circle}.")
+        done |= ready

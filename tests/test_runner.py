@@ -1,0 +1,290 @@
+"""switch_jax.runner: what is trained, in which order, by whom; a sweep as a user runs it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+from conftest import tiny
+
+from switch_jax import runner, sweep_display
+from switch_jax.cli import main
+from switch_jax.errors import UserError
+from switch_jax.report import last_step
+from switch_jax.runner import Job
+from switch_jax.sweep import Run
+from switch_jax.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake(Job):
+    """Trains by running a line of Python."""
+
+    program: str = "pass"
+
+    def command(self):
+        return [sys.executable, "-c", self.program]
+
+
+def fakes(folder, programs, **needs):
+    """Jobs of seed 0 by name; `needs` are names of the runs that one reads."""
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    return [
+        Fake(
+            name,
+            0,
+            Run("c.py", {"init_from": f"{{run:{needs[name]}}}"} if name in needs else {}),
+            tiny(),
+            folder,
+            program,
+        )
+        for name, program in programs.items()
+    ]
+
+
+def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
+    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
+    claimed = runner._claimed
+
+    def late(job):
+        job.record.write_text("{}")  # after we looked, and before we had the lock
+        return claimed(job)
+
+    monkeypatch.setattr(runner, "_claimed", late)
+    progress = runner.run([made])
+    assert progress.finished == 1 and not progress.failed and not made.output.exists()
+
+
+@contextlib.contextmanager
+def held(path):
+    """As another process that trains the job holds its lock."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def test_a_failure_is_told_and_the_others_go_on(tmp_path, capfd):
+    made = fakes(
+        tmp_path,
+        {"after": "", "bad": "raise SystemExit('no such thing')", "good": "", "more": ""},
+        after="bad",
+        more="good",
+    )
+    progress = runner.run(made)
+    assert (progress.finished, progress.failed) == (2, ["bad-0"])
+    assert progress.blocked == ["after-0"] and not progress.elsewhere
+    err = capfd.readouterr().err
+    assert "bad-0 failed" in err and "no such thing" in err and "run 1 of 4: bad-0" in err
+    assert [job.key for job in made if job.finished] == ["good-0", "more-0"]
+
+
+def test_what_is_finished_is_not_trained_again(tmp_path):
+    runner.run(fakes(tmp_path, {"a": "print('once')"}))
+    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
+    progress = runner.run([made])
+    assert progress.finished == 1 and not progress.failed
+    assert made.output.read_text() == "once\n"
+    assert json.loads(made.record.read_text())["seconds"] > 0
+
+
+def test_what_another_process_trains_is_left_to_it(tmp_path):
+    made = fakes(tmp_path, {"a": "", "b": "", "c": ""}, c="a")
+    with held(made[0].record.with_suffix(".lock")):
+        progress = runner.run(made)
+    assert progress.finished == 1 and made[1].finished and not made[0].finished
+    assert progress.elsewhere == ["a-0"] and progress.blocked == ["c-0"]
+    assert runner.run(made).finished == 3
+
+
+SWEEP_THAT_IS_KILLED = """
+import sys
+sys.path[:0] = [{tests!r}]
+import conftest
+from pathlib import Path
+from test_runner import fakes
+from switch_jax import runner
+program = "import pathlib, time; pathlib.Path({begun!r}).touch(); time.sleep(600)"
+runner.run(fakes(Path({folder!r}), {{"a": program}}))
+"""
+
+
+def test_a_run_whose_sweep_was_killed_keeps_its_lock_as_long_as_it_lives(tmp_path):
+    begun = tmp_path / "begun"
+    program = SWEEP_THAT_IS_KILLED.format(
+        tests=os.path.dirname(__file__), begun=str(begun), folder=str(tmp_path)
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.time() + 120
+    while not begun.exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        (child,) = map(int, file.read().split())
+    process.kill()
+    process.wait()
+    lock = tmp_path / "jobs" / "a-0.lock"
+    try:
+        with pytest.raises(BlockingIOError), held(lock):
+            pass
+        assert runner.run(fakes(tmp_path, {"a": ""})).elsewhere == ["a-0"]
+    finally:
+        os.kill(child, signal.SIGKILL)
+    deadline = time.time() + 60
+    while runner.run(fakes(tmp_path, {"a": ""})).finished == 0:
+        assert time.time() < deadline
+
+
+def test_commands_name_config_overrides_seeds_and_workdirs(tmp_path):
+    run = Run("c.py:n=1", {"init_from": "{run:up}", "moe.jitter": 0.1})
+    command = Job("down", 3, run, tiny(), tmp_path).command()
+    assert command[1:6] == ["-m", "switch_jax", "train", "--config", "c.py:n=1"]
+    assert set(command[6:-2]) == {
+        f"--config.init_from={tmp_path}/runs/up-3",
+        "--config.moe.jitter=0.1",
+        "--config.train.seed=3",
+        "--config.data.seed=3",
+    }
+    assert command[-2:] == ["--workdir", f"{tmp_path}/runs/down-3"]
+
+
+def test_last_step_reads_what_is_complete(tmp_path):
+    workdir = Workdir(tmp_path)
+    assert last_step(workdir) == 0
+    line = json.dumps({"step": 7, "split": "train"}) + "\n"
+    workdir.metrics_file.write_text(line)
+    assert last_step(workdir) == 7
+    workdir.metrics_file.write_text(line * 20_000 + line.replace("7", "8") + '{"step": 9')
+    assert last_step(workdir) == 8
+
+
+def test_time_left_goes_by_work(monkeypatch, capfd):
+    now = [0.0]
+    monkeypatch.setattr(sweep_display.time, "monotonic", lambda: now[0])
+    with sweep_display.SweepDisplay({"a": 1.0, "b": 2.0, "c": 4.0}, set()) as display:
+        display.started("a", 0.0)
+        now[0] = 10.0
+        display.ended({"a"})
+        display.started("b", 0.5)  # half of it was done before
+        now[0] = 20.0
+        display.ended({"a", "b"})
+        display.started("c", 0.0)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "run 1 of 3: a",
+        "a finished after 10 s",
+        "run 2 of 3: b  about 50 s left",
+        "b finished after 10 s",
+        "run 3 of 3: c  about 40 s left",
+    ]
+
+
+SWEEP = """
+from switch_jax.sweep import Curves, Run, Sweep, Table
+
+def get_sweep(arg=""):
+    sparse = Run({config!r})
+    named = {{"dense": "dense", "sparse": "sparse"}}
+    return Sweep(
+        "Tiny",
+        {{
+            "dense": sparse.but({{"moe.num_experts": 0}}),
+            "bad": sparse.but({{"data.data_dir": "/nowhere"}}),
+            "sparse": sparse,
+        }},
+        tables={{"table": Table("Table", "Claim", named)}},
+        figures={{"steps": Curves("Curves", "Claim", named)}},
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    config = runs.write_config(folder, runs.make_store(folder))
+    path = folder / "sweep.py"
+    path.write_text(SWEEP.format(config=str(config)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def stopped_and_finished(tiny_sweep, tmp_path_factory):
+    """A sweep that was stopped in its first run and continued: its folder and what was printed."""
+    folder = tmp_path_factory.mktemp("sweeps") / "sweep"
+    command = ("sweep", "--config", tiny_sweep, "--workdir", folder)
+    process = runs.start(*command)
+    runs.wait_for_step(process, folder / "runs" / "dense-0", 20)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    code = process.returncode
+    before = last_step(Workdir(folder / "runs" / "dense-0"))
+    return folder, command, (code, out, before), runs.run(*command, code=2)
+
+
+def test_a_stopped_sweep_says_so_and_continues(stopped_and_finished):
+    folder, _, (code, out, before), (_, err) = stopped_and_finished
+    assert code == 128 + signal.SIGTERM
+    assert "Stopped with 0 of 3 runs finished; the same command continues" in out
+    printed = (folder / "jobs" / "dense-0.txt").read_text()
+    (continued,) = re.findall(r"continuing from step (\d+)", printed)
+    assert 20 <= int(continued) == before < 90
+    assert "dense-0 finished" in err and "sparse-0 finished" in err
+
+
+def test_a_failed_run_is_told_in_one_sentence_at_the_end(stopped_and_finished):
+    *_, (out, err) = stopped_and_finished
+    *_, sentence = err.splitlines()
+    assert sentence.startswith("switch-jax: 1 of 3 runs failed (bad-0;")
+    assert "'/nowhere' does not exist" in err and "summary.md" in out
+
+
+def test_a_finished_sweep_has_everything_that_a_reader_needs(stopped_and_finished):
+    folder, *_ = stopped_and_finished
+    numbers = json.loads((folder / "summary.json").read_text())
+    assert [len(run["seeds"]) for run in numbers["runs"].values()] == [1, 0, 1]
+    rows = numbers["tables"]["table"]["rows"]
+    gain = rows["sparse"]["quality"]["mean"] - rows["dense"]["quality"]["mean"]
+    assert rows["sparse"]["gain"]["mean"] == pytest.approx(gain) and gain != 0
+    assert numbers["devices"][0].endswith("cpu")
+    assert (folder / "figures" / "steps.svg").stat().st_size > 1000
+    page = (folder / "index.html").read_text()
+    assert "data:image/png;base64" in page and "http" not in page
+
+
+def test_runs_that_are_finished_are_left_alone(stopped_and_finished):
+    folder, command, *_ = stopped_and_finished
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[ds]*")}
+    _, err = runs.run(*command, code=2)
+    assert "dense-0" not in err and "sparse-0" not in err
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[ds]*")} == before
+
+
+@pytest.mark.parametrize("flag", ["--config.train.steps=70", "--config.moe.every=1"])
+def test_a_folder_of_another_sweep_is_refused(stopped_and_finished, flag, capsys):
+    _, command, *_ = stopped_and_finished
+    assert main([*map(str, command), flag]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "another sweep" in err and flag[9:].split("=")[0] in err
+
+
+def test_a_folder_that_holds_anything_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty"):
+        runner.prepare([Job("a", 0, Run("c.py"), tiny(), tmp_path)], tmp_path)
+
+
+def test_runs_may_be_added_to_a_sweep_and_left_out(tmp_path):
+    one, two, three = (Job(name, 0, Run("c.py"), tiny(), tmp_path) for name in "abc")
+    runner.prepare([one, two], tmp_path)
+    runner.prepare([two, three], tmp_path)
+    known = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert set(known) == {"a-0", "b-0", "c-0"}
+    with pytest.raises(UserError, match="of a-0, b-0, c-0"):
+        runner.prepare([Job("d", 0, Run("c.py"), tiny(), tmp_path)], tmp_path)
