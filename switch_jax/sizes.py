@@ -42,8 +42,8 @@ _KEYWORD = {
     "data.inputs_length": 64,
     "data.targets_length": 8,
     "data.pack": False,
-    "train.eval_every": 25,
-    "train.checkpoint_every": 100,
+    "train.eval_every": 50,
+    "train.checkpoint_every": 50,
     "train.keep_checkpoints": 1,
 }
 
