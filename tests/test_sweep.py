@@ -1,5 +1,6 @@
 """switch_jax.sweep and configs/sweeps: every sweep resolves, and bad ones end in a sentence."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from switch_jax.errors import UserError
 from switch_jax.sweep import Curves, Run, Sweep, Table
 
 ROOT = Path(__file__).parent.parent
-WITH_TABLES = {"finetune": (4, 5), "routing": (0, 1, 2, 3, 10, 11)}
+WITH_TABLES = {"distill": (6, 7, 8), "finetune": (4, 5), "routing": (0, 1, 2, 3, 10, 11)}
 
 
 def specs():
@@ -66,6 +67,18 @@ def test_fine_tuning_has_the_model_of_its_upstream_and_the_recipe_of_its_task(mo
     assert (down.model.d_model, down.moe.group_size) == (1024, up.moe.group_size)
     assert (down.model.dropout_rate, down.moe.expert_dropout_rate) == (0.1, 0.4)
     assert down.data.mixture == "super_glue" and down.train.steps == 16_000
+
+
+def test_of_runs_that_are_compared_only_a_teacher_may_train_for_longer(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    dense = sizes.find("mini").dense
+    runs = {"dense": dense, "other": dense.but({"train.steps": 1600})}
+    table = Table("", "", {"dense": "dense", "other": "other"}, teachers={"dense": "other"})
+    made = Sweep("", runs, tables={"of": table})
+    made.check(made.configs())
+    made = Sweep("", runs, tables={"of": dataclasses.replace(table, teachers={})})
+    with pytest.raises(UserError, match="train.steps is 1600 in run 'other'"):
+        made.check(made.configs())
 
 
 def test_references_become_workdirs():
