@@ -77,7 +77,7 @@ def test_of_runs_that_are_compared_only_a_teacher_may_train_for_longer(monkeypat
     made = Sweep("", runs, tables={"of": table})
     made.check(made.configs())
     made = Sweep("", runs, tables={"of": dataclasses.replace(table, teachers={})})
-    with pytest.raises(UserError, match="train.steps is 1600 in run 'other'"):
+    with pytest.raises(UserError, match=r"train\.steps is 1600 in run 'other'"):
         made.check(made.configs())
 
 
