@@ -1,12 +1,16 @@
 """Eight fake CPU devices, quick compilation, and the small configs and batches tests share."""
 
 import os
+import signal
 import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# A shell that puts the tests in the background lets them, and what they start, ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # All of this must be set before JAX is imported. Compilation is most of what tests cost:
 # little optimisation makes it twice as fast, and workers share what they have compiled.

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -80,13 +79,7 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | environment,
-        preexec_fn=_interruptible,
     )
-
-
-def _interruptible() -> None:
-    """Lets SIGINT interrupt, though a shell that put the tests in the background ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*arguments: object, code: int = 0, **settings: Any) -> tuple[str, str]:
