@@ -47,20 +47,18 @@ def start(program: Program) -> TrainState:
         params[name] = _filled(params[name], slices, restored, ids)
     state = dataclasses.replace(state, params=params)
     if config.init_optimizer == "loaded":
-        opt_state = _optimizer_of(source, config.init_from, state.opt_state)
+        opt_state = _optimizer_of(source, program, state.opt_state)
         state = dataclasses.replace(state, opt_state=opt_state)
     return state
 
 
-def _optimizer_of(source: Pretrained, path: str, fresh: Any) -> Any:
+def _optimizer_of(source: Pretrained, program: Program, fresh: Any) -> Any:
     """The optimizer's statistics in a checkpoint, with a schedule that begins anew."""
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh
-    )
+    path = program.config.init_from
     if source.restore_optimizer is None:
         raise UserError(f"{path} has no optimizer of ours; set init_optimizer=fresh.")
     try:
-        loaded = source.restore_optimizer(abstract)
+        loaded = source.restore_optimizer(program.abstract_state.opt_state)
     except UserError as error:
         raise UserError(
             f"The optimizer of {path} does not fit: other parameters are trained here, or by"

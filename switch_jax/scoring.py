@@ -91,10 +91,11 @@ class Scorer:
         for name, of in examples.items():
             scores = _scored(downstream.task(name), of, predictions[name], self._vocabulary)
             values |= {f"{name}/{metric}": value for metric, value in scores.items()}
-        groups = [[f"{task}/score" for task in group] for group in self._groups()]
-        if groups and all(score in values for group in groups for score in group):
-            means = [np.mean([values[score] for score in group]) for group in groups]
-            values["average"] = float(np.mean(means))
+        groups = {", ".join(group): group for group in self._groups()}
+        tasks = {task for group in groups.values() for task in group}
+        scored = {t: {"score": values[f"{t}/score"]} for t in tasks if f"{t}/score" in values}
+        if tasks and len(scored) == len(tasks):
+            values["average"] = metrics.average(scored, groups)
         return values
 
     def _groups(self) -> Sequence[Sequence[str]]:
