@@ -69,18 +69,26 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
 
     Raises `UserError` for a missing file, an unknown key, or a value that cannot be.
     """
-    path, _, arg = spec.partition(":")
-    if not Path(path).is_file():
-        raise UserError(
-            f"Config file {path!r} does not exist; name one such as configs/switch_mini.py."
-        )
-    module = runpy.run_path(path)
-    if "get_config" not in module:
-        raise UserError(f"Config file {path!r} must define get_config(arg='').")
-    config = module["get_config"](arg)
+    config = made_by(spec, "get_config", "Config", "configs/switch_mini.py")
     if not isinstance(config, ConfigDict):
+        path = spec.partition(":")[0]
         raise UserError(f"get_config in {path!r} must return what it made of defaults().")
     return from_dict(_overridden(config.to_dict(), overrides or {}))
+
+
+def made_by(spec: str, function: str, kind: str, example: str) -> Any:
+    """What a function of a Python file returns for the part of `spec` behind the colon.
+
+    Raises `UserError`, in the words for this `kind` of file, where there is none, with an
+    `example` of one, or it lacks the function.
+    """
+    path, _, arg = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"{kind} file {path!r} does not exist; name one such as {example}.")
+    module = runpy.run_path(path)
+    if function not in module:
+        raise UserError(f"{kind} file {path!r} must define {function}(arg='').")
+    return module[function](arg)
 
 
 def override(config: Config, overrides: Mapping[str, str]) -> Config:

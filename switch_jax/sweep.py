@@ -8,9 +8,7 @@ order.
 
 import dataclasses
 import re
-import runpy
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from switch_jax import config as config_lib
@@ -170,16 +168,9 @@ def load(spec: str) -> Sweep:
 
     Raises `UserError` for a missing file, and for a sweep that contradicts itself.
     """
-    path, _, arg = spec.partition(":")
-    if not Path(path).is_file():
-        raise UserError(
-            f"Sweep file {path!r} does not exist; name one such as configs/sweeps/experts.py."
-        )
-    module = runpy.run_path(path)
-    if "get_sweep" not in module:
-        raise UserError(f"{path!r} is no sweep: it must define get_sweep(arg='').")
-    sweep = module["get_sweep"](arg)
+    sweep = config_lib.made_by(spec, "get_sweep", "Sweep", "configs/sweeps/experts.py")
     if not isinstance(sweep, Sweep):
+        path = spec.partition(":")[0]
         raise UserError(f"get_sweep in {path!r} must return a switch_jax.sweep.Sweep.")
     _check(sweep)
     return sweep

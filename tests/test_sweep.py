@@ -1,6 +1,7 @@
 """switch_jax.sweep and configs/sweeps: every sweep resolves, and bad ones end in a sentence."""
 
 import dataclasses
+import runpy
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def test_a_sweep_that_contradicts_itself_is_refused(words, monkeypatch, tmp_path
     path = tmp_path / "s.py"
     path.touch()
     monkeypatch.setattr(
-        sweep.runpy, "run_path", lambda path: {"get_sweep": lambda arg: INCOMPLETE[words]}
+        runpy, "run_path", lambda path: {"get_sweep": lambda arg: INCOMPLETE[words]}
     )
     with pytest.raises(UserError, match=words):
         sweep.load(str(path))
