@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
         steps=800,
         log_every=20,
         eval_every=50,
-        eval_batches=8,
+        eval_batches=16,
         checkpoint_every=200,
         keep_checkpoints=1,
     )

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,11 @@ def _quality(result: Any) -> dict[str, Any]:
     return dict(zip(_OF_ALL, (loss, -loss, sums.correct / targets)))
 
 
-def goodness(
-    metric: str, batches: Validation, scores: Sequence[str]
-) -> Callable[[Mapping[str, float]], float]:
-    """What is the higher the better an evaluation is by one of its metrics.
+def check_metric(metric: str, batches: Validation, scores: Sequence[str]) -> None:
+    """Raises `UserError` where evaluations have no metric of that name.
 
     Args:
       scores: names of metrics that `evaluate` does not give.
-
-    Raises `UserError` where no metric has that name.
     """
     sources = batches if len(batches) > 1 else ()
     of_sources = (f"{source}/{name}" for source in sources for name in _OF_SOURCES)
@@ -79,13 +75,14 @@ def goodness(
         close = difflib.get_close_matches(metric, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}."
         raise UserError(f"There is no metric {metric!r} for train.keep_best; {hint}")
-    sign = -1 if metric.endswith(("cross_entropy", "invalid")) else 1
 
-    def good(metrics: Mapping[str, float]) -> float:
-        value = metrics.get(metric, math.nan)
-        return sign * value if math.isfinite(value) else -math.inf
 
-    return good
+def goodness(metric: str, metrics: Mapping[str, Any]) -> float:
+    """What is the higher the better an evaluation is by one of its metrics."""
+    value = metrics.get(metric)
+    if value is None or not math.isfinite(value):
+        return -math.inf
+    return -value if metric.endswith(("cross_entropy", "invalid")) else value
 
 
 def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[str, float]:

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from switch_jax import accounting
+from switch_jax.evaluate import goodness
 from switch_jax.report import read_metrics
 from switch_jax.schema import Config
 from switch_jax.sweep import QUALITY
@@ -81,3 +83,17 @@ def read(workdir: Workdir) -> Outcome:
         dropped=statistics.fmean(finite) if finite else None,
         devices=json.loads(workdir.config_file.read_text())["devices"],
     )
+
+
+def model(workdir: Workdir) -> Path:
+    """What other runs take of a finished one: its best checkpoint, where it keeps that.
+
+    Elsewhere its WORKDIR, which stands for the newest.
+    """
+    metric = workdir.config().train.keep_best
+    if metric is None:
+        return workdir.path
+    kept = {folder.name for folder in workdir.checkpoints.iterdir()}
+    lines = [m for m in read_metrics(workdir) if m["split"] == "eval" and str(m["step"]) in kept]
+    best = max(lines, key=lambda m: (goodness(metric, m), m["step"]))
+    return workdir.checkpoints / str(best["step"])

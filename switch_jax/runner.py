@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from switch_jax import accounting, signals
+from switch_jax import accounting, outcome, signals
 from switch_jax import config as config_lib
 from switch_jax.errors import UserError
 from switch_jax.files import write_whole
@@ -84,10 +84,9 @@ class Job:
 
     def command(self) -> list[str]:
         """`switch-jax train` with everything that the run says."""
-        workdirs = {
-            name: str(self.folder / "runs" / f"{name}-{self.seed}") for name in self.run.needs()
-        }
-        texts = self.run.texts(workdirs) | _seeds(self.seed)
+        needed = {name: self.folder / "runs" / f"{name}-{self.seed}" for name in self.run.needs()}
+        models = {name: str(outcome.model(Workdir(path))) for name, path in needed.items()}
+        texts = self.run.texts(models) | _seeds(self.seed)
         return [
             *(sys.executable, "-m", "switch_jax", "train", "--config", self.run.config),
             *(f"--config.{key}={text}" for key, text in texts.items()),

@@ -136,7 +136,7 @@ class DataConfig:
     targets_length: int = 114
     batch_size: int = 2048  # sequences, over all devices
     pack: bool = False  # keep documents apart, as segments of one row
-    seed: int = 0
+    seed: int = 0  # of the rows to train on; those of validation do not depend on it
 
 
 @dataclasses.dataclass(frozen=True)

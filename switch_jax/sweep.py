@@ -24,8 +24,9 @@ _REFERENCE = re.compile(r"\{run:([^{}]*)\}")
 class Run:
     """A config to train.
 
-    `{run:NAME}` in the text of an override stands for the WORKDIR of run NAME with the same seed,
-    which is trained first: `{"init_from": "{run:teacher}"}`.
+    `{run:NAME}` in the text of an override stands for what run NAME with the same seed comes to,
+    which is trained first: `{"init_from": "{run:teacher}"}`. That is its best checkpoint where it
+    has `train.keep_best`, as its own quality is of that one, and its last one elsewhere.
     """
 
     config: str  # as `--config` takes it: path/to/file.py or path/to/file.py:name=value,…
@@ -36,14 +37,14 @@ class Run:
         return Run(self.config, {**self.overrides, **overrides})
 
     def needs(self) -> set[str]:
-        """Names of the runs whose WORKDIR it reads."""
+        """Names of the runs whose checkpoints it reads."""
         return {name for v in self.overrides.values() for name in _REFERENCE.findall(str(v))}
 
-    def texts(self, workdirs: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Overrides as on the command line; references as they are, or as their WORKDIRs."""
+    def texts(self, models: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Overrides as on the command line; references as they are, or as paths, by name."""
 
         def filled(text: str) -> str:
-            return _REFERENCE.sub(lambda m: m[0] if workdirs is None else workdirs[m[1]], text)
+            return _REFERENCE.sub(lambda m: m[0] if models is None else models[m[1]], text)
 
         return {key: filled(str(value)) for key, value in self.overrides.items()}
 

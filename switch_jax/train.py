@@ -1,12 +1,13 @@
 """The training loop."""
 
+import functools
 import signal
 
 import jax
 
 from switch_jax import accounting, checkpoint, distill, initial, processes, sharding
 from switch_jax.data import open_batches, open_vocabulary
-from switch_jax.evaluate import evaluate, goodness, validation_batches
+from switch_jax.evaluate import check_metric, evaluate, goodness, validation_batches
 from switch_jax.idle_experts import IdleExperts
 from switch_jax.report import Meter, MetricsWriter, ProgressDisplay
 from switch_jax.schema import Config
@@ -40,7 +41,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         score = Scorer(program)
         rank = None
         if settings.keep_best is not None:
-            rank = goodness(settings.keep_best, validation, score.names)
+            check_metric(settings.keep_best, validation, score.names)
+            rank = functools.partial(goodness, settings.keep_best)
 
         # What cannot be: say so before anything is written.
         distill.check(config)

@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ["t5_relu_tied", "t5_geglu_untied", "switch_relu_tied", "switch_dropping"]
+SHARED, HEAD = "shared.weight", "lm_head.weight"
 
 Arrays = dict[str, np.ndarray]
 

@@ -71,13 +71,17 @@ def write_config(folder: Path, store_folder: Path) -> Path:
 
 
 def start(
-    *arguments: object, program: Sequence[str] = ("-m", "switch_jax"), **environment: str
+    *arguments: object,
+    program: Sequence[str] = ("-m", "switch_jax"),
+    cwd: Path | None = None,
+    **environment: str,
 ) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=cwd,
         env=os.environ | environment,
     )
 

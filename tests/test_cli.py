@@ -115,7 +115,13 @@ def test_eval_generate_plot_and_peek(config, workdir, capsys):
 
 def test_bench_reports_both_models(config, capsys):
     arguments = ["bench", "--json", "--repeats", "1", "--config", str(config)]
-    assert main([*arguments, "--config.model.num_encoder_layers=2"]) == 0
+    small = {
+        "model.num_encoder_layers": 1,
+        "model.num_decoder_layers": 1,
+        "moe.every": 1,
+        "optimizer.name": "sgd",
+    }
+    assert main([*arguments, *(f"--config.{key}={value}" for key, value in small.items())]) == 0
     result = json.loads(capsys.readouterr().out)
     for part in ("train_step", "forward", "layer"):
         assert result[part]["ratio"] > 0

@@ -93,6 +93,15 @@ def test_the_store_holds_every_document(texts):
 
 
 @pytest.mark.parametrize("reader", ["store", "synthetic"])
+def test_runs_with_other_seeds_train_on_other_rows_and_are_validated_on_the_same(reader):
+    train, validation = (
+        [next(open_batches(config(reader=reader, seed=seed), split)) for seed in (1, 2)]
+        for split in ("train", "validation")
+    )
+    assert same(*validation) and not same(*train)
+
+
+@pytest.mark.parametrize("reader", ["store", "synthetic"])
 @pytest.mark.parametrize("pack", [False, True])
 def test_batches_keep_the_contract(reader, pack):
     c = config(reader=reader, pack=pack, targets_length=30, batch_size=200)

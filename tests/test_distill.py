@@ -51,7 +51,6 @@ STUDENT = ALONE | {
     "distill.start_step": 1,
 }
 MESHES = {
-    "data=2, accumulate=2": {"mesh.data": 2, "train.accumulate": 2},
     "expert=4, accumulate=4": {"mesh.expert": 4, "train.accumulate": 4},
     "fsdp, data=2 expert=2 model=2": {
         "mesh.data": 2,

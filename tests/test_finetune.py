@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import tasks
 
+from switch_jax.cli import main
 from switch_jax.data import downstream, python_docs, vocabularies
 from switch_jax.data.downstream import TASKS
 from switch_jax.data.sources import SPLITS
@@ -73,7 +73,8 @@ def test_tasks_run_from_files_to_metrics(data_dir, words, tmp_path, monkeypatch,
     spec, workdir = CONFIGS / f"{config}.py", tmp_path / "run"
     settings = [f"--config.data.data_dir={data_dir}", f"--config.data.vocabulary={words}"]
     settings.append(f"--config.eval.method={method}")
-    runs.run("train", "--config", spec, *SMALL, *settings, "--workdir", workdir)
+    arguments = ["train", "--config", str(spec), *SMALL, *settings, "--workdir", str(workdir)]
+    assert main(arguments) == 0
     mixture = json.loads((workdir / "config.json").read_text())["config"]["data"]["mixture"]
     [*_, evaluated] = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     found = downstream.find(mixture)

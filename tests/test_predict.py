@@ -1,6 +1,7 @@
 """switch_jax.predict and scoring: answers on any mesh, their files, the best checkpoint."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -303,9 +304,10 @@ def test_a_metric_that_does_not_exist_is_told_before_training(config, tmp_path, 
 
 
 def test_a_metric_that_is_not_finite_is_never_the_best(config, tmp_path):
-    good = goodness("accuracy", {}, [])
+    good = functools.partial(goodness, "accuracy")
     assert good({"accuracy": float("nan")}) == good({}) == -float("inf") < good({"accuracy": 0.0})
-    assert goodness("cross_entropy", {}, [])({"cross_entropy": 2.0}) == -2.0
+    assert good({"accuracy": None}) == -float("inf")
+    assert goodness("cross_entropy", {"cross_entropy": 2.0}) == -2.0
     workdir, program = Workdir(tmp_path), Program(config, make_mesh(config))
     state, batches = program.init(), open_batches(config, "train")
     checkpoints = checkpoint.Checkpoints(workdir, keep=1, goodness=good)

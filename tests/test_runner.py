@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import runs
@@ -22,6 +23,8 @@ from switch_jax.report import last_step
 from switch_jax.runner import Job
 from switch_jax.sweep import Run
 from switch_jax.workdir import Workdir
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +145,26 @@ def test_a_run_whose_sweep_was_killed_keeps_its_lock_as_long_as_it_lives(tmp_pat
         assert time.time() < deadline
 
 
-def test_commands_name_config_overrides_seeds_and_workdirs(tmp_path):
-    run = Run("c.py:n=1", {"init_from": "{run:up}", "moe.jitter": 0.1})
+def finished(workdir, config, scores):
+    """As a run that was evaluated, and has kept a checkpoint, at each of these steps."""
+    workdir.prepare(config, None)
+    lines = [{"step": n, "split": "eval", "average": score} for n, score in scores.items()]
+    workdir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in scores:
+        (workdir.checkpoints / str(step)).mkdir(parents=True)
+
+
+def test_commands_name_config_overrides_seeds_and_what_others_came_to(tmp_path):
+    scores = {10: 0.5, 20: 0.7, 30: None, 40: 0.6}
+    finished(Workdir(tmp_path / "runs" / "up-3"), tiny(), scores)
+    best = tiny(**{"train.keep_best": "average"})
+    finished(Workdir(tmp_path / "runs" / "tuned-3"), best, scores)
+    run = Run("c.py:n=1", {"init_from": "{run:up}", "distill.teacher": "{run:tuned}"})
     command = Job("down", 3, run, tiny(), tmp_path).command()
     assert command[1:6] == ["-m", "switch_jax", "train", "--config", "c.py:n=1"]
     assert set(command[6:-2]) == {
         f"--config.init_from={tmp_path}/runs/up-3",
-        "--config.moe.jitter=0.1",
+        f"--config.distill.teacher={tmp_path}/runs/tuned-3/checkpoints/20",
         "--config.train.seed=3",
         "--config.data.seed=3",
     }
@@ -186,31 +202,44 @@ def test_time_left_goes_by_work(monkeypatch, capfd):
     ]
 
 
+# configs/sweeps/experts_mini.py with one seed and smaller models, and a run that cannot be.
 SWEEP = """
-from switch_jax.sweep import Curves, Run, Sweep, Table
+import dataclasses
+from switch_jax import sweep
 
 def get_sweep(arg=""):
-    sparse = Run({config!r})
-    named = {{"dense": "dense", "sparse": "sparse"}}
-    return Sweep(
-        "Tiny",
-        {{
-            "dense": sparse.but({{"moe.num_experts": 0}}),
-            "bad": sparse.but({{"data.data_dir": "/nowhere"}}),
-            "sparse": sparse,
-        }},
-        tables={{"table": Table("Table", "Claim", named)}},
-        figures={{"steps": Curves("Curves", "Claim", named)}},
-    )
+    made = sweep.load("configs/sweeps/experts_mini.py").but({small!r})
+    bad = made.runs["dense"].but({{"data.data_dir": "/nowhere"}})
+    return dataclasses.replace(made, runs={{**made.runs, "bad": bad}}, seeds=(0,))
 """
+SMALL = {
+    "model.vocab_size": 900,
+    "model.d_model": 16,
+    "model.d_ff": 32,
+    "model.num_heads": 2,
+    "model.head_dim": 8,
+    "moe.group_size": 32,
+    "data.mixture": "text",
+    "data.inputs_length": 32,
+    "data.targets_length": 11,
+    "data.batch_size": 4,
+    "optimizer.warmup_steps": 10,
+    "optimizer.cooldown_steps": 10,
+    "train.steps": 90,
+    "train.log_every": 1,
+    "train.eval_every": 30,
+    "train.eval_batches": 2,
+    "train.checkpoint_every": 15,
+    "mesh.data": 1,
+}
 
 
 @pytest.fixture(scope="module")
 def tiny_sweep(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    config = runs.write_config(folder, runs.make_store(folder))
+    store = str(runs.make_store(folder))
     path = folder / "sweep.py"
-    path.write_text(SWEEP.format(config=str(config)))
+    path.write_text(SWEEP.format(small=SMALL | {"data.data_dir": store}))
     return path
 
 
@@ -219,55 +248,65 @@ def stopped_and_finished(tiny_sweep, tmp_path_factory):
     """A sweep that was stopped in its first run and continued: its folder and what was printed."""
     folder = tmp_path_factory.mktemp("sweeps") / "sweep"
     command = ("sweep", "--config", tiny_sweep, "--workdir", folder)
-    process = runs.start(*command)
+    process = runs.start(*command, cwd=ROOT)
     runs.wait_for_step(process, folder / "runs" / "dense-0", 20)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     code = process.returncode
     before = last_step(Workdir(folder / "runs" / "dense-0"))
-    return folder, command, (code, out, before), runs.run(*command, code=2)
+    return folder, command, (code, out, before), runs.run(*command, code=2, cwd=ROOT)
 
 
 def test_a_stopped_sweep_says_so_and_continues(stopped_and_finished):
     folder, _, (code, out, before), (_, err) = stopped_and_finished
     assert code == 128 + signal.SIGTERM
-    assert "Stopped with 0 of 3 runs finished; the same command continues" in out
+    assert "Stopped with 0 of 5 runs finished; the same command continues" in out
     printed = (folder / "jobs" / "dense-0.txt").read_text()
     (continued,) = re.findall(r"continuing from step (\d+)", printed)
     assert 20 <= int(continued) == before < 90
-    assert "dense-0 finished" in err and "sparse-0 finished" in err
+    assert re.findall(r"(\w+)-0 finished", err) == [
+        "dense",
+        "experts_4",
+        "experts_16",
+        "experts_64",
+    ]
 
 
 def test_a_failed_run_is_told_in_one_sentence_at_the_end(stopped_and_finished):
     *_, (out, err) = stopped_and_finished
     *_, sentence = err.splitlines()
-    assert sentence.startswith("switch-jax: 1 of 3 runs failed (bad-0;")
+    assert sentence.startswith("switch-jax: 1 of 5 runs failed (bad-0;")
     assert "'/nowhere' does not exist" in err and "summary.md" in out
 
 
 def test_a_finished_sweep_has_everything_that_a_reader_needs(stopped_and_finished):
     folder, *_ = stopped_and_finished
     numbers = json.loads((folder / "summary.json").read_text())
-    assert [len(run["seeds"]) for run in numbers["runs"].values()] == [1, 0, 1]
-    rows = numbers["tables"]["table"]["rows"]
-    gain = rows["sparse"]["quality"]["mean"] - rows["dense"]["quality"]["mean"]
-    assert rows["sparse"]["gain"]["mean"] == pytest.approx(gain) and gain != 0
+    assert [len(run["seeds"]) for run in numbers["runs"].values()] == [1, 1, 1, 1, 0]
+    rows = numbers["tables"]["experts"]["rows"]
+    dense, sparse = rows["dense"], rows["64 experts"]
+    gain = sparse["quality"]["mean"] - dense["quality"]["mean"]
+    assert sparse["gain"]["mean"] == pytest.approx(gain) and gain != 0
+    assert sparse["params"] > 2 * dense["params"]
     assert numbers["devices"][0].endswith("cpu")
-    assert (folder / "figures" / "steps.svg").stat().st_size > 1000
+    for name in ("experts", "steps", "seconds"):
+        for ending in ("svg", "png"):
+            assert (folder / "figures" / f"{name}.{ending}").stat().st_size > 1000
     page = (folder / "index.html").read_text()
     assert "data:image/png;base64" in page and "http" not in page
 
 
 def test_runs_that_are_finished_are_left_alone(stopped_and_finished):
     folder, command, *_ = stopped_and_finished
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[ds]*")}
-    _, err = runs.run(*command, code=2)
-    assert "dense-0" not in err and "sparse-0" not in err
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[ds]*")} == before
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[de]*")}
+    _, err = runs.run(*command, code=2, cwd=ROOT)
+    assert "bad-0" in err and "dense-0" not in err and "experts" not in err
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[de]*")} == before
 
 
 @pytest.mark.parametrize("flag", ["--config.train.steps=70", "--config.moe.every=1"])
-def test_a_folder_of_another_sweep_is_refused(stopped_and_finished, flag, capsys):
+def test_a_folder_of_another_sweep_is_refused(stopped_and_finished, flag, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     _, command, *_ = stopped_and_finished
     assert main([*map(str, command), flag]) == 2
     err = capsys.readouterr().err

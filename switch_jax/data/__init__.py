@@ -10,6 +10,7 @@
 Only `tasks` uses TensorFlow; it is loaded when asked for.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,10 +27,12 @@ def open_batches(config: Config, split: Split, feed: Feed = EVERYTHING) -> Batch
     """One process's endless stream of batches of a mixture, as `data.reader` says.
 
     Together the feeds' rows make global batches of `data.batch_size`. What the reader
-    needs and the config does not name is made on first use, in the cache.
+    needs and the config does not name is made on first use, in the cache. Validation does not
+    depend on `data.seed`, so that runs of several seeds are measured alike.
 
     Raises `UserError` for anything missing or impossible.
     """
+    config = _seeded(config, split)
     match config.data.reader:
         case "store":
             return rows.open_mixture(config, split, feed)
@@ -43,6 +46,7 @@ def open_batches(config: Config, split: Split, feed: Feed = EVERYTHING) -> Batch
 
 def open_each(config: Config, split: Split, feed: Feed = EVERYTHING) -> Mapping[str, BatchIterator]:
     """As `open_batches`, each source of the mixture on its own, by name."""
+    config = _seeded(config, split)
     match config.data.reader:
         case "store":
             return rows.open_sources(config, split, feed)
@@ -68,3 +72,9 @@ def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
             from switch_jax.data import tasks
 
             return tasks.open_examples(config)
+
+
+def _seeded(config: Config, split: Split) -> Config:
+    if split == "train":
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seed=0))
