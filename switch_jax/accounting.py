@@ -289,6 +289,14 @@ def dropped_if_uniform(tokens: int, capacity: int, moe: MoEConfig) -> float:
     return float(excess @ np.exp(log_pmf)) / (tokens * chance)
 
 
+def train_flops(config: Config, teacher: Config | None = None) -> float:
+    """Of a train step, by the paper's convention: three forward passes, and one of a teacher."""
+    passes = 3.0 * flops_per_sequence(config)
+    if teacher is not None:
+        passes += flops_per_sequence(teacher)
+    return passes * config.data.batch_size
+
+
 def mfu(
     config: Config,
     step_seconds: float,

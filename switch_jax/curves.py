@@ -1,7 +1,7 @@
 """Arithmetic on learning curves: smoothing, when a quality is reached, power laws, spread.
 
-A curve is (x, quality) in the order of x, where more quality is better; x are steps, tokens or
-seconds. Pure functions of numbers.
+A curve is (x, quality) in the order of x, where more quality is better; x are steps, seconds or
+FLOPs. Pure functions of numbers.
 """
 
 import math
@@ -42,22 +42,40 @@ def reached(curve: Curve, goal: float) -> float | None:
     return None
 
 
-def speed_up(baseline: Curve, ours: Curve) -> float | None:
-    """How many times as far the baseline went to its final quality, both curves smoothed.
+class SpeedUp(NamedTuple):
+    """A run against a baseline, both curves smoothed; an x is steps or seconds."""
 
-    None where ours never gets there, or one has no points.
+    baseline_quality: float  # at its last evaluation, as it was measured
+    quality: float  # at ours
+    baseline_x: float  # the first at which the baseline was as good as at its end
+    x: float | None  # the first at which we were; None: never
+    at_least: bool  # we were at our first evaluation already, so maybe before it
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as far the baseline went; None where we never get there."""
+        return self.baseline_x / self.x if self.x else None
+
+
+def speed_up(baseline: Curve, ours: Curve) -> SpeedUp | None:
+    """When ours is as good as the baseline in the end (paper, section 4.3, footnote 9).
+
+    None where one has no points.
     """
     if not (baseline and ours):
         return None
     theirs, curve = smoothed(baseline), smoothed(ours)
     goal = theirs[-1][1]
-    far, near = reached(theirs, goal), reached(curve, goal)
-    return far / near if far and near else None
+    far = reached(theirs, goal)  # not simply its last x: it may have been as good before
+    assert far is not None
+    return SpeedUp(
+        baseline[-1][1], ours[-1][1], far, reached(curve, goal), at_least=curve[0][1] >= goal
+    )
 
 
 def at(curve: Curve, x: float) -> float | None:
-    """The quality of a curve, smoothed, at x; None where it does not go so far."""
-    if not curve or x > curve[-1][0] * (1 + 1e-9):
+    """The quality of a curve, smoothed, at x; None where it does not go there."""
+    if not curve or not curve[0][0] <= x <= curve[-1][0] * (1 + 1e-9):
         return None
     places, quality = zip(*smoothed(curve))
     return float(np.interp(x, places, quality))
@@ -99,11 +117,11 @@ class PowerLaw(NamedTuple):
 def power_law(x: Sequence[float], loss: Sequence[float], confidence: float = 0.95) -> PowerLaw:
     """Fits a power law by least squares of the logarithms; all values must be above 0.
 
-    Intervals are Student's, of independent and equally large relative errors. Raises `ValueError`
-    for fewer than three points, or for one x alone.
+    Intervals are Student's, of independent and equally large relative errors; of runs with several
+    seeds, their mean is one point. Raises `ValueError` for fewer than three x.
     """
-    if len(x) < 3 or len(set(x)) < 2:
-        raise ValueError("a power law needs three points, and two different x")
+    if len(set(x)) < 3:
+        raise ValueError("a power law needs three different x")
     fit = stats.linregress(np.log(x), np.log(loss))
     times = stats.t.ppf((1 + confidence) / 2, len(x) - 2)
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from switch_jax import curves, paper, plots, summary
 from switch_jax.curves import PowerLaw
+from switch_jax.report import QUALITY
 from switch_jax.summary import Results
-from switch_jax.sweep import QUALITY, Curves, Figure, Scaling, Sources, Sweep, Table, Transfer
+from switch_jax.sweep import Curves, Figure, Scaling, Sources, Sweep, Table, Transfer
 
 # Okabe and Ito's colours, which colour-blind people tell apart; beyond them markers differ too.
 COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#0072b2", "#cc79a7", "#8c8c8c")
@@ -19,7 +20,6 @@ _HOUR = 3600.0
 _QUALITY_LABEL = "neg. log perplexity (nats)"
 _AXES = {
     "steps": "training step",
-    "tokens": "target tokens",
     "seconds": "seconds of train steps",
     "params": "parameters",
     "experts": "experts",
@@ -70,7 +70,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _curves(figure: Curves, results: Results) -> Any:
-    """Every seed thin, their mean thick, and where each first is as good as the first's end."""
+    """Every seed thin, their mean thick, and the end of the first run as a line."""
     drawn = plots.new_figure(1, 1, (6.4, 4.4))
     axes = drawn.axes[0]
     goals, ends, longest = [], [], 0.0
@@ -82,7 +82,8 @@ def _curves(figure: Curves, results: Results) -> Any:
         colour = COLOURS[number % len(COLOURS)]
         for curve in found:
             axes.plot(*zip(*curve), color=colour, lw=0.8, alpha=0.35)
-        x, quality = np.mean([curve for curve in found if len(curve) == len(found[0])], axis=0).T
+        most = max(map(len, found))  # of those that did not diverge
+        x, quality = np.mean([curve for curve in found if len(curve) == most], axis=0).T
         axes.plot(x, quality, lw=1.8, ms=3, label=label, **_style(number))
         longest = max(longest, x[-1])
         ends += [y for curve in found for _, y in curve[len(curve) // 4 :]]
@@ -96,6 +97,10 @@ def _curves(figure: Curves, results: Results) -> Any:
     margin = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)  # the first quarter falls off the page
     axes.set(xlabel=_AXES[figure.x], ylabel=_QUALITY_LABEL)
+    if figure.x == "steps":
+        tokens = max(o.tokens_per_step for name in figure.runs.values() for o in results[name] if o)
+        scale = (lambda steps: steps * tokens, lambda seen: seen / tokens)
+        axes.secondary_xaxis("top", functions=scale).set_xlabel("target tokens")
     if figure.x == "seconds" and longest > 2 * _HOUR:
         axes.set_xlabel("hours of train steps")
         axes.xaxis.set_major_locator(plots.matplotlib().ticker.MultipleLocator(_hours(longest)))
@@ -115,7 +120,7 @@ def _scaling(figure: Scaling, results: Results, laws: Mapping[str, Any]) -> Any:
     found = summary.points(figure, results)
     if not found:
         return None
-    series = {"ours": [(x, loss) for _, x, loss in found]}
+    series = {"ours": found}
     if figure.published:
         published = paper.SERIES[figure.published]
         series[published.source] = [(getattr(p, figure.x), p.loss) for p in published.points]

@@ -9,9 +9,8 @@ from typing import Any
 
 from switch_jax import accounting
 from switch_jax.evaluate import goodness
-from switch_jax.report import read_metrics
+from switch_jax.report import QUALITY, read_metrics
 from switch_jax.schema import Config
-from switch_jax.sweep import QUALITY
 from switch_jax.workdir import Workdir
 
 _ROUTER_READINGS = 4  # the last ones, whose mean is what a run drops in the end
@@ -26,6 +25,7 @@ class Outcome:
     config: Config
     params: int
     flops_per_sequence: int  # forward, by the paper's convention
+    step_flops: float  # as `accounting.train_flops`
     evaluations: tuple[Mapping[str, Any], ...]  # lines of metrics.jsonl
     tokens_per_step: float  # target tokens
     step_seconds: float | None  # median, without compilation and evaluation
@@ -35,11 +35,6 @@ class Outcome:
     @property
     def steps(self) -> int:
         return self.config.train.steps
-
-    @property
-    def step_flops(self) -> float:
-        """Of a train step, three times the forward pass."""
-        return 3.0 * self.flops_per_sequence * self.config.data.batch_size
 
     @property
     def sequences_per_second(self) -> float | None:
@@ -55,10 +50,9 @@ class Outcome:
         return max((y for _, y in self.curve(metric)), default=None)
 
     def curve(self, metric: str, x: str = "steps") -> Points:
-        """A metric of the finite evaluations by `steps`, target `tokens`, `seconds` or `flops`."""
+        """A metric of the finite evaluations by `steps`, `seconds` or `flops`."""
         unit = {
             "steps": 1.0,
-            "tokens": self.tokens_per_step,
             "seconds": self.step_seconds or 0.0,
             "flops": self.step_flops,
         }[x]
@@ -66,8 +60,8 @@ class Outcome:
         return [(step * unit, value) for step, value in points if value is not None]
 
 
-def read(workdir: Workdir) -> Outcome:
-    """Reads a run that is finished."""
+def read(workdir: Workdir, step_flops: float) -> Outcome:
+    """Reads a run that is finished, whose train steps take so many FLOPs."""
     config, lines = workdir.config(), read_metrics(workdir)
     steps = [line for line in lines if line["split"] == "train"]
     seconds = [line["step_seconds"] for line in steps if "step_seconds" in line]
@@ -77,6 +71,7 @@ def read(workdir: Workdir) -> Outcome:
         config=config,
         params=sum(accounting.params_by_group(config).values()),
         flops_per_sequence=accounting.flops_per_sequence(config),
+        step_flops=step_flops,
         evaluations=tuple(line for line in lines if line["split"] == "eval"),
         tokens_per_step=steps[-1]["tokens"] / steps[-1]["step"],
         step_seconds=statistics.median(seconds) if seconds else None,

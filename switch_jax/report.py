@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 
 from switch_jax.workdir import Workdir
 
+QUALITY = "neg_log_perplexity"  # the metric that runs are compared by: nats a target token
 _LAST_LINES = 2**18  # bytes, many times those of a line of metrics
 
 

@@ -44,6 +44,7 @@ class Job:
     run: Run
     config: Config  # with the seed, and with references as they are
     folder: Path  # of the sweep
+    teacher: Config | None = None  # of distillation
 
     @property
     def key(self) -> str:
@@ -77,10 +78,9 @@ class Job:
         return last_step(self.workdir) / self.config.train.steps
 
     @property
-    def flops(self) -> float:
-        """What training it takes, by the paper's convention and roughly."""
-        sequences = self.config.data.batch_size * self.config.train.steps
-        return 3.0 * sequences * accounting.flops_per_sequence(self.config)
+    def step_flops(self) -> float:
+        """Of a train step, a teacher's work included."""
+        return accounting.train_flops(self.config, self.teacher)
 
     def command(self) -> list[str]:
         """`switch-jax train` with everything that the run says."""
@@ -110,9 +110,17 @@ def jobs(sweep: Sweep, folder: Path) -> list[Job]:
 
     Raises `UserError` where a config cannot be, or what is compared differs in its data.
     """
-    sweep.check(sweep.configs())
+    configs = sweep.configs()
+    sweep.check(configs)
     return [
-        Job(name, seed, run, config_lib.load(run.config, run.texts() | _seeds(seed)), folder)
+        Job(
+            name,
+            seed,
+            run,
+            config_lib.load(run.config, run.texts() | _seeds(seed)),
+            folder,
+            teacher=configs.get(run.teacher or ""),
+        )
         for seed in sweep.seeds
         for name, run in sweep.runs.items()
     ]
@@ -162,7 +170,7 @@ def run(made: list[Job]) -> Progress:
     """
     progress, tried = Progress(), set[str]()
     done = {job.key for job in made if job.finished}
-    display = SweepDisplay({job.key: job.flops for job in made}, done)
+    display = SweepDisplay({job.key: job.step_flops * job.config.train.steps for job in made}, done)
     with signals.received() as received, display:
         while not received and (job := _next(made, done, tried)) is not None:
             tried.add(job.key)

@@ -9,28 +9,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from switch_jax.curves import reached
+from switch_jax import curves
+from switch_jax.curves import SpeedUp
 from switch_jax.errors import UserError
-
-_QUALITY = "neg_log_perplexity"
+from switch_jax.report import QUALITY
 
 Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl, in the order of their steps
 Curve = Sequence[tuple[int, float]]  # step, quality
-
-
-class SpeedUp(NamedTuple):
-    """One source, or the whole mixture; steps are read off straight lines between evaluations."""
-
-    baseline_quality: float  # at the baseline's last evaluation
-    quality: float  # at ours
-    baseline_step: float  # the first at which the baseline was as good as at its last
-    step: float | None  # the first at which we were; None: never
-    at_least: bool  # we were at our first evaluation already, so maybe before it
-
-    @property
-    def ratio(self) -> float | None:
-        """The baseline's steps over ours; None where we never get there."""
-        return None if self.step is None else self.baseline_step / self.step
 
 
 class Comparison(NamedTuple):
@@ -53,14 +38,14 @@ def compare(baseline: Lines, ours: Lines) -> Comparison:
 
     Raises `UserError` where a run has no evaluation, or the two share no source.
     """
-    theirs, curve = _curve(baseline, _QUALITY), _curve(ours, _QUALITY)
+    theirs, curve = _curve(baseline, QUALITY), _curve(ours, QUALITY)
     for run, evaluations in (("The baseline", theirs), ("The run to compare with it", curve)):
         if not evaluations:
             raise UserError(f"{run} has no evaluation yet; train it on (train.eval_every).")
     names = common_sources(baseline, ours)
     if not names:
         raise UserError("The runs share no source; compare runs of the same data.mixture.")
-    keys = {name: f"{name}/{_QUALITY}" for name in names}
+    keys = {name: f"{name}/{QUALITY}" for name in names}
     found = {n: _speed_up(_curve(baseline, key), _curve(ours, key)) for n, key in keys.items()}
     fastest_first = sorted(found.items(), key=lambda item: -(item[1].ratio or 0))
     return Comparison(theirs[-1][0], curve[-1][0], _speed_up(theirs, curve), dict(fastest_first))
@@ -102,11 +87,11 @@ def render(comparison: Comparison, baseline: str, ours: str) -> str:
     ]
     for name, row in rows.items():
         reached = f"{'never':>12}"
-        if row.step is not None:
+        if row.x is not None:
             speed_up = f"{'≥ ' if row.at_least else ''}{row.ratio:.2f}×"
-            reached = f"{row.step:>12,.0f}{speed_up:>12}"
+            reached = f"{row.x:>12,.0f}{speed_up:>12}"
         qualities = f"{row.baseline_quality:>16.4f}{row.quality:>12.4f}"
-        lines.append(f"{name:{width}}{qualities}{row.baseline_step:>16,.0f}{reached}")
+        lines.append(f"{name:{width}}{qualities}{row.baseline_x:>16,.0f}{reached}")
     mean, never = result["speed_up_mean"], result["not_reached"]
     lines += [
         "",
@@ -124,7 +109,7 @@ def render(comparison: Comparison, baseline: str, ours: str) -> str:
 def _sources(line: Mapping[str, Any]) -> list[str]:
     if line["split"] != "eval":
         return []
-    suffix = f"/{_QUALITY}"  # no metric of a router ends so
+    suffix = f"/{QUALITY}"  # no metric of a router ends so
     names = [key for key, value in line.items() if key.endswith(suffix) and value is not None]
     return [name.removesuffix(suffix) for name in names]
 
@@ -136,8 +121,6 @@ def _curve(lines: Lines, key: str) -> Curve:
 
 
 def _speed_up(baseline: Curve, ours: Curve) -> SpeedUp:
-    goal = baseline[-1][1]
-    # Not simply the baseline's last step: it may have got worse after it was as good.
-    baseline_step = reached(baseline, goal)
-    assert baseline_step is not None
-    return SpeedUp(goal, ours[-1][1], baseline_step, reached(ours, goal), ours[0][1] >= goal)
+    found = curves.speed_up(baseline, ours)
+    assert found is not None
+    return found

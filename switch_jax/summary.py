@@ -4,13 +4,15 @@ Differences and speed-ups are of runs with the same seed; a spread is over the s
 finished, of which some may have diverged, or never reach what others do.
 """
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from switch_jax import curves, paper, sweep
+from switch_jax import curves, paper, speedup, sweep
 from switch_jax.accounting import CONVENTIONS
 from switch_jax.outcome import Outcome
-from switch_jax.sweep import QUALITY, Curves, Scaling, Sources, Sweep, Table, Transfer
+from switch_jax.report import QUALITY
+from switch_jax.sweep import Curves, Scaling, Sources, Sweep, Table, Transfer
 
 Outcomes = Sequence[Outcome | None]  # of a run, by seed; None: not finished
 Results = Mapping[str, Outcomes]  # by name of the run
@@ -100,17 +102,18 @@ def _table(table: Table, results: Results) -> dict[str, Any]:
 def _figure(figure: sweep.Figure, results: Results) -> dict[str, Any]:
     """The numbers that a figure shows beside its curves and points."""
     if isinstance(figure, Curves):
-        first = results[next(iter(figure.runs.values()))]
+        baseline, *others = figure.runs
+        first = results[figure.runs[baseline]]
         return {
             "x": figure.x,
+            "baseline": baseline,
             "speed_up": {
-                label: _spread(speed_ups(first, results[name], figure.x))
-                for label, name in list(figure.runs.items())[1:]
+                label: _spread(speed_ups(first, results[figure.runs[label]], figure.x))
+                for label in others
             },
         }
     if isinstance(figure, Scaling):
-        ours = [(x, loss) for _, x, loss in points(figure, results)]
-        laws = {"ours": _law(ours)}
+        laws = {"ours": _law(means(points(figure, results)))}
         if figure.published:
             series = paper.SERIES[figure.published]
             laws[series.source] = _law([(getattr(p, figure.x), p.loss) for p in series.points])
@@ -118,13 +121,30 @@ def _figure(figure: sweep.Figure, results: Results) -> dict[str, Any]:
     if isinstance(figure, Transfer):
         return {"metric": figure.metric, "points": transfer(figure, results)}
     assert isinstance(figure, Sources)
-    return {"baseline": figure.baseline, "run": figure.run}
+    return _sources(figure, results)
 
 
-def points(figure: Scaling, results: Results) -> list[tuple[str, float, float]]:
-    """Label, size and final loss of every run that is finished and has not diverged."""
+def _sources(figure: Sources, results: Results) -> dict[str, Any]:
+    """What the paper tells of its languages, over seeds, and every source of every seed."""
+    seeds = [
+        speedup.as_json(speedup.compare(a.evaluations, b.evaluations))
+        for a, b in _finished(results[figure.baseline], results[figure.run])
+        if a.quality(QUALITY) is not None and b.quality(QUALITY) is not None
+    ]
+    figures = ("speed_up_mean", "share_at_least_4", "improved", "not_reached")
+    return {
+        "baseline": figure.baseline,
+        "run": figure.run,
+        "sources": len(seeds[0]["sources"]) if seeds else 0,
+        **{name: _spread([seed[name] for seed in seeds]) for name in figures},
+        "seeds": seeds,
+    }
+
+
+def points(figure: Scaling, results: Results) -> list[tuple[float, float]]:
+    """Size and final loss of every run that is finished and has not diverged."""
     found = []
-    for label, name in figure.runs.items():
+    for name in figure.runs.values():
         for outcome in results[name]:
             quality = None if outcome is None else outcome.quality(QUALITY)
             if outcome is not None and quality is not None:
@@ -132,8 +152,14 @@ def points(figure: Scaling, results: Results) -> list[tuple[str, float, float]]:
                     "params": outcome.params,
                     "experts": max(outcome.config.moe.num_experts, 1),
                 }
-                found.append((label, float(sizes[figure.x]), -quality))
+                found.append((float(sizes[figure.x]), -quality))
     return found
+
+
+def means(found: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """One point for each size: seeds of a size are not independent of its lack of fit."""
+    sizes = dict.fromkeys(x for x, _ in found)
+    return [(x, statistics.fmean(loss for other, loss in found if other == x)) for x in sizes]
 
 
 def transfer(figure: Transfer, results: Results) -> dict[str, list[tuple[float, float]]]:
@@ -167,11 +193,19 @@ def shares_of_gain(
 
 
 def speed_ups(baseline: Outcomes, ours: Outcomes, x: str) -> Values:
-    """How many times as fast ours reach the baseline's final quality, by seed."""
+    """How many times as fast ours reach the baseline's final quality, by seed.
+
+    Seconds are compared only where both were trained on the same devices.
+    """
     return [
-        curves.speed_up(a.curve(QUALITY, x), b.curve(QUALITY, x))
+        _ratio(curves.speed_up(a.curve(QUALITY, x), b.curve(QUALITY, x)))
         for a, b in _finished(baseline, ours)
+        if x != "seconds" or a.devices == b.devices
     ]
+
+
+def _ratio(found: curves.SpeedUp | None) -> float | None:
+    return None if found is None else found.ratio
 
 
 def _difference(one: Outcome, other: Outcome, metric: str) -> float | None:

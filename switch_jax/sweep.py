@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from switch_jax import config as config_lib
 from switch_jax.errors import UserError
+from switch_jax.report import QUALITY
 from switch_jax.schema import Config
-
-QUALITY = "neg_log_perplexity"  # of validation text, nats a target token
 
 _REFERENCE = re.compile(r"\{run:([^{}]*)\}")
 
@@ -35,6 +34,12 @@ class Run:
     def but(self, overrides: Mapping[str, Any]) -> "Run":
         """This run with other values for some keys."""
         return Run(self.config, {**self.overrides, **overrides})
+
+    @property
+    def teacher(self) -> str | None:
+        """Name of the run that it is distilled from."""
+        named = _REFERENCE.match(str(self.overrides.get("distill.teacher", "")))
+        return named and named[1]
 
     def needs(self) -> set[str]:
         """Names of the runs whose checkpoints it reads."""
@@ -70,7 +75,7 @@ class Curves:
     title: str
     claim: str
     runs: Mapping[str, str]  # what a curve is called → name of its run
-    x: Literal["steps", "tokens", "seconds"] = "steps"
+    x: Literal["steps", "seconds"] = "steps"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 from switch_jax import accounting, figures, outcome, summary
 from switch_jax.errors import UserError
 from switch_jax.files import write_whole
+from switch_jax.report import QUALITY
 from switch_jax.runner import Job
 from switch_jax.summary import Results
-from switch_jax.sweep import QUALITY, Sweep
+from switch_jax.sweep import Sweep
 
 Cells = list[list[str]]  # the first line is the header
 Summary = Mapping[str, Any]  # as from `summary.summarise`
@@ -25,7 +26,8 @@ def write(made: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
     """
     results: dict[str, list[outcome.Outcome | None]] = {name: [] for name in made.runs}
     for job in jobs:
-        results[job.name].append(outcome.read(job.workdir) if job.finished else None)
+        found = outcome.read(job.workdir, job.step_flops) if job.finished else None
+        results[job.name].append(found)
     return write_results(made, results, folder)
 
 
@@ -128,10 +130,16 @@ def run_cells(numbers: Summary) -> Cells:
 def notes(figure: Mapping[str, Any]) -> list[str]:
     """What a figure says in numbers, a line each."""
     lines = [
-        f"{label}: {times(found)} as fast as the first, by {figure['x']}"
+        f"{label} against {figure['baseline']}, in {figure['x']}: {times(found)}"
         for label, found in figure.get("speed_up", {}).items()
         if times(found)
     ]
+    if figure.get("sources"):
+        lines += [
+            f"Better in the end: {spread(figure['improved'], 1)} of {figure['sources']} sources",
+            f"Mean speed-up of those that get there: {times(figure['speed_up_mean'])}",
+            f"At least 4 × as fast: {spread(figure['share_at_least_4'], 0, percent=True)}",
+        ]
     for label, law in figure.get("power_laws", {}).items():
         if law is not None:
             low, high = law["exponent_interval"]
@@ -181,7 +189,8 @@ def _facts(numbers: Summary) -> str:
     return (
         f"Trained on {on}; seeds {seeds} (mean ± standard deviation, differences between runs of"
         " one seed). Times are median train steps, without compilation and evaluation; FLOPs are"
-        f" by the convention «{numbers['flops_convention']}», in training three times as many."
+        f" by the convention «{numbers['flops_convention']}», in training three times as many, and a"
+        " teacher's once."
     )
 
 

@@ -35,25 +35,35 @@ def test_reached_lies_on_the_line_between_points():
     assert curves.reached(RISING, -2.3) is None
 
 
+def ratio(baseline, ours):
+    return curves.speed_up(baseline, ours).ratio
+
+
 def test_a_curve_twice_as_fast_has_a_speed_up_of_two():
     fast = [(x / 2, y) for x, y in RISING]
-    assert curves.speed_up(RISING, fast) == 2
-    assert curves.speed_up(fast, RISING) == 0.5
-    assert curves.speed_up(RISING, RISING) == 1
-    assert curves.speed_up(RISING, [(100, -4.0), (400, -2.5)]) is None
+    assert ratio(RISING, fast) == 2
+    assert ratio(fast, RISING) == 0.5
+    assert ratio(RISING, RISING) == 1
+    assert ratio(RISING, [(100, -4.0), (400, -2.5)]) is None
     assert curves.speed_up(RISING, []) is None and curves.speed_up([], RISING) is None
+
+
+def test_what_is_good_at_once_is_at_least_so_fast():
+    assert curves.speed_up(RISING, [(50, -2.0), (100, -1.0)]) == (-2.4, -1.0, 400, 50, True)
+    assert not curves.speed_up(RISING, RISING).at_least
 
 
 def test_one_lucky_evaluation_is_no_speed_up():
     lucky = [(100, -4.0), (200, -2.4), (300, -3.0), (400, -2.4)]  # at step 200 by chance
     assert curves.reached(lucky, -2.4) == 200
-    assert curves.speed_up(RISING, lucky) == 1
+    assert ratio(RISING, lucky) == 1
 
 
 def test_quality_at_a_place_is_interpolated_and_never_extrapolated():
     assert curves.at(RISING, 250) == pytest.approx(-2.75)
     assert curves.at(RISING, 400) == pytest.approx(-2.4)
     assert curves.at(RISING, 401) is None and curves.at([], 1) is None
+    assert curves.at(RISING, 100) == -4.0 and curves.at(RISING, 99) is None
 
 
 def test_spread_counts_what_it_leaves_out():
@@ -81,7 +91,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert low <= inside <= high
 
 
-@pytest.mark.parametrize("x", [[1, 2], [], [3, 3, 3]])
+@pytest.mark.parametrize("x", [[1, 2], [], [3, 3, 3], [1, 1, 2, 2]])
 def test_too_few_points_are_no_power_law(x):
-    with pytest.raises(ValueError, match="three points"):
+    with pytest.raises(ValueError, match="three different x"):
         curves.power_law(x, [1.0] * len(x))

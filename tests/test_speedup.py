@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from switch_jax import speedup
+from switch_jax import curves, speedup
 from switch_jax.cli import main
 from switch_jax.errors import UserError
 
@@ -35,40 +35,41 @@ def one(steps, quality, our_steps, our_quality):
 def test_steps_are_read_off_the_line_between_evaluations():
     # -2 is three quarters of the way from -3.5 at step 100 to -1.5 at step 200.
     found = one([200, 400, 600], [-4, -3, -2], [100, 200, 300], [-3.5, -1.5, -1])
-    assert found == speedup.SpeedUp(-2, -1, 600, 175, at_least=False)
+    assert found == curves.SpeedUp(-2, -1, 600, 175, at_least=False)
     assert found.ratio == pytest.approx(600 / 175)
 
 
 def test_quality_that_is_met_exactly_is_reached():
-    assert one([100, 200], [-3, -2], [10, 20, 30], [-3, -2, -1]).step == 20
+    assert one([100, 200], [-3, -2], [10, 20, 30], [-3, -2, -1]).x == 20
     assert one([100, 200], [-3, -2], [100, 200], [-3, -2]).ratio == 1
 
 
 def test_a_run_that_never_gets_there_has_no_speed_up():
     found = one([100, 200], [-3, -2], [100, 900], [-3, -2.001])
-    assert found.step is None and found.ratio is None and not found.at_least
+    assert found.x is None and found.ratio is None and not found.at_least
 
 
-def test_what_we_lose_later_counts_as_reached():
+def test_what_we_lose_later_was_noise():
     found = one([100, 200], [-3, -2], [50, 100, 150], [-3, -1, -5])
-    assert found.step == 75 and found.quality == -5
+    assert found.x is None and found.quality == -5
 
 
 def test_a_baseline_that_got_worse_is_timed_when_it_first_was_as_good_as_at_its_end():
-    # At its end -2, which it passed halfway between steps 100 and 200.
+    # Smoothed, it is at -1.5 from step 200 on.
     found = one([100, 200, 300, 400], [-3, -1, -1.5, -2], [10, 20], [-3, -1])
-    assert found.baseline_quality == -2 and found.baseline_step == 150 and found.ratio == 10
-    assert one([100, 200], [-1, -2], [10, 20], [-3, -1]).baseline_step == 100
+    assert found.baseline_quality == -2 and found.baseline_x == 200
+    assert found.x == pytest.approx(17.5)
+    assert one([100, 200], [-1, -2], [10, 20], [-3, -1]).baseline_x == 100
 
 
 def test_good_at_the_first_evaluation_is_a_bound():
     found = one([100, 200], [-3, -2], [50, 100], [-1, -1])
-    assert found == speedup.SpeedUp(-2, -1, 200, 50, at_least=True)
+    assert found == curves.SpeedUp(-2, -1, 200, 50, at_least=True)
 
 
 def test_evaluations_that_were_not_finite_are_left_out():
     found = one([100, 200, 300], [-3, -2, None], [50, 100, 150], [-3, None, -1])
-    assert found.baseline_step == 200 and found.step == 100
+    assert found.baseline_x == 200 and found.x == 100
 
 
 @hypothesis.given(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 
 import pytest
@@ -10,7 +9,8 @@ from conftest import tiny
 
 from switch_jax import accounting, figures, outcome, paper, summary, sweep_report
 from switch_jax.outcome import Outcome
-from switch_jax.sweep import QUALITY, Curves, Run, Scaling, Sources, Sweep, Table, Transfer
+from switch_jax.report import QUALITY
+from switch_jax.sweep import Curves, Run, Scaling, Sources, Sweep, Table, Transfer
 from switch_jax.workdir import Workdir
 
 
@@ -26,6 +26,7 @@ def result(qualities, *, steps=100, step_seconds=0.5, metric=QUALITY, **changes)
         config=config,
         params=sum(accounting.params_by_group(config).values()),
         flops_per_sequence=accounting.flops_per_sequence(config),
+        step_flops=accounting.train_flops(config),
         evaluations=tuple(evaluations),
         tokens_per_step=100.0,
         step_seconds=step_seconds,
@@ -84,13 +85,12 @@ def test_a_student_keeps_a_share_of_its_teachers_gain(monkeypatch):
 
 
 def test_unequal_models_are_compared_at_equal_flops(monkeypatch):
-    wide = [result([-2, -1.5, -1, -0.5], **{"model.d_ff": 512})] * 2
+    wide = [result([-2, -1.5, -1, -0.5], **{"model.d_ff": 48})] * 2
     monkeypatch.setitem(RESULTS, "wide", wide)
     rows = table({"T5": "dense", "Wide": "wide"})["rows"]
     share = RESULTS["dense"][0].step_flops / wide[0].step_flops
-    assert share < 0.9
-    place = 4 * share  # in evaluations, which are on a straight line from -2 at the first
-    expected = -2.5 + 0.5 * max(place, 1)
+    assert 0.25 < share < 0.9
+    expected = -2.5 + 0.5 * 4 * share  # evaluations are on a straight line from -2 at the first
     assert rows["Wide"]["at_equal_flops"]["mean"] == pytest.approx(expected)
     assert rows["T5"]["at_equal_flops"]["mean"] == pytest.approx(-2.1)
     assert "at_equal_flops" not in table({"T5": "dense", "Switch": "switch"})["rows"]["T5"]
@@ -158,7 +158,7 @@ def everything(monkeypatch):
         {
             "steps": Curves("Steps", "Claim", NAMED),
             "seconds": Curves("Seconds", "Claim", NAMED, "seconds"),
-            "scaling": Scaling("Scaling", "Claim", NAMED, published="table_9"),
+            "scaling": Scaling("Scaling", "Claim", NAMED, published="table_9_dense"),
             "transfer": Transfer("Transfer", "Claim", {"Switch": (("dense", "switch"),)}, QUALITY),
             "sources": Sources("Sources", "Claim", "dense", "switch"),
         },
@@ -177,7 +177,9 @@ def test_everything_is_drawn_twice_and_shown_in_pages_that_need_no_other(everyth
     for name in re.findall(r"\]\((.*?)\)", text):
         assert (tmp_path / name).is_file()
     assert text.count("](figures/") == len(stems)
-    assert "Switch: 2.00 ± 0.00 × as fast as the first, by steps" in text
+    assert "Switch against T5, in steps: 2.00 ± 0.00 ×" in text
+    assert "Better in the end: 2.0 ± 0.0 of 2 sources" in text
+    assert "Mean speed-up of those that get there: 2.00 ± 0.00 ×" in text
     json.loads((tmp_path / "summary.json").read_text())
 
 
@@ -208,10 +210,9 @@ def test_outcome_is_read_from_a_workdir(tmp_path):
     evaluation = {"step": 6, "split": "eval", QUALITY: -2.0}
     lines = [*train, evaluation]
     workdir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = outcome.read(workdir)
+    found = outcome.read(workdir, step_flops=7.0)
     assert found.tokens_per_step == 50 and found.devices == "2 × cpu"
     assert found.step_seconds == pytest.approx(0.4)  # the median of 0.2 … 0.6
     assert found.dropped == pytest.approx(0.45)  # the mean of the last four
-    assert found.curve(QUALITY, "tokens") == [(300, -2.0)]
+    assert found.curve(QUALITY, "flops") == [(42, -2.0)]
     assert found.curve(QUALITY, "seconds") == [(pytest.approx(2.4), -2.0)]
-    assert math.isclose(found.step_flops, 3 * 16 * accounting.flops_per_sequence(found.config))

@@ -12,7 +12,7 @@ with them is soon better than its teacher: there, dense models train for a quart
 """
 
 from switch_jax import config as config_lib
-from switch_jax import sizes
+from switch_jax import paper, sizes
 from switch_jax.config import parse_arg
 from switch_jax.errors import UserError
 from switch_jax.sizes import Size, finetuned
@@ -22,13 +22,13 @@ SCALED = ("train.steps", "optimizer.warmup_steps", "optimizer.cooldown_steps")
 TAUGHT, INIT = {"distill.teacher": "{run:teacher}"}, {"init_from": "{run:teacher}"}
 ALONE = {"distill.soft_weight": 1.0}  # the teacher's probabilities are all that is learned from
 
-# As printed: experts → teacher, student.
-PAPER_7 = {
-    16: ("-1.505", "-1.587 (37 %)"),
-    32: ("-1.474", "-1.585 (32 %)"),
-    64: ("-1.444", "-1.579 (30 %)"),
-    128: ("-1.432", "-1.582 (27 %)"),
-    256: ("-1.427", "-1.578 (28 %)"),
+PAPER_7 = {point.experts: f"{point.quality:.3f}" for point in paper.SERIES["table_7"].points}
+STUDENTS = {
+    16: "-1.587 (37 %)",
+    32: "-1.585 (32 %)",
+    64: "-1.579 (30 %)",
+    128: "-1.582 (27 %)",
+    256: "-1.578 (28 %)",
 }
 
 
@@ -65,7 +65,7 @@ def techniques(size: Size, dense: Run, switch: Run) -> Sweep:
         "mixed": dense.but({**TAUGHT, **INIT}),
         "begun": dense.but(INIT),
     }
-    printed = ("-1.636", "-1.444", "-1.631 (3 %)", "-1.598 (20 %)", "-1.580 (29 %)", "-1.639")
+    printed = (PAPER_7[1], PAPER_7[64], "-1.631 (3 %)", "-1.598 (20 %)", "-1.580 (29 %)", "-1.639")
     table = Table(
         "Table 6: techniques of distillation",
         "With the teacher's non-expert weights and a quarter of its probabilities, 29 % is kept.",
@@ -79,20 +79,21 @@ def techniques(size: Size, dense: Run, switch: Run) -> Sweep:
 
 def compression(size: Size, dense: Run, _: Run) -> Sweep:
     """Table 7: one student of teachers of many sizes."""
-    runs, rows, paper, teachers = {"dense": dense}, {"T5-Base": "dense"}, {"T5-Base": "-1.636"}, {}
-    for n in PAPER_7 if set(PAPER_7) <= set(size.experts) else size.experts:
+    runs, rows, printed, teachers = {"dense": dense}, {"T5-Base": "dense"}, {}, {}
+    for n in STUDENTS if set(STUDENTS) <= set(size.experts) else size.experts:
         teacher, of = f"experts_{n}", f"{{run:experts_{n}}}"
         runs[teacher] = size.switch(n)
         runs[f"of_{n}"] = dense.but({"distill.teacher": of, "init_from": of})
         pair = {f"{n} experts": teacher, f"student of {n} experts": f"of_{n}"}
         rows |= pair
         teachers[f"student of {n} experts"] = teacher
-        paper |= dict(zip(pair, PAPER_7.get(n, ())))
+        if n in STUDENTS:
+            printed |= dict(zip(pair, (PAPER_7[n], STUDENTS[n])))
     table = Table(
         "Table 7: compression",
         "A student keeps 27 to 37 % of the gain of teachers that it is 82 to 99 % smaller than.",
         rows,
-        paper,
+        printed | {"T5-Base": PAPER_7[1]},
         teachers=teachers,
     )
     return Sweep("Distillation (Table 7)", runs, size.seeds, {"table_7": table})

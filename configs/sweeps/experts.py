@@ -35,6 +35,13 @@ def get_sweep(arg: str = "") -> Sweep:
                 named,
                 published="table_7",
             ),
+            "count": Scaling(
+                "Loss against the number of experts",
+                "From 1 to 256 experts the loss falls steadily.",
+                named,
+                x="experts",
+                published="table_7",
+            ),
             "steps": Curves(
                 "Quality by step (Figures 1 and 4, right)",
                 "64 experts reach in 60k steps what T5-Base reaches in 450k: 7.5 times as fast.",

@@ -6,19 +6,15 @@ Sizes mini and gpu have Base and Large; size=paper has all seven, which `switch-
 what machine they need of: add --config.data.data_dir=DIR, where C4 is, and --config.mesh.KEY=N.
 """
 
-from switch_jax import sizes
+from switch_jax import paper, sizes
 from switch_jax.config import parse_arg
 from switch_jax.sweep import Run, Scaling, Sweep, Table
 
 CLAIM = "At the same FLOPs a token, experts are better than dense at every size."
 PAPER = {
-    "T5-Base": "-1.556",
-    "T5-Large": "-1.350",
-    "T5-XXL": "-1.095",
-    "Switch-Base": "-1.306",
-    "Switch-Large": "-1.177",
-    "Switch-XXL": "-1.008",
-    "Switch-C": "-1.043",
+    point.name: f"{point.quality:.3f}"
+    for series in ("table_9_dense", "table_9_sparse")
+    for point in paper.SERIES[series].points
 }
 LARGEST = {
     "T5-XXL": "configs/t5_xxl.py",
@@ -59,7 +55,7 @@ def get_sweep(arg: str = "") -> Sweep:
                 "Loss of dense models against their size",
                 "The loss falls with parameters and with FLOPs at once.",
                 {name: name for name in dense},
-                published="table_9",
+                published="table_9_dense",
             ),
         },
     )
