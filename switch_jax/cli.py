@@ -223,6 +223,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("sweep", verbs.sweep, "train the runs of a sweep, and draw what they show")
     sub.add_argument("--config", required=True, metavar="FILE", help=_SWEEP_HELP)
     workdir(sub, "folder of the sweep; several processes may share it")
+    sub.add_argument(
+        "--commands",
+        action="store_true",
+        help="train nothing, and print what trains the runs that can begin",
+    )
 
     data = subparsers.add_parser("data", help="vocabularies, packed text, a look at examples")
     data_verbs = data.add_subparsers(dest="data_verb", metavar="VERB", required=True)

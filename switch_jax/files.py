@@ -1,7 +1,7 @@
 """Files and folders that are written whole or not at all."""
 
-import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +11,17 @@ from switch_jax.errors import UserError
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes `content` to a sibling first, which takes the place of `path` when it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """A sibling that no other process uses, on this host or on another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
 
 
 @contextmanager
@@ -27,7 +32,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise UserError(f"{path} exists; name a folder that does not, or remove it.")
-    partial = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path.absolute())
     try:
         partial.mkdir(parents=True)
     except OSError as error:

@@ -1,31 +1,27 @@
 """Trains the runs of a sweep, each in a process of its own, and keeps track of them in a folder.
 
-sweep.json         the runs with their resolved configs
-runs/NAME-SEED/    their WORKDIRs
-jobs/NAME-SEED.*   .txt: what the process printed; .json: that it is finished, and its seconds;
-                   .lock: held by who trains it
+runs/NAME-SEED/    their WORKDIRs; a run is finished when its last checkpoint is there
+jobs/NAME-SEED.*   .txt: what the process printed; .lock: held by who trains it
 
 Several sweeps may share the folder, on several devices or hosts: each takes the next run that is
 not locked. The lock is one of the file system (flock) and passes to the training process, so that
-it holds as long as that lives and no longer, whatever ends this one.
+it holds as long as that lives and no longer, whatever ends this one. Runs may as well be trained
+by other means, with the commands that they have here.
 """
 
 import dataclasses
 import fcntl
-import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from switch_jax import accounting, outcome, signals
 from switch_jax import config as config_lib
 from switch_jax.errors import UserError
-from switch_jax.files import write_whole
 from switch_jax.report import last_step
 from switch_jax.schema import Config
 from switch_jax.sweep import Run, Sweep
@@ -60,12 +56,13 @@ class Job:
         return self.folder / "jobs" / f"{self.key}.txt"
 
     @property
-    def record(self) -> Path:
-        return self.folder / "jobs" / f"{self.key}.json"
+    def lock(self) -> Path:
+        return self.folder / "jobs" / f"{self.key}.lock"
 
     @property
     def finished(self) -> bool:
-        return self.record.exists()
+        """Whether it is trained; `train` evaluates before it saves."""
+        return (self.workdir.checkpoints / str(self.config.train.steps)).exists()
 
     @property
     def needs(self) -> set[str]:
@@ -83,7 +80,7 @@ class Job:
         return accounting.train_flops(self.config, self.teacher)
 
     def command(self) -> list[str]:
-        """`switch-jax train` with everything that the run says."""
+        """`switch-jax train` with everything that the run says; what it needs must be finished."""
         needed = {name: self.folder / "runs" / f"{name}-{self.seed}" for name in self.run.needs()}
         models = {name: str(outcome.model(Workdir(path))) for name, path in needed.items()}
         texts = self.run.texts(models) | _seeds(self.seed)
@@ -100,8 +97,7 @@ class Progress:
 
     finished: int = 0
     failed: list[str] = dataclasses.field(default_factory=list)  # keys
-    blocked: list[str] = dataclasses.field(default_factory=list)  # whose need is not finished
-    elsewhere: list[str] = dataclasses.field(default_factory=list)  # trained by others
+    blocked: list[str] = dataclasses.field(default_factory=list)  # what needs those
     stopped_by: signal.Signals | None = None
 
 
@@ -129,82 +125,72 @@ def jobs(sweep: Sweep, folder: Path) -> list[Job]:
 def prepare(made: list[Job], folder: Path) -> None:
     """Makes the folder, or checks that it is of this sweep; raises `UserError`.
 
-    Runs may be added to a sweep and taken from it, but not changed.
+    Runs may be added to a sweep and taken from it, but those that have begun may not be changed.
     """
-    file = folder / "sweep.json"
-    configs = {job.key: config_lib.flat(job.config) for job in made}
-    known: dict[str, Any] = {}
-    if file.exists():
-        try:
-            known = json.loads(file.read_text())["runs"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} cannot be read ({error}); restore it or use another --workdir."
-            ) from error
-        if not known.keys() & configs.keys():
-            raise UserError(
-                f"{folder} holds another sweep (of {', '.join(known)}); use another --workdir."
-            )
-    elif folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "jobs").is_dir():
         raise UserError(f"{folder} is no sweep's folder and not empty; use another --workdir.")
-    for key in known.keys() & configs.keys():
-        if changes := _changes(known[key], configs[key]):
+    begun = {file.parent.name for file in folder.glob("runs/*/config.json")}
+    if begun and not begun & {job.key for job in made}:
+        raise UserError(
+            f"{folder} holds another sweep (of {', '.join(sorted(begun))}); use another --workdir."
+        )
+    for job in made:
+        if job.key in begun and (changes := _changes(job.workdir.config(), job.config)):
             raise UserError(
-                f"{folder} holds another sweep ({'; '.join(changes)} in {key}); use another"
+                f"{folder} holds another sweep ({'; '.join(changes)} in {job.key}); use another"
                 " --workdir."
             )
     try:
         (folder / "jobs").mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"runs": known | configs}, indent=1)
-        write_whole(file, (content + "\n").encode())
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}); use another --workdir."
         ) from error
 
 
+def ready(made: list[Job], failed: Collection[str] = ()) -> list[Job]:
+    """What can be trained now: not finished, not failed, and nothing that it needs is missing."""
+    done = {job.key for job in made if job.finished}
+    return [job for job in made if job.key not in done | set(failed) and job.needs <= done]
+
+
 def run(made: list[Job]) -> Progress:
     """Trains what is not finished, in order, and goes on where a run fails.
 
-    SIGTERM and SIGINT are passed on to the run, which saves a checkpoint, and end the sweep.
+    What other processes train is waited for, and taken over where they die. SIGTERM and SIGINT are
+    passed on to the run, which saves a checkpoint, and end the sweep.
     """
-    progress, tried = Progress(), set[str]()
-    done = {job.key for job in made if job.finished}
-    display = SweepDisplay({job.key: job.step_flops * job.config.train.steps for job in made}, done)
+    progress = Progress()
+    work = {job.key: job.step_flops * job.config.train.steps for job in made}
+    display = SweepDisplay(work, {job.key for job in made if job.finished})
     with signals.received() as received, display:
-        while not received and (job := _next(made, done, tried)) is not None:
-            tried.add(job.key)
-            with _claimed(job) as lock:
-                if lock is None:
-                    progress.elsewhere.append(job.key)
-                elif not job.finished:
-                    _train(job, lock, display, received, progress)
-            done = {job.key for job in made if job.finished}
-            display.ended(done)
-    left = [job for job in made if job.key not in done]
-    progress.finished = len(done)
-    progress.blocked = [job.key for job in left if job.key not in tried]
-    progress.elsewhere = [job.key for job in left if job.key in progress.elsewhere]
+        while not received and (jobs := ready(made, progress.failed)):
+            with _claimed(jobs) as claimed:
+                if claimed is None:
+                    display.waiting(len(jobs))
+                    time.sleep(_POLL_SECONDS)
+                elif not claimed[0].finished:
+                    _train(*claimed, display, received, progress)
+            display.ended({job.key for job in made if job.finished})
+    left = [job.key for job in made if not job.finished]
+    progress.finished = len(made) - len(left)
+    progress.blocked = [key for key in left if key not in progress.failed]
     progress.stopped_by = received[0] if received else None
     return progress
 
 
-def _next(made: list[Job], done: set[str], tried: set[str]) -> Job | None:
-    """The first job that can be trained now."""
-    ready = (job for job in made if job.key not in done | tried and job.needs <= done)
-    return next(ready, None)
-
-
 @contextmanager
-def _claimed(job: Job) -> Iterator[int | None]:
-    """The descriptor of a job's lock, None where another process holds it."""
-    with open(job.record.with_suffix(".lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield file.fileno()
+def _claimed(jobs: list[Job]) -> Iterator[tuple[Job, int] | None]:
+    """The first that no other process holds, with the descriptor of its lock; None: all are."""
+    for job in jobs:
+        with open(job.lock, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield job, file.fileno()
+            return
+    yield None
 
 
 def _train(
@@ -212,7 +198,6 @@ def _train(
 ) -> None:
     """Trains a job to its end, to its failure, or until a signal is received."""
     display.started(job.key, job.share)
-    began = time.time()
     with job.output.open("a") as output:
         process = subprocess.Popen(
             job.command(),
@@ -226,14 +211,13 @@ def _train(
         while process.poll() is None:
             if received and not told:
                 display.say("stopping after a checkpoint …")
-                process.terminate()
+                # Who ends a whole group of processes has sent it SIGTERM already, and a second one
+                # would not wait for the checkpoint.
+                process.send_signal(signal.SIGINT)
                 told = True
             display.reached(job.share)
             time.sleep(_POLL_SECONDS)
-    if process.returncode == 0:
-        record = {"seconds": time.time() - began}
-        write_whole(job.record, (json.dumps(record) + "\n").encode())
-    elif not received:
+    if not job.finished and not received:
         progress.failed.append(job.key)
         display.say(f"{job.key} failed, see {job.output}: {_last_line(job.output)}")
 
@@ -247,9 +231,18 @@ def _seeds(seed: int) -> dict[str, str]:
     return {"train.seed": str(seed), "data.seed": str(seed)}
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+# What changes no number, and so may change in a run that has begun.
+_FREE = (
+    *("mesh.", "train.accumulate", "model.remat"),
+    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+)
+
+
+def _changes(old: Config, new: Config) -> list[str]:
+    """What a run that has begun would do otherwise, in words; paths of other runs may differ."""
+    before = config_lib.flat(old)
     return [
-        f"{key} is {old.get(key)!r} there and {value!r} here"
-        for key, value in new.items()
-        if value != old.get(key)
+        f"{key} is {before[key]!r} there and {value!r} here"
+        for key, value in config_lib.flat(new).items()
+        if value != before[key] and not key.startswith(_FREE) and "{run:" not in str(value)
     ][:3]

@@ -18,7 +18,7 @@ class SweepDisplay:
         self._work, self._done = work, set(done)
         self._began, self._done_here = time.monotonic(), 0.0
         self._key, self._first, self._share = "", 0.0, 0.0  # of the run that is trained
-        self._run_began = self._began
+        self._run_began, self._waiting = self._began, False
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -38,7 +38,7 @@ class SweepDisplay:
 
     def started(self, key: str, share: float) -> None:
         """A run is trained from now on, a share of which was done before."""
-        self._key, self._first, self._share = key, share, share
+        self._key, self._first, self._share, self._waiting = key, share, share, False
         self._run_began = time.monotonic()
         if not self._console.is_terminal:
             self.say(f"{self._description()}  {self._left()}".rstrip())
@@ -49,13 +49,19 @@ class SweepDisplay:
         self._update()
 
     def ended(self, done: Collection[str]) -> None:
-        """The run has ended; `done` are all that are finished."""
+        """No run is trained now; `done` are all that are finished."""
         if self._key in done:
             seconds = time.monotonic() - self._run_began
             self._done_here += self._work[self._key] * (1 - self._first)
             self.say(f"{self._key} finished after {_duration(seconds)}")
-        self._done, self._first, self._share = set(done), 0.0, 0.0
+        self._key, self._done, self._first, self._share = "", set(done), 0.0, 0.0
         self._update()
+
+    def waiting(self, runs: int) -> None:
+        """Nothing can be trained but what other processes train."""
+        if not self._waiting:
+            self.say(f"waiting for {runs} that other processes train")
+        self._waiting = True
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -189,8 +189,8 @@ def _facts(numbers: Summary) -> str:
     return (
         f"Trained on {on}; seeds {seeds} (mean ± standard deviation, differences between runs of"
         " one seed). Times are median train steps, without compilation and evaluation; FLOPs are"
-        f" by the convention «{numbers['flops_convention']}», in training three times as many, and a"
-        " teacher's once."
+        f" by the convention «{numbers['flops_convention']}», in training three times as many and"
+        " those of a teacher."
     )
 
 

@@ -212,23 +212,34 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> int:
+    import shlex
+
     import jax
 
-    from switch_jax import plots, runner, sweep, sweep_report
+    from switch_jax import launch, plots, runner, sweep, sweep_report
 
     plots.matplotlib()  # missing: say so before anything is trained
     jax.config.update("jax_platforms", "cpu")  # here; the accelerator is for the runs
     made, folder = sweep.load(args.config).but(args.overrides), Path(args.workdir)
     jobs = runner.jobs(made, folder)
     runner.prepare(jobs, folder)
+    if args.commands:
+        print("\n".join(shlex.join(job.command()) for job in runner.ready(jobs)))
+        return 0
+    if launch.detect(seconds=10) is not None:
+        raise UserError(
+            "A sweep trains one run after the other, each as one process, and this is one of"
+            " several; start what --commands prints with your launcher."
+        )
     progress = runner.run(jobs)
+    if progress.finished:
+        print("\n".join(map(str, sweep_report.write(made, jobs, folder))))
     if progress.stopped_by is not None:
         print(
             f"Stopped with {progress.finished} of {len(jobs)} runs finished; the same command"
             " continues from there."
         )
         return 128 + progress.stopped_by
-    print("\n".join(map(str, sweep_report.write(made, jobs, folder))))
     if progress.failed:
         blocked = f", and {', '.join(progress.blocked)} need them" if progress.blocked else ""
         raise UserError(
@@ -236,8 +247,6 @@ def sweep(args: argparse.Namespace) -> int:
             f" they printed is in {folder / 'jobs'}){blocked}; put that right, and the same command"
             " trains what is missing."
         )
-    if left := [*progress.elsewhere, *progress.blocked]:
-        print(f"Other processes are training this sweep; missing yet: {', '.join(left)}.")
     return 0
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import pytest
 import runs
 from conftest import tiny
 
-from switch_jax import runner, sweep_display
+from switch_jax import config as config_lib
+from switch_jax import launch, runner, sweep_display
 from switch_jax.cli import main
 from switch_jax.errors import UserError
 from switch_jax.report import last_step
@@ -29,12 +31,14 @@ ROOT = Path(__file__).parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Fake(Job):
-    """Trains by running a line of Python."""
+    """Trains by running a line of Python; what does not fail leaves its last checkpoint."""
 
-    program: str = "pass"
+    program: str = ""
 
     def command(self):
-        return [sys.executable, "-c", self.program]
+        last = self.workdir.checkpoints / str(self.config.train.steps)
+        done = f"import pathlib; pathlib.Path({str(last)!r}).mkdir(parents=True)"
+        return [sys.executable, "-c", f"{self.program}\n{done}"]
 
 
 def fakes(folder, programs, **needs):
@@ -47,23 +51,10 @@ def fakes(folder, programs, **needs):
             Run("c.py", {"init_from": f"{{run:{needs[name]}}}"} if name in needs else {}),
             tiny(),
             folder,
-            program,
+            program=program,
         )
         for name, program in programs.items()
     ]
-
-
-def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
-    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
-    claimed = runner._claimed
-
-    def late(job):
-        job.record.write_text("{}")  # after we looked, and before we had the lock
-        return claimed(job)
-
-    monkeypatch.setattr(runner, "_claimed", late)
-    progress = runner.run([made])
-    assert progress.finished == 1 and not progress.failed and not made.output.exists()
 
 
 @contextlib.contextmanager
@@ -74,6 +65,19 @@ def held(path):
         yield
 
 
+def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
+    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
+    claimed = runner._claimed
+
+    def late(jobs):
+        (made.workdir.checkpoints / "100").mkdir(parents=True)  # before we had the lock
+        return claimed(jobs)
+
+    monkeypatch.setattr(runner, "_claimed", late)
+    progress = runner.run([made])
+    assert progress.finished == 1 and not progress.failed and not made.output.exists()
+
+
 def test_a_failure_is_told_and_the_others_go_on(tmp_path, capfd):
     made = fakes(
         tmp_path,
@@ -82,8 +86,7 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, capfd):
         more="good",
     )
     progress = runner.run(made)
-    assert (progress.finished, progress.failed) == (2, ["bad-0"])
-    assert progress.blocked == ["after-0"] and not progress.elsewhere
+    assert (progress.finished, progress.failed, progress.blocked) == (2, ["bad-0"], ["after-0"])
     err = capfd.readouterr().err
     assert "bad-0 failed" in err and "no such thing" in err and "run 1 of 4: bad-0" in err
     assert [job.key for job in made if job.finished] == ["good-0", "more-0"]
@@ -95,16 +98,28 @@ def test_what_is_finished_is_not_trained_again(tmp_path):
     progress = runner.run([made])
     assert progress.finished == 1 and not progress.failed
     assert made.output.read_text() == "once\n"
-    assert json.loads(made.record.read_text())["seconds"] > 0
 
 
-def test_what_another_process_trains_is_left_to_it(tmp_path):
-    made = fakes(tmp_path, {"a": "", "b": "", "c": ""}, c="a")
-    with held(made[0].record.with_suffix(".lock")):
-        progress = runner.run(made)
-    assert progress.finished == 1 and made[1].finished and not made[0].finished
-    assert progress.elsewhere == ["a-0"] and progress.blocked == ["c-0"]
-    assert runner.run(made).finished == 3
+def test_what_another_process_trains_is_waited_for_and_taken_over_where_that_dies(tmp_path, capfd):
+    made = fakes(tmp_path, {"a": "", "b": "", "c": "", "d": ""}, d="a")
+    with contextlib.ExitStack() as others:
+        for held_by_others in (made[0], made[2]):
+            others.enter_context(held(held_by_others.lock))
+        thread = threading.Thread(target=lambda: found.append(runner.run(made)))
+        found = []
+        thread.start()
+        deadline = time.time() + 60
+        while not made[1].finished:
+            assert time.time() < deadline
+            time.sleep(0.05)
+        (made[2].workdir.checkpoints / "100").mkdir(parents=True)  # finished elsewhere
+        time.sleep(0.5)
+        assert thread.is_alive() and not made[0].finished
+    thread.join(timeout=60)
+    assert found[0].finished == 4 and not found[0].blocked
+    assert not made[2].output.exists() and made[0].output.exists() and made[3].output.exists()
+    err = capfd.readouterr().err
+    assert err.count("b-0 finished") == err.count("waiting for") == 1
 
 
 SWEEP_THAT_IS_KILLED = """
@@ -133,16 +148,13 @@ def test_a_run_whose_sweep_was_killed_keeps_its_lock_as_long_as_it_lives(tmp_pat
         (child,) = map(int, file.read().split())
     process.kill()
     process.wait()
-    lock = tmp_path / "jobs" / "a-0.lock"
+    (made,) = fakes(tmp_path, {"a": ""})
     try:
-        with pytest.raises(BlockingIOError), held(lock):
+        with pytest.raises(BlockingIOError), held(made.lock):
             pass
-        assert runner.run(fakes(tmp_path, {"a": ""})).elsewhere == ["a-0"]
     finally:
         os.kill(child, signal.SIGKILL)
-    deadline = time.time() + 60
-    while runner.run(fakes(tmp_path, {"a": ""})).finished == 0:
-        assert time.time() < deadline
+    assert runner.run([made]).finished == 1
 
 
 def finished(workdir, config, scores):
@@ -250,7 +262,11 @@ def stopped_and_finished(tiny_sweep, tmp_path_factory):
     command = ("sweep", "--config", tiny_sweep, "--workdir", folder)
     process = runs.start(*command, cwd=ROOT)
     runs.wait_for_step(process, folder / "runs" / "dense-0", 20)
-    process.send_signal(signal.SIGTERM)
+    # As systemd and schedulers do: the sweep is told, and the run as well.
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        (child,) = map(int, file.read().split())
+    for pid in (process.pid, child):
+        os.kill(pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     code = process.returncode
     before = last_step(Workdir(folder / "runs" / "dense-0"))
@@ -264,12 +280,8 @@ def test_a_stopped_sweep_says_so_and_continues(stopped_and_finished):
     printed = (folder / "jobs" / "dense-0.txt").read_text()
     (continued,) = re.findall(r"continuing from step (\d+)", printed)
     assert 20 <= int(continued) == before < 90
-    assert re.findall(r"(\w+)-0 finished", err) == [
-        "dense",
-        "experts_4",
-        "experts_16",
-        "experts_64",
-    ]
+    names = ["dense", "experts_4", "experts_16", "experts_64"]
+    assert re.findall(r"(\w+)-0 finished", err) == names
 
 
 def test_a_failed_run_is_told_in_one_sentence_at_the_end(stopped_and_finished):
@@ -298,10 +310,30 @@ def test_a_finished_sweep_has_everything_that_a_reader_needs(stopped_and_finishe
 
 def test_runs_that_are_finished_are_left_alone(stopped_and_finished):
     folder, command, *_ = stopped_and_finished
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[de]*")}
-    _, err = runs.run(*command, code=2, cwd=ROOT)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[de]*.txt")}
+    assert len(before) == 4
+    # Where they run may change, and how often they say something.
+    _, err = runs.run(
+        *command, "--config.mesh.data=2", "--config.train.log_every=2", code=2, cwd=ROOT
+    )
     assert "bad-0" in err and "dense-0" not in err and "experts" not in err
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[de]*")} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_commands_are_those_of_what_is_missing(stopped_and_finished, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder, command, *_ = stopped_and_finished
+    assert main([*map(str, command), "--commands"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "switch_jax train --config configs/switch_tiny.py:num_experts=0" in line
+    assert line.endswith(f"--workdir {folder}/runs/bad-0")
+
+
+def test_one_of_several_processes_trains_no_sweep(stopped_and_finished, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(launch, "detect", lambda seconds: launch.Launch("x:1", 2, 0))
+    assert main([*map(str, stopped_and_finished[1])]) == 2
+    assert "--commands" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--config.train.steps=70", "--config.moe.every=1"])
@@ -319,11 +351,27 @@ def test_a_folder_that_holds_anything_else_is_refused(tmp_path):
         runner.prepare([Job("a", 0, Run("c.py"), tiny(), tmp_path)], tmp_path)
 
 
-def test_runs_may_be_added_to_a_sweep_and_left_out(tmp_path):
+def test_runs_may_be_added_to_a_sweep_and_left_out_and_changed_until_they_begin(tmp_path):
     one, two, three = (Job(name, 0, Run("c.py"), tiny(), tmp_path) for name in "abc")
+    changed = dataclasses.replace(one, config=tiny(**{"moe.every": 1}))
     runner.prepare([one, two], tmp_path)
-    runner.prepare([two, three], tmp_path)
-    known = json.loads((tmp_path / "sweep.json").read_text())["runs"]
-    assert set(known) == {"a-0", "b-0", "c-0"}
-    with pytest.raises(UserError, match="of a-0, b-0, c-0"):
-        runner.prepare([Job("d", 0, Run("c.py"), tiny(), tmp_path)], tmp_path)
+    runner.prepare([changed], tmp_path)
+    one.workdir.prepare(one.config, None)
+    runner.prepare([one, three], tmp_path)
+    with pytest.raises(
+        UserError, match=r"another sweep \(moe\.every is 2 there and 1 here in a-0\)"
+    ):
+        runner.prepare([changed, three], tmp_path)
+    with pytest.raises(UserError, match=r"another sweep \(of a-0\)"):
+        runner.prepare([two, three], tmp_path)
+
+
+def test_a_reference_may_have_become_a_path(tmp_path):
+    (down,) = fakes(tmp_path, {"down": ""}, down="up")
+    down = dataclasses.replace(down, config=tiny())
+    config = config_lib.override(tiny(), {"init_from": "/runs/up-0/checkpoints/100"})
+    down.workdir.prepare(config, None)
+    asked = dataclasses.replace(down, config=config_lib.override(tiny(), {"init_from": "{run:up}"}))
+    runner.prepare([asked], tmp_path)
+    with pytest.raises(UserError, match="init_from is '/runs/up-0/checkpoints/100' there"):
+        runner.prepare([down], tmp_path)
