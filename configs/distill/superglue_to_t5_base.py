@@ -9,19 +9,13 @@ The student begins as a pretrained T5-Base, `student`; of how it began in the pa
 
 from ml_collections import ConfigDict
 
-from switch_jax.config import defaults, parse_arg
+from switch_jax.config import fine_tuning, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`teacher` ('runs/superglue'), `student` ('runs/t5_base'): WORKDIRs, or checkpoints."""
     args = parse_arg(arg, teacher="runs/superglue", student="runs/t5_base")
-    config = defaults()
+    config = fine_tuning(num_experts=0)
     config.init_from, config.distill.teacher = args.student, args.teacher
-    # The rest is configs/finetune/superglue.py without experts.
-    config.data.update(
-        mixture="super_glue", pack=True, inputs_length=512, targets_length=62, batch_size=2048
-    )
-    config.model.dropout_rate = 0.1
-    config.optimizer.update(schedule="constant", learning_rate=1e-3, warmup_steps=0)
-    config.train.update(steps=16_000, eval_every=200, checkpoint_every=200, keep_best="average")
+    config.data.update(mixture="super_glue", inputs_length=512, targets_length=62, batch_size=2048)
     return config

@@ -5,7 +5,8 @@
 
 The student begins with the teacher's weights wherever it has the same ones, which is everywhere
 but in the feed-forward layers that are sparse there, and a quarter of its loss is the teacher's.
-Rows of Table 6: `init_from=none` begins anew, `distill.soft_weight=0` begins so and learns alone.
+`init_from=none` begins anew, `distill.soft_weight=0` begins so and learns alone. Table 6 is
+`configs/sweeps/distill.py`.
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,10 @@ switch-jax sweep --config configs/sweeps/experts_mini.py --workdir runs/experts_
 from pathlib import Path
 
 from switch_jax import sweep
+from switch_jax.config import parse_arg
 
 
 def get_sweep(arg: str = "") -> sweep.Sweep:
     """Takes no arguments."""
-    return sweep.load(f"{Path(__file__).parent / 'experts.py'}:size=mini,{arg}")
+    parse_arg(arg)
+    return sweep.load(f"{Path(__file__).parent / 'experts.py'}:size=mini")

@@ -14,12 +14,14 @@ CLAIM = "Two experts already beat T5-Base, and more are better."
 
 def get_sweep(arg: str = "") -> Sweep:
     """`size` ('mini', 'gpu' or 'paper')."""
-    size = sizes.find(parse_arg(arg, size="mini").size)
+    args = parse_arg(arg, size="mini")
+    size = sizes.find(args.size)
     named = {"T5-Base": "dense"} | {f"{n} experts": f"experts_{n}" for n in (2, 4, 8)}
-    return Sweep(
+    made = Sweep(
         title="Few experts (Figure 12)",
         runs={"dense": size.dense} | {f"experts_{n}": size.switch(n) for n in (2, 4, 8)},
         seeds=size.seeds,
         tables={"few_experts": Table("Few experts", CLAIM, named)},
         figures={"steps": Curves("Quality by step (Figure 12)", CLAIM, named)},
     )
+    return made.but({"train.steps": 90_000}) if args.size == "paper" else made
