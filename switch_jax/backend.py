@@ -12,20 +12,24 @@ from switch_jax import processes
 from switch_jax.cache import cache_root
 from switch_jax.launch import Launch
 
+_YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+
 
 def start(flags: Launch | None = None, facts: Mapping[str, Any] | None = None) -> None:
-    """Call once, before anything is computed; the arguments are those of `processes.join`.
+    """Call before anything is computed; the arguments are those of `processes.join`.
 
-    Compiled programs are kept in the cache and taken from it by the next start of the same
-    config. Raises `UserError` where this is one of several processes and they do not fit together.
+    Compiled programs are kept in the cache, or where JAX_COMPILATION_CACHE_DIR says, and taken
+    from there by the next start of the same config. Raises `UserError` where this is one of
+    several processes and they do not fit together.
     """
     # The reductions over leading dimensions that jaxlib 0.10 hands to its CPU kernel library run
     # 50 times slower there than XLA's own; later versions mended that.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
-        flag = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
-        os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}"
-    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        flags_before = os.environ.get("XLA_FLAGS", "")
+        if _YNN_FLAG not in flags_before:  # they are part of what programs are kept under
+            os.environ["XLA_FLAGS"] = f"{_YNN_FLAG} {flags_before}"
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
     # Programs must be the same everywhere, and so must text: the built-in one is Python's own.
     versions = {"Python": platform.python_version(), "jax": jax.__version__}
     processes.join(flags, {**versions, **(facts or {})})

@@ -21,12 +21,15 @@ _FLAGS = [
 ]
 if metadata.version("jaxlib").startswith("0.10."):  # unknown to later ones, and fatal there
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    # As `switch-jax` starts with, so that its processes find what was compiled here.
+    _FLAGS.append("--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT")
 os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
 os.environ["JAX_PLATFORMS"] = "cpu"
 _CACHE = Path(
     os.environ.get("SWITCH_JAX_CACHE")
     or Path(tempfile.gettempdir()) / f"switch_jax_tests_{os.getuid()}"
 )
+os.environ["SWITCH_JAX_CACHE"] = str(_CACHE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "tests_xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
