@@ -48,7 +48,7 @@ def draw(made: Sweep, results: Results, numbers: Mapping[str, Any], folder: Path
         for place, drawn in figures.items():
             for suffix, settings in (("png", {"dpi": 144}), ("svg", {"metadata": {"Date": None}})):
                 written.append(folder / f"{place}.{suffix}")
-                drawn.savefig(written[-1], **settings)
+                drawn.savefig(written[-1], bbox_inches="tight", **settings)
     return written
 
 
@@ -100,7 +100,9 @@ def _curves(figure: Curves, results: Results) -> Any:
     if figure.x == "steps":
         tokens = max(o.tokens_per_step for name in figure.runs.values() for o in results[name] if o)
         scale = (lambda steps: steps * tokens, lambda seen: seen / tokens)
-        axes.secondary_xaxis("top", functions=scale).set_xlabel("target tokens")
+        above = axes.secondary_xaxis("top", functions=scale)
+        above.set_xlabel("target tokens")
+        above.xaxis.set_major_formatter(plots.matplotlib().ticker.EngFormatter(sep=""))
     if figure.x == "seconds" and longest > 2 * _HOUR:
         axes.set_xlabel("hours of train steps")
         axes.xaxis.set_major_locator(plots.matplotlib().ticker.MultipleLocator(_hours(longest)))

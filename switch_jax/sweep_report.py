@@ -59,7 +59,7 @@ def markdown(numbers: Summary, drawn: Sequence[Path]) -> str:
         parts += [f"![{table['title']}](figures/{place}.png)"] * _is_drawn(place, numbers, drawn)
     for place, figure in numbers["figures"].items():
         parts += [f"## {figure['title']}", f"The paper: {figure['claim']}"]
-        parts += [f"- {line}" for line in notes(figure)]
+        parts += ["\n".join(f"- {line}" for line in notes(figure))] * bool(notes(figure))
         parts += [f"![{figure['title']}](figures/{place}.png)"] * _has_file(place, drawn)
     parts += ["## Runs", _markdown(run_cells(numbers))]
     return "\n\n".join(parts) + "\n"
