@@ -84,7 +84,8 @@ def made_by(spec: str, function: str, kind: str, example: str) -> Any:
     """
     path, _, arg = spec.partition(":")
     if not Path(path).is_file():
-        raise UserError(f"{kind} file {path!r} does not exist; name one such as {example}.")
+        there = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"{kind} file {path!r} does not exist{there}; name one such as {example}.")
     module = runpy.run_path(path)
     if function not in module:
         raise UserError(f"{kind} file {path!r} must define {function}(arg='').")
