@@ -60,7 +60,7 @@ class SweepDisplay:
     def waiting(self, runs: int) -> None:
         """Nothing can be trained but what other processes train."""
         if not self._waiting:
-            self.say(f"waiting for {runs} that other processes train")
+            self.say(f"waiting for {runs} runs that other processes train")
         self._waiting = True
 
     def say(self, text: str) -> None:
