@@ -140,6 +140,10 @@ def notes(figure: Mapping[str, Any]) -> list[str]:
             f"Mean speed-up of those that get there: {times(figure['speed_up_mean'])}",
             f"At least 4 × as fast: {spread(figure['share_at_least_4'], 0, percent=True)}",
         ]
+    for label, pairs in figure.get("points", {}).items():
+        if pairs:
+            shown = ", ".join(f"{before:.3f} → {after:.1f}" for before, after in sorted(pairs))
+            lines.append(f"{label}, upstream → downstream: {shown}")
     for label, law in figure.get("power_laws", {}).items():
         if law is not None:
             low, high = law["exponent_interval"]

@@ -178,6 +178,7 @@ def test_everything_is_drawn_twice_and_shown_in_pages_that_need_no_other(everyth
         assert (tmp_path / name).is_file()
     assert text.count("](figures/") == len(stems)
     assert "Switch against T5, in steps: 2.00 ± 0.00 ×" in text
+    assert "Switch, upstream → downstream: -2.200 → -1.4, -2.000 → -1.0" in text
     assert "Better in the end: 2.0 ± 0.0 of 2 sources" in text
     assert "Mean speed-up of those that get there: 2.00 ± 0.00 ×" in text
     json.loads((tmp_path / "summary.json").read_text())
