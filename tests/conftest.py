@@ -7,7 +7,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 # A shell that puts the tests in the background lets them, and what they start, ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -36,7 +36,6 @@ SMALL = {"moe.every": 1, "model.num_encoder_layers": 1, "model.num_decoder_layer
 MESHES = {
     "data=8": {"mesh.data": 8},
     "expert=4, accumulate=4": {"mesh.data": 1, "mesh.expert": 4, "train.accumulate": 4},
-    "model=2": {"mesh.data": 1, "mesh.model": 2},
     "data=2 expert=2 model=2": {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2},
     "fsdp, slice=2 data=2 model=2, accumulate=2": {
         "mesh.slice": 2,
@@ -163,7 +162,6 @@ COLLECTIVES = {
         ("all-to-all", "expert", 4): 10,  # decoder groups span two devices: numbers travel too
         ("all-reduce", "expert", 2): 2,
     },
-    "model=2": {("all-reduce", "model", 2): 25, ("all-gather", "model", 2): 8},
     "data=2 expert=2 model=2": {
         ("all-reduce", "data+expert", 4): 6,
         ("all-reduce", "model", 2): 26,
