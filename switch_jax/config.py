@@ -69,11 +69,16 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
 
     Raises `UserError` for a missing file, an unknown key, or a value that cannot be.
     """
+    return from_dict(_overridden(read(spec).to_dict(), overrides or {}))
+
+
+def read(spec: str) -> ConfigDict:
+    """What a config file makes, for another one to change; raises `UserError` as `load` does."""
     config = made_by(spec, "get_config", "Config", "configs/switch_mini.py")
     if not isinstance(config, ConfigDict):
         path = spec.partition(":")[0]
         raise UserError(f"get_config in {path!r} must return what it made of defaults().")
-    return from_dict(_overridden(config.to_dict(), overrides or {}))
+    return config
 
 
 def made_by(spec: str, function: str, kind: str, example: str) -> Any:
@@ -112,6 +117,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 def flat(config: Config) -> dict[str, Any]:
     """Plain values by dotted key."""
     return dict(_flat(to_dict(config), ""))
+
+
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """How two configs differ, in words by dotted key."""
+    before = flat(old)
+    return {
+        key: f"{key} is {before[key]!r} there and {value!r} here"
+        for key, value in flat(new).items()
+        if value != before[key]
+    }
 
 
 def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

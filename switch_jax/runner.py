@@ -240,9 +240,8 @@ _FREE = (
 
 def _changes(old: Config, new: Config) -> list[str]:
     """What a run that has begun would do otherwise, in words; paths of other runs may differ."""
-    before = config_lib.flat(old)
     return [
-        f"{key} is {before[key]!r} there and {value!r} here"
-        for key, value in config_lib.flat(new).items()
-        if value != before[key] and not key.startswith(_FREE) and "{run:" not in str(value)
+        text
+        for key, text in config_lib.differences(old, new).items()
+        if not key.startswith(_FREE) and "{run:" not in text
     ][:3]

@@ -59,7 +59,8 @@ def markdown(numbers: Summary, drawn: Sequence[Path]) -> str:
         parts += [f"![{table['title']}](figures/{place}.png)"] * _is_drawn(place, numbers, drawn)
     for place, figure in numbers["figures"].items():
         parts += [f"## {figure['title']}", f"The paper: {figure['claim']}"]
-        parts += ["\n".join(f"- {line}" for line in notes(figure))] * bool(notes(figure))
+        if lines := notes(figure):
+            parts.append("\n".join(f"- {line}" for line in lines))
         parts += [f"![{figure['title']}](figures/{place}.png)"] * _has_file(place, drawn)
     parts += ["## Runs", _markdown(run_cells(numbers))]
     return "\n\n".join(parts) + "\n"

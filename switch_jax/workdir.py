@@ -67,7 +67,10 @@ class Workdir:
     def check(self, config: Config) -> None:
         """Raises `UserError` where the folder holds a run of another model; writes nothing."""
         if self.config_file.exists():
-            differences = _differences(self.config(), config)
+            found = config_lib.differences(self.config(), config).items()
+            differences = [
+                text for key, text in found if key.startswith(_FIXED) and key not in _FREE
+            ]
             if differences:
                 raise UserError(
                     f"{self.path} holds a run of another model"
@@ -105,15 +108,6 @@ class Workdir:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); use another --workdir."
             ) from error
-
-
-def _differences(old: Config, new: Config) -> list[str]:
-    before, after = config_lib.flat(old), config_lib.flat(new)
-    return [
-        f"{key} is {before.get(key)!r} there and {value!r} here"
-        for key, value in after.items()
-        if value != before.get(key) and key.startswith(_FIXED) and key not in _FREE
-    ]
 
 
 def _versions() -> dict[str, str]:

@@ -122,6 +122,13 @@ def test_what_another_process_trains_is_waited_for_and_taken_over_where_that_die
     assert err.count("b-0 finished") == err.count("waiting for") == 1
 
 
+def child_of(process):
+    """The pid of the only process that this one has started."""
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        (child,) = map(int, file.read().split())
+    return child
+
+
 SWEEP_THAT_IS_KILLED = """
 import sys
 sys.path[:0] = [{tests!r}]
@@ -144,8 +151,7 @@ def test_a_run_whose_sweep_was_killed_keeps_its_lock_as_long_as_it_lives(tmp_pat
     while not begun.exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        (child,) = map(int, file.read().split())
+    child = child_of(process)
     process.kill()
     process.wait()
     (made,) = fakes(tmp_path, {"a": ""})
@@ -263,8 +269,7 @@ def stopped_and_finished(tiny_sweep, tmp_path_factory):
     process = runs.start(*command, cwd=ROOT)
     runs.wait_for_step(process, folder / "runs" / "dense-0", 20)
     # As systemd and schedulers do: the sweep is told, and the run as well.
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        (child,) = map(int, file.read().split())
+    child = child_of(process)
     for pid in (process.pid, child):
         os.kill(pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
