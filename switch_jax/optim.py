@@ -16,9 +16,6 @@ from switch_jax.schema import Config, OptimizerConfig, TrainConfig
 
 Axes = Mapping[str, tuple[str, ...]]
 
-# Dimensions over which nothing is ever averaged: each layer and each expert has statistics,
-# update clipping and parameter scale of its own, as if it were not stacked.
-BATCH_DIMS = lora.BATCH_DIMS
 
 _NOT_DECAYED = re.compile(r"(norm/scale|relative_bias/table|router/bias)$")
 
@@ -86,7 +83,7 @@ def _optimizer(config: Config, axes: Axes) -> optax.GradientTransformation:
     decayed = {name: not _NOT_DECAYED.search(name) for name in axes}
     if optimizer.name == "adafactor":
         batch_dims = {
-            name: sum(axis in BATCH_DIMS for axis in names) for name, names in axes.items()
+            name: sum(axis in lora.BATCH_DIMS for axis in names) for name, names in axes.items()
         }
         core = [
             per_slice(_adafactor(), batch_dims),
