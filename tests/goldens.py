@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import runs
 from conftest import make_batch, tiny
 
+import switch_jax
 from switch_jax import lora
 from switch_jax.model import SwitchTransformer, logical_axes
 from switch_jax.schema import Config
@@ -140,3 +142,34 @@ def parameters(config: Config) -> str:
         f"{name}  {'×'.join(map(str, shapes[name].shape))}  {' '.join(map(str, all_axes[name]))}\n"
         for name in sorted(shapes)
     )
+
+
+# WORKDIR: what a command line of the day wrote, and what must come of it.
+
+WORKDIR_STEPS = 4  # of its newest checkpoint
+MORE = f"--config.train.steps={WORKDIR_STEPS + 2}"
+_MOMENTARY = ("time", "tokens_per_second", "step_seconds", "data_wait_fraction")
+
+
+def logits(workdir: Path) -> list:
+    """Some logits of the model in a WORKDIR, dropless, as `bits`."""
+    model = switch_jax.load(workdir)
+    batch = make_batch(tiny(**{"data.batch_size": 2}))
+    all_logits = jax.jit(lambda model, batch: model.forward(batch, factor=None)[0])(model, batch)
+    return bits(all_logits[..., ::40])
+
+
+def evaluation(folder: Path) -> dict[str, float]:
+    """What `switch-jax eval` says of the WORKDIR `run` in a folder."""
+    out, _ = runs.run("eval", "--workdir", "run", "--json", cwd=folder)
+    return json.loads(out)
+
+
+def later_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """What a run logged after `WORKDIR_STEPS`, but for what is measured in seconds."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [
+        {key: value for key, value in line.items() if key not in _MOMENTARY}
+        for line in lines
+        if line["step"] > WORKDIR_STEPS
+    ]
