@@ -22,12 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from switch_jax.data import open_batches, open_vocabulary, python_docs
-from switch_jax.data.batch import Batch, padded_batch
-from switch_jax.data.pack import pack
-from switch_jax.data.spans import corrupt, span_lengths
-from switch_jax.data.store import TokenStore
-from switch_jax.schema import Config, DataConfig, ModelConfig
+from switch_jax.config import Config, DataConfig, ModelConfig
+from switch_jax.data import Batch, build_token_store, open_batches, open_vocabulary, padded_batch
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.span_corruption import corrupt_spans, span_lengths
+from switch_jax.data.token_store.store import TokenStore
 
 ROWS, SOURCES, SHARDS = 64, 107, 8
 TURN, WARM = 2.0, 15.0  # seconds that count, and in which tf.data fills its buffers
@@ -45,7 +44,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 def documents() -> list[str]:
     """Texts as long as C4's are in the mean, about 2,200 characters."""
-    whole = (document.text for document in python_docs.documents())
+    whole = (document.text for document in python_documents())
     return [text[i : i + 2200] for text in whole for i in range(0, len(text), 2200)]
 
 
@@ -57,7 +56,7 @@ def grain_batches(folder: Path, data: DataConfig, first_sentinel: int) -> Iterat
     def batch(rows: list[bytes], numbers: np.random.Generator) -> Batch:
         tokens = np.stack([np.frombuffer(row, np.uint16) for row in rows])
         examples = numbers.integers(0, 2**62, len(rows))
-        return padded_batch(*corrupt(tokens, data.seed, examples, first_sentinel), data)
+        return padded_batch(*corrupt_spans(tokens, data.seed, examples, first_sentinel), data)
 
     rows = grain.MapDataset.source(ArrayRecordDataSource(sorted(map(str, folder.iterdir()))))
     rows = rows.seed(data.seed).shuffle().repeat()
@@ -98,11 +97,11 @@ def readers(folder: Path) -> dict[str, Callable[[], Iterator[Batch]]]:
     many = ",".join(f"{folder}/part{i}.jsonl.gz={i + 1}" for i in range(SOURCES))
     vocabulary = open_vocabulary(config())
     began = time.perf_counter()
-    manifest = pack(DataConfig(mixture=one), vocabulary, folder / "one", workers=1)
+    manifest = build_token_store(DataConfig(mixture=one), vocabulary, folder / "one", workers=1)
     seconds = time.perf_counter() - began
     packed = sum(split["tokens"] for split in next(iter(manifest["sources"].values())).values())
     print(f"data pack: {packed / seconds:,.0f} tokens/s by one worker", file=sys.stderr)
-    pack(DataConfig(mixture=many), vocabulary, folder / "many", workers=1)
+    build_token_store(DataConfig(mixture=many), vocabulary, folder / "many", workers=1)
     data = config(mixture=one, data_dir=str(folder / "one")).data
     length = span_lengths(data.inputs_length, data.targets_length).tokens
     write_array_records(folder / "records", TokenStore(folder / "one"), "one", length)

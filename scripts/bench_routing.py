@@ -20,13 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switch_jax import backend, routing
-from switch_jax.dispatch import Indices, combine, dispatch, make_indices
-from switch_jax.layers import weight
-from switch_jax.moe import FeedForwardExperts, SwitchMlp
-from switch_jax.router import Decision, Plan, Router, router_sums
-from switch_jax.routing import Assignment, Scores
-from switch_jax.schema import Config, DataConfig, ModelConfig, MoEConfig
+from switch_jax.cli.startup import start_jax
+from switch_jax.config import Config, DataConfig, ModelConfig, MoEConfig
+from switch_jax.model import Router, RouterOutput, RoutingSpec, SwitchMlp
+from switch_jax.model.layers import gathered_weight
+from switch_jax.model.moe.experts import FeedForwardExperts
+from switch_jax.model.moe.router import router_stats
+from switch_jax.model.moe.routing import ROUTERS, Assignment, Scores
+from switch_jax.model.moe.slot_dispatch import (
+    SlotIndices,
+    combine_from_slots,
+    dispatch_to_slots,
+    make_slot_indices,
+)
 
 PARTS = {
     "layer": "whole layer, `switch`",
@@ -162,12 +168,12 @@ class Layer:
 
     def logits(self, kernel, x_GxSxD):
         """Probabilities, and logits, whose only gradient would be the z-loss's."""
-        logits_GxSxE = jnp.dot(x_GxSxD, weight(kernel, x_GxSxD.dtype), precision="highest")
+        logits_GxSxE = jnp.dot(x_GxSxD, gathered_weight(kernel, x_GxSxD.dtype), precision="highest")
         return jax.nn.softmax(logits_GxSxE), logits_GxSxE
 
     def sums(self, probs_GxSxE, logits_GxSxE, mask_GxS, assignment: Assignment):
         scores = Scores(probs_GxSxE, logits_GxSxE, mask_GxS)
-        sums = router_sums(Decision(logits_GxSxE, scores, assignment), self.C)
+        sums = router_stats(RouterOutput(logits_GxSxE, scores, assignment), self.C)
         return sums.balance, sums
 
     def route(self, router: str) -> Callable:
@@ -176,7 +182,7 @@ class Layer:
 
         def route(probs_GxSxE, logits_GxSxE, mask_GxS):
             scores = Scores(probs_GxSxE, logits_GxSxE, mask_GxS)
-            assignment = jax.vmap(lambda s: routing.ROUTERS[router](s, moe, self.C))(scores)
+            assignment = jax.vmap(lambda s: ROUTERS[router](s, moe, self.C))(scores)
             return assignment.gate_SxK, (assignment, self._indices(assignment))
 
         return route
@@ -205,29 +211,32 @@ class Layer:
         assignment = router(x_BxLxD, self._plan(token_GxS, mask_GxS), None).assignment
         return assignment, self._indices(assignment)
 
-    def _plan(self, token_GxS, mask_GxS) -> Plan:
+    def _plan(self, token_GxS, mask_GxS) -> RoutingSpec:
         B, L, _ = self.shape
         token_BxL, mask_BxL = token_GxS.reshape(B, L), mask_GxS.reshape(B, L)
-        return Plan(token_BxL, mask_BxL, self.rows, self.moe.capacity_factor)
+        return RoutingSpec(token_BxL, mask_BxL, self.rows, self.moe.capacity_factor)
 
-    def _indices(self, assignment: Assignment) -> Indices:
-        return make_indices(assignment, self.moe.num_experts, self.C)
+    def _indices(self, assignment: Assignment) -> SlotIndices:
+        return make_slot_indices(assignment, self.moe.num_experts, self.C)
 
 
 def run_experts(experts: FeedForwardExperts, slots_ExGxCxD):
     def matmul(x_ExGxCxX, stacked, last):
         del last
-        return jnp.einsum("EGCX,EXY->EGCY", x_ExGxCxX, weight(stacked, x_ExGxCxX.dtype))
+        return jnp.einsum("EGCX,EXY->EGCY", x_ExGxCxX, gathered_weight(stacked, x_ExGxCxX.dtype))
 
     (y_ExGxCxD,) = experts(slots_ExGxCxD, matmul, lambda hidden: hidden)
     return y_ExGxCxD, ()
 
 
-def move(x_GxSxD, slots_ExGxCxD, gate_GxSxK, indices: Indices):
+def move(x_GxSxD, slots_ExGxCxD, gate_GxSxK, indices: SlotIndices):
     """Dispatch of tokens, and combine of other slots: the experts stand between the two, and
     without them XLA would make one gather of both.
     """
-    return (dispatch(x_GxSxD, indices), combine(slots_ExGxCxD, gate_GxSxK, indices)), ()
+    return (
+        dispatch_to_slots(x_GxSxD, indices),
+        combine_from_slots(slots_ExGxCxD, gate_GxSxK, indices),
+    ), ()
 
 
 def one_hot_move(x_GxSxD, slots_ExGxCxD, gate_GxSxK, one_hot_GxSxExC):
@@ -323,7 +332,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = vars(parser.parse_args())
     as_json = arguments.pop("json")
-    backend.start()
+    start_jax()
     result = measure(**arguments)
     print(json.dumps(result) if as_json else render(result))
 

@@ -23,13 +23,13 @@ import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import switch_jax
-from switch_jax import backend
-from switch_jax import config as config_lib
-from switch_jax.bench import alternate
-from switch_jax.data.batch import shifted_right
+from switch_jax.cli.startup import start_jax
+from switch_jax.config import override_config
+from switch_jax.data.batch import shift_right
+from switch_jax.distributed import make_mesh
 from switch_jax.model import SwitchTransformer, named_parameters
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
+from switch_jax.performance.benchmark import alternate
+from switch_jax.training import TrainProgram
 
 BATCH, SOURCE, TARGET, WRITTEN = 8, 256, 64, 32
 DECODING = {"greedy, 1 text": (1, 1), "greedy, 8 texts": (8, 1), "4 beams, 8 texts": (8, 4)}
@@ -107,14 +107,14 @@ class Ours:
             "train.z_loss_weight": "0",
             "mesh.data": "1",
         }
-        config = config_lib.override(model.config, overrides)
-        self.program = Program(config, make_mesh(config))
+        config = override_config(model.config, overrides)
+        self.program = TrainProgram(config, make_mesh(config))
         self.source_BxS = jnp.asarray(source_BxS, jnp.int32)
         target_BxT = target_BxT.astype(np.int32)
         self.batch = self.program.put(
             {
                 "encoder_input_tokens": source_BxS.astype(np.int32),
-                "decoder_input_tokens": shifted_right(target_BxT),
+                "decoder_input_tokens": shift_right(target_BxT),
                 "decoder_target_tokens": target_BxT,
                 "decoder_loss_weights": np.ones(target_BxT.shape, np.float32),
             }
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
-    backend.start(None, {})
+    start_jax(None, {})
     print(render(measure(args.experts, args.repeats)))
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}")
 

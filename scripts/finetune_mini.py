@@ -14,7 +14,7 @@ from pathlib import Path
 
 from keyword_task import write_examples
 
-from switch_jax import cli
+from switch_jax.cli import main as switch_jax_main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "switch_mini.py"
@@ -44,7 +44,7 @@ AS_IN_PRETRAINING = {"optimizer.cooldown_steps": 100}
 
 
 def run(*arguments: object) -> None:
-    code = cli.main([*map(str, arguments)])
+    code = switch_jax_main([*map(str, arguments)])
     if code:
         sys.exit(code)
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from switch_jax.data import python_docs
+from switch_jax.data.sources.python_docs import is_held_out_path, python_documents
 
 EXAMPLES = {"train": 3000, "validation": 600}
 LETTERS = 80  # of context on either side
@@ -39,8 +39,8 @@ def write_examples(folder: Path) -> float:
     for split, number in EXAMPLES.items():
         pool = [
             gap
-            for document in python_docs.documents()
-            if python_docs.held_out(document.path) == (split == "validation")
+            for document in python_documents()
+            if is_held_out_path(document.path) == (split == "validation")
             for gap in gaps(document.text)
         ]
         rng.shuffle(pool)

@@ -10,7 +10,7 @@ which are checked.
 
     [{task, training, record, examples: [[inputs, targets], …]}, …]
 
-`task` is a name in switch_jax.data.downstream.TASKS. T5 formats records for training and for
+`task` is a name in switch_jax.data.finetuning.tasks.TASKS. T5 formats records for training and for
 evaluation alike, but for WSC.
 """
 

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from switch_jax import cli
+from switch_jax.cli import main as switch_jax_main
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = {
@@ -92,7 +92,8 @@ def main() -> int:
         mixture = f"--config.data.mixture={','.join(map(str, files))}"
         output = f"--output={arguments.output}"
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        return cli.main(["data", "pack", config, mixture, "--config.data.data_dir=None", output])
+        arguments = ["data", "pack", config, mixture, "--config.data.data_dir=None", output]
+        return switch_jax_main(arguments)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from switch_jax import accounting, config, meshes, plots, transit
-from switch_jax.chips import CHIPS
-from switch_jax.schema import STACKS
+from switch_jax.analysis import new_figure
+from switch_jax.config import STACKS, load_config
+from switch_jax.distributed import CHIPS
+from switch_jax.model import expert_layers, padded_size, split_hops
+from switch_jax.performance import draw_placement, suggest_meshes
+from switch_jax.performance.mesh_search import estimate_step_seconds
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,8 +135,8 @@ def step_row(case: Case, result: dict) -> list[str]:
 
 
 def ranking_row(case: Case, result: dict) -> list[str]:
-    made = config.load(str(ROOT / f"configs/{case.preset}.py"), case.overrides)
-    found = meshes.suggest(made, CHIPS[result["device_kind"]], result["devices"], case.slices)
+    made = load_config(str(ROOT / f"configs/{case.preset}.py"), case.overrides)
+    found = suggest_meshes(made, CHIPS[result["device_kind"]], result["devices"], case.slices)
     one = next(s for s in found if s.mesh == result["mesh"])
     seconds = result["seconds_by_resource"]  # None of what does not fit
     return [
@@ -141,7 +144,7 @@ def ranking_row(case: Case, result: dict) -> list[str]:
         case.machine,
         mesh_text(result) + (", FSDP" if one.fsdp else ""),
         f"{1e3 * one.step_seconds:.0f}",
-        f"{1e3 * meshes.step_seconds(seconds):.0f}" if seconds else "does not fit",
+        f"{1e3 * estimate_step_seconds(seconds):.0f}" if seconds else "does not fit",
         gib(one.memory),
         gib(result["hbm_bytes_per_device"]),
     ]
@@ -150,8 +153,8 @@ def ranking_row(case: Case, result: dict) -> list[str]:
 def switch_c(group_size: int, factor: float) -> tuple[float, float]:
     """Slots computed and tokens dropped, of all routed ones, if routing is balanced on average."""
     values = {"moe.group_size": str(group_size), "moe.capacity_factor": str(factor)}
-    made = config.load(str(ROOT / "configs/switch_c.py"), values)
-    layers = accounting.expert_layers(made)
+    made = load_config(str(ROOT / "configs/switch_c.py"), values)
+    layers = expert_layers(made)
     tokens = np.array([made.length(layer.stack) for layer in layers])
     slots = np.array([layer.slots_per_token for layer in layers])
     dropped = np.array([layer.dropped_if_uniform for layer in layers])
@@ -163,11 +166,11 @@ def simulated(stack: str, devices: int = 1024, seed: int = 0) -> dict[str, float
 
     Of a layer whose router sends every token to each expert with the same probability.
     """
-    made = config.load(str(ROOT / "configs/switch_c.py"))
-    layer = next(x for x in accounting.expert_layers(made) if x.stack == stack)
+    made = load_config(str(ROOT / "configs/switch_c.py"))
+    layer = next(x for x in expert_layers(made) if x.stack == stack)
     E, local = made.moe.num_experts, made.data.batch_size * made.length(stack) // devices
     most = local * made.moe.capacity_factor
-    first, second = transit.hops(devices, most)
+    first, second = split_hops(devices, most)
     rng, span = np.random.default_rng(seed), layer.group_tokens // local
     expert = rng.integers(0, E, (devices, local))
     source = np.arange(devices)[:, None] + np.zeros_like(expert)
@@ -185,15 +188,15 @@ def simulated(stack: str, devices: int = 1024, seed: int = 0) -> dict[str, float
         lost[name] = len(over) / alive.size
 
     digit = owner % first
-    limit("first hop", source * devices + digit, transit.room(most / first))
+    limit("first hop", source * devices + digit, padded_size(most / first))
     between = source // first * first + digit
-    limit("second hop", between * devices + owner // first, transit.room(most / second))
+    limit("second hop", between * devices + owner // first, padded_size(most / second))
     limit("experts", source // span * E + expert, layer.capacity)
     return lost
 
 
 def draw_slots(path: Path) -> None:
-    figure = plots.new_figure(1, 1, (6.4, 4.2))
+    figure = new_figure(1, 1, (6.4, 4.2))
     axes = figure.axes[0]
     factors = np.linspace(1, 2.5, 31)
     for group_size in GROUPS:
@@ -212,7 +215,7 @@ def main() -> None:
     results = {case: compiled(case) for case in [*CASES, *RANKED[1:]]}
     images = ROOT / "docs/images"
     draw_slots(images / "switch_c_slots.png")
-    plots.placement(results[CASES[3]], images / "switch_xxl_placement.png")
+    draw_placement(results[CASES[3]], images / "switch_xxl_placement.png")
     losses = {stack: simulated(stack) for stack in STACKS}
     blocks = {
         "memory": table(MEMORY, [memory_row(case, results[case]) for case in CASES]),

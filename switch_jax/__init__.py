@@ -7,8 +7,8 @@ __version__ = "0.1.0"
 
 # Public name → module. Imported on first use: `switch-jax --help` must not wait for JAX.
 _PUBLIC = {
-    "load": "switch_jax.pretrained",
-    "generate": "switch_jax.decode",
+    "load": "switch_jax.checkpoint",
+    "generate": "switch_jax.inference",
     "Config": "switch_jax.config",
     "UserError": "switch_jax.errors",
 }

@@ -38,8 +38,8 @@ os.environ["SWITCH_JAX_CACHE"] = str(_CACHE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "tests_xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-from switch_jax import config as config_lib  # noqa: E402
-from switch_jax.data.batch import Feed, shifted_right  # noqa: E402
+from switch_jax.config import Config, config_from_dict, defaults  # noqa: E402
+from switch_jax.data.batch import ProcessRows, shift_right  # noqa: E402
 
 _TINY = {
     "model.vocab_size": 32,
@@ -62,22 +62,22 @@ _TINY = {
 }
 
 
-def tiny(**overrides: Any) -> config_lib.Config:
+def tiny(**overrides: Any) -> Config:
     """A model of a few thousand parameters; `overrides` by dotted key."""
-    raw = config_lib.defaults().to_dict()
+    raw = defaults().to_dict()
     for key, value in (_TINY | overrides).items():
         group, name = key.split(".")
         assert name in raw[group], key
         raw[group][name] = value
-    return config_lib.from_dict(raw)
+    return config_from_dict(raw)
 
 
-def share(index: int, count: int) -> Feed:
+def share(index: int, count: int) -> ProcessRows:
     """One of `count` feeds that cut a batch in equal parts."""
-    return Feed(count, (index,), index, count)
+    return ProcessRows(count, (index,), index, count)
 
 
-def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
+def make_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     """A global batch of random tokens, with padding in most rows.
 
     Packed, a row holds two documents of random lengths in front of its padding.
@@ -100,7 +100,7 @@ def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray
             batch[f"{stack}_positions"] = positions.astype(np.int32)
     return batch | {
         "encoder_input_tokens": tokens["encoder"],
-        "decoder_input_tokens": shifted_right(tokens["decoder"], batch.get("decoder_positions")),
+        "decoder_input_tokens": shift_right(tokens["decoder"], batch.get("decoder_positions")),
         "decoder_target_tokens": tokens["decoder"],
         "decoder_loss_weights": real["decoder"].astype(np.float32),
     }

@@ -7,9 +7,9 @@ import string
 from collections.abc import Iterable
 from pathlib import Path
 
-from switch_jax.data import python_docs
-from switch_jax.data.bad_records import BadRecords
-from switch_jax.data.formats import texts
+from switch_jax.data.sources.bad_records import BadRecords
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.text_files import read_texts
 
 SHARDS = 3
 LETTERS = 2500  # of a document
@@ -28,7 +28,7 @@ VALIDATION = 6
 
 def documents(count: int, skip: int = 0) -> list[str]:
     """Beginnings of the documents that every Python has."""
-    chosen = itertools.islice(python_docs.documents(), skip, skip + count)
+    chosen = itertools.islice(python_documents(), skip, skip + count)
     return [document.text[:LETTERS] for document in chosen]
 
 
@@ -91,4 +91,4 @@ def as_json(tfds_folder: Path, root: Path) -> None:
     for path in tfds_folder.glob("*.tfrecord-*"):
         name = path.name if multilingual else path.name.replace(".tfrecord-", ".")
         bad = BadRecords("error")
-        write_json(root / tfds_folder.parent.name / f"{name}.json.gz", texts(str(path), bad))
+        write_json(root / tfds_folder.parent.name / f"{name}.json.gz", read_texts(str(path), bad))

@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from switch_jax import config as config_lib
+from switch_jax.config.load import load_config
 from switch_jax.data import open_batches
-from switch_jax.data.batch import Feed
+from switch_jax.data.batch import ProcessRows
 
 
 def digests(batch):
@@ -28,7 +28,7 @@ def digests(batch):
 
 
 def main(spec, folder, index, count, last, position=None):
-    batches = open_batches(config_lib.load(spec), "train", Feed(count, (index,), index, count))
+    batches = open_batches(load_config(spec), "train", ProcessRows(count, (index,), index, count))
     first = 0
     if position is not None:
         batches.restore(position)

@@ -18,11 +18,12 @@ import runs
 from conftest import make_batch, tiny
 
 import switch_jax
-from switch_jax import lora
-from switch_jax.model import SwitchTransformer, logical_axes
-from switch_jax.schema import Config
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
+from switch_jax.config.schema import Config
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.model.lora import add_adapter_axes, init_adapters
+from switch_jax.model.parameters import logical_axes
+from switch_jax.model.transformer import SwitchTransformer
+from switch_jax.training.step import TrainProgram
 
 FOLDER = Path(__file__).parent / "golden"
 LOSSES = FOLDER / "losses"
@@ -113,7 +114,7 @@ def trace(name: str) -> dict[str, Any]:
     All in float32, as `bits`.
     """
     config = tiny(**_NOISY | RUNS[name])
-    program = Program(config, make_mesh(config))
+    program = TrainProgram(config, make_mesh(config))
     state, metrics = program.init(), []
     for step in range(STEPS):
         state, of_step, _ = program.train_step(state, program.put(make_batch(config, seed=step)))
@@ -133,10 +134,10 @@ def parameters(config: Config) -> str:
 
     def values() -> dict[str, jax.Array]:
         leaves = jax.tree.leaves(SwitchTransformer(config, jax.random.key(0)))
-        return lora.adapted(dict(zip(names, leaves)), axes, config)
+        return init_adapters(dict(zip(names, leaves)), axes, config)
 
     shapes = jax.eval_shape(values)
-    all_axes = lora.with_adapters(axes, config)
+    all_axes = add_adapter_axes(axes, config)
     assert shapes.keys() == all_axes.keys()
     return "".join(
         f"{name}  {'×'.join(map(str, shapes[name].shape))}  {' '.join(map(str, all_axes[name]))}\n"

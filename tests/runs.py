@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from switch_jax.checkpoint import restore_params
-from switch_jax.data import python_docs, vocabularies
-from switch_jax.data.pack import pack
-from switch_jax.data.vocabulary import read
-from switch_jax.report import read_metrics
-from switch_jax.schema import DataConfig
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
-from switch_jax.workdir import Workdir
+from switch_jax.checkpoint.checkpointer import restore_params
+from switch_jax.checkpoint.metrics_log import read_metrics
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.config.schema import DataConfig
+from switch_jax.data.sources.python_docs import is_held_out_path, python_documents
+from switch_jax.data.token_store.build import build_token_store
+from switch_jax.data.vocabulary import read_vocabulary
+from switch_jax.data.vocabulary_builder import train_vocabulary
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.training.step import TrainProgram
 
 CONFIG = """
 from switch_jax.config import defaults
@@ -55,12 +56,17 @@ def write_text(folder: Path, **splits: Sequence[str]) -> str:
 def make_store(folder: Path) -> Path:
     """A token store of some of the standard library's text, with its own vocabulary."""
     texts: dict[str, list[str]] = {"train": [], "validation": []}
-    for document in python_docs.documents():
-        split = "validation" if python_docs.held_out(document.path) else "train"
+    for document in python_documents():
+        split = "validation" if is_held_out_path(document.path) else "train"
         texts[split] += [document.text][: max(0, 8 - len(texts[split]))]
     mixture = write_text(folder, **texts)
-    vocabularies.train(texts["train"], folder / "tiny.model", 900)
-    pack(DataConfig(mixture=mixture), read(folder / "tiny.model"), folder / "store", workers=1)
+    train_vocabulary(texts["train"], folder / "tiny.model", 900)
+    build_token_store(
+        DataConfig(mixture=mixture),
+        read_vocabulary(folder / "tiny.model"),
+        folder / "store",
+        workers=1,
+    )
     return folder / "store"
 
 
@@ -109,7 +115,7 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
 def parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """What the checkpoint of a step holds."""
     config = Workdir(workdir).config()
-    program = Program(config, make_mesh(config))
+    program = TrainProgram(config, make_mesh(config))
     params = restore_params(workdir / "checkpoints" / str(step), program.abstract_state.params)
     return {name: np.asarray(value) for name, value in params.items()}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from switch_jax.data.downstream import LABEL, Task
+from switch_jax.data.finetuning.tasks import LABEL, Task
 
 WORDS = ("red", "green", "blue", "left", "right", "old")
 

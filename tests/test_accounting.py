@@ -8,14 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from switch_jax import accounting, chips
-from switch_jax import config as config_lib
+from switch_jax.config import load
+from switch_jax.config.load import load_config
+from switch_jax.distributed.hardware import peak_flops
+from switch_jax.model.flops import (
+    dropped_if_uniform,
+    expert_layers,
+    flops_by_part,
+    flops_per_sequence,
+    format_si,
+    mfu,
+    params_by_group,
+)
+from switch_jax.performance.cost_model import cost_summary, cost_table, state_bytes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def load(spec: str, **overrides) -> config_lib.Config:
-    return config_lib.load(
+def load(spec: str, **overrides) -> load.Config:
+    return load_config(
         str(CONFIGS / spec), {key.replace("__", "."): str(v) for key, v in overrides.items()}
     )
 
@@ -65,11 +76,11 @@ PARAMETERS = [
 
 @pytest.mark.parametrize("spec, overrides, count", PARAMETERS)
 def test_parameters_are_exact(spec, overrides, count):
-    assert sum(accounting.params_by_group(load(spec, **overrides)).values()) == count
+    assert sum(params_by_group(load(spec, **overrides)).values()) == count
 
 
 def test_parameters_by_group_by_hand():
-    assert accounting.params_by_group(load("switch_c.py")) == {
+    assert params_by_group(load("switch_c.py")) == {
         "experts": 30 * 2048 * 2 * 2080 * 6144,
         "routers": 30 * 2080 * 2048,
         "encoder_attention": 15 * 4 * 2080 * 1920,
@@ -79,7 +90,7 @@ def test_parameters_by_group_by_hand():
         "embedding": 32128 * 2080,
         "head": 32128 * 2080,
     }
-    assert accounting.params_by_group(load("switch_xxl.py"))["dense_ffn"] == 24 * 3 * 4096 * 10240
+    assert params_by_group(load("switch_xxl.py"))["dense_ffn"] == 24 * 3 * 4096 * 10240
 
 
 # Convention's figure with its unit and printed digits; the paper's own, where it fits.
@@ -100,7 +111,7 @@ FLOPS = [
 
 @pytest.mark.parametrize("spec, convention, paper", FLOPS)
 def test_flops_per_sequence_of_the_paper(spec, convention, paper):
-    flops = accounting.flops_per_sequence(load(spec))
+    flops = flops_per_sequence(load(spec))
     digits, exponent = convention.split("e")
     decimals = len(digits.partition(".")[2])
     assert f"{flops / 10 ** int(exponent):.{decimals}f}" == digits
@@ -120,7 +131,7 @@ def test_flops_per_sequence_of_the_paper(spec, convention, paper):
     ],
 )
 def test_computed_flops_without_routing_are_the_complete_count(spec, billions):
-    parts = accounting.flops_by_part(load(spec))
+    parts = flops_by_part(load(spec))
     rest = sum(v for k, v in parts.items() if k not in ("routers", "empty_slots"))
     assert float(f"{rest / 1e9:.4g}") == billions
 
@@ -128,14 +139,14 @@ def test_computed_flops_without_routing_are_the_complete_count(spec, billions):
 def test_two_experts_a_token_cost_twice_the_expert_flops():
     switch, moe = load("switch_base.py"), load("moe_base.py")
     experts = 6 * (512 + 114) * 2 * 2 * 768 * 3072
-    assert accounting.flops_by_part(switch)["experts"] == experts
-    assert accounting.flops_by_part(moe)["experts"] == 2 * experts
-    assert accounting.flops_per_sequence(moe) - accounting.flops_per_sequence(switch) == experts
+    assert flops_by_part(switch)["experts"] == experts
+    assert flops_by_part(moe)["experts"] == 2 * experts
+    assert flops_per_sequence(moe) - flops_per_sequence(switch) == experts
     # At 1.25 slots a token, most second choices are never computed.
     starved = load("moe_base.py", moe__capacity_factor=1.25, moe__num_experts=32)
-    layer = accounting.expert_layers(starved)[0]
+    layer = expert_layers(starved)[0]
     assert layer.slots_per_token == 1.25
-    parts = accounting.flops_by_part(starved)
+    parts = flops_by_part(starved)
     assert "empty_slots" not in parts
     assert experts < parts["experts"] < 2 * experts
 
@@ -146,7 +157,7 @@ def test_other_experts_by_hand():
 
     def both(**overrides):
         config = load("switch_base.py", **overrides)
-        return accounting.flops_per_sequence(config), accounting.flops_by_part(config)
+        return flops_per_sequence(config), flops_by_part(config)
 
     flops, parts = both()
     # Queries, and shared keys and values, from experts: three dense matrices become two.
@@ -159,7 +170,7 @@ def test_other_experts_by_hand():
     assert every == attention
     assert every_parts["experts"] == parts["experts"] + attention_parts["experts"]
     assert every_parts["routers"] == 2 * parts["routers"]
-    layers = accounting.expert_layers(load("switch_base.py", moe__sublayer="both"))
+    layers = expert_layers(load("switch_base.py", moe__sublayer="both"))
     assert [x.sublayer for x in layers[:2]] == ["attention", "ff"] and len(layers) == 24
 
     shared, shared_parts = both(moe__shared_d_ff=100)
@@ -182,10 +193,10 @@ def test_expert_choice_fills_every_slot():
         moe__stacks="encoder",
         moe__eval_capacity_factor=1.25,
     )
-    layers = accounting.expert_layers(config)
+    layers = expert_layers(config)
     assert [(x.stack, x.layer) for x in layers] == [("encoder", i) for i in range(1, 12, 2)]
     assert {(x.slots_per_token, x.assignments_per_token) for x in layers} == {(1.25, 1.25)}
-    parts = accounting.flops_by_part(config)
+    parts = flops_by_part(config)
     assert "empty_slots" not in parts
     assert parts["experts"] == 6 * 512 * 1.25 * 2 * 2 * 768 * 3072
     # 128 experts that choose 80 of 8192 tokens at random leave this many alone.
@@ -193,7 +204,7 @@ def test_expert_choice_fills_every_slot():
 
 
 def test_slots_of_switch_base_by_hand():
-    layers = accounting.expert_layers(load("switch_base.py"))
+    layers = expert_layers(load("switch_base.py"))
     assert [(x.stack, x.layer) for x in layers] == [
         (stack, i) for stack in ("encoder", "decoder") for i in (1, 3, 5, 7, 9, 11)
     ]
@@ -209,11 +220,11 @@ def test_slots_of_switch_base_by_hand():
 
 def test_slots_of_switch_c_by_hand():
     config = load("switch_c.py")
-    encoder, decoder = (accounting.expert_layers(config)[i] for i in (0, 15))
+    encoder, decoder = (expert_layers(config)[i] for i in (0, 15))
     assert (encoder.group_rows, encoder.group_tokens, encoder.capacity) == (256, 2**17, 80)
     assert (decoder.group_rows, decoder.group_tokens, decoder.capacity) == (1024, 116736, 72)
     together = (512 * 1.25 + 114 * 2048 * 72 / 116736) / (512 + 114)
-    assert accounting.summary(config)["slots_per_token"] == pytest.approx(together)
+    assert cost_summary(config)["slots_per_token"] == pytest.approx(together)
     assert max(encoder.dropped_if_uniform, decoder.dropped_if_uniform) < 0.002
 
 
@@ -222,7 +233,7 @@ FLAXFORMER = {"moe__group_size": 2048, "moe__min_capacity": 2, "moe__capacity_fa
 
 def test_slots_of_switch_c_in_small_groups_by_hand():
     config = load("switch_c.py", **FLAXFORMER)
-    layers = accounting.expert_layers(config)
+    layers = expert_layers(config)
     assert [x.layer for x in layers] == 2 * list(range(15))
     encoder, decoder = layers[0], layers[15]
     # 2048 tokens for 2048 experts make one slot each; min_capacity makes it two.
@@ -231,14 +242,14 @@ def test_slots_of_switch_c_in_small_groups_by_hand():
     assert (encoder.changed_by, decoder.changed_by) == ("min_capacity", "min_capacity")
     tokens = 512 + 114
     together = (512 * 2 + 114 * 4096 / 1824) / tokens
-    assert accounting.summary(config)["slots_per_token"] == pytest.approx(together)
-    empty = accounting.flops_by_part(config)["empty_slots"]
+    assert cost_summary(config)["slots_per_token"] == pytest.approx(together)
+    empty = flops_by_part(config)["empty_slots"]
     assert empty == pytest.approx(15 * (together - 1) * tokens * 2 * 2 * 2080 * 6144)
 
 
 def test_why_the_effective_capacity_factor_differs():
     def changed_by(**overrides):
-        return accounting.expert_layers(load("switch_base.py", **overrides))[0].changed_by
+        return expert_layers(load("switch_base.py", **overrides))[0].changed_by
 
     assert changed_by(moe__num_experts=96) == "rounding"
     assert changed_by(moe__num_experts=96, moe__capacity_rounding="floor") == "rounding"
@@ -252,20 +263,20 @@ def test_why_the_effective_capacity_factor_differs():
 def test_drops_of_uniform_routing():
     moe = load("switch_base.py", moe__num_experts=2).moe
     # Two tokens, two experts, one slot each: they collide half of the time.
-    assert accounting.dropped_if_uniform(2, 1, moe) == pytest.approx(0.25)
-    assert accounting.dropped_if_uniform(2, 2, moe) == 0
+    assert dropped_if_uniform(2, 1, moe) == pytest.approx(0.25)
+    assert dropped_if_uniform(2, 2, moe) == 0
     both = load("moe_base.py", moe__num_experts=2).moe
-    assert accounting.dropped_if_uniform(4, 1, both) == 0.75
+    assert dropped_if_uniform(4, 1, both) == 0.75
     # Of 4096 loads of mean 1 about Poisson's 3/e - 1 is beyond the second.
-    assert accounting.dropped_if_uniform(
+    assert dropped_if_uniform(
         4096, 2, load("switch_c.py", moe__num_experts=4096).moe
     ) == pytest.approx(3 / 2.718281828 - 1, abs=1e-3)
 
 
 def test_state_bytes_by_hand():
     config = load("t5_base.py", model__num_encoder_layers=1, model__num_decoder_layers=1)
-    parts = accounting.state_bytes(config)
-    counts = accounting.params_by_group(config)
+    parts = state_bytes(config)
+    counts = params_by_group(config)
     assert parts["parameters"] == 4 * sum(counts.values())
     # Adafactor: a row and a column for a matrix, and a counter and the unused one of the two
     # forms, of one float each. Norms and the bias tables (12 × 32) are not factored.
@@ -275,44 +286,44 @@ def test_state_bytes_by_hand():
     schedule_step = 1
     assert parts["optimizer"] == 4 * (floats + len(matrices) + len(vectors) + schedule_step)
 
-    adamw = accounting.state_bytes(load("t5_base.py", optimizer__name="adamw"))
+    adamw = state_bytes(load("t5_base.py", optimizer__name="adamw"))
     assert adamw["optimizer"] == 2 * adamw["parameters"] + 2 * 4
 
 
 def test_mfu_counts_neither_empty_slots_nor_unknown_devices():
     config = load("switch_base.py")
-    parts = accounting.flops_by_part(config)
+    parts = flops_by_part(config)
     useful = sum(parts.values()) - parts["empty_slots"]
     seconds = 3 * 2048 * useful / (32 * 275e12)
-    assert accounting.mfu(config, seconds, "TPU v4", 32) == pytest.approx(1.0)
-    assert accounting.mfu(config, 2 * seconds, "TPU v4", 32) == pytest.approx(0.5)
+    assert mfu(config, seconds, "TPU v4", 32) == pytest.approx(1.0)
+    assert mfu(config, 2 * seconds, "TPU v4", 32) == pytest.approx(0.5)
     dropless = load("switch_base.py", moe__capacity_factor=None)
-    assert accounting.mfu(dropless, seconds, "TPU v4", 32) == pytest.approx(1.0)
-    assert accounting.mfu(config, seconds, "cpu", 1) is None
-    assert chips.peak_flops("NVIDIA H200 MIG 1g.18gb") is None
+    assert mfu(dropless, seconds, "TPU v4", 32) == pytest.approx(1.0)
+    assert mfu(config, seconds, "cpu", 1) is None
+    assert peak_flops("NVIDIA H200 MIG 1g.18gb") is None
 
 
 @pytest.mark.parametrize("spec", ["t5_base.py", "switch_c.py", "moe_base.py"])
 def test_summary_is_json_and_renders(spec):
-    summary = accounting.summary(load(spec))
+    summary = cost_summary(load(spec))
     assert json.loads(json.dumps(summary)) == summary
     assert sum(summary["params_by_group"].values()) == summary["params"]
     assert sum(summary["state_bytes_by_part"].values()) == summary["state_bytes"]
-    text = accounting.render(summary)
+    text = cost_table(summary)
     assert f"{summary['params']:,}" in text
     for name, convention in summary["flops_conventions"].items():
         line = next(line for line in text.splitlines() if line.startswith(name + " "))
-        assert accounting.si(summary[name], "FLOP") in line and convention in line
+        assert format_si(summary[name], "FLOP") in line and convention in line
     assert max(map(len, text.splitlines())) < 100
 
 
 def test_what_changed_the_capacity_is_said():
-    text = accounting.render(accounting.summary(load("switch_c.py", **FLAXFORMER)))
+    text = cost_table(cost_summary(load("switch_c.py", **FLAXFORMER)))
     assert "configured 1.0, changed by min_capacity" in text
 
 
 def test_a_dropless_config_renders():
-    text = accounting.render(accounting.summary(load("switch_base.py", moe__capacity_factor=None)))
+    text = cost_table(cost_summary(load("switch_base.py", moe__capacity_factor=None)))
     assert "1.000  configured dropless" in text
 
 
@@ -321,7 +332,7 @@ def test_a_dropless_config_renders():
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (29.7123e9, "29.71 GB"), (6.29e12, "6.29 TB")],
 )
 def test_si(value, text):
-    assert accounting.si(value, "B") == text
+    assert format_si(value, "B") == text
 
 
 def test_needs_no_device():

@@ -8,11 +8,15 @@ import pytest
 import runs
 from conftest import tiny
 
-from switch_jax import accounting, aot, chips, plots, roofline
+from switch_jax.distributed.hardware import Chip
+from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
-from switch_jax.hlo import Collective
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
+from switch_jax.model.flops import flops_by_part
+from switch_jax.performance.compile import CompileTarget, _exhausted, remedy
+from switch_jax.performance.hlo import Collective
+from switch_jax.performance.placement_plot import draw_placement
+from switch_jax.performance.roofline import matmul_flops, network_seconds
+from switch_jax.training.step import TrainProgram
 
 CONFIG = """
 from switch_jax.config import defaults
@@ -90,7 +94,7 @@ def test_what_cannot_be_is_one_sentence(config_file):
         ("gpu", 1, "No GPU"),
     ):
         with pytest.raises(UserError, match=words):
-            aot.Target(topology, slices).devices()
+            CompileTarget(topology, slices).devices()
 
 
 def test_without_the_tpu_compiler_it_is_named(monkeypatch):
@@ -99,7 +103,7 @@ def test_without_the_tpu_compiler_it_is_named(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", missing)
     with pytest.raises(UserError, match=r"pip install 'switch_jax\[tpu\]'"):
-        aot.Target("v5p:2x2x1").devices()
+        CompileTarget("v5p:2x2x1").devices()
 
 
 def test_the_compilers_refusal_is_read():
@@ -107,13 +111,13 @@ def test_the_compilers_refusal_is_read():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
         " temporaries (39.20G) exceeds available HBM (30.75G)."
     )
-    assert aot._exhausted(RuntimeError(message)) == (int(39.2 * 2**30), int(30.75 * 2**30))
+    assert _exhausted(RuntimeError(message)) == (int(39.2 * 2**30), int(30.75 * 2**30))
     with pytest.raises(RuntimeError, match="else"):
-        aot._exhausted(RuntimeError("something else (3G) went wrong (4G)"))
+        _exhausted(RuntimeError("something else (3G) went wrong (4G)"))
 
 
 def test_what_does_not_fit_names_what_takes_it_and_a_change_that_was_compiled(monkeypatch):
-    config, target = tiny(**{"mesh.data": 2}), aot.Target("v4:2x2x1")
+    config, target = tiny(**{"mesh.data": 2}), CompileTarget("v4:2x2x1")
     result = {
         "device_kind": "TPU v4",
         "hbm_bytes_per_device": 40 * 2**30,
@@ -128,41 +132,41 @@ def test_what_does_not_fit_names_what_takes_it_and_a_change_that_was_compiled(mo
         tried.append((changed.mesh.fsdp, changed.model.remat, changed.train.accumulate))
         return {"fits": changed.train.accumulate == 2}
 
-    monkeypatch.setattr(aot, "compile_step", compile_step)
-    sentence = aot.remedy(config, target, result)
+    monkeypatch.setattr("switch_jax.performance.compile_step", compile_step)
+    sentence = remedy(config, target, result)
     assert "40.00 GiB of a TPU v4's 30.00 GiB, 10.00 GiB too many" in sentence
     assert "parameters 8.00 GiB, optimizer 2.00 GiB, teacher 3.00 GiB" in sentence
     assert "activations 27.00" in sentence
     assert "--config.model.remat=full --config.train.accumulate=2 it fits" in sentence
     assert tried == [(True, "none", 1), (False, "full", 1), (False, "full", 2)]
-    monkeypatch.setattr(aot, "compile_step", lambda *_: {"fits": False})
-    assert "more chips" in aot.remedy(config, target, result)
+    monkeypatch.setattr("switch_jax.performance.compile_step", lambda *_: {"fits": False})
+    assert "more chips" in remedy(config, target, result)
 
 
 def test_traced_flops_are_those_of_the_accounting():
     """Forward as computed; a train step takes three times that, four with recomputation."""
     values = {"mesh.data": 2, "mesh.expert": 2, "moe.eval_capacity_factor": 1.25}
-    forward = sum(accounting.flops_by_part(tiny(**values)).values())
+    forward = sum(flops_by_part(tiny(**values)).values())
     for remat, passes in (("none", 3), ("full", 4)):
         config = tiny(**values, **{"model.remat": remat})
-        program = Program(config, make_mesh(config))
+        program = TrainProgram(config, make_mesh(config))
         step = program.train_step.trace(program.abstract_state, program.abstract_batch)
-        flops = roofline.matmul_flops(step.jaxpr, 4) / config.data.batch_size
-        logits = accounting.flops_by_part(config)["logits"]  # outside of what is recomputed
+        flops = matmul_flops(step.jaxpr, 4) / config.data.batch_size
+        logits = flops_by_part(config)["logits"]  # outside of what is recomputed
         expected = passes * forward - (logits if passes == 4 else 0)
         assert flops == pytest.approx(expected, rel=0.02)
         evaluation = program.eval_step.trace(program.abstract_state.params, program.abstract_batch)
-        flops = roofline.matmul_flops(evaluation.jaxpr, 4) / config.data.batch_size
+        flops = matmul_flops(evaluation.jaxpr, 4) / config.data.batch_size
         assert flops == pytest.approx(forward, rel=1e-6)
 
 
 def test_roofline_by_hand():
-    chip = chips.Chip(100.0, memory_rate=10.0, link_rate=4.0, slice_rate=1.0)
+    chip = Chip(100.0, memory_rate=10.0, link_rate=4.0, slice_rate=1.0)
     inside = Collective("all-reduce", ("data",), 4, size=8, times=2)  # sends 2 · 3/4 · 8 · 2
-    assert roofline.network_seconds(chip, [inside], 1) == {"links": 6.0}
+    assert network_seconds(chip, [inside], 1) == {"links": 6.0}
     # Over two slices of four: 2 · 7/8 · 8 bytes inside, of which a quarter crosses from each.
     across = Collective("all-reduce", ("slice", "data"), 8, size=8, times=1)
-    seconds = roofline.network_seconds(chip, [across], 2)
+    seconds = network_seconds(chip, [across], 2)
     assert seconds == {"links": 3.5, "slices": 3.5}
 
 
@@ -171,7 +175,7 @@ def test_the_program_does_not_grow_with_depth():
     for layers in (4, 12):
         depth = {"model.num_encoder_layers": layers, "model.num_decoder_layers": layers}
         config = tiny(**depth, **{"mesh.data": 2, "mesh.expert": 2})
-        program = Program(config, make_mesh(config))
+        program = TrainProgram(config, make_mesh(config))
         lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
         sizes.append(len(lowered.as_text()))
     # Each layer's metrics are scalars of their own; without them it would be nothing.
@@ -200,5 +204,5 @@ def test_the_tpu_compiler_exchanges_in_bfloat16(config_file, cache):
 def test_pictures_know_every_mesh(tmp_path, result):
     """Also one of more devices than can be outlined, and parameters that lie whole."""
     large = result | {"mesh": {"slice": 2, "data": 4, "expert": 64, "model": 1}, "devices": 512}
-    plots.placement(large, tmp_path / "large.png")
+    draw_placement(large, tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size > 1000

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import runs
 
-from switch_jax.data import mixture, open_batches, vocabularies
-from switch_jax.data.bad_records import BadRecords
-from switch_jax.data.store import TokenStore
-from switch_jax.data.stores import open_store
-from switch_jax.data.vocabulary import read
+from switch_jax.config.schema import Config, DataConfig, ModelConfig
+from switch_jax.data import open_batches
+from switch_jax.data.mixture import find_sources
+from switch_jax.data.sources.bad_records import BadRecords
+from switch_jax.data.token_store.open import open_store
+from switch_jax.data.token_store.store import TokenStore
+from switch_jax.data.vocabulary import read_vocabulary
+from switch_jax.data.vocabulary_builder import sample_texts, train_vocabulary
 from switch_jax.errors import UserError
-from switch_jax.schema import Config, DataConfig, ModelConfig
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -48,9 +50,7 @@ def words(roots, tmp_path_factory):
     """A vocabulary of all of it."""
     path = tmp_path_factory.mktemp("words") / "words.model"
     data = DataConfig(mixture="mc4", data_dir=roots["tfds"])
-    vocabularies.train(
-        vocabularies.sample(data, mixture.find_sources(data), 400_000), path, SIZE, coverage=1.0
-    )
+    train_vocabulary(sample_texts(data, find_sources(data), 400_000), path, SIZE, coverage=1.0)
     return str(path)
 
 
@@ -63,12 +63,12 @@ def test_tfds_of_any_version_holds_what_was_written(roots):
     c4 = corpora.c4()
     for spec in ("c4", "c4/en", "c4/en:2.2.0", "c4/en:3.0.1"):
         data = DataConfig(mixture=spec, data_dir=roots["tfds"])
-        (source,) = mixture.find_sources(data)
+        (source,) = find_sources(data)
         for split in ORDER:
             assert sorted(texts(source, split)) == sorted(c4[split])
             assert source.documents(split) == len(c4[split])
     newest, older = (
-        mixture.find_sources(DataConfig(mixture=spec, data_dir=roots["tfds"]))[0]
+        find_sources(DataConfig(mixture=spec, data_dir=roots["tfds"]))[0]
         for spec in ("c4", "c4/en:2.2.0")
     )
     assert "/3.0.1/" in newest.shards("train")[0].paths[0]
@@ -78,7 +78,7 @@ def test_tfds_of_any_version_holds_what_was_written(roots):
 def test_mc4_is_the_languages_that_are_there(roots):
     splits = corpora.mc4()
     for place in roots.values():
-        found = mixture.find_sources(DataConfig(mixture="mc4", data_dir=place))
+        found = find_sources(DataConfig(mixture="mc4", data_dir=place))
         assert {source.name for source in found} == {f"mc4.{code}" for code in corpora.LANGUAGES}
         for source in found:
             code = source.name.removeprefix("mc4.")
@@ -86,7 +86,7 @@ def test_mc4_is_the_languages_that_are_there(roots):
             assert sorted(texts(source, "validation")) == sorted(splits[f"{code}-validation"])
     documents = {source.name: source.documents("train") for source in found}
     assert set(documents.values()) == {None}  # json.gz does not tell
-    (one,) = mixture.find_sources(DataConfig(mixture="mc4.bg-Latn", data_dir=roots["tfds"]))
+    (one,) = find_sources(DataConfig(mixture="mc4.bg-Latn", data_dir=roots["tfds"]))
     assert one.documents("train") == corpora.LANGUAGES["bg-Latn"][0]
 
 
@@ -100,7 +100,7 @@ def config(data_dir, words, **data):
 def test_both_forms_give_the_same_token_stream(roots, words, split):
     parts = [("tfds", "c4/en:2.2.0", "c4/en"), ("allenai", "c4", "c4")]
     configs = [config(roots[place], words, mixture=spec) for place, spec, _ in parts]
-    stored = [open_store(c.data, read(words)) for c in configs]
+    stored = [open_store(c.data, read_vocabulary(words)) for c in configs]
     tokens = [store.tokens(name, split) for store, (*_, name) in zip(stored, parts)]
     assert len(tokens[0]) == len(tokens[1]) > 1000
     assert (tokens[0].offsets == tokens[1].offsets).all()

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from switch_jax.cache import cache_root, made_once
 from switch_jax.errors import UserError
+from switch_jax.files import build_once, cache_root
 
 # Each process notes that it builds, and takes long enough for the other to arrive.
 _BUILDER = """
@@ -46,9 +46,9 @@ def test_a_failed_build_leaves_nothing_and_is_tried_again(tmp_path):
 
     path = tmp_path / "folder" / "made"
     with pytest.raises(ValueError, match="no"):
-        made_once(path, fail)
+        build_once(path, fail)
     assert [p.name for p in path.parent.iterdir()] == [".made.lock"]
-    assert made_once(path, lambda p: p.write_text("whole") and None).read_text() == "whole"
+    assert build_once(path, lambda p: p.write_text("whole") and None).read_text() == "whole"
 
 
 def test_remains_of_a_killed_build_are_replaced(tmp_path):
@@ -59,13 +59,13 @@ def test_remains_of_a_killed_build_are_replaced(tmp_path):
     killed.kill()
     killed.wait()
     assert not (tmp_path / "made").exists()
-    made_once(tmp_path / "made", lambda p: p.mkdir())
+    build_once(tmp_path / "made", lambda p: p.mkdir())
     assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_what_exists_is_not_built_again(tmp_path):
     (tmp_path / "made").write_text("old")
-    made_once(tmp_path / "made", lambda p: pytest.fail("built again"))
+    build_once(tmp_path / "made", lambda p: pytest.fail("built again"))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
@@ -74,7 +74,7 @@ def test_trouble_with_the_disk_is_one_sentence(tmp_path, code):
         raise OSError(code, os.strerror(code))
 
     with pytest.raises(UserError, match=rf"Cannot write .*made: {os.strerror(code)}; .*\.$"):
-        made_once(tmp_path / "made", fail)
+        build_once(tmp_path / "made", fail)
 
 
 def test_other_errors_keep_their_traceback(tmp_path):
@@ -82,13 +82,13 @@ def test_other_errors_keep_their_traceback(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "a bug")
 
     with pytest.raises(FileNotFoundError):
-        made_once(tmp_path / "made", fail)
+        build_once(tmp_path / "made", fail)
 
 
 def test_a_file_in_place_of_the_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError):
-        made_once(tmp_path / "file" / "made", lambda p: None)
+        build_once(tmp_path / "file" / "made", lambda p: None)
 
 
 def test_cache_root_follows_the_environment(monkeypatch, tmp_path):

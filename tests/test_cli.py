@@ -8,7 +8,7 @@ import time
 import pytest
 import runs
 
-from switch_jax.cli import main
+from switch_jax.cli.main import main
 
 TRAIN_ONE_STEP = ["--config.train.steps=1", "--config.train.eval_batches=1"]
 
@@ -19,7 +19,7 @@ for name in ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio"):
     sys.modules[name] = None
 import importlib, pkgutil, switch_jax
 for module in pkgutil.walk_packages(switch_jax.__path__, "switch_jax."):
-    if module.name not in ("switch_jax.__main__", "switch_jax.data.tasks"):
+    if module.name not in ("switch_jax.__main__", "switch_jax.data.seqio_reader"):
         importlib.import_module(module.name)
 from switch_jax.cli import main
 sys.exit(main(sys.argv[1:]))

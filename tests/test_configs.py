@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from switch_jax import accounting, sharding
-from switch_jax import config as config_lib
+from switch_jax.config.load import config_from_dict, config_to_dict, load_config
+from switch_jax.distributed.mesh import check_mesh, resolve_mesh
 from switch_jax.errors import UserError
+from switch_jax.model.flops import format_si, params_by_group
+from switch_jax.performance.cost_model import cost_summary
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GOLDEN = Path(__file__).parent / "golden" / "configs"
@@ -29,9 +31,9 @@ SPECS = {
 
 
 def resolved(spec: str) -> dict:
-    config = config_lib.load(spec)
-    params = sum(accounting.params_by_group(config).values())
-    return {"params": params, "config": config_lib.to_dict(config)}
+    config = load_config(spec)
+    params = sum(params_by_group(config).values())
+    return {"params": params, "config": config_to_dict(config)}
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -48,36 +50,36 @@ def test_docstring_states_the_command_and_the_cost(name):
     doc = re.search(r'"""(.*?)"""', (CONFIGS / f"{name}.py").read_text(), re.DOTALL)[1]
     for variant in (name, f"{name}-table9"):
         if variant in SPECS:
-            summary = accounting.summary(config_lib.load(SPECS[variant]))
+            summary = cost_summary(load_config(SPECS[variant]))
             assert f"{summary['params']:,}" in doc
-            assert accounting.si(summary["flops_per_sequence"], "FLOP") in doc
-            assert accounting.si(summary["state_bytes"], "B") in doc
+            assert format_si(summary["flops_per_sequence"], "FLOP") in doc
+            assert format_si(summary["state_bytes"], "B") in doc
     command = re.search(r"    switch-jax train (.*?)\n\n", doc.replace("\\\\\n", ""), re.DOTALL)[1]
     words = shlex.split(command)
     overrides = dict(
         word.removeprefix("--config.").split("=") for word in words if "--config." in word
     )
-    config = config_lib.load(str(CONFIGS.parent / words[words.index("--config") + 1]), overrides)
+    config = load_config(str(CONFIGS.parent / words[words.index("--config") + 1]), overrides)
     sizes = [config.mesh.slice, config.mesh.data, config.mesh.expert, config.mesh.model]
     devices = math.prod(size for size in sizes if size != -1)
-    sharding.check(config, sharding.resolve(config.mesh, devices))
+    check_mesh(config, resolve_mesh(config.mesh, devices))
 
 
 def test_switch_base_states_every_parameter_count():
     doc = (CONFIGS / "switch_base.py").read_text()
     for num_experts in (2, 4, 8, 16, 32, 64, 128, 256):
         for variant in ("", "table9"):
-            config = config_lib.load(
+            config = load_config(
                 f"{CONFIGS / 'switch_base.py'}:num_experts={num_experts},variant={variant}"
             )
             assert config.moe.num_experts == num_experts
-            params = sum(accounting.params_by_group(config).values())
+            params = sum(params_by_group(config).values())
             assert f"{num_experts:>7} {params:>16,}" in doc
 
 
 def test_every_preset_has_the_recipe_of_the_paper():
     for name in PAPER:
-        config = config_lib.load(SPECS[name])
+        config = load_config(SPECS[name])
         multilingual = name.startswith("m") and name != "moe_base"
         assert config.data.batch_size * config.data.inputs_length == 2**20
         assert config.data.targets_length == (229 if multilingual else 114)
@@ -89,7 +91,7 @@ def test_every_preset_has_the_recipe_of_the_paper():
 
 
 def test_overrides_reach_every_kind_of_key():
-    config = config_lib.load(
+    config = load_config(
         SPECS["switch_base"],
         {
             "moe.capacity_factor": "None",
@@ -106,7 +108,7 @@ def test_overrides_reach_every_kind_of_key():
     assert config.mesh.fsdp is True
     assert (config.data.mixture, config.init_from) == ("some_text", "runs/teacher")
     assert config.optimizer.learning_rate == 1e-3
-    assert config_lib.from_dict(config_lib.to_dict(config)) == config
+    assert config_from_dict(config_to_dict(config)) == config
 
 
 def one_sentence(error: pytest.ExceptionInfo) -> str:
@@ -131,7 +133,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
 )
 def test_bad_config_argument(spec, words):
     with pytest.raises(UserError) as error:
-        config_lib.load(str(CONFIGS / spec))
+        load_config(str(CONFIGS / spec))
     message = one_sentence(error)
     assert all(word in message for word in words), message
 
@@ -163,7 +165,7 @@ def test_bad_config_argument(spec, words):
 )
 def test_bad_override(key, value, words):
     with pytest.raises(UserError) as error:
-        config_lib.load(SPECS["switch_base"], {key: value})
+        load_config(SPECS["switch_base"], {key: value})
     message = one_sentence(error)
     assert all(word in message for word in words), message
 
@@ -238,7 +240,7 @@ TOP_2 = {"moe.router": "top_k"}
 )
 def test_contradictory_routing_says_what_to_change(overrides, words):
     with pytest.raises(UserError) as error:
-        config_lib.load(SPECS["switch_base"], overrides)
+        load_config(SPECS["switch_base"], overrides)
     message = one_sentence(error)
     assert all(word in message for word in words), message
 
@@ -259,7 +261,7 @@ def test_contradictory_routing_says_what_to_change(overrides, words):
     ],
 )
 def test_one_key_is_enough_for_another_router(overrides, choices):
-    assert config_lib.load(SPECS["switch_base"], overrides).moe.choices == choices
+    assert load_config(SPECS["switch_base"], overrides).moe.choices == choices
 
 
 @pytest.mark.parametrize(
@@ -277,7 +279,7 @@ def test_bad_config_file(tmp_path, body, words):
         f"def get_config(arg=''):\n    config = defaults()\n    {body}\n    return config\n"
     )
     with pytest.raises(UserError) as error:
-        config_lib.load(str(path))
+        load_config(str(path))
     message = one_sentence(error)
     assert all(word in message for word in words), message
 
@@ -286,7 +288,7 @@ def test_config_file_without_get_config(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("")
     with pytest.raises(UserError) as error:
-        config_lib.load(str(path))
+        load_config(str(path))
     assert "get_config" in one_sentence(error)
 
 

@@ -19,8 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from switch_jax.data import compression, formats, tfrecords
-from switch_jax.data.bad_records import DAMAGED, EMPTY, MISSING, NOT_UTF8, TOO_LONG, BadRecords
+from switch_jax.data.sources import compression, text_files, tfrecord
+from switch_jax.data.sources.bad_records import (
+    DAMAGED,
+    EMPTY,
+    MISSING,
+    NOT_UTF8,
+    TOO_LONG,
+    BadRecords,
+)
+from switch_jax.data.sources.text_files import _parts, is_text_file, read_texts
+from switch_jax.data.sources.tfrecord import _example_class
 from switch_jax.errors import UserError
 
 LINES = ["a.json", "a.json.gz", "a.jsonl.zst", "a.ndjson", "c4-sw.tfrecord-00000-of-00064.json.gz"]
@@ -31,7 +40,7 @@ TEXTS = [f"text number {i}, {'é' * i}" for i in range(12)]
 
 def read(path, action="skip"):
     bad = BadRecords(action)
-    return list(formats.texts(str(path), bad)), bad
+    return list(read_texts(str(path), bad)), bad
 
 
 def compressed(name, data):
@@ -52,7 +61,7 @@ def framed(data):
 
 
 def example(**features):
-    made = tfrecords._example_class()()
+    made = _example_class()()
     for name, values in features.items():
         made.features.feature.add(key=name.encode()).value.bytes_list.value.extend(values)
     return made.SerializeToString()
@@ -80,7 +89,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(params=[None, 5], ids=["usual pieces", "small pieces"])
 def pieces(request, monkeypatch):
     if request.param:
-        for module in (compression, formats, tfrecords):
+        for module in (compression, text_files, tfrecord):
             monkeypatch.setattr(module, "_BLOCK", 3 * request.param)
         monkeypatch.setattr(compression, "_PIECE", request.param)
 
@@ -95,7 +104,7 @@ documents = st.lists(lines, min_size=1, max_size=4).map("\n".join)
 def test_every_format_gives_the_same_texts(folder, name, texts, part):
     (folder / name).write_bytes(stored(name, texts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "PART", part)
+        patch.setattr(text_files, "PART_BYTES", part)
         parts, _ = read(folder / name, "error")
     assert parts == texts or part < 2**20
     assert "".join(parts) == "".join(texts) and all(0 < len(p) <= part for p in parts)
@@ -104,8 +113,8 @@ def test_every_format_gives_the_same_texts(folder, name, texts, part):
 @given(text=st.text("ab \n\u2003é"), part=st.integers(1, 9))
 def test_parts_are_cut_behind_whitespace_where_there_is_some(text, part):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "PART", part)
-        parts = list(formats._parts(text))
+        patch.setattr(text_files, "PART_BYTES", part)
+        parts = list(_parts(text))
     assert "".join(parts) == text
     for p in parts[:-1]:
         assert p[-1].isspace() or (len(p) == part and not any(map(str.isspace, p)))
@@ -113,9 +122,9 @@ def test_parts_are_cut_behind_whitespace_where_there_is_some(text, part):
 
 def test_files_are_known_by_their_names():
     for name in (*NAMES, "gs://b/c4-train.00000-of-01024.json.gz", "x.parquet-00000-of-00001"):
-        assert formats.is_known(name)
+        assert is_text_file(name)
     for name in ("a", "a.csv", "a.json.bz2", "a.parquet.gz", "a.txt~", "a.tfrecord.tmp", "x.txt/a"):
-        assert not formats.is_known(name)
+        assert not is_text_file(name)
     with pytest.raises(UserError, match=r"a\.csv has no known format"):
         read("a.csv")
 
@@ -164,7 +173,7 @@ def test_bad_records_are_counted_and_the_others_read(tmp_path, name, case, suffi
     assert texts == good and bad.counts == counts
     assert bad.first == {kind: f"{path}, {place}" for kind, place in first.items()}
     kind, place = next(iter(first.items()))
-    refusing = formats.texts(str(path), BadRecords("error"))
+    refusing = read_texts(str(path), BadRecords("error"))
     with pytest.raises(UserError, match=f"{place} is {kind}; .* set data.on_bad_record=skip"):
         for text in [*good[:1], None]:
             assert next(refusing) == text
@@ -222,7 +231,7 @@ def test_tensorflow_has_its_own_examples_and_files(tmp_path, monkeypatch):
     def bucket(path):  # what etils opens where there is TensorFlow
         return types.SimpleNamespace(open=lambda mode: backend.tf_backend.open(path, mode))
 
-    monkeypatch.setattr(formats.epath, "Path", bucket)
+    monkeypatch.setattr(text_files.epath, "Path", bucket)
     for name in NAMES:
         assert read(tmp_path / f"none-{name}")[1].counts == {MISSING: 1}
         (tmp_path / name).write_bytes(stored(name, TEXTS))
@@ -287,8 +296,8 @@ def test_tfrecords_lose_only_what_is_damaged(tmp_path, pieces):
 @pytest.mark.parametrize("name", ["a.json", "a.tfrecord"])
 def test_records_that_are_too_long_are_skipped(tmp_path, monkeypatch, name):
     path, size = tmp_path / name, len(stored(name, ["é"])) - 16 * (name == "a.tfrecord")
-    for module in (formats, tfrecords):
-        monkeypatch.setattr(module, "MAX_RECORD", size)
+    for module in (text_files, tfrecord):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", size)
         monkeypatch.setattr(module, "_BLOCK", 64)
     path.write_bytes(stored(name, ["a", "b" * 999, "é", "éa", "e", "f" * 999]))
     found, bad = read(path)
@@ -301,7 +310,7 @@ def test_records_that_are_too_long_are_skipped(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["a.json.zst", "a.txt.zst", "a.tfrecord.zst"])
 def test_memory_is_bounded(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(formats, "MAX_RECORD", 2**20)
+    monkeypatch.setattr(text_files, "MAX_RECORD_BYTES", 2**20)
     length = (300 * 2**20).to_bytes(8, "little")
     begin, end = (length + masked(length), b"crc.") if "tfrecord" in name else (b"", b"\n\n")
     compressor = zstandard.ZstdCompressor().compressobj()
@@ -311,7 +320,7 @@ def test_memory_is_bounded(tmp_path, monkeypatch, name):
         file.write(compressor.flush())
     bad = BadRecords("skip")
     tracemalloc.start()
-    count = sum(map(len, formats.texts(str(tmp_path / name), bad)))
+    count = sum(map(len, read_texts(str(tmp_path / name), bad)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 3 + 300 * 2**20 * (".txt" in name)
@@ -320,7 +329,7 @@ def test_memory_is_bounded(tmp_path, monkeypatch, name):
 
 
 def test_bytes_that_are_not_utf8_end_a_long_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "PART", 4)
+    monkeypatch.setattr(text_files, "PART_BYTES", 4)
     path = tmp_path / "a.txt"
     path.write_bytes(b"one two \xff three\nfour\n\nsix")
     found, bad = read(path)
@@ -341,7 +350,7 @@ def test_files_that_cannot_be_opened(tmp_path, monkeypatch, name):
     def no_backend(path):
         raise ImportError("install gcsfs")
 
-    monkeypatch.setattr(formats.epath, "Path", no_backend)
+    monkeypatch.setattr(text_files.epath, "Path", no_backend)
     with pytest.raises(UserError, match=f"gs://b/{name} needs a package .* install gcsfs"):
         read(f"gs://b/{name}")
 

@@ -10,11 +10,13 @@ import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switch_jax.data import catalog, mixture, rows, sources
-from switch_jax.data.bad_records import BadRecords
-from switch_jax.data.sources import Files
+from switch_jax.config.schema import DataConfig
+from switch_jax.data.catalog import find_source, source_name
+from switch_jax.data.mixture import find_sources, mixture_rates, parse_mixture
+from switch_jax.data.sources.bad_records import BadRecords
+from switch_jax.data.sources.source import File, Files
+from switch_jax.data.token_store.dataset import _ROUND, _quotas
 from switch_jax.errors import UserError
-from switch_jax.schema import DataConfig
 
 
 def all_texts(source, split):
@@ -37,27 +39,27 @@ def all_texts(source, split):
     ],
 )
 def test_names_are_what_one_would_say(spec, name):
-    assert catalog.name_of(spec) == name
+    assert source_name(spec) == name
 
 
 def test_parts_have_rates_or_none():
-    assert mixture.parse("c4") == [("c4", None)]
-    assert mixture.parse(" c4=0.7, /b/*.txt = 0.3 ") == [("c4", 0.7), ("/b/*.txt", 0.3)]
-    assert mixture.parse("/d/lang=sw/*.txt") == [("/d/lang=sw/*.txt", None)]
-    assert mixture.parse("/d/lang=sw/*.txt=2") == [("/d/lang=sw/*.txt", 2.0)]
+    assert parse_mixture("c4") == [("c4", None)]
+    assert parse_mixture(" c4=0.7, /b/*.txt = 0.3 ") == [("c4", 0.7), ("/b/*.txt", 0.3)]
+    assert parse_mixture("/d/lang=sw/*.txt") == [("/d/lang=sw/*.txt", None)]
+    assert parse_mixture("/d/lang=sw/*.txt=2") == [("/d/lang=sw/*.txt", 2.0)]
     for wrong in ("", ",", "=3"):
         with pytest.raises(UserError, match="names no source"):
-            mixture.parse(wrong)
+            parse_mixture(wrong)
     for wrong in ("c4=0.5,mc4", "c4=0", "c4=-1,mc4=2", "c4=nan", "c4=inf,mc4=1"):
         with pytest.raises(UserError, match="every source a rate above 0"):
-            mixture.parse(wrong)
+            parse_mixture(wrong)
 
 
 def test_rates_follow_documents_exponent_and_groups(tmp_path):
     documents = {"c4": 1000, "mc4.en": 100, "mc4.sw": 1, "books": None}
 
     def shares(text, **data):
-        return mixture.shares(DataConfig(mixture=text, **data), documents, {})
+        return mixture_rates(DataConfig(mixture=text, **data), documents, {})
 
     assert shares("c4") == {"c4": 1.0}
     assert shares("books") == {"books": 1.0}
@@ -87,24 +89,24 @@ def test_two_files_of_one_name_are_told_apart(tmp_path):
     for folder in "ab":
         runs.write_text(tmp_path / folder, train=["x"], validation=["y"])
     text = ", ".join(f"{tmp_path}/{folder}/text-{{split}}.jsonl" for folder in "ab")
-    found = mixture.find_sources(DataConfig(mixture=text))
+    found = find_sources(DataConfig(mixture=text))
     assert [source.name for source in found] == ["text", "text_2"]
     documents = {source.name: 1 for source in found}
     specs = {source.name: source.spec for source in found}
-    assert mixture.shares(DataConfig(mixture=text), documents, specs) == {
+    assert mixture_rates(DataConfig(mixture=text), documents, specs) == {
         "text": 0.5,
         "text_2": 0.5,
     }
     second = text.split(", ")[1]
-    assert mixture.shares(DataConfig(mixture=second), documents, specs) == {"text_2": 1.0}
+    assert mixture_rates(DataConfig(mixture=second), documents, specs) == {"text_2": 1.0}
     with pytest.raises(UserError, match="there is only text, text_2"):
         elsewhere = second.replace("/b/", "/c/")
-        mixture.shares(DataConfig(mixture=elsewhere), documents, specs)
+        mixture_rates(DataConfig(mixture=elsewhere), documents, specs)
 
 
 def test_a_folder_that_nothing_is_read_from_is_refused(tmp_path):
     with pytest.raises(UserError, match="reads nothing else there"):
-        mixture.find_sources(DataConfig(data_dir=str(tmp_path)))
+        find_sources(DataConfig(data_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch, spec, data_dir, words)
     (tmp_path / "here" / "picture.png").write_bytes(b"")
     (tmp_path / "here" / "c4" / "en").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
-        catalog.find(spec, data_dir)
+        find_source(spec, data_dir)
     assert words in str(caught.value)
 
 
@@ -140,7 +142,7 @@ def test_c4_as_allenai_hands_it_out_is_found_wherever_it_is_put(tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"text": name}) + "\n")
             os.system(f"gzip {file}")
-        (source,) = catalog.find("c4", str(folder))
+        (source,) = find_source("c4", str(folder))
         assert all_texts(source, "train") == ["c4-train.00000-of-00002", "c4-train.00001-of-00002"]
         assert all_texts(source, "validation") == ["c4-validation.00000"]
 
@@ -148,7 +150,7 @@ def test_c4_as_allenai_hands_it_out_is_found_wherever_it_is_put(tmp_path):
 def test_without_a_validation_split_some_documents_are_held_out(tmp_path):
     texts = [f"document {i // 2}" for i in range(4000)]  # each twice
     mixture = runs.write_text(tmp_path, train=texts)
-    (source,) = catalog.find(mixture.replace("{split}", "train"), None)
+    (source,) = find_source(mixture.replace("{split}", "train"), None)
     train, validation = (all_texts(source, split) for split in ("train", "validation"))
     assert sorted(train + validation) == sorted(texts)
     assert not set(train) & set(validation)
@@ -157,10 +159,10 @@ def test_without_a_validation_split_some_documents_are_held_out(tmp_path):
 
 
 def test_small_files_are_read_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_SHARD_BYTES", 100)
+    monkeypatch.setattr("switch_jax.data.sources.source._SHARD_BYTES", 100)
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * (150 if i == 4 else 30))
-    (source,) = catalog.find(f"{tmp_path}/*.txt", None)
+    (source,) = find_source(f"{tmp_path}/*.txt", None)
     shards = source.shards("train")
     assert [len(shard.paths) for shard in shards] == [3, 1, 1, 3, 2]
     assert source.size() == 9 * 30 + 150
@@ -168,14 +170,14 @@ def test_small_files_are_read_together(tmp_path, monkeypatch):
 
 def test_missing_shards_are_known_by_their_neighbours():
     names = [f"/d/c4-train.{i:05d}-of-00005.json.gz" for i in (0, 2, 3)]
-    source = Files("c4", {"train": [sources.File(name, 1) for name in names]}, {})
+    source = Files("c4", {"train": [File(name, 1) for name in names]}, {})
     assert source.missing("train") == [f"/d/c4-train.{i:05d}-of-00005.json.gz" for i in (1, 4)]
 
 
 def test_the_fingerprint_tells_texts_apart(tmp_path):
     def fingerprint(**splits):
         pattern = runs.write_text(tmp_path, **splits)
-        return catalog.find(pattern, None)[0].fingerprint
+        return find_source(pattern, None)[0].fingerprint
 
     prints = {
         fingerprint(train=train, validation=validation)
@@ -189,6 +191,6 @@ def test_the_fingerprint_tells_texts_apart(tmp_path):
 @given(st.lists(st.floats(1e-7, 1.0), min_size=1, max_size=120))
 def test_quotas_sum_to_a_round_and_follow_the_shares(shares):
     shares = np.array(shares) / sum(shares)
-    quotas = rows._quotas(shares)
-    assert quotas.sum() == rows._ROUND and quotas.min() >= 1
-    assert (np.abs(quotas / rows._ROUND - shares) <= (len(shares) + 1) / rows._ROUND).all()
+    quotas = _quotas(shares)
+    assert quotas.sum() == _ROUND and quotas.min() >= 1
+    assert (np.abs(quotas / _ROUND - shares) <= (len(shares) + 1) / _ROUND).all()

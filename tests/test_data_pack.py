@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import runs
 
-from switch_jax.data import open_batches, open_vocabulary, python_docs, store, stores
-from switch_jax.data.pack import pack
-from switch_jax.data.vocabulary import Bytes
+from switch_jax.config.schema import Config, DataConfig, ModelConfig
+from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.token_store import open
+from switch_jax.data.token_store.build import build_token_store
+from switch_jax.data.token_store.open import open_store
+from switch_jax.data.token_store.store import TokenStore
+from switch_jax.data.vocabulary import ByteVocabulary
 from switch_jax.errors import UserError
-from switch_jax.schema import Config, DataConfig, ModelConfig
 
 SIZE = 900
 SHARDS = 12
@@ -27,7 +31,7 @@ SHARDS = 12
 def mixture(tmp_path_factory):
     """Text in several shards: every file is one."""
     folder = tmp_path_factory.mktemp("text")
-    texts = [document.text for document in python_docs.documents()]
+    texts = [document.text for document in python_documents()]
     for i in range(SHARDS):
         lines = [json.dumps({"text": text}) + "\n" for text in texts[i : 60 + i : SHARDS]]
         with gzip.open(folder / f"train-{i:05d}-of-{SHARDS:05d}.jsonl.gz", "wt") as file:
@@ -57,19 +61,19 @@ def contents(folder):
 
 def test_the_files_do_not_depend_on_who_writes_them(mixture, words, tmp_path):
     data = DataConfig(mixture=mixture)
-    manifest = pack(data, words, tmp_path / "one", workers=1)
-    pack(data, words, tmp_path / "two", workers=2)
+    manifest = build_token_store(data, words, tmp_path / "one", workers=1)
+    build_token_store(data, words, tmp_path / "two", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     train = next(iter(manifest["sources"].values()))["train"]
     assert len(train["shards"]) == SHARDS and train["documents"] == 60 and not train["left_out"]
     before = contents(tmp_path / "one")
-    assert pack(data, words, tmp_path / "one", workers=1) == manifest  # done already
+    assert build_token_store(data, words, tmp_path / "one", workers=1) == manifest  # done already
     assert contents(tmp_path / "one") == before
 
 
 def test_rows_run_across_shards(mixture, words, tmp_path):
-    pack(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
-    opened = store.TokenStore(tmp_path / "store")
+    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+    opened = TokenStore(tmp_path / "store")
     (name,) = opened.documents()
     tokens = opened.tokens(name, "train")
     folder = tmp_path / "store" / name / "train"
@@ -107,7 +111,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_killed_and_continued_gives_the_same_files(mixture, words, tmp_path):
-    pack(DataConfig(mixture=mixture), words, tmp_path / "whole", workers=1)
+    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "whole", workers=1)
     config = tmp_path / "config.py"
     config.write_text(
         "from switch_jax.config import defaults\n"
@@ -142,15 +146,17 @@ def test_what_is_in_the_way_is_left_alone(mixture, words, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is no packed text; choose another --output"):
-        pack(data, words, tmp_path / "mine", workers=1)
+        build_token_store(data, words, tmp_path / "mine", workers=1)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
-    pack(data, words, tmp_path / "store", workers=1)
+    build_token_store(data, words, tmp_path / "store", workers=1)
     with pytest.raises(UserError, match="holds other packed text"):
-        pack(DataConfig(mixture=mixture), Bytes(), tmp_path / "store", workers=1)
+        build_token_store(
+            DataConfig(mixture=mixture), ByteVocabulary(), tmp_path / "store", workers=1
+        )
     (tmp_path / "store" / "manifest.json").unlink()
     (tmp_path / "store" / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="incomplete pack of other text"):
-        pack(data, words, tmp_path / "store", workers=1)
+        build_token_store(data, words, tmp_path / "store", workers=1)
 
 
 def test_of_two_packs_one_is_refused(mixture, words, tmp_path):
@@ -158,8 +164,8 @@ def test_of_two_packs_one_is_refused(mixture, words, tmp_path):
     with open(tmp_path / "store" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another process packs into"):
-            pack(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
-    pack(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+            build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
     assert not (tmp_path / "store" / ".lock").exists()
 
 
@@ -170,7 +176,7 @@ from switch_jax.data import pack, sources
 def main():
     sources._SHARD_BYTES = 1
     from switch_jax.data.vocabulary import Bytes
-    from switch_jax.schema import DataConfig
+    from switch_jax.config import DataConfig
     pack.pack(DataConfig(mixture=sys.argv[1]), Bytes(), pack.Path(sys.argv[2]), workers=2)
 
 if __name__ == "__main__":
@@ -202,7 +208,7 @@ def test_changed_text_is_packed_anew(words, tmp_path, monkeypatch):
         (tmp_path / "mine.txt").write_text("\n\n".join([f"{letter} word {i}" for i in range(400)]))
         os.utime(tmp_path / "mine.txt", (ord(letter), ord(letter)))
         data = DataConfig(mixture=str(tmp_path / "mine.txt"))
-        opened.append(stores.open_store(data, words).fingerprint("mine", "train"))
+        opened.append(open_store(data, words).fingerprint("mine", "train"))
     assert opened[0] != opened[1]
 
 
@@ -210,19 +216,19 @@ def test_records_of_a_source_without_validation_are_counted_once(words, tmp_path
     lines = [json.dumps({"text": f"text {i}"}) for i in range(300)]
     (tmp_path / "mine.jsonl").write_text("\n".join([*lines, "{", "{"]))
     data = DataConfig(mixture=str(tmp_path / "mine.jsonl"))
-    manifest = pack(data, words, tmp_path / "store", workers=1)
+    manifest = build_token_store(data, words, tmp_path / "store", workers=1)
     assert manifest["left_out"] == {"not a JSON object": 2}
 
 
 def test_bad_records_are_counted_in_the_manifest_and_said(words, tmp_path, capfd):
-    good = [document.text[:300] for document in python_docs.documents()[:20]]
+    good = [document.text[:300] for document in python_documents()[:20]]
     lines = [json.dumps({"text": text}) for text in good]
     lines[3:3] = ['{"no": 1}', '{"text": "  "}', "{"]
     (tmp_path / "part-00000-of-00003.jsonl").write_text("\n".join(lines))
     compressed = gzip.compress("\n".join(lines).encode())
     (tmp_path / "part-00002-of-00003.jsonl.gz").write_bytes(compressed[: len(compressed) // 2])
     data = DataConfig(mixture=f"{tmp_path}/part-*")
-    manifest = pack(data, words, tmp_path / "store", workers=2)
+    manifest = build_token_store(data, words, tmp_path / "store", workers=2)
     told = capfd.readouterr().err
     assert told.count("left out") == 1
     assert set(manifest["left_out"]) == {
@@ -230,16 +236,16 @@ def test_bad_records_are_counted_in_the_manifest_and_said(words, tmp_path, capfd
         "missing or unreadable",
     }
     assert "part-00001-of-00003" in told and "part-00000-of-00003.jsonl, line 4" in told
-    tokens = store.TokenStore(tmp_path / "store").documents()["part"]
+    tokens = TokenStore(tmp_path / "store").documents()["part"]
     assert 20 <= tokens < 40
     with pytest.raises(UserError, match=r"set data\.on_bad_record=skip"):
         strict = DataConfig(mixture=f"{tmp_path}/part-*", on_bad_record="error")
-        pack(strict, words, tmp_path / "strict", workers=2)
+        build_token_store(strict, words, tmp_path / "strict", workers=2)
 
 
 @pytest.fixture
 def packed(mixture, words, tmp_path):
-    pack(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
     return tmp_path / "store"
 
 
@@ -276,9 +282,9 @@ def test_a_named_store_must_be_there_and_of_the_vocabulary(packed, tmp_path):
 
 
 def test_too_much_text_is_not_packed_unasked(mixture, words, monkeypatch):
-    monkeypatch.setattr(stores, "_PACKED_UNASKED", 1000)
+    monkeypatch.setattr(open, "_PACKED_UNASKED", 1000)
     with pytest.raises(UserError, match=r"GiB of text; pack it once with `switch-jax data pack`"):
-        stores.open_store(DataConfig(mixture=mixture), words)
+        open_store(DataConfig(mixture=mixture), words)
 
 
 def test_only_the_sources_of_the_mixture_are_read(words, tmp_path):
@@ -288,7 +294,7 @@ def test_only_the_sources_of_the_mixture_are_read(words, tmp_path):
         parts.append(f"{tmp_path}/{name}/{{split}}.jsonl")
         for split in ("train", "validation"):
             os.rename(tmp_path / name / f"text-{split}.jsonl", tmp_path / name / f"{split}.jsonl")
-    pack(DataConfig(mixture=",".join(parts)), words, tmp_path / "store", workers=1)
+    build_token_store(DataConfig(mixture=",".join(parts)), words, tmp_path / "store", workers=1)
     settings = Config(
         model=ModelConfig(vocab_size=SIZE),
         data=DataConfig(

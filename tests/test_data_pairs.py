@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import tasks as miniature
 
-from switch_jax.data import catalog, open_batches, open_each, open_examples, records
-from switch_jax.data.bad_records import BadRecords
-from switch_jax.data.downstream import TASKS, own
+from switch_jax.config.schema import Config, DataConfig, ModelConfig
+from switch_jax.data import open_batches, open_each, open_examples
+from switch_jax.data.catalog import find_source, source_name
+from switch_jax.data.finetuning.tasks import TASKS, custom_task
+from switch_jax.data.sources.bad_records import BadRecords
+from switch_jax.data.sources.record_files import read_records
 from switch_jax.errors import UserError
-from switch_jax.schema import Config, DataConfig, ModelConfig
 
 # Of every shape that records have: labels, floats, lists, and fields within fields.
 SHAPES = (
@@ -26,7 +28,7 @@ def records_of(task):
 
 
 def examples(spec, data_dir, split):
-    [source] = catalog.find(spec, str(data_dir))
+    [source] = find_source(spec, str(data_dir))
     return list(source.examples(split, BadRecords("error")))
 
 
@@ -168,7 +170,7 @@ def test_lines_that_cannot_be_read_are_left_out_or_refused(tmp_path):
     spec = f"pairs:{tmp_path}/{{split}}.jsonl"
     with pytest.raises(UserError, match=r"train\.jsonl, line 5"):
         open_batches(config(spec, on_bad_record="error"), "train")
-    assert len(open_examples(config(spec))[catalog.name_of(spec)]) == 4
+    assert len(open_examples(config(spec))[source_name(spec)]) == 4
 
 
 @pytest.mark.parametrize("label", ["true", "1", "1.0", '"1"', '"acceptable"'])
@@ -178,7 +180,7 @@ def test_labels_are_as_tables_and_json_have_them(tmp_path, label):
         f'{{"sentence": "It is.", "label": {label}}}\n{{"sentence": "", "label": null}}'
     )
     task = TASKS["glue.cola"]
-    known, unknown = records.records(str(path), task.schema, BadRecords("error"))
+    known, unknown = read_records(str(path), task.schema, BadRecords("error"))
     assert task.format(known, True)[0].answer == "acceptable"
     assert task.format(unknown, True)[0].answer is None
 
@@ -189,22 +191,18 @@ def test_a_list_that_is_no_json_is_told(tmp_path):
     with pytest.raises(
         UserError, match=r"'answers' is \"\['a', 'b'\]\" and must be a list, as in JSON"
     ):
-        list(
-            records.records(
-                str(path), TASKS["closed_book.web_questions"].schema, BadRecords("skip")
-            )
-        )
+        list(read_records(str(path), TASKS["closed_book.web_questions"].schema, BadRecords("skip")))
 
 
 def test_long_texts_and_halves_of_characters(tmp_path):
     long = [{"inputs": "x" * 200_000, "targets": "1"}, {"inputs": "y", "targets": "2"}]
     miniature.write_tsv(tmp_path / "long.tsv", long)
-    schema, bad = own("pairs.x").schema, BadRecords("skip")
-    assert list(records.records(str(tmp_path / "long.tsv"), schema, bad)) == long
+    schema, bad = custom_task("pairs.x").schema, BadRecords("skip")
+    assert list(read_records(str(tmp_path / "long.tsv"), schema, bad)) == long
     (tmp_path / "half.jsonl").write_text(
         '{"inputs": "\\ud83d", "targets": "1"}\n{"inputs": "\\ud83d\\ude00", "targets": "2"}\n'
     )
-    [kept] = records.records(str(tmp_path / "half.jsonl"), schema, bad)
+    [kept] = read_records(str(tmp_path / "half.jsonl"), schema, bad)
     assert kept == {"inputs": "😀", "targets": "2"} and sum(bad.counts.values()) == 1
 
 
@@ -221,5 +219,5 @@ def test_a_split_in_two_formats_is_refused_and_other_files_are_left_alone(tmp_pa
 
 
 def test_own_pairs_are_called_after_their_files():
-    assert catalog.name_of("pairs:/data/my-task/{split}.jsonl") == "pairs.my_task"
-    assert own("pairs.my_task").num_examples is None
+    assert source_name("pairs:/data/my-task/{split}.jsonl") == "pairs.my_task"
+    assert custom_task("pairs.my_task").num_examples is None

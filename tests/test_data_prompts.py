@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from switch_jax.data import downstream, prompts
-from switch_jax.data.downstream import MIXTURES, TASKS, Rows
-from switch_jax.data.prompts import Example
+from switch_jax.data.finetuning import tasks
+from switch_jax.data.finetuning.prompts import UNKNOWN, Example
+from switch_jax.data.finetuning.tasks import (
+    MIXTURES,
+    TASKS,
+    Rows,
+    TaskMixture,
+    find_task_or_mixture,
+)
 from switch_jax.errors import UserError
-from switch_jax.metrics import METRICS
+from switch_jax.evaluation.task_metrics import METRICS
 
 GOLDEN = collections.defaultdict(list)
 for case in json.loads((Path(__file__).parent / "golden" / "t5_tasks.json").read_text()):
@@ -47,10 +53,10 @@ def made_up(schema, name="text"):
         case dict():
             return {field: made_up(schema[field], field) for field in schema}
         case list():
-            return [made_up(schema[0], name)] * 2 if schema != [downstream.LABEL] else [0, 1]
+            return [made_up(schema[0], name)] * 2 if schema != [tasks.LABEL] else [0, 1]
     if schema is str:
         return "he" if name in ("span2_text", "pronoun") else f"he said {name}."
-    return 1 if schema in (int, downstream.LABEL) else 2.6
+    return 1 if schema in (int, tasks.LABEL) else 2.6
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -63,13 +69,13 @@ def test_every_task_formats_a_record_of_its_schema(task, training):
     assert len(examples) == (2 if task.name == "super_glue.record" and training else 1)
     for example in examples:
         assert isinstance(example, Example) and example.answer is not None
-        assert prompts.UNKNOWN not in example.targets
+        assert UNKNOWN not in example.targets
         assert json.loads(json.dumps(example.answer))
 
 
 def test_fields_and_classes_are_those_of_tfds(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
-    kinds = {str: "string", int: "int", float: "float", downstream.LABEL: "int"}
+    kinds = {str: "string", int: "int", float: "float", tasks.LABEL: "int"}
 
     def agrees(schema, info):
         if isinstance(schema, dict):
@@ -253,13 +259,11 @@ def test_a_pronoun_that_is_elsewhere_is_refused():
 
 
 def test_a_task_is_a_mixture_of_itself():
-    mixture = downstream.find("winogrande.xl")
-    assert mixture == downstream.Mixture(
-        "winogrande.xl", {"winogrande.xl": 40_398}, (("winogrande.xl",),)
-    )
-    assert downstream.find("glue") is MIXTURES["glue"]
+    mixture = find_task_or_mixture("winogrande.xl")
+    assert mixture == TaskMixture("winogrande.xl", {"winogrande.xl": 40_398}, (("winogrande.xl",),))
+    assert find_task_or_mixture("glue") is MIXTURES["glue"]
     with pytest.raises(UserError, match=r"no fine-tuning task 'glu'; use one of glue, mnli, .*xl"):
-        downstream.find("glu")
+        find_task_or_mixture("glu")
 
 
 def test_rates_are_those_of_t5():
@@ -276,7 +280,7 @@ def test_rates_are_those_of_t5():
 
 
 def test_every_mixture_can_be_trained_and_evaluated():
-    alone = map(downstream.find, ("squad", "cnn_dailymail", "xsum", "winogrande.xl"))
+    alone = map(find_task_or_mixture, ("squad", "cnn_dailymail", "xsum", "winogrande.xl"))
     for mixture in (*MIXTURES.values(), *alone):
         for name, rate in mixture.rates.items():
             assert (rate > 0) == ("train" in TASKS[name].splits)

@@ -12,7 +12,7 @@ import runs
 from conftest import share
 from feeder import digests
 
-from switch_jax import config as config_lib
+from switch_jax.config.load import load_config
 from switch_jax.data import open_batches
 
 FEEDER = str(Path(__file__).parent / "feeder.py")
@@ -88,7 +88,7 @@ def test_killed_feeds_go_on_with_the_next_batch(configs, tmp_path, reader, befor
     for process in feed(spec, tmp_path / "after", after, last, position):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err or out
-    config = config_lib.load(spec)
+    config = load_config(spec)
     whole = [open_batches(config, "train", share(i, before)) for i in range(before)]
     expected = [
         [row for batch in batches for row in digests(batch)]

@@ -5,19 +5,24 @@ import pytest
 import runs
 from conftest import share
 
-from switch_jax.data import open_batches, open_vocabulary, packing, python_docs, spans, stores
-from switch_jax.data.batch import FEATURES, PACKED_FEATURES, Feed, feature_shapes
+from switch_jax.config.schema import Config, DataConfig, ModelConfig
+from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data.batch import FEATURES, PACKED_FEATURES, ProcessRows, feature_shapes
 from switch_jax.data.peek import peek
-from switch_jax.data.sources import SPLITS
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.source import SPLITS
+from switch_jax.data.span_corruption import corrupted_lengths, span_lengths
+from switch_jax.data.token_store.open import open_store
+from switch_jax.data.token_store.sequence_packing import plan_rows
+from switch_jax.data.vocabulary import EOS
 from switch_jax.errors import UserError
-from switch_jax.schema import Config, DataConfig, ModelConfig
 
 SIZE = 900
 
 
 @pytest.fixture(scope="module")
 def texts():
-    documents = [document.text for document in python_docs.documents()]
+    documents = [document.text for document in python_documents()]
     # Short and long ones, so that packing has something to do.
     short = [text[: 40 + 17 * i] for i, text in enumerate(documents[12:30])]
     return {"train": documents[:12] + short, "validation": documents[40:41]}
@@ -43,7 +48,7 @@ def same(a, b):
 
 def stored(split="train"):
     """The tokens of a split."""
-    return stores.open_store(config().data, open_vocabulary(config())).tokens("text", split)
+    return open_store(config().data, open_vocabulary(config())).tokens("text", split)
 
 
 def whole(tokens):
@@ -53,7 +58,7 @@ def whole(tokens):
 def uncorrupted(inputs, targets):
     """The tokens of one corrupted sequence, sentinels resolved and EOS removed."""
     first = open_vocabulary(config()).sentinel(0)
-    assert inputs[-1] == targets[-1] == spans.EOS
+    assert inputs[-1] == targets[-1] == EOS
     cuts, current = {}, None
     for token in targets[:-1]:
         if token > first - 100:
@@ -128,7 +133,7 @@ def test_synthetic_batches_have_no_padding_and_two_segments():
 
 def test_every_chunk_comes_once_an_epoch_in_another_order():
     tokens = whole(stored())
-    length = spans.span_lengths(64, 20).tokens
+    length = span_lengths(64, 20).tokens
     chunks = len(tokens) // length
     it = open_batches(config(batch_size=chunks), "train")
     expected = sorted(map(tuple, tokens[: chunks * length].reshape(chunks, length).tolist()))
@@ -138,7 +143,7 @@ def test_every_chunk_comes_once_an_epoch_in_another_order():
 
 
 def test_an_epoch_corrupts_anew():
-    chunks = len(stored()) // spans.span_lengths(64, 20).tokens
+    chunks = len(stored()) // span_lengths(64, 20).tokens
     it = open_batches(config(batch_size=chunks), "train")
     first, second = (set(map(tuple, next(it)["encoder_input_tokens"].tolist())) for _ in range(2))
     assert len(first & second) < 0.05 * chunks
@@ -157,7 +162,7 @@ def test_processes_share_the_same_global_batch(reader, pack):
 
 def test_a_feed_need_not_be_neighbours():
     batch = next(open_batches(config(), "train"))
-    part = next(open_batches(config(), "train", Feed(4, (1, 3), 1, 2)))
+    part = next(open_batches(config(), "train", ProcessRows(4, (1, 3), 1, 2)))
     assert same(part, {name: rows[[2, 3, 6, 7]] for name, rows in batch.items()})
 
 
@@ -192,13 +197,13 @@ def test_positions_in_other_data_are_refused(tmp_path):
 
 @pytest.mark.parametrize("targets_length", [14, 45])
 def test_packing_loses_nothing_and_keeps_documents_apart(targets_length):
-    opened, tokens, length = stored(), whole(stored()), spans.span_lengths(64, 20).tokens
+    opened, tokens, length = stored(), whole(stored()), span_lengths(64, 20).tokens
     pieces = [
         tuple(tokens[i : min(i + length, end)].tolist())
         for begin, end in zip(opened.offsets, opened.offsets[1:])
         for i in range(begin, end, length)
     ]
-    plan = packing.plan(opened.offsets, 64, targets_length)
+    plan = plan_rows(opened.offsets, 64, targets_length)
     rows = len(plan.row_offsets) - 1
     assert rows < len(pieces)
     batch = next(
@@ -225,7 +230,7 @@ def test_packing_loses_nothing_and_keeps_documents_apart(targets_length):
 
 def test_longer_targets_are_padding_without_weight():
     batch = next(open_batches(config(targets_length=33), "train"))
-    needed = spans.span_lengths(64, 33).targets
+    needed = span_lengths(64, 33).targets
     assert (batch["decoder_loss_weights"] == (np.arange(33) < needed)).all()
     assert not batch["decoder_target_tokens"][:, needed:].any()
 
@@ -247,7 +252,7 @@ def test_a_split_shorter_than_a_row_is_one_short_row():
     longer = len(stored("validation")) + 100
     long = config(inputs_length=longer, targets_length=longer, batch_size=2)
     batch = next(open_batches(long, "validation"))
-    lengths = spans.corrupted_lengths(len(stored("validation")))
+    lengths = corrupted_lengths(len(stored("validation")))
     assert ((batch["encoder_input_tokens"] > 0).sum(1) == lengths.inputs).all()
     assert (batch["decoder_loss_weights"].sum(1) == lengths.targets).all()
     assert (batch["encoder_input_tokens"][0] != batch["encoder_input_tokens"][1]).any()

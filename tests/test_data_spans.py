@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switch_jax.data import counter, spans
+from switch_jax.data.counter_rng import permute
+from switch_jax.data.span_corruption import (
+    _partitions,
+    corrupt_spans,
+    corrupted_lengths,
+    noise_and_spans,
+    noise_mask,
+    span_lengths,
+)
+from switch_jax.data.vocabulary import EOS
 from switch_jax.errors import UserError
 
 FIRST_SENTINEL = 31_999
@@ -20,26 +29,26 @@ FIRST_SENTINEL = 31_999
     [(512, 568, 114), (128, 141, 29), (256, 284, 58), (1024, 1137, 229), (2048, 2274, 456)],
 )
 def test_lengths_are_those_of_t5(inputs, tokens, targets):
-    assert spans.span_lengths(inputs, targets) == (tokens, inputs, targets)
+    assert span_lengths(inputs, targets) == (tokens, inputs, targets)
 
 
 def test_counts_are_those_of_t5():
     counted = np.load(Path(__file__).parent / "golden" / "t5_span_corruption.npz")["span_counts"]
-    assert [spans.noise_and_spans(n) for n in range(2, 3001)] == list(map(tuple, counted[1:]))
+    assert [noise_and_spans(n) for n in range(2, 3001)] == list(map(tuple, counted[1:]))
 
 
 def test_a_longer_text_would_not_fit():
     for inputs in range(3, 300):
-        lengths = spans.span_lengths(inputs, 1000)
-        assert lengths.inputs <= inputs < spans.corrupted_lengths(lengths.tokens + 1).inputs
-        assert lengths == spans.corrupted_lengths(lengths.tokens)
+        lengths = span_lengths(inputs, 1000)
+        assert lengths.inputs <= inputs < corrupted_lengths(lengths.tokens + 1).inputs
+        assert lengths == corrupted_lengths(lengths.tokens)
 
 
 def test_lengths_that_cannot_be_say_what_would():
     with pytest.raises(UserError, match=r"data\.targets_length=113 .* needs 114"):
-        spans.span_lengths(512, 113)
+        span_lengths(512, 113)
     with pytest.raises(UserError, match=r"data\.inputs_length must be at least 3"):
-        spans.span_lengths(2, 10)
+        span_lengths(2, 10)
 
 
 def uncorrupted(inputs, targets, num_sentinels):
@@ -67,41 +76,41 @@ def uncorrupted(inputs, targets, num_sentinels):
 def test_corruption_can_be_undone_and_counts_are_exact(length, rows, seed, first):
     examples = first + np.arange(rows)
     tokens = np.random.default_rng(seed).integers(3, 30_000, (rows, length)).astype(np.uint16)
-    inputs, targets = spans.corrupt(tokens, seed, examples, FIRST_SENTINEL)
-    noise, count = spans.noise_and_spans(length)
+    inputs, targets = corrupt_spans(tokens, seed, examples, FIRST_SENTINEL)
+    noise, count = noise_and_spans(length)
     assert inputs.dtype == targets.dtype == np.int32
-    assert (length, inputs.shape[1], targets.shape[1]) == spans.corrupted_lengths(length)
+    assert (length, inputs.shape[1], targets.shape[1]) == corrupted_lengths(length)
     assert abs(noise - min(max(0.15 * length, 1), length - 1)) <= 0.51
-    mask = spans.noise_mask(length, seed, examples)
+    mask = noise_mask(length, seed, examples)
     assert (mask.sum(1) == noise).all()
     assert not mask[:, 0].any()  # a kept span comes first
     assert ((np.diff(mask.astype(int), axis=1) == 1).sum(1) == count).all()
     for row in range(rows):
-        assert inputs[row, -1] == targets[row, -1] == spans.EOS
+        assert inputs[row, -1] == targets[row, -1] == EOS
         assert targets[row, 0] == FIRST_SENTINEL
         restored, left = uncorrupted(inputs[row].tolist(), targets[row].tolist(), count)
         assert restored == tokens[row].tolist() and not left
 
 
 def test_one_token_is_kept():
-    inputs, targets = spans.corrupt(np.array([[7]]), 0, np.array([0]), FIRST_SENTINEL)
-    assert inputs.tolist() == [[7, spans.EOS]]
-    assert targets.tolist() == [[FIRST_SENTINEL, spans.EOS]]
-    assert spans.corrupted_lengths(1) == (1, 2, 2)
+    inputs, targets = corrupt_spans(np.array([[7]]), 0, np.array([0]), FIRST_SENTINEL)
+    assert inputs.tolist() == [[7, EOS]]
+    assert targets.tolist() == [[FIRST_SENTINEL, EOS]]
+    assert corrupted_lengths(1) == (1, 2, 2)
 
 
 def test_a_row_depends_on_seed_and_number_only():
-    masks = spans.noise_mask(100, 3, np.arange(50))
+    masks = noise_mask(100, 3, np.arange(50))
     shuffled = np.random.default_rng(0).permutation(50)
-    assert (spans.noise_mask(100, 3, shuffled) == masks[shuffled]).all()
-    assert (spans.noise_mask(100, 4, np.arange(50)) != masks).any(1).mean() > 0.95
+    assert (noise_mask(100, 3, shuffled) == masks[shuffled]).all()
+    assert (noise_mask(100, 4, np.arange(50)) != masks).any(1).mean() > 0.95
     assert len(np.unique(masks, axis=0)) == 50
 
 
 def test_all_placements_are_equally_likely():
     length, rows = 37, 60_000
-    assert spans.noise_and_spans(length) == (6, 2)
-    mask = spans.noise_mask(length, 0, np.arange(rows))
+    assert noise_and_spans(length) == (6, 2)
+    mask = noise_mask(length, 0, np.arange(rows))
     first_kept = mask.argmax(1)
     first_noise = (~mask[np.arange(rows)[:, None], (first_kept[:, None] + np.arange(7))]).argmax(1)
     counts = np.zeros((30, 5))
@@ -115,7 +124,7 @@ def test_all_placements_are_equally_likely():
 def test_partitions_are_uniform(total, parts):
     rows = 30_000
     drawn = collections.Counter(
-        map(tuple, spans._partitions(total, parts, 1, np.arange(rows), stream=0).tolist())
+        map(tuple, _partitions(total, parts, 1, np.arange(rows), stream=0).tolist())
     )
     possible = [p for p in itertools.product(range(1, total + 1), repeat=parts) if sum(p) == total]
     assert set(drawn) == set(possible)
@@ -126,14 +135,14 @@ def test_partitions_are_uniform(total, parts):
 @settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 10**6))
 def test_permuted_is_a_bijection(size, seed, epoch):
-    image = counter.permuted(np.arange(size), size, seed, epoch)
+    image = permute(np.arange(size), size, seed, epoch)
     assert (np.sort(image) == np.arange(size)).all()
 
 
 def test_permutations_mix_and_differ_between_epochs_and_seeds():
     size = 5000
-    image = counter.permuted(np.arange(size), size, 0, 0)
+    image = permute(np.arange(size), size, 0, 0)
     assert abs(np.corrcoef(np.arange(size), image)[0, 1]) < 0.06
     assert (np.diff(image) == 1).sum() < 10
-    for other in (counter.permuted(np.arange(size), size, *key) for key in ((0, 1), (1, 0))):
+    for other in (permute(np.arange(size), size, *key) for key in ((0, 1), (1, 0))):
         assert (other == image).sum() < 10

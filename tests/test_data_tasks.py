@@ -7,10 +7,13 @@ import pytest
 import runs
 from conftest import share
 
-from switch_jax.data import open_batches, open_each, open_vocabulary, python_docs, spans
+from switch_jax.config.schema import Config, DataConfig, ModelConfig
+from switch_jax.data import open_batches, open_each, open_vocabulary
 from switch_jax.data.batch import feature_shapes
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.span_corruption import noise_and_spans, span_lengths
+from switch_jax.data.vocabulary import EOS
 from switch_jax.errors import UserError
-from switch_jax.schema import Config, DataConfig, ModelConfig
 
 SIZE = 900
 
@@ -22,7 +25,7 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "t5_span_corruption.npz")
 
 @pytest.fixture(scope="module", autouse=True)
 def text(tmp_path_factory):
-    documents = [document.text for document in python_docs.documents()]
+    documents = [document.text for document in python_documents()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         folder = tmp_path_factory.mktemp("text")
@@ -59,7 +62,7 @@ def as_dataset(documents):
 
 
 def test_masks_are_t5s_to_the_bit():
-    from switch_jax.data.tasks import noise_mask
+    from switch_jax.data.seqio_reader import noise_mask
 
     masks = golden("spans/masks")
     assert len(masks) > 50
@@ -69,7 +72,7 @@ def test_masks_are_t5s_to_the_bit():
 
 @pytest.mark.parametrize("case, seed", [("spans", 0), ("chain", 7)])
 def test_corruption_is_t5s_to_the_token(case, seed):
-    from switch_jax.data.tasks import corrupt
+    from switch_jax.data.seqio_reader import corrupt
 
     feature = seqio.Feature(seqio.PassThroughVocabulary(32_100))
     features = {"inputs": feature, "targets": feature}
@@ -85,14 +88,14 @@ def test_corruption_is_t5s_to_the_token(case, seed):
 
 
 def test_documents_are_cut_as_t5_does():
-    from switch_jax.data import tasks
+    from switch_jax.data.seqio_reader import cut, join, select_random_chunk
 
     documents = golden("chain/documents")
     assert max(map(len, documents)) > 65_536 and min(map(len, documents)) == 0
     with seqio.map_seed_manager(3):
-        chunks = tasks.select_random_chunk(as_dataset(documents))
+        chunks = select_random_chunk(as_dataset(documents))
     lengths = {"inputs": 512, "targets": 114}
-    pieces = list(tasks.cut(tasks.join(chunks), lengths))
+    pieces = list(cut(join(chunks), lengths))
     expected = golden("chain/segments")
     assert len(pieces) == len(expected)
     for piece, row in zip(pieces, expected):
@@ -121,8 +124,8 @@ def test_batches_have_the_format_of_the_store(pack):
 def test_corruption_is_equal_in_distribution_to_the_store():
     """Full rows have the same counts; each span's length, kept or cut, has the same mean."""
     first = open_vocabulary(config()).sentinel(0)
-    lengths = spans.span_lengths(64, 20)
-    noise, count = spans.noise_and_spans(lengths.tokens)
+    lengths = span_lengths(64, 20)
+    noise, count = noise_and_spans(lengths.tokens)
     sizes = {}
     for reader in ("seqio", "store"):
         batches = take(open_batches(config(reader=reader, batch_size=64, seed=1), "train"), 12)
@@ -135,7 +138,7 @@ def test_corruption_is_equal_in_distribution_to_the_store():
             assert (np.take_along_axis(side, marks, 1) == first - np.arange(count)).all()
             sizes[name, reader] = np.diff(marks, axis=1) - 1
         assert ((targets[full] > 0).sum(1) == noise + count + 1).all()
-        assert (targets[full, lengths.targets - 1] == spans.EOS).all()
+        assert (targets[full, lengths.targets - 1] == EOS).all()
     for name in ("kept", "cut"):
         a, b = sizes[name, "seqio"], sizes[name, "store"]
         error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
@@ -194,7 +197,7 @@ def test_bytes_are_streamed_as_they_are_packed():
     vocabulary = open_vocabulary(c)
     assert streamed.max() == vocabulary.sentinel(0) == 358
     words = vocabulary.decode(streamed[0][streamed[0] > 0])
-    document = python_docs.documents()[30].text
+    document = python_documents()[30].text
     assert all(part.strip() in document[:80] for part in words.split("<extra_id_")[0:1])
 
 

@@ -8,17 +8,20 @@ import pytest
 import runs
 import sentencepiece
 
-from switch_jax.data import mixture, open_vocabulary, python_docs, vocabularies, vocabulary
-from switch_jax.data.vocabulary import Bytes, read
+from switch_jax.config.schema import Config, DataConfig, ModelConfig
+from switch_jax.data import open_vocabulary, vocabulary, vocabulary_builder
+from switch_jax.data.mixture import find_sources
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.vocabulary import FILE_NAME, PAD, UNK, ByteVocabulary, read_vocabulary
+from switch_jax.data.vocabulary_builder import sample_texts, train_vocabulary
 from switch_jax.errors import UserError
-from switch_jax.schema import Config, DataConfig, ModelConfig
 
 SIZE = 900
 
 
 @pytest.fixture(scope="module")
 def texts():
-    return [document.text for document in python_docs.documents()[:15]]
+    return [document.text for document in python_documents()[:15]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +43,7 @@ def test_ids_are_those_of_t5():
     assert v.size == SIZE
     assert (v.sentinel(0), v.sentinel(99)) == (SIZE - 1, SIZE - 100)
     assert v.encode("<extra_id_0><extra_id_99>") == [SIZE - 1, SIZE - 100]
-    assert vocabulary.PAD == 0 and vocabulary.EOS == 1 and vocabulary.UNK == 2
+    assert PAD == 0 and vocabulary.EOS == 1 and UNK == 2
     assert max(v.encode("any text at all")) < SIZE - 100
 
 
@@ -74,11 +77,15 @@ def test_padding_eos_and_ids_past_the_end_decode_to_nothing():
 
 def test_training_is_deterministic(tmp_path, texts):
     for name in "ab":
-        vocabularies.train(texts, tmp_path / name, SIZE)
+        train_vocabulary(texts, tmp_path / name, SIZE)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert read(tmp_path / "a").fingerprint == read(tmp_path / "b").fingerprint
-    vocabularies.train(texts, tmp_path / "c", SIZE + 1)
-    assert read(tmp_path / "c").fingerprint != read(tmp_path / "a").fingerprint
+    assert (
+        read_vocabulary(tmp_path / "a").fingerprint == read_vocabulary(tmp_path / "b").fingerprint
+    )
+    train_vocabulary(texts, tmp_path / "c", SIZE + 1)
+    assert (
+        read_vocabulary(tmp_path / "c").fingerprint != read_vocabulary(tmp_path / "a").fingerprint
+    )
 
 
 def test_first_use_trains_with_one_line_and_later_uses_are_silent(capfd):
@@ -97,7 +104,7 @@ def test_t5_sizes_leave_the_padding_of_the_embeddings_free(monkeypatch):
         sizes.append(size)
         path.write_bytes(open_vocabulary(config()).content)
 
-    monkeypatch.setattr(vocabularies, "train", train)
+    monkeypatch.setattr(vocabulary_builder, "train_vocabulary", train)
     for vocab_size in (32128, 250112, 4096):
         open_vocabulary(config(vocab_size))
     assert sizes == [32100, 250100, 4096]
@@ -105,15 +112,15 @@ def test_t5_sizes_leave_the_padding_of_the_embeddings_free(monkeypatch):
 
 def test_too_few_ids_are_told_the_least_that_will_do(tmp_path, texts):
     with pytest.raises(UserError, match=r"set model\.vocab_size to at least (\d+)") as caught:
-        vocabularies.train(texts, tmp_path / "v", 200)
+        train_vocabulary(texts, tmp_path / "v", 200)
     least = int(re.search(r"at least (\d+)", str(caught.value))[1])
-    vocabularies.train(texts, tmp_path / "v", least)
-    assert read(tmp_path / "v").size == least
+    train_vocabulary(texts, tmp_path / "v", least)
+    assert read_vocabulary(tmp_path / "v").size == least
 
 
 def test_more_ids_than_the_text_has_pieces_give_a_smaller_vocabulary(tmp_path):
-    vocabularies.train(["to be or not to be"], tmp_path / "v", 4000)
-    assert 356 < read(tmp_path / "v").size < 500
+    train_vocabulary(["to be or not to be"], tmp_path / "v", 4000)
+    assert 356 < read_vocabulary(tmp_path / "v").size < 500
 
 
 def test_a_vocabulary_must_fit_the_model():
@@ -128,7 +135,7 @@ def test_files_that_will_not_do_are_named(tmp_path, texts):
         open_vocabulary(config(vocabulary=str(tmp_path / "no.model")))
     (tmp_path / "text").write_text("not a model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
-        read(tmp_path / "text")
+        read_vocabulary(tmp_path / "text")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts[0].splitlines()),
@@ -139,12 +146,12 @@ def test_files_that_will_not_do_are_named(tmp_path, texts):
     )
     (tmp_path / "other").write_bytes(model.getvalue())
     with pytest.raises(UserError, match=r"at \(-1, 2, 0\), not at \(0, 1, 2\)"):
-        read(tmp_path / "other")
+        read_vocabulary(tmp_path / "other")
 
 
 def test_packed_text_brings_its_vocabulary(tmp_path):
     own = open_vocabulary(config())
-    (tmp_path / vocabulary.FILE_NAME).write_bytes(own.content)
+    (tmp_path / FILE_NAME).write_bytes(own.content)
     packed = dataclasses.replace(config().data, mixture="elsewhere", data_dir=str(tmp_path))
     opened = open_vocabulary(dataclasses.replace(config(), data=packed))
     assert opened.fingerprint == own.fingerprint
@@ -152,7 +159,7 @@ def test_packed_text_brings_its_vocabulary(tmp_path):
 
 def test_bytes_are_a_vocabulary_of_their_own(tmp_path):
     v = open_vocabulary(config(vocabulary="bytes"))
-    assert isinstance(v, Bytes) and (v.size, v.padded_size) == (359, 384)
+    assert isinstance(v, ByteVocabulary) and (v.size, v.padded_size) == (359, 384)
     text = "naïve 日本語 <extra_id_0> x"
     assert v.decode(v.encode(text)) == text
     assert v.encode("aé") == [ord("a") + 3, 0xC3 + 3, 0xA9 + 3]
@@ -160,7 +167,7 @@ def test_bytes_are_a_vocabulary_of_their_own(tmp_path):
         *("<pad>", "</s>", "a", "<0x0A>", "<extra_id_0>")
     ]
     (tmp_path / "vocabulary.model").write_bytes(v.content)
-    assert read(tmp_path / "vocabulary.model").fingerprint == v.fingerprint
+    assert read_vocabulary(tmp_path / "vocabulary.model").fingerprint == v.fingerprint
 
 
 def test_a_sample_takes_of_every_source_its_share(tmp_path, texts):
@@ -169,31 +176,34 @@ def test_a_sample_takes_of_every_source_its_share(tmp_path, texts):
         runs.write_text(tmp_path / name, train=[text] * 400)
         (tmp_path / name / "text-train.jsonl").rename(tmp_path / f"{name}.jsonl")
     data = DataConfig(mixture=f"{tmp_path}/long.jsonl=1, {tmp_path}/short.jsonl=3")
-    sources = mixture.find_sources(data)
-    sample = "".join(vocabularies.sample(data, sources, 4000))
+    sources = find_sources(data)
+    sample = "".join(sample_texts(data, sources, 4000))
     assert 1000 <= sample.count("l") <= 2000 and 2700 < sample.count("s") < 2800
-    everything = "".join(vocabularies.sample(data, sources, 10**9))
+    everything = "".join(sample_texts(data, sources, 10**9))
     assert everything.count("l") > 390_000 and everything.count("s") > 3_900
 
 
 def test_long_lines_count(tmp_path):
-    vocabularies.train(["wonderful " * 1000], tmp_path / "v", 500)
-    v = read(tmp_path / "v")
+    train_vocabulary(["wonderful " * 1000], tmp_path / "v", 500)
+    v = read_vocabulary(tmp_path / "v")
     assert len(v.encode("wonderful wonderful")) <= 4
 
 
 def test_settings_that_cannot_be_are_told(tmp_path):
     for size, coverage in ((500, 2.0), (500, float("nan")), (100, 1.0)):
         with pytest.raises(UserError, match=r"--coverage|model\.vocab_size"):
-            vocabularies.train(["to be"], tmp_path / "v", size, coverage)
+            train_vocabulary(["to be"], tmp_path / "v", size, coverage)
 
 
 def test_characters_beyond_the_coverage_are_bytes(tmp_path):
     text = ["aaaa bbbb cccc dddd " * 50 + "日"]
-    vocabularies.train(text, tmp_path / "some", 420, coverage=0.98)
-    vocabularies.train(text, tmp_path / "all", 420, coverage=1.0)
+    train_vocabulary(text, tmp_path / "some", 420, coverage=0.98)
+    train_vocabulary(text, tmp_path / "all", 420, coverage=1.0)
     pieces = [
-        [read(tmp_path / name).piece(i) for i in read(tmp_path / name).encode("日")]
+        [
+            read_vocabulary(tmp_path / name).piece(i)
+            for i in read_vocabulary(tmp_path / name).encode("日")
+        ]
         for name in ("some", "all")
     ]
     assert "<0xE6>" in pieces[0] and "日" in "".join(pieces[1])

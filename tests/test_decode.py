@@ -11,12 +11,18 @@ from conftest import tiny
 from hugging_face import reference, write_folder
 
 import switch_jax
-from switch_jax import bench, decode, search, sharding
-from switch_jax.cli import main
+from switch_jax.cli.main import main
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.distributed.sharding import batch_sharding
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
-from switch_jax.search import Options, Sequences
-from switch_jax.step import Program
+from switch_jax.inference.decoding import SamplingOptions, Sequences, beam_search
+from switch_jax.inference.fill_blanks import fill_blanks
+from switch_jax.inference.generate import bind_decoder, encode_inputs, find_sequences, generate
+from switch_jax.model.parameters import named_parameters, with_parameters
+from switch_jax.model.transformer import SwitchTransformer
+from switch_jax.performance import benchmark
+from switch_jax.performance.benchmark import _decoding
+from switch_jax.training.step import TrainProgram
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +45,8 @@ def forced_logits(model, source, target, num_sequences: int = 1):
 
     @jax.jit
     def stepwise(model):
-        encoded = decode.encode(model, source)
-        step, own = decode.bind(model, *encoded, target.shape[1], num_sequences)
+        encoded = encode_inputs(model, source)
+        step, own = bind_decoder(model, *encoded, target.shape[1], num_sequences)
 
         def body(own, position_and_token):
             position, token = position_and_token
@@ -96,7 +102,7 @@ def test_expert_choice_generates_at_its_evaluation_capacity():
     values["moe.eval_capacity_factor"] = 1.25
     model = SwitchTransformer(tiny(**values), jax.random.key(0))
     source = jax.random.randint(jax.random.key(0), (2, 16), 2, 32)
-    output = decode.generate(model, source, max_length=4)
+    output = generate(model, source, max_length=4)
     batch = np.pad(np.asarray(output), ((0, 0), (1, 0)))[:, :-1]
     logits = model(source, jnp.asarray(batch))
     first_end = np.asarray((output == 1).cumsum(-1) > 1)
@@ -108,11 +114,11 @@ def test_expert_choice_generates_at_its_evaluation_capacity():
 def test_greedy_takes_the_best_token_and_stops_at_eos(model):
     vocab_size = model.config.model.vocab_size
     source = jax.random.randint(jax.random.key(0), (3, 13), 2, vocab_size)
-    output = np.asarray(decode.generate(model, source, max_length=6))
+    output = np.asarray(generate(model, source, max_length=6))
     shifted = np.pad(output, ((0, 0), (1, 0)))[:, :-1]
     batch = {"encoder_input_tokens": source, "decoder_input_tokens": jnp.asarray(shifted)}
     logits, _ = jax.jit(lambda m, b: m.forward(b, factor=None))(model, batch)
-    ended = np.cumsum(shifted == decode.EOS, axis=1) > 0
+    ended = np.cumsum(shifted == generate.EOS, axis=1) > 0
     row = output.all(-1).argmax()
     assert output[row].all() and ended.any()
     np.testing.assert_array_equal(output, np.where(ended, 0, logits.argmax(-1)))
@@ -120,12 +126,12 @@ def test_greedy_takes_the_best_token_and_stops_at_eos(model):
     # Exchange EOS with what a row begins with: that row ends at once, and zeros follow.
     order = np.arange(vocab_size)
     first = output[row, 0]
-    order[[decode.EOS, first]] = first, decode.EOS
+    order[[generate.EOS, first]] = first, generate.EOS
     swapped = dict(named_parameters(model))
     swapped["embedding"] = model.embedding[...][order]
     renamed = with_parameters(model, {n: getattr(v, "value", v) for n, v in swapped.items()})
-    output = np.asarray(decode.generate(renamed, order[source], max_length=6))
-    np.testing.assert_array_equal(output[row], [decode.EOS, 0, 0, 0, 0, 0])
+    output = np.asarray(generate(renamed, order[source], max_length=6))
+    np.testing.assert_array_equal(output[row], [generate.EOS, 0, 0, 0, 0, 0])
 
 
 def log_probabilities(model, source, tokens):
@@ -134,13 +140,13 @@ def log_probabilities(model, source, tokens):
     shifted = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
     logp = jax.nn.log_softmax(whole_logits(model, source, shifted))
     logp = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
-    behind_end = jnp.cumsum(shifted == decode.EOS, 1) > 0
+    behind_end = jnp.cumsum(shifted == generate.EOS, 1) > 0
     return jnp.where(behind_end, 0, logp).sum(1)
 
 
 def lengths(tokens):
     """[N]: tokens up to and with EOS."""
-    return 1 + (np.cumsum(np.asarray(tokens) == decode.EOS, -1)[..., :-1] == 0).sum(-1)
+    return 1 + (np.cumsum(np.asarray(tokens) == generate.EOS, -1)[..., :-1] == 0).sum(-1)
 
 
 # Untied, so that a token is not its own likeliest successor.
@@ -161,21 +167,23 @@ def prompts(count: int, length: int = 16):
     return tokens * (np.arange(length) < rng.integers(4, length, (count, 1), endpoint=True))
 
 
-BEAMS = Options(beam_size=4, num_return=4)
-DRAWS = Options(temperature=1.5, top_k=12, num_return=2, seed=5)
+BEAMS = SamplingOptions(beam_size=4, num_return=4)
+DRAWS = SamplingOptions(temperature=1.5, top_k=12, num_return=2, seed=5)
 
 
-@pytest.mark.parametrize("options", [Options(), BEAMS, DRAWS], ids=["greedy", "beams", "draws"])
+@pytest.mark.parametrize(
+    "options", [SamplingOptions(), BEAMS, DRAWS], ids=["greedy", "beams", "draws"]
+)
 def test_scores_are_the_log_probabilities_of_what_is_found(lively, options):
     source, K = prompts(16), options.num_return
-    found = decode.find(lively, source, 7, options)
+    found = find_sequences(lively, source, 7, options)
     assert found.token_BxKxL.shape == (16, K, 7) and found.token_BxKxL.dtype == jnp.int32
     tokens = np.asarray(found.token_BxKxL).reshape(16 * K, 7)
     want = np.asarray(log_probabilities(lively, jnp.repeat(source, K, 0), tokens))
     if options.beam_size > 1:
         want = want / ((5 + lengths(tokens)) / 6) ** 0.6
     np.testing.assert_allclose(found.score_BxK.reshape(-1), want, atol=1e-5)
-    assert 0 < (tokens == decode.EOS).any(-1).mean() <= 1
+    assert 0 < (tokens == generate.EOS).any(-1).mean() <= 1
     assert len({tuple(row) for row in tokens}) > K  # not the same for every input
 
 
@@ -188,8 +196,8 @@ def test_beams_find_what_they_find_without_a_cache(lively):
         return whole_logits(lively, jnp.repeat(source, K, 0), tokens_NxL)[:, position], tokens_NxL
 
     start = jnp.zeros((6 * K, L), jnp.int32)
-    want = jax.jit(lambda s: search.beams(step, s, 0, 6, K, L, decode.EOS, 0.6))(start)
-    got = decode.find(lively, source, L, BEAMS)
+    want = jax.jit(lambda s: beam_search(step, s, 0, 6, K, L, generate.EOS, 0.6))(start)
+    got = find_sequences(lively, source, L, BEAMS)
     np.testing.assert_array_equal(got.token_BxKxL, want.token_BxKxL)
     np.testing.assert_allclose(got.score_BxK, want.score_BxK, atol=1e-5)
     best = switch_jax.generate(lively, source, max_length=L, beam_size=K)
@@ -198,14 +206,16 @@ def test_beams_find_what_they_find_without_a_cache(lively):
     assert (np.asarray(best) != np.asarray(greedy)).any()
 
 
-@pytest.mark.parametrize("options", [Options(), BEAMS, DRAWS], ids=["greedy", "beams", "draws"])
+@pytest.mark.parametrize(
+    "options", [SamplingOptions(), BEAMS, DRAWS], ids=["greedy", "beams", "draws"]
+)
 def test_a_text_does_not_depend_on_its_batch_or_its_padding(lively, options):
     """One alone, whose experts are few of a pool, and among 32, whose experts are all used."""
     source = prompts(32)
-    batch = decode.find(lively, source, 6, options)
+    batch = find_sequences(lively, source, 6, options)
     for row in (0, 17):
         longer = np.pad(source[row : row + 1], ((0, 0), (0, 24)))
-        alone = decode.find(lively, longer, 6, options, first_row=row)
+        alone = find_sequences(lively, longer, 6, options, first_row=row)
         np.testing.assert_array_equal(alone.token_BxKxL[0], batch.token_BxKxL[row])
         np.testing.assert_allclose(alone.score_BxK[0], batch.score_BxK[row], atol=1e-5)
 
@@ -223,8 +233,8 @@ def test_experts_that_choose_see_one_text_at_a_time():
     values |= {"moe.eval_capacity_factor": 1.25, "model.init_scale": 1.0}
     model = SwitchTransformer(tiny(**values), jax.random.key(0))
     source = prompts(8)
-    batch = decode.find(model, source, 2, Options())
-    alone = decode.find(model, source[5:6], 2, Options())
+    batch = find_sequences(model, source, 2, SamplingOptions())
+    alone = find_sequences(model, source[5:6], 2, SamplingOptions())
     np.testing.assert_allclose(alone.score_BxK[0], batch.score_BxK[5], atol=1e-5)
 
 
@@ -251,21 +261,21 @@ REPLICATED = {"mesh.data": 4, "mesh.model": 2}
 
 @pytest.mark.parametrize(
     "mesh, options",
-    [(SPREAD, Options()), (SPREAD, BEAMS), (SPREAD, DRAWS), (REPLICATED, BEAMS)],
+    [(SPREAD, SamplingOptions()), (SPREAD, BEAMS), (SPREAD, DRAWS), (REPLICATED, BEAMS)],
     ids=["greedy", "beams", "draws", "beams, replicated"],
 )
 def test_on_a_mesh_it_finds_what_one_device_finds(mesh, options):
     config = tiny(**mesh, **LIVELY, **{"model.num_decoder_layers": 4})
-    program = Program(config, sharding.make_mesh(config))
+    program = TrainProgram(config, make_mesh(config))
     split = program.init().params
     whole = {name: jnp.asarray(np.asarray(value)) for name, value in split.items()}
     source = prompts(8)
-    want = decode.find(program.model(whole), source, 6, options)
-    on_mesh = jax.device_put(source, sharding.batch_sharding(program.mesh))
+    want = find_sequences(program.model(whole), source, 6, options)
+    on_mesh = jax.device_put(source, batch_sharding(program.mesh))
     with jax.set_mesh(program.mesh):
-        got = decode.find(program.model(split), on_mesh, 6, options)
+        got = find_sequences(program.model(split), on_mesh, 6, options)
         with pytest.raises(UserError, match=r"3 rows .* 4 parts"):
-            decode.find(program.model(split), source[:3], 6, options)
+            find_sequences(program.model(split), source[:3], 6, options)
     assert len(got.token_BxKxL.sharding.device_set) == 8
     np.testing.assert_array_equal(got.token_BxKxL, want.token_BxKxL)
     np.testing.assert_allclose(got.score_BxK, want.score_BxK, atol=1e-5)
@@ -280,10 +290,10 @@ def test_experts_that_no_token_goes_to_are_not_copied(on_mesh):
     mask = jnp.ones((4, 8), bool)
 
     def one_step(model, encoded):
-        step, own = decode.bind(model, encoded, mask, 4, 1)
+        step, own = bind_decoder(model, encoded, mask, 4, 1)
         return step(jnp.zeros(4, jnp.int32), jnp.int32(0), own)[0]
 
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     with jax.set_mesh(mesh) if on_mesh else contextlib.nullcontext():
         compiled = jax.jit(one_step).lower(model, jnp.zeros((4, 8, 16))).compile()
     experts_of_a_block = 64 * 2 * 16 * 32 * 4  # bytes
@@ -311,12 +321,12 @@ def test_the_command_line_refuses_draws_of_beams_before_it_loads(tmp_path, capsy
 
 
 def test_bench_times_decoding(monkeypatch):
-    monkeypatch.setattr(bench, "DECODING", {"beam4_2": (2, 4)})
+    monkeypatch.setattr(benchmark, "DECODING", {"beam4_2": (2, 4)})
     config = tiny(**{"mesh.data": 1})
     dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=0))
-    mesh = sharding.make_mesh(config)
-    programs = {"sparse": Program(config, mesh), "dense": Program(dense, mesh)}
-    compared = bench._decoding(programs, 1)["beam4_2"]
+    mesh = make_mesh(config)
+    programs = {"sparse": TrainProgram(config, mesh), "dense": TrainProgram(dense, mesh)}
+    compared = _decoding(programs, 1)["beam4_2"]
     for report in (compared["sparse"], compared["dense"]):
         assert report["ms_per_token"] * 8 == pytest.approx(1e3 * report["seconds"])
         assert report["tokens_per_second"] * report["seconds"] == pytest.approx(2 * 8)
@@ -352,8 +362,8 @@ def test_blanks_are_filled_and_texts_without_are_answered(monkeypatch, text, ans
     def find(model, source, max_length, options, first_row):
         return Sequences(np.array([[words.encode(answer)]]), np.zeros((1, 1)))
 
-    monkeypatch.setattr(decode, "find", find)
-    assert list(decode.complete(None, words, [text])) == [filled]
+    monkeypatch.setattr("switch_jax.inference.fill_blanks.find_sequences", find)
+    assert list(fill_blanks(None, words, [text])) == [filled]
 
 
 def test_many_texts_are_filled_in_batches_and_in_their_order(monkeypatch):
@@ -364,12 +374,12 @@ def test_many_texts_are_filled_in_batches_and_in_their_order(monkeypatch):
     def find(model, source, max_length, options, first_row):
         calls.append((source.shape, first_row, options.seed))
         assert source.any(1).all()
-        answers = [[words.words.index("<extra_id_0>"), row[0], decode.EOS] for row in source]
+        answers = [[words.words.index("<extra_id_0>"), row[0], generate.EOS] for row in source]
         return Sequences(np.array(answers)[:, None], np.zeros((len(source), 1)))
 
-    monkeypatch.setattr(decode, "find", find)
-    filled = list(decode.complete(None, words, texts, options=Options(seed=4)))
+    monkeypatch.setattr("switch_jax.inference.fill_blanks.find_sequences", find)
+    filled = list(fill_blanks(None, words, texts, options=SamplingOptions(seed=4)))
     assert filled == [text.replace("___", text.split()[0]) for text in texts]
     assert calls == [((32, 64), 0, 4), ((32, 128), 32, 4), ((32, 64), 64, 4)]
     with pytest.raises(UserError, match="more than 100 blanks"):
-        list(decode.complete(None, words, ["___ " * 101]))
+        list(fill_blanks(None, words, ["___ " * 101]))

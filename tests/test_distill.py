@@ -12,20 +12,31 @@ import numpy as np
 import pytest
 from conftest import make_batch, tiny
 
-from switch_jax import accounting, aot, checkpoint, chips, distill, initial, losses, meshes, sweep
-from switch_jax import config as config_lib
+from switch_jax.checkpoint.checkpointer import Checkpointer, parameter_shapes, restore_params
+from switch_jax.checkpoint.load import load
+from switch_jax.checkpoint.metrics_log import read_metrics
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.config.load import config_to_dict, override_config
 from switch_jax.data import open_batches
-from switch_jax.data.vocabularies import open_vocabulary
 from switch_jax.data.vocabulary import BYTES, FILE_NAME
+from switch_jax.data.vocabulary_builder import open_vocabulary
+from switch_jax.distributed.hardware import CHIPS
+from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
-from switch_jax.pretrained import load
-from switch_jax.report import read_metrics
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
-from switch_jax.teacher import Teacher
-from switch_jax.train import train
-from switch_jax.workdir import Workdir
+from switch_jax.model import loss
+from switch_jax.model.loss import LossSums, loss_denominators, loss_terms, token_losses
+from switch_jax.model.parameters import named_parameters, with_parameters
+from switch_jax.model.transformer import SwitchTransformer
+from switch_jax.performance.compile import CompileTarget, compile_step, compile_table
+from switch_jax.performance.cost_model import cost_summary, cost_table
+from switch_jax.performance.mesh_search import suggest_meshes
+from switch_jax.sweeps.spec import Table, load_sweep
+from switch_jax.training import distill
+from switch_jax.training.distill import check_distillation, teacher_config, teacher_parameters
+from switch_jax.training.initial_state import make_initial_state
+from switch_jax.training.loop import train
+from switch_jax.training.step import TrainProgram
+from switch_jax.training.teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3
@@ -66,17 +77,17 @@ def taught_by(tmp_path_factory) -> str:
     """A WORKDIR of a sparse model."""
     workdir, config = Workdir(tmp_path_factory.mktemp("teacher")), tiny(**TEACHER)
     workdir.prepare(config, None)
-    state = Program(config, make_mesh(config)).init()
-    checkpoints = checkpoint.Checkpoints(workdir, keep=1)
+    state = TrainProgram(config, make_mesh(config)).init()
+    checkpoints = Checkpointer(workdir, keep=1)
     checkpoints.save(dataclasses.replace(state, step=state.step + 1), open_batches(config, "train"))
     checkpoints.close()
     return str(workdir.path)
 
 
-def made(overrides) -> Program:
+def made(overrides) -> TrainProgram:
     config = tiny(**overrides)
-    teacher = distill.teacher(config)
-    return Program(config, make_mesh(config, teacher=teacher), teacher)
+    teacher = teacher_config(config)
+    return TrainProgram(config, make_mesh(config, teacher=teacher), teacher)
 
 
 def logits(*shape: int, seed: int) -> np.ndarray:
@@ -109,17 +120,17 @@ def answers():
 def test_soft_cross_entropy_is_that_of_the_formula(answers, temperature, in_parts, monkeypatch):
     batch, student, teacher = answers
     if in_parts:
-        monkeypatch.setattr(losses, "LOGITS_BYTES", 2 * student.nbytes // 3)
+        monkeypatch.setattr(loss, "LOGITS_BYTES", 2 * student.nbytes // 3)
     eye = jnp.eye(32)
-    sums = losses.token_losses(student, eye, batch, (teacher, eye), temperature)
+    sums = token_losses(student, eye, batch, (teacher, eye), temperature)
     expected = soft_sum(student, teacher, batch["decoder_loss_weights"], temperature)
     np.testing.assert_allclose(sums.soft, expected, rtol=1e-5)
-    plain = losses.token_losses(student, eye, batch)
+    plain = token_losses(student, eye, batch)
     assert plain.soft is None
     np.testing.assert_allclose(sums[:3], plain[:3], rtol=1e-6)
     # Of a model with itself, it is the entropy, which no student can go below.
-    own = losses.token_losses(student, eye, batch, (student, eye), temperature)
-    assert own.soft < losses.token_losses(teacher, eye, batch, (student, eye), temperature).soft
+    own = token_losses(student, eye, batch, (student, eye), temperature)
+    assert own.soft < token_losses(teacher, eye, batch, (student, eye), temperature).soft
 
 
 def test_the_gradient_is_the_students_alone_and_as_large_at_any_temperature(answers):
@@ -127,7 +138,7 @@ def test_the_gradient_is_the_students_alone_and_as_large_at_any_temperature(answ
     weights, T = batch["decoder_loss_weights"][..., None], 3.0
 
     def soft(student, teacher):
-        return losses.token_losses(student, jnp.eye(32), batch, (teacher, jnp.eye(32)), T).soft
+        return token_losses(student, jnp.eye(32), batch, (teacher, jnp.eye(32)), T).soft
 
     of_student, of_teacher = jax.grad(soft, argnums=(0, 1))(student, teacher)
     assert not of_teacher.any()
@@ -135,18 +146,18 @@ def test_the_gradient_is_the_students_alone_and_as_large_at_any_temperature(answ
     np.testing.assert_allclose(of_student, expected, atol=1e-6)
 
     config = tiny(**STUDENT | {"distill.temperature": T})
-    totals = losses.totals(batch, config)
-    sums = losses.LossSums(*map(jnp.float32, (10.0, 5.0, 1.0, 8.0)))
-    terms = losses.loss_terms(sums, {}, totals, config, 0.4)
+    totals = loss_denominators(batch, config)
+    sums = LossSums(*map(jnp.float32, (10.0, 5.0, 1.0, 8.0)))
+    terms = loss_terms(sums, {}, totals, config, 0.4)
     np.testing.assert_allclose(terms["cross_entropy"], 0.6 * 10 / totals.targets, rtol=1e-6)
     np.testing.assert_allclose(terms["distillation"], 0.4 * T**2 * 8 / totals.targets, rtol=1e-6)
     np.testing.assert_allclose(terms["z_loss"], 1e-4 * 5 / totals.targets, rtol=1e-6)
 
 
-def steps_of(program: Program, compiled, start) -> tuple[list[dict], dict[str, np.ndarray]]:
+def steps_of(program: TrainProgram, compiled, start) -> tuple[list[dict], dict[str, np.ndarray]]:
     """Metrics of each step from the state `start`, and the parameters after the last."""
     state, metrics = jax.device_put(start, program.state_sharding), []
-    teacher = distill.parameters(program)
+    teacher = teacher_parameters(program)
     for step in range(STEPS):
         batch = program.put(make_batch(program.config, seed=step))
         state, m, _ = compiled(state, batch, teacher)
@@ -164,7 +175,7 @@ def runs(taught_by):
     programs = {name: made(overrides) for name, overrides in programs.items()}
     start = jax.device_get(programs["alone"].init())
 
-    def compiled(p: Program):
+    def compiled(p: TrainProgram):
         return p.train_step.lower(p.abstract_state, p.abstract_batch, p.abstract_teacher).compile()
 
     with ThreadPoolExecutor(2) as pool:
@@ -198,7 +209,7 @@ def test_the_step_adds_what_the_teacher_says_in_evaluation(runs, taught_by):
     _, m, _ = program.train_step(
         jax.device_put(start, program.state_sharding),
         program.put(batch),
-        distill.parameters(program),
+        teacher_parameters(program),
     )
     weights = batch["decoder_loss_weights"]
     expected = 0.4 * 2.0**2 * soft_sum(student, teacher, weights, 2.0) / weights.sum()
@@ -241,7 +252,7 @@ def test_the_teacher_is_split_by_the_same_rules_and_in_no_state(taught_by):
     assert experts.shape == (1, 4, 16, 48)
     assert experts.sharding.shard_shape(experts.shape) == (1, 2, 8, 24)
     assert not [name for name in program.abstract_state.params if "experts" in name]
-    params = distill.parameters(program)
+    params = teacher_parameters(program)
     assert {n: (p.shape, p.sharding) for n, p in params.items()} == {
         n: (p.shape, p.sharding) for n, p in program.abstract_teacher.items()
     }
@@ -249,10 +260,10 @@ def test_the_teacher_is_split_by_the_same_rules_and_in_no_state(taught_by):
 
 def test_the_student_begins_with_the_teachers_weights_but_those_of_experts(taught_by):
     config = {"model.init_scale": 1.0, "model.d_ff": 48, "distill.teacher": taught_by}
-    student = config_lib.override(tiny(**STUDENT | config), {"init_from": taught_by})
-    program = Program(student, make_mesh(student), distill.teacher(student))
-    fresh, theirs = jax.device_get((program.init().params, distill.parameters(program)))
-    begun = jax.device_get(initial.start(program).params)
+    student = override_config(tiny(**STUDENT | config), {"init_from": taught_by})
+    program = TrainProgram(student, make_mesh(student), teacher_config(student))
+    fresh, theirs = jax.device_get((program.init().params, teacher_parameters(program)))
+    begun = jax.device_get(make_initial_state(program).params)
     for stack in ("encoder", "decoder"):
         # Blocks of one layer here, and of a dense and a sparse one there.
         ours = f"{stack}/runs/0/layers/0"
@@ -283,10 +294,10 @@ def test_a_run_that_was_continued_ends_with_the_same_bits(taught_by, tmp_path):
         for steps in stops:
             train(tiny(**STUDENT | settings | {"train.steps": steps}), workdir)
         folder = workdir.checkpoints / "4"
-        shapes = checkpoint.parameter_shapes(folder)
+        shapes = parameter_shapes(folder)
         assert not [n for n in shapes if "experts" in n]
         program = made(STUDENT | settings)
-        ended[name] = checkpoint.restore_params(folder, program.abstract_state.params)
+        ended[name] = restore_params(folder, program.abstract_state.params)
         lines = read_metrics(workdir)
         distillation = [m["distillation"] for m in lines if m["split"] == "train"]
         assert len(distillation) == 4 and distillation[0] == 0 < min(distillation[1:])
@@ -323,7 +334,7 @@ def described(folder: Path) -> str:
     path.write_text(
         "from switch_jax.config import defaults\n\n"
         "def get_config(arg=''):\n    config = defaults()\n"
-        f"    config.update({config_lib.to_dict(tiny(**TEACHER))!r})\n    return config\n"
+        f"    config.update({config_to_dict(tiny(**TEACHER))!r})\n    return config\n"
     )
     return str(path)
 
@@ -347,13 +358,13 @@ def test_teachers_that_cannot_be(taught_by, tmp_path):
 def test_a_teacher_of_another_vocabulary_is_refused(taught_by, monkeypatch):
     config = tiny(**STUDENT | {"distill.teacher": taught_by, "data.reader": "store"})
     source = distill.pretrained.find(taught_by)._replace(vocabulary=b"another")
-    monkeypatch.setattr(distill.pretrained, "find", lambda path: source)
+    monkeypatch.setattr(distill, "find_pretrained", lambda path: source)
     own = type("", (), {"content": b"own"})
     monkeypatch.setattr(distill, "open_vocabulary", lambda config: own)
     with pytest.raises(UserError, match="another vocabulary than"):
-        distill.check(config)
+        check_distillation(config)
     own.content = b"another"
-    distill.check(config)
+    check_distillation(config)
 
 
 def test_without_a_vocabulary_of_its_own_a_student_has_the_teachers(tmp_path):
@@ -364,7 +375,7 @@ def test_without_a_vocabulary_of_its_own_a_student_has_the_teachers(tmp_path):
 
 def test_a_teacher_may_have_been_adapted():
     config = tiny(**TEACHER | {"lora.rank": 2})
-    program, batch = Program(config, make_mesh(config)), make_batch(config)
+    program, batch = TrainProgram(config, make_mesh(config)), make_batch(config)
     fresh = program.init().params
     params = {n: p + 0.1 if n.endswith("lora_b") else p for n, p in fresh.items()}
     teacher = Teacher(config, program.mesh)
@@ -378,23 +389,23 @@ def test_a_teacher_may_have_been_adapted():
 def test_its_memory_and_work_are_counted(taught_by):
     mesh = {"mesh.data": 1, "mesh.expert": 4}
     config = tiny(**STUDENT | mesh | {"distill.teacher": taught_by})
-    teacher = distill.teacher(config)
+    teacher = teacher_config(config)
     size = sum(
         math.prod(x.shape)
-        for x in Program(config, make_mesh(config), teacher).abstract_teacher.values()
+        for x in TrainProgram(config, make_mesh(config), teacher).abstract_teacher.values()
     )
-    alone, taught = accounting.summary(config), accounting.summary(config, teacher)
+    alone, taught = cost_summary(config), cost_summary(config, teacher)
     assert alone["teacher"] is None
     assert taught["teacher"]["params"] == size
     assert taught["teacher"]["bytes"] == 4 * size
     assert taught["state_bytes"] == alone["state_bytes"]
     passes = taught["teacher"]["flops_per_sequence_computed"]
     assert taught["train_flops_per_step"] - alone["train_flops_per_step"] == passes * 16
-    assert f"{size:,}" in accounting.render(taught)
+    assert f"{size:,}" in cost_table(taught)
 
-    chip = chips.CHIPS["TPU v5"]
-    (mine,) = [s for s in meshes.suggest(config, chip, 4, 1, teacher) if s.mesh["expert"] == 4]
-    (without,) = [s for s in meshes.suggest(config, chip, 4) if s.mesh["data"] == 4]
+    chip = CHIPS["TPU v5"]
+    (mine,) = [s for s in suggest_meshes(config, chip, 4, 1, teacher) if s.mesh["expert"] == 4]
+    (without,) = [s for s in suggest_meshes(config, chip, 4) if s.mesh["data"] == 4]
     assert without.memory_bytes["teacher"] == 0
     assert size < mine.memory_bytes["teacher"] < 4 * size
     flops = taught["train_flops_per_step"]
@@ -405,24 +416,24 @@ def test_its_memory_and_work_are_counted(taught_by):
 def test_compiling_knows_of_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
     student = {"distill.teacher": described(tmp_path), "optimizer.name": "sgd"}
-    monkeypatch.setattr(aot.Target, "devices", lambda target: jax.devices()[:1])
-    target = aot.Target("cpu:1")
+    monkeypatch.setattr(CompileTarget, "devices", lambda target: jax.devices()[:1])
+    target = CompileTarget("cpu:1")
     results = [
-        aot.compile_step(tiny(**STUDENT | student | {"distill.soft_weight": weight}), target)
+        compile_step(tiny(**STUDENT | student | {"distill.soft_weight": weight}), target)
         for weight in (0.0, 0.25)
     ]
     assert results[0]["teacher_bytes"] == 0
-    params = accounting.summary(tiny(**TEACHER))["params"]
+    params = cost_summary(tiny(**TEACHER))["params"]
     assert results[1]["teacher_bytes"] == 4 * params
     assert results[1]["argument_bytes"] == results[0]["argument_bytes"] + 4 * params
-    assert "teacher" in aot.render(results[1]) and "teacher" not in aot.render(results[0])
+    assert "teacher" in compile_table(results[1]) and "teacher" not in compile_table(results[0])
 
 
 @pytest.mark.parametrize("size", ["mini", "gpu", "paper"])
 @pytest.mark.parametrize("table", [6, 7, 8])
 def test_sweeps_of_the_papers_tables(size, table, monkeypatch):
     monkeypatch.chdir(ROOT)
-    loaded = sweep.load(f"configs/sweeps/distill.py:size={size},table={table}")
+    loaded = load_sweep(f"configs/sweeps/distill.py:size={size},table={table}")
     configs = loaded.configs()
     (found,) = loaded.tables.values()
     assert set(found.rows.values()) <= set(configs) and found.teachers
@@ -436,5 +447,5 @@ def test_sweeps_of_the_papers_tables(size, table, monkeypatch):
         assert set(found.paper) == set(found.rows)
 
 
-def teacher_of(table: sweep.Table, name: str) -> str:
+def teacher_of(table: Table, name: str) -> str:
     return next(table.teachers[row] for row, run in table.rows.items() if run == name)

@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from switch_jax import dropless, sharding
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.distributed.sharding import batch_sharding, partition_spec
 from switch_jax.errors import UserError
-from switch_jax.layers import fold
-from switch_jax.model import named_parameters
-from switch_jax.moe import SwitchAttention, SwitchMlp
-from switch_jax.router import Plan
+from switch_jax.model.layers import fold_keys
+from switch_jax.model.moe import dropless
+from switch_jax.model.moe.dropless import block_rows, grouped_matmul, make_blocks, num_blocks
+from switch_jax.model.moe.layers import SwitchAttention, SwitchMlp
+from switch_jax.model.moe.router import RoutingSpec
+from switch_jax.model.parameters import named_parameters
 
 T, K, E, R = 12, 2, 4, 3
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -24,7 +27,7 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 @jax.jit
 def blocks_of(expert_TxK):
-    return dropless.make_blocks(expert_TxK, E, R)
+    return make_blocks(expert_TxK, E, R)
 
 
 @given(st.integers(0, 2**32), st.sampled_from([1, 2, E + 1]))
@@ -49,11 +52,11 @@ def test_every_assignment_has_a_row_in_a_used_block_of_its_expert(seed, most):
 @given(st.integers(1, 100_000), st.integers(1, 2048))
 @settings(deadline=None)
 def test_blocks_are_about_an_experts_share(assignments, experts):
-    rows = dropless.block_rows(assignments, experts)
+    rows = block_rows(assignments, experts)
     assert rows in (8, 16, 32, 64, 128, 256)
     worst = min(experts, assignments)  # as many experts as possible with a block of one row
     needed = worst + max(assignments - worst, 0) // rows
-    assert dropless.num_blocks(assignments, experts, rows) >= needed
+    assert num_blocks(assignments, experts, rows) >= needed
 
 
 def test_grouped_matmul_equals_one_matmul_a_block_forward_and_backward():
@@ -63,7 +66,7 @@ def test_grouped_matmul_equals_one_matmul_a_block_forward_and_backward():
     direction = rng.normal(size=(12, 7)).astype(np.float32)
 
     def ours(x, w):
-        return jnp.sum(direction * dropless.grouped_matmul(x, w, expert, used))
+        return jnp.sum(direction * grouped_matmul(x, w, expert, used))
 
     def naive(x, w):
         y = jnp.einsum("BRX,BXY->BRY", x.reshape(4, 3, 5), w[expert]).at[3].set(0)
@@ -89,7 +92,7 @@ def loss_and_gradients(made, x, mask, factor, keys=None):
     rows = 2
 
     def loss(made, x):
-        plan = Plan(jnp.zeros(mask.shape, jnp.int32), mask, rows, factor)
+        plan = RoutingSpec(jnp.zeros(mask.shape, jnp.int32), mask, rows, factor)
         if isinstance(made, SwitchMlp):
             y, routed = made(x, plan, keys)
         else:
@@ -136,7 +139,7 @@ def test_a_single_token_as_in_decoding(inputs):
     mask = np.ones((1, 1), bool)
 
     def run(factor):
-        plan = Plan(jnp.zeros((1, 1), jnp.int32), mask, 1, factor)
+        plan = RoutingSpec(jnp.zeros((1, 1), jnp.int32), mask, 1, factor)
         return jax.jit(lambda made, x: made(x, plan, None)[0])(made, x[:1, :1])
 
     got, want = run(None), run(16.0)
@@ -148,16 +151,16 @@ def test_equals_itself_on_a_mesh_noise_and_gradients_included(inputs):
     values = {"moe.expert_dropout_rate": 0.5, "moe.router": "top_k"}
     values |= {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2, "mesh.fsdp": True}
     made = layer(SwitchMlp, **values)
-    keys = fold(jax.random.split(jax.random.key(1), B), 0)
+    keys = fold_keys(jax.random.split(jax.random.key(1), B), 0)
     (loss, (y, _)), gradients = loss_and_gradients(made, x, mask, None, keys)
     (other, _), _ = loss_and_gradients(made, x, mask, None)
     assert abs(loss - other) > 0.1
 
-    mesh = sharding.make_mesh(tiny(**values))
+    mesh = make_mesh(tiny(**values))
     axes = [p.get_metadata()["axes"] for p in named_parameters(made).values()]
-    where = [NamedSharding(mesh, sharding.spec(a, fsdp=True)) for a in axes]
+    where = [NamedSharding(mesh, partition_spec(a, fsdp=True)) for a in axes]
     split = jax.device_put(made, jax.tree.unflatten(jax.tree.structure(made), where))
-    rows = sharding.batch_sharding(mesh)
+    rows = batch_sharding(mesh)
     with jax.set_mesh(mesh):
         (_, (got, _)), got_gradients = loss_and_gradients(
             split, *jax.device_put((x, mask), rows), None, jax.device_put(keys, rows)
@@ -171,14 +174,14 @@ def test_a_mesh_that_cannot_hold_it_is_refused_with_the_sizes(monkeypatch):
     values = {"moe.eval_capacity_factor": None, "mesh.data": 1, "mesh.expert": 2}
     # 16 × 16 tokens × (16 inputs + 32 hidden + 16 outputs) × 4 bytes
     needed = 16 * 16 * 64 * 4
-    monkeypatch.setattr(sharding, "device_memory", lambda devices: needed)
-    sharding.make_mesh(tiny(**values))
-    monkeypatch.setattr(sharding, "device_memory", lambda devices: needed - 1)
+    monkeypatch.setattr(dropless, "device_memory_bytes", lambda devices: needed)
+    make_mesh(tiny(**values))
+    monkeypatch.setattr(dropless, "device_memory_bytes", lambda devices: needed - 1)
     with pytest.raises(UserError) as error:
-        sharding.make_mesh(tiny(**values))
+        make_mesh(tiny(**values))
     message = str(error.value)
     assert all(word in message for word in ("moe.eval_capacity_factor", "256", "GB", "mesh.data"))
-    sharding.make_mesh(tiny(**values | {"mesh.data": 2}))
-    sharding.make_mesh(tiny(**values | {"mesh.model": 2}))
-    sharding.make_mesh(tiny(**values | {"moe.eval_capacity_factor": 2.0}))
+    make_mesh(tiny(**values | {"mesh.data": 2}))
+    make_mesh(tiny(**values | {"mesh.model": 2}))
+    make_mesh(tiny(**values | {"moe.eval_capacity_factor": 2.0}))
     assert not re.search(r"\. ", message)

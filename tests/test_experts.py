@@ -11,27 +11,40 @@ import pytest
 import runs
 from conftest import make_batch, share, tiny
 
-from switch_jax import config as config_lib
-from switch_jax import experts, experts_report
-from switch_jax.checkpoint import Checkpoints
-from switch_jax.cli import main
-from switch_jax.data import open_batches, python_docs, spans, vocabularies
-from switch_jax.data.text import text_batches
-from switch_jax.data.vocabulary import read
-from switch_jax.evaluate import evaluate_checkpoint
-from switch_jax.router import hashed
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
-from switch_jax.workdir import Workdir
+from switch_jax.analysis.expert_report import write_expert_report
+from switch_jax.analysis.expert_specialization import (
+    NONE,
+    Counts,
+    _names,
+    batch_tokens,
+    count_assignments,
+    describe_experts,
+    shuffle_information,
+    token_expert_pairs,
+)
+from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.cli.main import main
+from switch_jax.config.load import load_config, override_config
+from switch_jax.data import open_batches
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.span_corruption import span_lengths
+from switch_jax.data.text_batches import text_batches
+from switch_jax.data.vocabulary import EOS, read_vocabulary
+from switch_jax.data.vocabulary_builder import train_vocabulary
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.evaluation.evaluate import evaluate_checkpoint
+from switch_jax.model.moe.router import hash_expert
+from switch_jax.training.step import TrainProgram
 
 TEXT = "The import statement finds a module and binds it to a name in the local scope. " * 12
 
 
 def make_workdir(path, config, vocabulary_file=None):
     """A run that was never trained: its first state is the checkpoint."""
-    workdir, program = Workdir(path), Program(config, make_mesh(config))
+    workdir, program = Workdir(path), TrainProgram(config, make_mesh(config))
     workdir.prepare(config, vocabulary_file.read_bytes())
-    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints = Checkpointer(workdir, keep=1)
     checkpoints.save(program.init(), open_batches(config, "train"))
     checkpoints.close()
     return workdir
@@ -44,7 +57,7 @@ def config(tmp_path_factory):
 
 
 def loaded(config, **moe):
-    return config_lib.load(str(config), {f"moe.{key}": str(value) for key, value in moe.items()})
+    return load_config(str(config), {f"moe.{key}": str(value) for key, value in moe.items()})
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +73,18 @@ def counted():
         "encoder_segment_ids": np.array([[1, 1, 2, 0], [1, 1, 1, 1]], np.int32),
     }
     decoder = {name.replace("encoder", "decoder"): rows for name, rows in encoder.items()}
-    tokens = experts.batch_tokens(encoder | decoder)["encoder"]
+    tokens = batch_tokens(encoder | decoder)["encoder"]
     # 2 is no expert; the padding has some nevertheless, which nobody must see.
     expert_NxK = np.array([[0, 1], [1, 2], [0, 2], [0, 1], [0, 2], [0, 2], [1, 0], [1, 2]])
     gate_NxK = np.array([[8, 4], [2, 9], [6, 9], [9, 9], [6, 9], [5, 9], [1, 5], [1, 9]]) / 10
-    counts = experts.Counts(vocab_size=8, num_experts=2)
+    counts = Counts(vocab_size=8, num_experts=2)
     counts.add(tokens, expert_NxK, gate_NxK)
     return tokens, counts
 
 
 def test_counts_by_hand():
     tokens, counts = counted()
-    none = experts.NONE
+    none = NONE
     assert tokens.preceding_N.tolist() == [none, 5, none, none, none, 7, 5, 5]
     expected = np.zeros((8, 2), int)
     expected[5], expected[6], expected[7] = (4, 2), (0, 2), (1, 0)
@@ -83,7 +96,7 @@ def test_counts_by_hand():
 
 
 def test_information_and_tokens_of_the_experts_by_hand():
-    layer = experts.describe(counted()[1], str)
+    layer = describe_experts(counted()[1], str)
     # 9 assignments: 4 of token 5 to expert 0, 2 of it and 2 of token 6 to 1, 1 of token 7 to 0.
     information = (
         4 * math.log(4 * 9 / (6 * 5))
@@ -114,10 +127,10 @@ def test_information_and_tokens_of_the_experts_by_hand():
 
 
 def test_an_expert_without_tokens_and_the_ten_most_frequent():
-    counts = experts.Counts(vocab_size=20, num_experts=3)
+    counts = Counts(vocab_size=20, num_experts=3)
     counts.token_VxE[:, 0] = 1 + np.arange(20) % 19
     counts.token_VxE[3, 1] = 10
-    layer = experts.describe(counts, str)
+    layer = describe_experts(counts, str)
     idle = layer["experts"][2]
     assert layer["idle_experts"] == 1 and layer["load_min"] == 0
     assert idle["load"] == 0 and idle["mean_gate"] is None and idle["tokens"] == []
@@ -127,15 +140,15 @@ def test_an_expert_without_tokens_and_the_ten_most_frequent():
 
 
 def test_information_by_chance_shows_what_few_tokens_are_worth():
-    many, once = experts.Counts(2, 2), experts.Counts(200, 2)
+    many, once = Counts(2, 2), Counts(200, 2)
     many.token_VxE[...] = [[3000, 0], [0, 3000]]
     once.token_VxE[np.arange(200), np.arange(200) % 2] = 1
     for counts, by_chance in ((many, 0), (once, math.log(2))):
-        layer = experts.describe(counts, str)
+        layer = describe_experts(counts, str)
         assert layer["mutual_information"] == pytest.approx(math.log(2))
         assert layer["mutual_information_by_chance"] == pytest.approx(by_chance, abs=0.002)
     mixed = np.random.default_rng(0).poisson(1.0, (50, 8)).astype(np.int32)
-    shuffled = experts.shuffled(experts.pairs(mixed), mixed.shape)
+    shuffled = shuffle_information(token_expert_pairs(mixed), mixed.shape)
     assert (shuffled != mixed).any()
     for axis in (0, 1):
         np.testing.assert_array_equal(shuffled.sum(axis), mixed.sum(axis))
@@ -144,21 +157,21 @@ def test_information_by_chance_shows_what_few_tokens_are_worth():
 def test_a_token_is_counted_for_the_expert_that_it_went_to():
     """On a mesh, packed, with hash routing, where it is known which one that is."""
     config = tiny(**{"moe.router": "hash", "data.pack": True, "mesh.data": 2, "mesh.expert": 2})
-    program, batch = Program(config, make_mesh(config)), make_batch(config)
-    found = experts.count(program, program.init().params, [batch, batch])
+    program, batch = TrainProgram(config, make_mesh(config)), make_batch(config)
+    found = count_assignments(program, program.init().params, [batch, batch])
     for stack in ("encoder", "decoder"):
         (counts,) = found[f"{stack}/mlp"]
         token, before = np.zeros((2, config.model.vocab_size, 4), int)
         for row, segments in zip(batch[f"{stack}_input_tokens"], batch[f"{stack}_segment_ids"]):
             for i in np.flatnonzero(segments):
-                expert = int(hashed(row[i], 4))
+                expert = int(hash_expert(row[i], 4))
                 token[row[i], expert] += 2
                 if i and segments[i - 1] == segments[i]:
                     before[row[i - 1], expert] += 2
         np.testing.assert_array_equal(counts.token_VxE, token)
         np.testing.assert_array_equal(counts.preceding_VxE, before)
         np.testing.assert_array_equal(counts.gate_E, token.sum(0))
-        layer = experts.describe(counts, str)
+        layer = describe_experts(counts, str)
         assert layer["mutual_information"] == pytest.approx(layer["expert_entropy"])
         assert layer["expert_entropy"] > 1
 
@@ -167,10 +180,10 @@ def test_every_choice_counts_before_any_is_dropped():
     """As many as the router's own statistics say, at a capacity that drops most of them."""
     values = {"moe.router": "top_k", "moe.every": 1, "moe.eval_capacity_factor": 0.25}
     config = tiny(**values, **{"model.init_scale": 1.0, "mesh.data": 1})
-    program, batch = Program(config, make_mesh(config)), make_batch(config)
+    program, batch = TrainProgram(config, make_mesh(config)), make_batch(config)
     params = program.init().params
     _, _, stats = jax.device_get(program.eval_step(params, program.put(batch)))
-    found = experts.count(program, params, [batch])
+    found = count_assignments(program, params, [batch])
     assert found.keys() == stats.keys()
     for key, sums in stats.items():
         assert sums.dropped.min() > 0.5 * sums.tokens.min() and len(found[key]) == 2
@@ -181,7 +194,7 @@ def test_every_choice_counts_before_any_is_dropped():
 
 @pytest.mark.parametrize("text", [TEXT, "import", "a module"])
 def test_a_text_becomes_batches_with_nothing_left_out(config, tmp_path, text):
-    path, words = tmp_path / "text.txt", read(config.parent / "tiny.model")
+    path, words = tmp_path / "text.txt", read_vocabulary(config.parent / "tiny.model")
     path.write_text(text)
     made_with = loaded(config)
     batches = text_batches(path, words, made_with)
@@ -196,7 +209,7 @@ def test_a_text_becomes_batches_with_nothing_left_out(config, tmp_path, text):
                 else:
                     cuts[next(reversed(cuts))].append(token)
             for token in inputs[inputs > 0].tolist():
-                tokens += cuts.get(token, [token] if token != spans.EOS else [])
+                tokens += cuts.get(token, [token] if token != EOS else [])
     assert tokens == words.encode(text)
     last = batches[-1]["decoder_loss_weights"]
     assert last[0].any() and not last[-1].any()  # the last batch is filled with padding
@@ -261,7 +274,7 @@ def test_json_is_one_object_and_a_text_can_be_given(config, tmp_path, capsys):
         assert layer["mutual_information_by_chance"] < 0.9 * layer["expert_entropy"]
     decoder = analysis["layers"][1]
     starts = [t for e in decoder["experts"] for t in e["tokens"] if t["token"] == "<start>"]
-    rows = math.ceil(len(read(made.vocabulary).encode(TEXT)) / spans.span_lengths(32, 11)[0])
+    rows = math.ceil(len(read_vocabulary(made.vocabulary).encode(TEXT)) / span_lengths(32, 11)[0])
     assert [t["count"] for t in starts] == [rows]
 
 
@@ -291,10 +304,10 @@ class Page(HTMLParser):
 
 def test_html_is_escaped_visible_and_needs_nothing_else(tmp_path):
     names = ["<start>", "<extra_id_0>", "▁the", "\u200b\t ", "&amp;", "</code>"]
-    counts = experts.Counts(len(names), 2)
+    counts = Counts(len(names), 2)
     counts.token_VxE[...] = np.arange(1, 13).reshape(6, 2)
     place = {"stack": "encoder", "layer": 3, "sublayer": "ff"}
-    layer = place | experts.describe(counts, names.__getitem__)
+    layer = place | describe_experts(counts, names.__getitem__)
     analysis = {
         "checkpoint": "runs/<b>",
         "text": "validation",
@@ -304,7 +317,7 @@ def test_html_is_escaped_visible_and_needs_nothing_else(tmp_path):
         "eval_capacity_factor": None,
         "layers": [layer],
     }
-    html, _ = experts_report.write(analysis, tmp_path / "a" / "b")
+    html, _ = write_expert_report(analysis, tmp_path / "a" / "b")
     text = html.read_text(encoding="utf-8")
     page = Page(text)
     assert {"▁the", "⟨U+200B⟩⟨U+0009⟩⟨U+0020⟩", "&amp;", "</code>", "<extra_id_0>"} <= set(
@@ -324,9 +337,9 @@ def others(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("others")
     (folder / "empty.txt").write_text("\n \n")
     (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    words = [document.text for document in python_docs.documents()[:2]]
-    vocabularies.train(words, folder / "other.model", 600)
-    synthetic = config_lib.load(str(config), {"data.reader": "synthetic"})
+    words = [document.text for document in python_documents()[:2]]
+    train_vocabulary(words, folder / "other.model", 600)
+    synthetic = load_config(str(config), {"data.reader": "synthetic"})
     for name, made_with in (("dense", loaded(config, num_experts=0)), ("synthetic", synthetic)):
         Workdir(folder / name).prepare(made_with, None)
         (folder / name / "checkpoints" / "1").mkdir(parents=True)
@@ -368,7 +381,7 @@ def test_without_matplotlib_nothing_is_computed(workdir, tmp_path, capsys, monke
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(experts, "analyse", None)
+    monkeypatch.setattr("switch_jax.analysis.analyse_experts", None)
     output = tmp_path / "figures"
     assert main(["experts", "--workdir", str(workdir.path), "--output", str(output)]) == 2
     assert 'pip install "switch_jax[plots]"' in capsys.readouterr().err
@@ -376,10 +389,10 @@ def test_without_matplotlib_nothing_is_computed(workdir, tmp_path, capsys, monke
 
 
 def test_tokens_without_a_vocabulary_are_numbers(workdir, tmp_path):
-    config = config_lib.override(workdir.config(), {"data.reader": "synthetic"})
-    assert experts._names(Workdir(tmp_path), config)(7) == "#7"
-    names = experts._names(workdir, config)
-    size = read(workdir.vocabulary).size
+    config = override_config(workdir.config(), {"data.reader": "synthetic"})
+    assert _names(Workdir(tmp_path), config)(7) == "#7"
+    names = _names(workdir, config)
+    size = read_vocabulary(workdir.vocabulary).size
     assert [names(i) for i in (0, 1, size - 1, size)] == [
         "<start>",
         "</s>",

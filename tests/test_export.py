@@ -11,10 +11,11 @@ import pytest
 from conftest import tiny
 
 import switch_jax
-from switch_jax import export
-from switch_jax.cli import main
+from switch_jax.cli.main import main
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
+from switch_jax.inference.export import export_model
+from switch_jax.model.parameters import named_parameters, with_parameters
+from switch_jax.model.transformer import SwitchTransformer
 
 INPUTS, OUTPUTS = 13, 9
 
@@ -64,7 +65,7 @@ def model() -> SwitchTransformer:
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     output = tmp_path_factory.mktemp("exports") / "model"
-    export.write(model, output, inputs_length=INPUTS, max_length=OUTPUTS, vocabulary=b"bytes")
+    export_model(model, output, inputs_length=INPUTS, max_length=OUTPUTS, vocabulary=b"bytes")
     return output
 
 
@@ -103,7 +104,7 @@ def test_describes_itself(model, folder):
 )
 def test_other_experts(moe, tmp_path):
     model = random_model(**moe)
-    export.write(model, tmp_path / "out", inputs_length=INPUTS, max_length=OUTPUTS)
+    export_model(model, tmp_path / "out", inputs_length=INPUTS, max_length=OUTPUTS)
     inputs = sources(3, 32)
     expected = generated(model, inputs)
     assert decoded_alone(tmp_path / "out", inputs) == expected
@@ -112,7 +113,7 @@ def test_other_experts(moe, tmp_path):
 
 def test_weights_are_stored_as_they_are_used(tmp_path):
     model = random_model(**{"model.dtype": "bfloat16", "moe.num_experts": 2})
-    export.write(model, tmp_path / "out", inputs_length=INPUTS, max_length=OUTPUTS)
+    export_model(model, tmp_path / "out", inputs_length=INPUTS, max_length=OUTPUTS)
     signature = json.loads((tmp_path / "out" / "signature.json").read_text())
     for name, described in signature["parameters"].items():
         precise = any(part in name for part in ("norm", "router", "relative_bias"))
@@ -121,7 +122,7 @@ def test_weights_are_stored_as_they_are_used(tmp_path):
 
 def test_what_fails_leaves_nothing_behind(model, tmp_path, capsys):
     def write(output):
-        export.write(model, output, inputs_length=INPUTS, max_length=OUTPUTS)
+        export_model(model, output, inputs_length=INPUTS, max_length=OUTPUTS)
 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="exists"):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tasks
 
-from switch_jax.cli import main
-from switch_jax.data import downstream, python_docs, vocabularies
-from switch_jax.data.downstream import TASKS
-from switch_jax.data.sources import SPLITS
+from switch_jax.cli.main import main
+from switch_jax.data.finetuning.tasks import TASKS, find_task_or_mixture
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.source import SPLITS
+from switch_jax.data.vocabulary_builder import train_vocabulary
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "finetune"
 
@@ -44,7 +45,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     path = tmp_path_factory.mktemp("words") / "words.model"
-    vocabularies.train([d.text for d in python_docs.documents()[:20]], path, 900)
+    train_vocabulary([d.text for d in python_documents()[:20]], path, 900)
     return path
 
 
@@ -79,7 +80,7 @@ def test_tasks_run_from_files_to_metrics(data_dir, words, tmp_path, monkeypatch,
     assert main(arguments) == 0
     mixture = json.loads((workdir / "config.json").read_text())["config"]["data"]["mixture"]
     [*_, evaluated] = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    found = downstream.find(mixture)
+    found = find_task_or_mixture(mixture)
     for name in set(found.rates) - UNSCORED:
         task = TASKS[name]
         if name in UNLABELLED:

@@ -9,7 +9,7 @@ import goldens
 import pytest
 import test_configs
 
-from switch_jax import config as config_lib
+from switch_jax.config.load import load_config
 
 _BASE = test_configs.SPECS["switch_base"]
 
@@ -25,12 +25,10 @@ _VARIANTS = {
 }
 
 # Golden file → function that makes the config.
-PRESETS = {
-    name: functools.partial(config_lib.load, spec) for name, spec in test_configs.SPECS.items()
-}
-PRESETS["switch_base-64"] = functools.partial(config_lib.load, f"{_BASE}:num_experts=64")
+PRESETS = {name: functools.partial(load_config, spec) for name, spec in test_configs.SPECS.items()}
+PRESETS["switch_base-64"] = functools.partial(load_config, f"{_BASE}:num_experts=64")
 for _name, _overrides in _VARIANTS.items():
-    PRESETS[f"switch_base-{_name}"] = functools.partial(config_lib.load, _BASE, _overrides)
+    PRESETS[f"switch_base-{_name}"] = functools.partial(load_config, _BASE, _overrides)
 
 
 def test_every_preset_has_its_file():

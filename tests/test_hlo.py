@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from switch_jax import hlo
+from switch_jax.performance.hlo import Collective, HloProgram, _mesh_groups
 
 AXES = ("slice", "data", "expert", "model")
 MESH = SimpleNamespace(
@@ -58,27 +58,27 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
     ],
 )
 def test_groups_in_every_notation_are_mesh_axes(groups, axes, devices):
-    (found,) = hlo.Program(LOOP.replace("GROUPS", groups)).collectives(MESH)
+    (found,) = HloProgram(LOOP.replace("GROUPS", groups)).collectives(MESH)
     assert (found.kind, found.axes, found.devices) == ("all-reduce", axes, devices)
     assert (found.size, found.times) == (8 * 4 * 4, 12)
     assert found.sent == 2 * (devices - 1) / devices * 128 * 12
 
 
 def test_parts_of_an_axis_are_the_devices_they_are_in_hlo():
-    groups = hlo._mesh_groups("'a'=2,'b'=4,'c'=2", "'b':(1)2")
+    groups = _mesh_groups("'a'=2,'b'=4,'c'=2", "'b':(1)2")
     assert [sorted(group) for group in groups][:2] == [[0, 4], [1, 5]]
-    groups = hlo._mesh_groups("'a'=2,'b'=4,'c'=2", "'b':(2)2")
+    groups = _mesh_groups("'a'=2,'b'=4,'c'=2", "'b':(2)2")
     assert [sorted(group) for group in groups][:2] == [[0, 2], [1, 3]]
 
 
 def test_a_group_of_one_is_no_collective():
-    assert hlo.Program(LOOP.replace("GROUPS", "[16,1]<=[16]")).collectives(MESH) == []
+    assert HloProgram(LOOP.replace("GROUPS", "[16,1]<=[16]")).collectives(MESH) == []
 
 
 def test_a_known_trip_count_is_believed():
     known = 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'
     text = LOOP.replace("body=%body", known).replace("GROUPS", "[8,2]<=[16]")
-    assert hlo.Program(text).collectives(MESH)[0].times == 5
+    assert HloProgram(text).collectives(MESH)[0].times == 5
 
 
 KINDS = """
@@ -95,7 +95,7 @@ ENTRY %main (a: bf16[8,4]) -> bf16[4,4] {
 
 
 def test_what_each_kind_sends():
-    found = hlo.Program(KINDS).collectives(MESH)
+    found = HloProgram(KINDS).collectives(MESH)
     assert [c.kind for c in found] == [
         "all-gather",
         "collective-permute",
@@ -117,8 +117,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 }
 """.replace("MORE", 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
     slices = SimpleNamespace(**vars(MESH) | {"shape": MESH.shape | {"slice": 4}})
-    (found,) = hlo.Program(text).collectives(slices)
-    assert found == hlo.Collective("all-reduce", ("slice",), 4, size=32, times=1)
+    (found,) = HloProgram(text).collectives(slices)
+    assert found == Collective("all-reduce", ("slice",), 4, size=32, times=1)
     assert found.sent == 2 * 3 / 4 * 32
 
 
@@ -127,8 +127,8 @@ def test_parts_of_one_overlapped_collective_count_once():
     part += 'frontend_attributes={{chain_id="0"}}'
     lines = "\n".join("  %g." + part.format(i=i) for i in range(3))
     text = f"ENTRY %main (a: f32[4]) -> f32[8] {{\n  %a = f32[4]{{0}} parameter(0)\n{lines}\n}}\n"
-    assert len(hlo.Program(text).collectives(MESH)) == 1
-    assert len(hlo.Program(text.replace("chain_id", "other")).collectives(MESH)) == 3
+    assert len(HloProgram(text).collectives(MESH)) == 1
+    assert len(HloProgram(text.replace("chain_id", "other")).collectives(MESH)) == 3
 
 
 TRAFFIC = """
@@ -177,6 +177,6 @@ ROW = 64 * 4
     ],
 )
 def test_memory_traffic_counts_slices_and_not_what_they_are_cut_from(line, expected):
-    assert hlo.Program(TRAFFIC.replace("LINE", line)).memory_bytes() == pytest.approx(
+    assert HloProgram(TRAFFIC.replace("LINE", line)).memory_bytes() == pytest.approx(
         expected, abs=4
     )

@@ -14,16 +14,21 @@ from orbax.checkpoint import StandardCheckpointer
 from safetensors.numpy import load_file, save_file
 
 import switch_jax
-from switch_jax import config as config_lib
-from switch_jax import initial, pretrained, sharding
-from switch_jax.checkpoint import Checkpoints
-from switch_jax.cli import main
-from switch_jax.data import vocabularies
+from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.interop import hf_export
+from switch_jax.checkpoint.interop.hf_config import from_hugging_face, to_hugging_face
+from switch_jax.checkpoint.interop.hf_import import read_hugging_face
+from switch_jax.checkpoint.interop.hf_names import UNUSED, Structure
+from switch_jax.checkpoint.load import find_pretrained
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.cli.main import main
+from switch_jax.config.load import config_from_dict, config_to_dict, override_config
+from switch_jax.data.vocabulary_builder import open_vocabulary, train_vocabulary
+from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
-from switch_jax.interop import hf_config, hf_export, huggingface, names
-from switch_jax.model import named_parameters
-from switch_jax.step import Program
-from switch_jax.workdir import Workdir
+from switch_jax.model.parameters import named_parameters
+from switch_jax.training.initial_state import make_initial_state
+from switch_jax.training.step import TrainProgram
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def converted(stored, tmp_path_factory) -> Path:
 
 def vocabulary() -> bytes:
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"hf-{os.getpid()}.model"
-    vocabularies.train(["the quick brown fox jumps over the lazy dog " * 9] * 20, path, 500)
+    train_vocabulary(["the quick brown fox jumps over the lazy dog " * 9] * 20, path, 500)
     try:
         return path.read_bytes()
     finally:
@@ -126,7 +131,7 @@ def test_round_trip_of_files_of_pytorch(write, tmp_path):
     wanted = {name: value.astype(np.float32) for name, value in weights(stored).items()}
     aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD)
     wanted |= dict.fromkeys(aliases, wanted[SHARED])
-    wanted[names.UNUSED] = np.ones((16, 2), np.float32)
+    wanted[UNUSED] = np.ones((16, 2), np.float32)
     query = "encoder.block.0.layer.0.SelfAttention.q.weight"
     wanted[query] = np.asfortranarray(wanted[query])
     write(source / "pytorch_model.bin", wanted)
@@ -148,7 +153,7 @@ def test_of_bin_only_what_has_its_own_head_is_untied(stored, tmp_path):
     source = write_folder(tmp_path / "hf", stored)
     head = weights(stored)[SHARED][::-1].copy()
     save_file(weights(stored) | {"decoder.lm_head.weight": head}, source / "model.safetensors")
-    imported = huggingface.read(source)
+    imported = read_hugging_face(source)
     assert not imported.config.model.tied_embeddings
     assert "another one" in imported.notes[0]
     np.testing.assert_array_equal(imported.read("head", ()), head.T)
@@ -163,7 +168,7 @@ def test_a_head_that_is_the_unscaled_embedding_becomes_its_own(tmp_path):
     source = write_folder(tmp_path / "hf", stored)
     wanted = {name: value for name, value in weights(stored).items() if name != HEAD}
     save_file(wanted, source / "model.safetensors")
-    imported = huggingface.read(source)
+    imported = read_hugging_face(source)
     np.testing.assert_array_equal(imported.read("head", ()), wanted[SHARED].T)
     check_same(tensors(round_trip(source, tmp_path)), wanted)
 
@@ -193,15 +198,15 @@ def trained(stored, tmp_path_factory) -> Path:
     """A WORKDIR after one step from a folder of theirs, on a mesh, and its export."""
     base = tmp_path_factory.mktemp("trained")
     folder = write_folder(base / "hf", stored)
-    raw = config_lib.to_dict(pretrained.find(folder).config)
+    raw = config_to_dict(find_pretrained(folder).config)
     raw["data"] |= {"batch_size": 8, "inputs_length": 16, "targets_length": 8}
     raw["data"]["reader"] = "synthetic"
     raw["model"]["dropout_rate"] = raw["moe"]["jitter"] = 0.0
     raw["optimizer"] |= {"warmup_steps": 1, "learning_rate": 0.1}
     raw["mesh"]["expert"] = 4
-    config = config_lib.from_dict(raw | {"init_from": str(folder)})
-    program = Program(config, sharding.make_mesh(config))
-    state = initial.start(program)
+    config = config_from_dict(raw | {"init_from": str(folder)})
+    program = TrainProgram(config, make_mesh(config))
+    state = make_initial_state(program)
     first = named_parameters(switch_jax.load(folder))
     for name, leaf in first.items():
         np.testing.assert_array_equal(state.params[name], leaf[...], err_msg=name)
@@ -244,8 +249,8 @@ def test_transformers_loads_a_trained_model(trained, stored):
 
 def test_the_vocabulary_is_inherited(folder):
     (folder / "spiece.model").write_bytes(vocabulary())
-    config = config_lib.override(tiny(**{"model.vocab_size": 640}), {"init_from": str(folder)})
-    assert vocabularies.open_vocabulary(config).content == vocabulary()
+    config = override_config(tiny(**{"model.vocab_size": 640}), {"init_from": str(folder)})
+    assert open_vocabulary(config).content == vocabulary()
 
 
 def test_keeps_their_routing(converted):
@@ -271,8 +276,8 @@ def test_verbs_work_on_a_converted_folder(converted, stored, capsys):
 
 def test_training_begins_with_it_and_does_not_continue_it(converted):
     config = Workdir(converted).config()
-    program = Program(config, sharding.make_mesh(config))
-    checkpoints = Checkpoints(Workdir(converted), 3)
+    program = TrainProgram(config, make_mesh(config))
+    checkpoints = Checkpointer(Workdir(converted), 3)
     with pytest.raises(UserError, match="init_from"):
         checkpoints.restore(program.abstract_state, None)
     checkpoints.close()
@@ -293,22 +298,22 @@ def switch_c() -> dict:
 
 def test_what_is_wrong_in_the_config_of_switch_c_is_repaired():
     everywhere = tuple(range(15))
-    found = names.Structure(
+    found = Structure(
         {"encoder": 15, "decoder": 15},
         {"encoder": everywhere, "decoder": everywhere},
         gated=False,
         own_head=True,
     )
-    config, notes = hf_config.from_hugging_face(switch_c(), found)
+    config, notes = from_hugging_face(switch_c(), found)
     assert (config.model.num_encoder_layers, config.model.num_decoder_layers) == (15, 15)
     assert config.sparse_layers("decoder") == everywhere
     assert not config.model.tied_embeddings
     assert len(notes) == 3
     assert any("12 layers" in note and "15" in note for note in notes)
     assert any("decoder_sparse_step=0" in note for note in notes)
-    written = hf_config.to_hugging_face(config, switch_c())
+    written = to_hugging_face(config, switch_c())
     assert (written["num_decoder_layers"], written["decoder_sparse_step"]) == (15, 1)
-    assert hf_config.from_hugging_face(written, found) == (config, ())
+    assert from_hugging_face(written, found) == (config, ())
 
 
 def test_what_the_config_of_switch_base_says_is_taken():
@@ -316,8 +321,8 @@ def test_what_the_config_of_switch_base_says_is_taken():
     del raw["encoder_sparse_step"], raw["decoder_sparse_step"]
     sparse = tuple(range(1, 12, 2))
     stacks = {"encoder": sparse, "decoder": sparse}
-    found = names.Structure({"encoder": 12, "decoder": 12}, stacks, gated=False, own_head=False)
-    config, notes = hf_config.from_hugging_face(raw, found)
+    found = Structure({"encoder": 12, "decoder": 12}, stacks, gated=False, own_head=False)
+    config, notes = from_hugging_face(raw, found)
     assert not notes
     assert (config.moe.every, config.moe.num_experts, config.moe.stacks) == (2, 8, "both")
     assert config.model.tied_embeddings and config.model.dtype == "float32"
@@ -334,8 +339,8 @@ def test_what_the_config_of_switch_base_says_is_taken():
 )
 def test_models_that_are_none_of_theirs_are_refused(overrides, words):
     with pytest.raises(UserError, match=words):
-        hf_config.to_hugging_face(tiny(**overrides), {})
+        to_hugging_face(tiny(**overrides), {})
 
 
 def test_a_model_of_ours_drops_nothing_there():
-    assert hf_config.to_hugging_face(tiny(), {})["expert_capacity"] == 16
+    assert to_hugging_face(tiny(), {})["expert_capacity"] == 16

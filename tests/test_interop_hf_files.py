@@ -12,10 +12,10 @@ import torch_bin
 from hugging_face import SHARED, reference, weights, write_folder
 from safetensors.numpy import save_file
 
-from switch_jax.cli import main
+from switch_jax.checkpoint.interop.hf_import import read_hugging_face
+from switch_jax.checkpoint.interop.write_workdir import write_workdir
+from switch_jax.cli.main import main
 from switch_jax.errors import UserError
-from switch_jax.interop import huggingface
-from switch_jax.interop.writing import write_workdir
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_a_file_that_ends_while_it_is_read_leaves_nothing(folder, stored, tmp_pa
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     torch_bin.write_zip(path, weights(stored))
-    imported = huggingface.read(folder)
+    imported = read_hugging_face(folder)
     os.truncate(path, 5000)
     with pytest.raises(UserError, match=r"pytorch_model\.bin"):
         write_workdir(imported, tmp_path / "out")
@@ -192,4 +192,4 @@ def test_symbolic_links_are_followed(folder, tmp_path):
     linked.mkdir()
     for file in folder.iterdir():
         (linked / file.name).symlink_to(file)
-    assert huggingface.read(linked).config == huggingface.read(folder).config
+    assert read_hugging_face(linked).config == read_hugging_face(folder).config

@@ -10,18 +10,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import switch_jax
-from switch_jax import sharding
+from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, foreign_parameters
+from switch_jax.checkpoint.interop.write_workdir import write_workdir
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
-from switch_jax.interop.imported import Imported, parameters
-from switch_jax.interop.writing import write_workdir
-from switch_jax.model import named_parameters
-from switch_jax.workdir import Workdir
+from switch_jax.model.parameters import named_parameters
 
 CONFIG = tiny(**{"model.tied_embeddings": False, "mesh.expert": 4})
 
 
-def foreign(values: dict[str, np.ndarray], **fields) -> Imported:
-    return Imported(CONFIG, lambda name, index: values[name][index], **fields)
+def foreign(values: dict[str, np.ndarray], **fields) -> ForeignCheckpoint:
+    return ForeignCheckpoint(CONFIG, lambda name, index: values[name][index], **fields)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,12 @@ def values() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         name: rng.standard_normal(stacked.shape, np.float32)
-        for name, stacked in parameters(CONFIG).items()
+        for name, stacked in foreign_parameters(CONFIG).items()
     }
 
 
 def test_stacked_dimensions_are_layers_and_experts():
-    known = parameters(CONFIG)
+    known = foreign_parameters(CONFIG)
     experts = known["encoder/runs/0/layers/1/mlp/experts/wi"]
     assert experts == ((1, 4, 16, 32), 2)
     assert list(experts.indices()) == [(0, 0), (0, 1), (0, 2), (0, 3)]
@@ -63,7 +63,7 @@ def test_what_fails_leaves_nothing_behind(values, tmp_path):
         return values[name][index]
 
     with pytest.raises(UserError, match="ends here"):
-        write_workdir(Imported(CONFIG, read), tmp_path / "out")
+        write_workdir(ForeignCheckpoint(CONFIG, read), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -76,9 +76,9 @@ def test_refuses_a_folder_that_exists(values, tmp_path):
 
 def test_is_placed_on_a_mesh_in_parts(values):
     """Each device asks for its own experts and its own part of them."""
-    mesh = sharding.make_mesh(CONFIG)
+    mesh = make_mesh(CONFIG)
     name = "decoder/runs/0/layers/1/mlp/experts/wo"
-    stacked = parameters(CONFIG)[name]
+    stacked = foreign_parameters(CONFIG)[name]
     read = []
 
     def reading(name, index):
@@ -87,7 +87,7 @@ def test_is_placed_on_a_mesh_in_parts(values):
 
     where = NamedSharding(mesh, P(None, "expert", "data"))
     wanted = {name: jax.ShapeDtypeStruct(stacked.shape, np.float32, sharding=where)}
-    placed = Imported(CONFIG, reading).place(wanted)[name]
+    placed = ForeignCheckpoint(CONFIG, reading).place(wanted)[name]
     assert placed.sharding == where
     np.testing.assert_array_equal(placed, values[name])
     assert len(read) == 8  # one expert on each of eight devices

@@ -14,13 +14,14 @@ from conftest import tiny
 from flax import serialization, traverse_util
 
 import switch_jax
-from switch_jax import by_layer
-from switch_jax.cli import main
+from switch_jax.checkpoint.interop import t5x_import
+from switch_jax.checkpoint.interop.expert_placement import infer_placement
+from switch_jax.checkpoint.interop.t5x_import import is_t5x, read_t5x
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.cli.main import main
 from switch_jax.errors import UserError
-from switch_jax.interop import t5x
-from switch_jax.interop.placement import placement
-from switch_jax.model import SwitchTransformer, named_parameters
-from switch_jax.workdir import Workdir
+from switch_jax.model.parameters import layer_slices, named_parameters
+from switch_jax.model.transformer import SwitchTransformer
 
 # Theirs by ours, written down on their own: the reader's table must not test itself.
 LAYER = {
@@ -81,7 +82,7 @@ def renamed(model: SwitchTransformer) -> dict[str, np.ndarray]:
     params = {name: np.asarray(leaf[...]) for name, leaf in named_parameters(model).items()}
     layer = LAYER | (GATED if model.config.model.activation == "geglu" else PLAIN)
     theirs = {}
-    for name, (whole, block) in by_layer.slices(params, model.config).items():
+    for name, (whole, block) in layer_slices(params, model.config).items():
         if block is None:
             theirs[TOP[name]] = params[whole]
         else:
@@ -155,7 +156,9 @@ def check_same(path: Path, model: SwitchTransformer) -> SwitchTransformer:
     assert named_parameters(loaded).keys() == expected.keys()
     for name, leaf in named_parameters(loaded).items():
         np.testing.assert_array_equal(leaf[...], expected[name][...], err_msg=name)
-    assert [loaded.config.runs(s) for s in t5x.STACKS] == [model.config.runs(s) for s in t5x.STACKS]
+    assert [loaded.config.runs(s) for s in t5x_import.STACKS] == [
+        model.config.runs(s) for s in t5x_import.STACKS
+    ]
     return loaded
 
 
@@ -198,14 +201,14 @@ def test_scanned_layers_with_biases_of_their_own(tmp_path):
     """A model of T5X itself, whose scanned layers repeat the table."""
     model = random_model("t5-1.1")
     theirs = scanned(renamed(model), 1, 1)
-    for stack in t5x.STACKS:
+    for stack in t5x_import.STACKS:
         table = theirs.pop(f"{stack}/relpos_bias/rel_embedding")
         theirs[f"{stack}/{stack}/relpos_bias/rel_embedding"] = np.stack([table, table], 1)
     check_same(write_legacy(tmp_path / "checkpoint_1", theirs), model)
     theirs["decoder/decoder/relpos_bias/rel_embedding"][0, 1, 0] += 1
     write_legacy(tmp_path / "checkpoint_2", theirs)
     with pytest.raises(UserError, match="differs from layer to layer"):
-        t5x.read(tmp_path / "checkpoint_2")
+        read_t5x(tmp_path / "checkpoint_2")
 
 
 def test_a_folder_for_each_array_as_orbax_once_wrote(switch, tmp_path):
@@ -217,7 +220,7 @@ def test_a_folder_for_each_array_as_orbax_once_wrote(switch, tmp_path):
     content = serialization.msgpack_serialize(nested(leaves | {small: theirs[small] + 1}))
     (path / "state" / "checkpoint").write_bytes(content)
     for folder in (path, path / "state"):
-        imported = t5x.read(folder)
+        imported = read_t5x(folder)
         np.testing.assert_array_equal(imported.read("encoder/final_norm/scale", ()), 2)
         router = imported.read("decoder/runs/0/layers/1/mlp/router/kernel", (0,))
         np.testing.assert_array_equal(
@@ -227,7 +230,7 @@ def test_a_folder_for_each_array_as_orbax_once_wrote(switch, tmp_path):
 
 def test_bfloat16_arrays(switch, tmp_path):
     rounded = {n: v.astype("bfloat16").astype(np.float32) for n, v in renamed(switch).items()}
-    imported = t5x.read(write_legacy(tmp_path / "checkpoint_1", rounded, "bfloat16"))
+    imported = read_t5x(write_legacy(tmp_path / "checkpoint_1", rounded, "bfloat16"))
     value = imported.read("encoder/runs/0/layers/1/mlp/experts/wi", (1, 2))
     assert value.dtype == np.float32
     assert (value == rounded["encoder/layers_3/mlp/expert/wi/kernel"][2]).all()
@@ -286,7 +289,7 @@ ARRAY = "target.encoder.layers_1.mlp.expert.wi.kernel"
 
 def failure(path: Path) -> str:
     with pytest.raises(UserError) as raised:
-        t5x.read(path)
+        read_t5x(path)
     return str(raised.value)
 
 
@@ -324,15 +327,15 @@ def test_paths_out_of_the_folder_are_refused(place, copy, tmp_path):
 
 def test_what_is_no_checkpoint_is_told(tmp_path):
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-1"\n')
-    assert not t5x.holds(tmp_path) and not t5x.holds(tmp_path / "none")
+    assert not is_t5x(tmp_path) and not is_t5x(tmp_path / "none")
     assert "is no T5X checkpoint" in failure(tmp_path)
 
 
 def test_experts_where_no_keys_would_have_them_are_told():
     layers = {"encoder": 6, "decoder": 6}
-    keys = placement(layers, {"encoder": (0, 1, 2), "decoder": (0, 1, 2)})
+    keys = infer_placement(layers, {"encoder": (0, 1, 2), "decoder": (0, 1, 2)})
     assert keys == {"every": 1, "first": 3, "last": None, "stacks": "both"}
     with pytest.raises(UserError, match=r"\[2, 3\]"):
-        placement(layers, {"encoder": (2, 3), "decoder": (1, 3, 5)})
+        infer_placement(layers, {"encoder": (2, 3), "decoder": (1, 3, 5)})
     with pytest.raises(UserError, match=r"\[\]"):
-        placement(layers, {"encoder": (), "decoder": ()})
+        infer_placement(layers, {"encoder": (), "decoder": ()})

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from switch_jax.distributed.cluster import Launch, detect_launch, expand_hostlist, launch_from_flags
 from switch_jax.errors import UserError
-from switch_jax.launch import Launch, detect, expand, from_flags
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -50,7 +50,7 @@ def on_tpu(monkeypatch):
 def launched(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return detect(5)
+    return detect_launch(5)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,12 @@ def test_several_that_cannot_find_each_other_do_not_start_alone(environment):
 )
 def test_flags_that_do_not_fit(flags, words):
     with pytest.raises(UserError, match=words):
-        from_flags(*flags)
+        launch_from_flags(*flags)
 
 
 def test_flags():
-    assert from_flags(None, None, None) is None
-    assert from_flags("[::1]:80", 2, 1) == Launch("[::1]:80", 2, 1)
+    assert launch_from_flags(None, None, None) is None
+    assert launch_from_flags("[::1]:80", 2, 1) == Launch("[::1]:80", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -137,4 +137,4 @@ def test_flags():
     ],
 )
 def test_lists_of_nodes(nodes, names):
-    assert expand(nodes) == names
+    assert expand_hostlist(nodes) == names

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from switch_jax import cli, config, sharding, verbs
+from switch_jax.cli.main import _parser, _take_overrides
+from switch_jax.cli.verbs import train
+from switch_jax.config.load import load_config
+from switch_jax.distributed.mesh import check_mesh, resolve_mesh
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "scripts" / "launch"
@@ -80,8 +83,8 @@ def training(command):
         words = shlex.split(remote.removeprefix("--command="))
     start = words.index("train")
     assert words[start - 1].endswith("switch-jax")
-    overrides, rest = cli._take_overrides(words[start:])
-    args = cli._parser().parse_args(rest)
+    overrides, rest = _take_overrides(words[start:])
+    args = _parser().parse_args(rest)
     args.overrides = overrides
     return args
 
@@ -117,7 +120,7 @@ def test_bash_understands_every_file(name):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_the_last_command_trains_with_all_that_was_given(name, dry_run):
     args = training(dry_run(name, [*ARGUMENTS[name], *PASSED])[-1])
-    assert args.run is verbs.train and args.coordinator == VOCABULARY
+    assert args.run is train and args.coordinator == VOCABULARY
     assert args.config == "configs/switch_base.py:num_experts=64"
     given = ARGUMENTS[name][3]
     assert args.workdir == given.replace("gs://", "/mnt/")
@@ -348,9 +351,9 @@ def test_documented_launches_fit_their_machine_and_the_table_of_meshes(command, 
         devices = 8 * nodes
         machine = f"{nodes} nodes × 8 GPUs" if nodes > 1 else "8 GPUs"
     args = training(dry_run(name, command[1:])[-1])
-    loaded = config.load(str(ROOT / args.config), args.overrides)
-    sizes = sharding.resolve(loaded.mesh, devices)
-    sharding.check(loaded, sizes)
+    loaded = load_config(str(ROOT / args.config), args.overrides)
+    sizes = resolve_mesh(loaded.mesh, devices)
+    check_mesh(loaded, sizes)
     row = next(line for line in DOCS.splitlines() if line.startswith(f"| {machine} |"))
     assert row.split(" | ")[1:6] == [
         str(n)

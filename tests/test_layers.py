@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from switch_jax.layers import DenseAttention, RMSNorm, dropout, fold, kernel, relative_buckets
-from switch_jax.moe import SwitchMlp
+from switch_jax.model.attention import DenseAttention, relative_position_buckets
+from switch_jax.model.layers import RMSNorm, dropout, fold_keys, init_kernel
+from switch_jax.model.moe.layers import SwitchMlp
 
 # Standard deviation of a standard normal that is cut at two.
 CUT = 0.87962566
 
 
 def buckets(distances, num_buckets, max_distance, bidirectional) -> list[int]:
-    return relative_buckets(
+    return relative_position_buckets(
         jnp.array(distances), num_buckets, max_distance, bidirectional=bidirectional
     ).tolist()
 
@@ -43,7 +44,7 @@ def test_buckets_at_t5s_own_sizes():
 
 
 def test_kernels_are_truncated_normal_without_correction():
-    weights = np.asarray(kernel(jax.random.key(0), (400, 500), 0.1))
+    weights = np.asarray(init_kernel(jax.random.key(0), (400, 500), 0.1))
     sigma = np.sqrt(0.1 / 400)
     np.testing.assert_allclose(weights.std(), CUT * sigma, rtol=0.01)
     assert 1.99 * sigma < np.abs(weights).max() <= 2 * sigma
@@ -104,11 +105,11 @@ def test_a_dropout_mask_is_shared_by_the_tokens_of_a_row_and_keyed_by_it(keys):
 
 def test_folded_keys_are_independent_and_keyed_by_row(keys):
     x = jnp.ones((6, 1, 64))
-    assert (dropout(x, 0.5, fold(keys, 0)) != dropout(x, 0.5, fold(keys, 1))).any()
+    assert (dropout(x, 0.5, fold_keys(keys, 0)) != dropout(x, 0.5, fold_keys(keys, 1))).any()
     np.testing.assert_array_equal(
-        jax.random.key_data(fold(keys, 3))[2:4], jax.random.key_data(fold(keys[2:4], 3))
+        jax.random.key_data(fold_keys(keys, 3))[2:4], jax.random.key_data(fold_keys(keys[2:4], 3))
     )
-    assert fold(None, 3) is None
+    assert fold_keys(None, 3) is None
 
 
 def test_attention_dropout_is_shared_by_queries_and_not_by_heads(keys):

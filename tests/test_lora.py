@@ -6,12 +6,13 @@ import pytest
 from conftest import make_batch, tiny
 
 import switch_jax
-from switch_jax import checkpoint, lora
+from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.data import open_batches
+from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
-from switch_jax.workdir import Workdir
+from switch_jax.model.lora import is_adapter, merge_adapters
+from switch_jax.training.step import TrainProgram
 
 
 def config(**overrides):
@@ -20,7 +21,7 @@ def config(**overrides):
 
 
 def run(settings, steps=2):
-    program = Program(settings, make_mesh(settings))
+    program = TrainProgram(settings, make_mesh(settings))
     state, batch = program.init(), program.put(make_batch(settings))
     losses = []
     for _ in range(steps):
@@ -36,14 +37,14 @@ def trained():
 
 def test_fresh_adapters_change_nothing_and_only_they_are_trained(trained):
     program, state, losses = trained
-    plain = Program(config(**{"lora.rank": 0}), program.mesh)
+    plain = TrainProgram(config(**{"lora.rank": 0}), program.mesh)
     fresh, base = program.init().params, plain.init().params
-    adapters = {name for name in fresh if lora.is_adapter(name)}
+    adapters = {name for name in fresh if is_adapter(name)}
     assert {name.rsplit(".", 1)[0] for name in adapters} == {
         name for name in base if "attention/" in name or "/experts/" in name
     }
     batch = plain.put(make_batch(config()))
-    merged = lora.merged(fresh, config())
+    merged = merge_adapters(fresh, config())
     assert all((np.asarray(merged[n]) == np.asarray(base[n])).all() for n in base)
     assert losses[0] == pytest.approx(float(plain.train_step(plain.init(), batch)[1]["loss"]))
     assert losses[1] < losses[0]
@@ -61,7 +62,7 @@ def test_an_adapter_is_a_product_per_layer_and_expert(trained):
     a, b = (np.asarray(state.params[f"{name}.lora_{x}"]) for x in "ab")
     base = np.asarray(state.params[name])
     assert a.shape == (*base.shape[:-1], 2) and b.shape == (*base.shape[:-2], 2, base.shape[-1])
-    merged = np.asarray(lora.merged(state.params, config())[name])
+    merged = np.asarray(merge_adapters(state.params, config())[name])
     for layer, expert in np.ndindex(base.shape[:2]):
         expected = base[layer, expert] + 16 / 2 * a[layer, expert] @ b[layer, expert]
         np.testing.assert_allclose(merged[layer, expert], expected, atol=1e-5)
@@ -76,11 +77,11 @@ def test_a_loaded_model_has_them_merged(trained, tmp_path):
     _, state, _ = trained
     workdir = Workdir(tmp_path / "run")
     workdir.prepare(config(), None)
-    checkpoints = checkpoint.Checkpoints(workdir, keep=1)
+    checkpoints = Checkpointer(workdir, keep=1)
     checkpoints.save(state, open_batches(config(), "train"))
     checkpoints.close()
     model = switch_jax.load(workdir.path)
-    merged = lora.merged(state.params, config())
+    merged = merge_adapters(state.params, config())
     loaded = dict(zip(merged, jax.tree.leaves(model)))
     assert len(jax.tree.leaves(model)) == len(merged)
     assert all((np.asarray(loaded[n]) == np.asarray(merged[n])).all() for n in merged)
@@ -88,8 +89,8 @@ def test_a_loaded_model_has_them_merged(trained, tmp_path):
 
 def test_what_finds_nothing_is_told():
     with pytest.raises(UserError, match=r"lora\.of='adapters' is found in no"):
-        Program(config(**{"lora.of": "adapters"}), make_mesh(config()))
+        TrainProgram(config(**{"lora.of": "adapters"}), make_mesh(config()))
     with pytest.raises(UserError, match=r"leave optimizer\.trained at all"):
-        Program(config(**{"optimizer.trained": "experts"}), make_mesh(config()))
+        TrainProgram(config(**{"optimizer.trained": "experts"}), make_mesh(config()))
     with pytest.raises(UserError, match=r"lora\.of='\[' is no regular expression"):
-        Program(config(**{"lora.of": "["}), make_mesh(config()))
+        TrainProgram(config(**{"lora.of": "["}), make_mesh(config()))

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from conftest import make_batch, tiny
 
-from switch_jax import losses, routing
-from switch_jax.model import token_masks
-from switch_jax.router import Decision, RouterSums, router_sums
-from switch_jax.sharding import make_mesh
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.model import loss
+from switch_jax.model.loss import LossSums, loss_denominators, loss_terms, router_metrics
+from switch_jax.model.moe.router import RouterOutput, RouterStats, router_stats
+from switch_jax.model.moe.routing import Scores, top_k
+from switch_jax.model.transformer import RouterStatsByStack, token_masks
 
 FOUR = {"model.num_encoder_layers": 4, "model.num_decoder_layers": 4}
 CONFIG = tiny(**FOUR, **{"moe.z_loss_weight": 0.001, "moe.group_size": 32})
@@ -30,7 +32,7 @@ def logits(batch):
     return 3 * rng.normal(size=shape).astype(np.float32)
 
 
-def layer_stats(config, mask_BxL, seed: int, blocks: int = 2) -> RouterSums:
+def layer_stats(config, mask_BxL, seed: int, blocks: int = 2) -> RouterStats:
     """What the expert layers of a stack would report for random router logits."""
     moe, (B, L) = config.moe, mask_BxL.shape
     rows = moe.group_rows(config.data.batch_size, L)
@@ -42,14 +44,14 @@ def layer_stats(config, mask_BxL, seed: int, blocks: int = 2) -> RouterSums:
 
     def one(logits):
         probs = jax.nn.softmax(logits)
-        scores = routing.Scores(probs, logits, mask)
-        assignment = jax.vmap(lambda s: routing.top_k(s, moe, C))(scores)
-        return router_sums(Decision(logits, scores, assignment), C)
+        scores = Scores(probs, logits, mask)
+        assignment = jax.vmap(lambda s: top_k(s, moe, C))(scores)
+        return router_stats(RouterOutput(logits, scores, assignment), C)
 
     return one, whole.reshape(blocks, -1, *mask.shape[1:], E)
 
 
-def stats_of(config, batch, rows=slice(None)) -> losses.Stats:
+def stats_of(config, batch, rows=slice(None)) -> RouterStatsByStack:
     """Router sums of both stacks for some rows of a global batch."""
     stats = {}
     for i, (stack, mask) in enumerate(zip(("encoder", "decoder"), token_masks(batch))):
@@ -60,9 +62,9 @@ def stats_of(config, batch, rows=slice(None)) -> losses.Stats:
     return stats
 
 
-def token_losses(logits, batch) -> losses.LossSums:
+def token_losses(logits, batch) -> LossSums:
     """Of given logits: the head leaves the states as they are."""
-    return losses.token_losses(logits, jnp.eye(logits.shape[-1]), batch)
+    return loss.token_losses(logits, jnp.eye(logits.shape[-1]), batch)
 
 
 def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits):
@@ -76,8 +78,8 @@ def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits
     np.testing.assert_allclose(sums.z, (log_z**2)[real].sum(), rtol=1e-5)
     assert sums.correct == (logits.argmax(-1) == targets)[real].sum()
 
-    totals = losses.totals(batch, CONFIG)
-    terms = losses.loss_terms(sums, {}, totals, CONFIG)
+    totals = loss_denominators(batch, CONFIG)
+    terms = loss_terms(sums, {}, totals, CONFIG)
     np.testing.assert_allclose(terms["cross_entropy"], (log_z - at_target)[real].mean(), rtol=1e-5)
     np.testing.assert_allclose(terms["z_loss"], 1e-4 * (log_z**2)[real].mean(), rtol=1e-5)
     # A mean over rows of means over tokens would be another number.
@@ -98,37 +100,37 @@ def test_totals_count_real_tokens_and_groups():
     batch = make_batch(config)
     for name in batch:
         batch[name][4:] = 0  # the last two groups of two rows are padding only
-    totals = losses.totals(batch, config)
+    totals = loss_denominators(batch, config)
     assert totals.tokens["encoder"] == (batch["encoder_input_tokens"] > 0).sum()
     assert totals.tokens["decoder"] == totals.targets == batch["decoder_loss_weights"].sum()
     assert totals.groups == {"encoder": 2, "decoder": 1}
     routed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, padding="routed"))
-    totals = losses.totals(batch, routed)
+    totals = loss_denominators(batch, routed)
     assert totals.tokens == {s: batch[f"{s}_input_tokens"].size for s in totals.tokens}
     assert totals.targets == batch["decoder_loss_weights"].sum()
 
 
 def test_terms_of_microbatches_add_up_to_those_of_the_batch(batch, logits):
-    totals = losses.totals(batch, CONFIG)
-    whole = losses.loss_terms(token_losses(logits, batch), stats_of(CONFIG, batch), totals, CONFIG)
+    totals = loss_denominators(batch, CONFIG)
+    whole = loss_terms(token_losses(logits, batch), stats_of(CONFIG, batch), totals, CONFIG)
     assert all(value > 0 for value in whole.values())
     parts = []
     for i in range(0, 16, 8):
         rows = slice(i, i + 8)
         sums = token_losses(logits[rows], {k: v[rows] for k, v in batch.items()})
         stats = stats_of(CONFIG, batch, rows)
-        parts.append(losses.loss_terms(sums, stats, totals, CONFIG))
+        parts.append(loss_terms(sums, stats, totals, CONFIG))
     for name, value in whole.items():
         np.testing.assert_allclose(sum(p[name] for p in parts), value, rtol=1e-5, err_msg=name)
 
 
 def test_auxiliary_loss_is_a_sum_over_layers_or_their_mean(batch, logits):
-    sums, totals = token_losses(logits, batch), losses.totals(batch, CONFIG)
+    sums, totals = token_losses(logits, batch), loss_denominators(batch, CONFIG)
     stats = stats_of(CONFIG, batch)
-    summed = losses.loss_terms(sums, stats, totals, CONFIG)
+    summed = loss_terms(sums, stats, totals, CONFIG)
     moe = dataclasses.replace(CONFIG.moe, aux_loss_reduction="mean")
     mean_config = dataclasses.replace(CONFIG, moe=moe)
-    mean = losses.loss_terms(sums, stats, totals, mean_config)
+    mean = loss_terms(sums, stats, totals, mean_config)
     for name in ("aux_loss", "router_z_loss"):
         np.testing.assert_allclose(summed[name], 4 * mean[name], rtol=1e-6)  # 2 stacks × 2
     by_hand = sum(
@@ -142,7 +144,7 @@ def test_auxiliary_loss_is_a_sum_over_layers_or_their_mean(batch, logits):
 
 
 def test_router_metrics_stay_within_their_bounds(batch):
-    metrics = losses.router_metrics(stats_of(CONFIG, batch), CONFIG)
+    metrics = router_metrics(stats_of(CONFIG, batch), CONFIG)
     names = {"load_max", "load_min", "load_cv", "dropped_fraction", "entropy", "confidence", "z"}
     layers = [f"{stack}/{layer}" for stack in ("encoder", "decoder") for layer in (1, 3)]
     places = ["router", "router/encoder", "router/decoder", *(f"router/{x}" for x in layers)]
@@ -169,8 +171,8 @@ def test_router_metrics_stay_within_their_bounds(batch):
     ],
 )
 def test_loads_are_in_units_of_a_fair_share(load, expected):
-    sums = RouterSums(jnp.array([load], jnp.float32), *[jnp.zeros(1)] * 6)
-    metrics = losses.router_metrics({"encoder/mlp": sums}, tiny())
+    sums = RouterStats(jnp.array([load], jnp.float32), *[jnp.zeros(1)] * 6)
+    metrics = router_metrics({"encoder/mlp": sums}, tiny())
     got = [metrics[f"router/{name}"] for name in ("load_max", "load_min", "load_cv")]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
@@ -185,13 +187,13 @@ def test_logits_in_parts_give_the_same_sums_and_gradients(batch, monkeypatch, pa
     teacher = states[..., :12] + 1, head[:12]
 
     def loss(states, head):
-        sums = losses.token_losses(states, head, batch, teacher, 2.0)
+        sums = loss.token_losses(states, head, batch, teacher, 2.0)
         return sums.cross_entropy + 0.1 * sums.z + 0.5 * sums.soft, sums
 
     both = jax.value_and_grad(loss, (0, 1), has_aux=True)
     (_, whole), gradients = both(states, head)
     both_logits = 2 * B * T * CONFIG.model.vocab_size * 4
-    monkeypatch.setattr(losses, "LOGITS_BYTES", both_logits // parts)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", both_logits // parts)
     (_, cut), cut_gradients = both(states, head)
     for one, other in zip((*whole, *gradients), (*cut, *cut_gradients)):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
@@ -206,7 +208,7 @@ def test_no_device_has_the_logits_of_another(batch):
     V = config.model.vocab_size
     with jax.set_mesh(make_mesh(config)):
         text = (
-            jax.jit(jax.grad(lambda s, h: losses.token_losses(s, h, batch, (s + 1, h)).soft))
+            jax.jit(jax.grad(lambda s, h: loss.token_losses(s, h, batch, (s + 1, h)).soft))
             .lower(jnp.ones((B, T, 16)), jnp.ones((16, V)))
             .compile()
             .as_text()

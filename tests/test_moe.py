@@ -10,10 +10,15 @@ import pytest
 from conftest import make_batch, tiny
 from jax.sharding import NamedSharding
 
-from switch_jax import dispatch, routing, sharding
-from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
-from switch_jax.moe import SwitchMlp
-from switch_jax.router import Plan
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.distributed.sharding import batch_sharding, partition_spec
+from switch_jax.model.moe import routing, slot_dispatch
+from switch_jax.model.moe.layers import SwitchMlp
+from switch_jax.model.moe.router import RoutingSpec
+from switch_jax.model.moe.routing import Scores
+from switch_jax.model.moe.slot_dispatch import gather_rows, slots_of_tokens, tokens_of_slots
+from switch_jax.model.parameters import named_parameters, with_parameters
+from switch_jax.model.transformer import SwitchTransformer
 
 B, L, D, F, E = 4, 6, 8, 12, 4
 ROWS = 2  # of a group
@@ -56,8 +61,8 @@ def call(mlp: SwitchMlp, x, mask, factor, rows=ROWS, keys=None):
     return jax.jit(run)(mlp, x, mask, keys)
 
 
-def plan(mask, factor, rows=ROWS) -> Plan:
-    return Plan(jnp.arange(mask.size).reshape(mask.shape), mask, rows, factor)
+def plan(mask, factor, rows=ROWS) -> RoutingSpec:
+    return RoutingSpec(jnp.arange(mask.size).reshape(mask.shape), mask, rows, factor)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -261,9 +266,9 @@ def test_gathers_have_the_gradients_of_indexing(top_k):
     moe = layer(top_k=top_k, router="top_k").router.config
     rng = np.random.default_rng(4)
     probs = softmax(rng.normal(size=(8, E)) + np.arange(E)).astype(np.float32)
-    expert, gate, place = routing.top_k(routing.Scores(probs, probs, rng.random(8) < 0.8), moe, C)
-    slot_SxK = dispatch.slots_of_tokens(expert, place, E, C)
-    held_N = dispatch.tokens_of_slots(slot_SxK, E, C).reshape(-1)
+    expert, gate, place = routing.top_k(Scores(probs, probs, rng.random(8) < 0.8), moe, C)
+    slot_SxK = slots_of_tokens(expert, place, E, C)
+    held_N = tokens_of_slots(slot_SxK, E, C).reshape(-1)
     assert (held_N == 8 * top_k).any() and (slot_SxK == E * C).any()
     tokens, slots = (jnp.array(rng.normal(size=(n, D)), jnp.float32) for n in (8, E * C))
     for x, index, inverse in (
@@ -271,7 +276,7 @@ def test_gathers_have_the_gradients_of_indexing(top_k):
         (slots, slot_SxK.reshape(-1), held_N[:, None]),
     ):
         direction = jnp.array(rng.normal(size=(index.size, D)), jnp.float32)
-        got, back = jax.vjp(partial(dispatch.gather_rows, index_M=index, inverse_NxJ=inverse), x)
+        got, back = jax.vjp(partial(gather_rows, index_M=index, inverse_NxJ=inverse), x)
         want, back_want = jax.vjp(lambda x, i=index: x.at[i].get(mode="fill", fill_value=0), x)
         np.testing.assert_array_equal(got, want)
         np.testing.assert_allclose(back(direction)[0], back_want(direction)[0], **CLOSE)
@@ -280,7 +285,7 @@ def test_gathers_have_the_gradients_of_indexing(top_k):
         rows = slots.at[slot_SxK].get(mode="fill", fill_value=0)
         return jnp.sum(rows * gates[..., None], axis=1)
 
-    gather_sum = partial(dispatch.gather_sum, index_NxK=slot_SxK, inverse_M=held_N)
+    gather_sum = partial(slot_dispatch.gather_sum, index_NxK=slot_SxK, inverse_M=held_N)
     got, back = jax.vjp(gather_sum, slots, jnp.asarray(gate))
     want, back_want = jax.vjp(indexed_sum, slots, jnp.asarray(gate))
     direction = jnp.array(rng.normal(size=got.shape), jnp.float32)
@@ -293,7 +298,7 @@ def test_the_way_through_tokens_and_the_way_through_slots_are_the_same(monkeypat
     mlp, (x, mask) = layer(**values), inputs()
     results = []
     for token_major in (True, False):
-        monkeypatch.setattr(dispatch, "_token_major", lambda *_, way=token_major: way)
+        monkeypatch.setattr(slot_dispatch, "_token_major", lambda *_, way=token_major: way)
         results.append(loss_and_gradients(ours(mlp, 1.0), mlp, x, mask))
     jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), *results)
 
@@ -354,11 +359,11 @@ def test_equals_itself_on_a_mesh_whose_weights_are_split_over_data(mesh):
         return y, back(direction)
 
     expected = run(mlp, *batch)
-    devices = sharding.make_mesh(config)
+    devices = make_mesh(config)
     axes = [p.get_metadata()["axes"] for p in named_parameters(mlp).values()]
-    where = [NamedSharding(devices, sharding.spec(a, fsdp=True)) for a in axes]
+    where = [NamedSharding(devices, partition_spec(a, fsdp=True)) for a in axes]
     split = jax.device_put(mlp, jax.tree.unflatten(jax.tree.structure(mlp), where))
-    rows = sharding.batch_sharding(devices)
+    rows = batch_sharding(devices)
     with jax.set_mesh(devices):
         got = run(split, *jax.device_put(batch, rows))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)

@@ -6,9 +6,10 @@ import optax
 import pytest
 from conftest import tiny
 
-from switch_jax.optim import make_optimizer, schedule
-from switch_jax.schema import OptimizerConfig, TrainConfig
-from switch_jax.sharding import make_mesh, spec
+from switch_jax.config.schema import OptimizerConfig, TrainConfig
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.distributed.sharding import partition_spec
+from switch_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 AXES = {
     "wi": ("layers", "expert", "embed", "mlp"),
@@ -107,7 +108,7 @@ def test_adafactor_over_the_whole_stack_would_differ():
     ],
 )
 def test_schedules_at_given_steps(values, expected):
-    rate = jax.jit(schedule(OptimizerConfig(**values), TrainConfig(steps=1000)))
+    rate = jax.jit(learning_rate_schedule(OptimizerConfig(**values), TrainConfig(steps=1000)))
     got = [float(rate(step)) for step in expected]
     np.testing.assert_allclose(got, list(expected.values()), rtol=1e-5, atol=1e-7)
 
@@ -147,7 +148,8 @@ def test_sharded_adafactor_gives_the_same_updates(adafactor):
     expected, _ = two_updates(adafactor, params, gradients)
     mesh = make_mesh(tiny(**{"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2}))
     where = {
-        name: jax.sharding.NamedSharding(mesh, spec(axes, fsdp=True)) for name, axes in AXES.items()
+        name: jax.sharding.NamedSharding(mesh, partition_spec(axes, fsdp=True))
+        for name, axes in AXES.items()
     }
     put = [jax.device_put(tree, where) for tree in (params, *gradients)]
     updates, _ = two_updates(adafactor, put[0], put[1:])

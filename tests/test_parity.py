@@ -13,11 +13,12 @@ import pytest
 from hugging_face import MODELS, reference, weights, write_folder
 
 import switch_jax
-from switch_jax import decode, losses
-from switch_jax.interop import names
-from switch_jax.interop.imported import parameters
-from switch_jax.model import named_parameters
-from switch_jax.search import Options
+from switch_jax.checkpoint.interop.foreign import foreign_parameters
+from switch_jax.checkpoint.interop.hf_names import name_table
+from switch_jax.inference.decoding import SamplingOptions
+from switch_jax.inference.generate import encode_inputs
+from switch_jax.model.loss import token_losses
+from switch_jax.model.parameters import named_parameters
 
 # Of the largest value. Beyond this, exact instead of tanh GELU, or a wrong bucket, would show.
 TOLERANCE = 1e-5
@@ -43,7 +44,7 @@ def run(model, batch):
         factor, source = model.config.moe.capacity_factor, batch["encoder_input_tokens"]
         encoded, _ = model.encode(source, (source > 0).astype(jnp.int32), factor)
         decoded, routes = model.route(batch, factor=factor)
-        sums = losses.token_losses(*model.factors(decoded), batch)
+        sums = token_losses(*model.factors(decoded), batch)
         mean = sums.cross_entropy / batch["decoder_loss_weights"].sum()
         return mean, (encoded, model.logits(decoded), routes)
 
@@ -67,7 +68,7 @@ def check_passes(model, stored) -> None:
 
 def check_gradients(config, gradients, stored) -> None:
     got = {name: np.asarray(leaf[...]) for name, leaf in named_parameters(gradients).items()}
-    table = names.table(config, parameters(config))
+    table = name_table(config, foreign_parameters(config))
     assert {source.name for source in table.values()} == {
         name.removeprefix("grad/") for name in stored if name.startswith("grad/")
     }
@@ -93,9 +94,12 @@ def check_routing(routed, probs_NxBxLxE, real_BxS, stack) -> None:
 def check_generation(model, stored) -> None:
     """The encoder's capacity holds there, too, and in the decoder there is room for all."""
     source = stored["encoder_input_tokens"]
-    encoded, real = jax.jit(decode.encode)(model, source)
+    encoded, real = jax.jit(encode_inputs)(model, source)
     close(encoded[real], stored["encoder_states"][real])
-    for wanted, options in (("greedy", Options()), ("beams", Options(3, length_penalty=0.0))):
+    for wanted, options in (
+        ("greedy", SamplingOptions()),
+        ("beams", SamplingOptions(3, length_penalty=0.0)),
+    ):
         found = switch_jax.generate(
             model,
             source,

@@ -11,17 +11,22 @@ import pytest
 import tasks as miniature
 from conftest import tiny
 
-from switch_jax import checkpoint, cli, plots, predict, scoring
-from switch_jax import config as config_lib
-from switch_jax.data import downstream, open_batches, open_vocabulary
-from switch_jax.data.batch import EVERYTHING
-from switch_jax.data.downstream import TASKS
+from switch_jax.analysis.run_plots import _scores, draw_run_plots
+from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.cli.main import main
+from switch_jax.config.load import override_config
+from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data.batch import ALL_ROWS
+from switch_jax.data.finetuning.tasks import TASKS, custom_task
+from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
-from switch_jax.evaluate import evaluate, evaluate_checkpoint, goodness, validation_batches
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
-from switch_jax.train import train
-from switch_jax.workdir import Workdir
+from switch_jax.evaluation.evaluate import evaluate, evaluate_checkpoint, validation_batches
+from switch_jax.evaluation.metric_names import sort_key
+from switch_jax.evaluation.task_predictions import Predictor
+from switch_jax.evaluation.task_scores import TaskScorer, _scored, scores_table
+from switch_jax.training.loop import train
+from switch_jax.training.step import TrainProgram
 
 INPUTS = [f"glue rte: number {i}, {'longer and ' * i}" for i in range(7)]  # batches of 4
 CLASSES = ["yes", "no", "perhaps"]
@@ -116,18 +121,18 @@ def test_evaluating_alone_gives_what_training_saw(run, config):
 
 def test_a_loss_counts_every_example_once(config):
     """Five examples of a task in batches of four, of which three batches are asked for."""
-    many = config_lib.override(config, {"train.eval_batches": "3"})
-    for name, batches in validation_batches(many, EVERYTHING).items():
+    many = override_config(config, {"train.eval_batches": "3"})
+    for name, batches in validation_batches(many, ALL_ROWS).items():
         assert len(batches) == 2, name
         rows = np.concatenate([batch["encoder_input_tokens"] for batch in batches])
         weights = np.concatenate([batch["decoder_loss_weights"] for batch in batches])
         assert rows.any(1).tolist() == weights.any(1).tolist() == [True] * 5 + [False] * 3
         assert len({row.tobytes() for row in rows[:5]}) == 5
-    program = Program(many, make_mesh(many))
-    found = evaluate(program, program.init().params, validation_batches(many, EVERYTHING))
-    alone = config_lib.override(many, {"data.batch_size": "1", "train.eval_batches": "9"})
-    program = Program(alone, make_mesh(alone))
-    expected = evaluate(program, program.init().params, validation_batches(alone, EVERYTHING))
+    program = TrainProgram(many, make_mesh(many))
+    found = evaluate(program, program.init().params, validation_batches(many, ALL_ROWS))
+    alone = override_config(many, {"data.batch_size": "1", "train.eval_batches": "9"})
+    program = TrainProgram(alone, make_mesh(alone))
+    expected = evaluate(program, program.init().params, validation_batches(alone, ALL_ROWS))
     for source in ("glue.rte", "glue.mrpc", "pairs.twice"):
         name = f"{source}/cross_entropy"
         assert found[name] == pytest.approx(expected[name], abs=1e-5)
@@ -143,16 +148,16 @@ def test_examples_without_an_answer_are_answered_and_nothing_else(config, tmp_pa
         inference = {"premise": "It is.", "hypothesis": "It was.", "label": -1}
         miniature.write_jsonl(ax, [inference] * 3)
     changes = {"data.mixture": "glue.rte, glue.ax", "data.data_dir": str(tmp_path)}
-    some = config_lib.override(config, changes | {"train.keep_best": "none"})
-    program = Program(some, make_mesh(some))
-    scorer = scoring.Scorer(program)
+    some = override_config(config, changes | {"train.keep_best": "none"})
+    program = TrainProgram(some, make_mesh(some))
+    scorer = TaskScorer(program)
     scores = scorer(program.init().params, tmp_path / "predictions")
     assert set(scores) == {"glue.rte/accuracy", "glue.rte/invalid", "glue.rte/score", "average"}
     assert scorer.names == list(scores)
     lines = {p.stem: p.read_text().count("\n") for p in (tmp_path / "predictions").iterdir()}
     assert lines == {"glue.rte": 6, "glue.ax": 3}
-    assert set(validation_batches(some, EVERYTHING)) == {"glue.rte"}
-    [batch] = validation_batches(some, EVERYTHING)["glue.rte"]
+    assert set(validation_batches(some, ALL_ROWS)) == {"glue.rte"}
+    [batch] = validation_batches(some, ALL_ROWS)["glue.rte"]
     assert batch["decoder_loss_weights"].any(1).all()
 
 
@@ -164,8 +169,8 @@ def test_there_is_no_average_without_all_of_a_mixture(config, tmp_path, capsys):
             labelled = of if split == "validation" else [{**r, "answerKey": "A"} for r in of]
             miniature.write_jsonl(tmp_path / TASKS[name].dataset / f"{split}.jsonl", labelled)
     changes = {"data.mixture": "arc", "data.data_dir": str(tmp_path), "train.keep_best": "none"}
-    some = config_lib.override(config, changes)
-    names = scoring.Scorer(Program(some, make_mesh(some))).names
+    some = override_config(config, changes)
+    names = TaskScorer(TrainProgram(some, make_mesh(some))).names
     assert names == ["arc.easy/accuracy", "arc.easy/score"]
     assert "There is no average: arc.challenge has no labelled" in capsys.readouterr().err
 
@@ -175,8 +180,8 @@ def test_targets_are_compared_as_the_vocabulary_writes_them(config, tmp_path, ca
     for split in ("train", "validation"):
         miniature.write_jsonl(tmp_path / f"{split}.jsonl", pairs)
     changes = {"data.mixture": f"pairs:{tmp_path}/{{split}}.jsonl", "train.keep_best": "none"}
-    some = config_lib.override(config, changes | {"data.data_dir": "none"})
-    scorer = scoring.Scorer(Program(some, make_mesh(some)))
+    some = override_config(config, changes | {"data.data_dir": "none"})
+    scorer = TaskScorer(TrainProgram(some, make_mesh(some)))
     assert "1 of 2 validation targets are longer than data.targets_length=8" in (
         capsys.readouterr().err
     )
@@ -188,32 +193,32 @@ def test_targets_are_compared_as_the_vocabulary_writes_them(config, tmp_path, ca
         def decode(self, ids):
             return " ".join(ids)
 
-    task, [_, example] = downstream.own("pairs.x"), next(iter(scorer._examples.values()))
-    assert scoring._scored(task, [example], ["1 2"], Folds())["accuracy"] == 100
+    task, [_, example] = custom_task("pairs.x"), next(iter(scorer._examples.values()))
+    assert _scored(task, [example], ["1 2"], Folds())["accuracy"] == 100
 
 
 def test_predictions_that_cannot_be_written_are_told_before_they_are_made(config, tmp_path):
     (tmp_path / "file").write_text("")
-    scorer = scoring.Scorer(Program(config, make_mesh(config)))
+    scorer = TaskScorer(TrainProgram(config, make_mesh(config)))
     with pytest.raises(UserError, match=r"Predictions cannot be written to .*file"):
         scorer({}, tmp_path / "file" / "6")
 
 
 def test_the_verb_shows_a_table(run, capsys):
-    assert cli.main(["eval", "--workdir", str(run.path)]) == 0
+    assert main(["eval", "--workdir", str(run.path)]) == 0
     out = capsys.readouterr().out
     during = evaluations(run)[6]
     for task in ("glue.rte", "glue.mrpc", "pairs.twice"):
         [line] = [line for line in out.splitlines() if line.startswith(task)]
         assert float(line.split()[1]) == pytest.approx(during[f"{task}/score"], abs=0.01)
-    assert scoring.render({"cross_entropy": 1.0, "python_docs/accuracy": 0.5}) == ""
+    assert scores_table({"cross_entropy": 1.0, "python_docs/accuracy": 0.5}) == ""
 
 
 def answered(config, **mesh):
     """What is written for INPUTS, and which class is chosen."""
-    changed = config_lib.override(config, {f"mesh.{k}": str(v) for k, v in mesh.items()})
-    program = Program(changed, make_mesh(changed))
-    predictor = predict.Predictor(program, open_vocabulary(changed))
+    changed = override_config(config, {f"mesh.{k}": str(v) for k, v in mesh.items()})
+    program = TrainProgram(changed, make_mesh(changed))
+    predictor = Predictor(program, open_vocabulary(changed))
     params = opinionated(program)
     return predictor.write(params, INPUTS), predictor.rank(params, INPUTS, CLASSES), predictor
 
@@ -224,11 +229,11 @@ def on_one_device(config):
 
 
 def test_scores_are_drawn(run, tmp_path):
-    drawn = {path.name for path in plots.draw([run, run], tmp_path)}
+    drawn = {path.name for path in draw_run_plots([run, run], tmp_path)}
     assert "tasks.png" in drawn
     lines = [{"step": 1, "split": "eval", "average": 1.0, "squad/score": 1.0}]
-    assert plots._scores({"a": lines}) == ["squad/score"]
-    assert plots._scores({"a": [*lines, {"xsum/score": 2.0}]})[0] == "average"
+    assert _scores({"a": lines}) == ["squad/score"]
+    assert _scores({"a": [*lines, {"xsum/score": 2.0}]})[0] == "average"
 
 
 @pytest.mark.parametrize("mesh", [{"expert": 2, "model": 2}, {"data": 4, "fsdp": True}])
@@ -240,12 +245,12 @@ def test_answers_are_the_same_on_any_mesh(config, on_one_device, mesh):
 
 def test_an_answer_does_not_depend_on_its_neighbours(config, on_one_device):
     written, _, predictor = on_one_device
-    params = opinionated(Program(config, make_mesh(config)))
+    params = opinionated(TrainProgram(config, make_mesh(config)))
     assert written == [predictor.write(params, [text])[0] for text in INPUTS]
 
 
 def test_the_likeliest_class_is_that_of_the_model(config, on_one_device):
-    program, vocabulary = Program(config, make_mesh(config)), open_vocabulary(config)
+    program, vocabulary = TrainProgram(config, make_mesh(config)), open_vocabulary(config)
     params = opinionated(program)
     source_BxS = np.array([[*vocabulary.encode(INPUTS[0]), 1]])
     log_likelihoods = {}
@@ -264,12 +269,12 @@ def test_the_likeliest_class_is_that_of_the_model(config, on_one_device):
 
 def test_the_best_checkpoint_stays_beside_the_newest(config, tmp_path):
     workdir = Workdir(tmp_path)
-    program = Program(config, make_mesh(config))
+    program = TrainProgram(config, make_mesh(config))
     state, batches = program.init(), open_batches(config, "train")
     quality = {1: 0.3, 2: 0.9, 3: 0.5, 4: None, 5: 0.1}
 
     def open_again():
-        return checkpoint.Checkpoints(workdir, keep=2, goodness=lambda m: m.get("quality", -1.0))
+        return Checkpointer(workdir, keep=2, goodness=lambda m: m.get("quality", -1.0))
 
     checkpoints = open_again()
     for step, value in quality.items():
@@ -297,20 +302,20 @@ def test_training_keeps_the_best_by_its_metric(run, config):
     ],
 )
 def test_a_metric_that_does_not_exist_is_told_before_training(config, tmp_path, metric, hint):
-    wrong = config_lib.override(config, {"train.keep_best": metric})
+    wrong = override_config(config, {"train.keep_best": metric})
     with pytest.raises(UserError, match=f"no metric '{metric}' for train.keep_best; {hint}"):
         train(wrong, Workdir(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_metric_that_is_not_finite_is_never_the_best(config, tmp_path):
-    good = functools.partial(goodness, "accuracy")
+    good = functools.partial(sort_key, "accuracy")
     assert good({"accuracy": float("nan")}) == good({}) == -float("inf") < good({"accuracy": 0.0})
     assert good({"accuracy": None}) == -float("inf")
-    assert goodness("cross_entropy", {"cross_entropy": 2.0}) == -2.0
-    workdir, program = Workdir(tmp_path), Program(config, make_mesh(config))
+    assert sort_key("cross_entropy", {"cross_entropy": 2.0}) == -2.0
+    workdir, program = Workdir(tmp_path), TrainProgram(config, make_mesh(config))
     state, batches = program.init(), open_batches(config, "train")
-    checkpoints = checkpoint.Checkpoints(workdir, keep=1, goodness=good)
+    checkpoints = Checkpointer(workdir, keep=1, goodness=good)
     for step, value in enumerate((0.3, np.nan, 0.9, 0.5, np.nan, 0.1), start=1):
         state = dataclasses.replace(state, step=jnp.int32(step))
         checkpoints.save(state, batches, {"accuracy": float(value)})
@@ -321,4 +326,4 @@ def test_a_metric_that_is_not_finite_is_never_the_best(config, tmp_path):
 
 def test_the_best_of_checkpoints_without_evaluations_is_refused(config):
     with pytest.raises(UserError, match=r"checkpoint_every=3 is not a multiple of train\.eval_eve"):
-        config_lib.override(config, {"train.checkpoint_every": "3"})
+        override_config(config, {"train.checkpoint_every": "3"})

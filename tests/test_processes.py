@@ -15,15 +15,15 @@ import pytest
 import runs
 import tasks as miniature
 
-from switch_jax import config as config_lib
-from switch_jax import rendezvous
-from switch_jax.checkpoint import Checkpoints
+from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.config.load import override_config
 from switch_jax.data import open_batches
+from switch_jax.distributed.cluster import Launch
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.distributed.rendezvous import meet_processes
 from switch_jax.errors import UserError
-from switch_jax.launch import Launch
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
-from switch_jax.workdir import Workdir
+from switch_jax.training.step import TrainProgram
 
 # As small as a model with experts can be: every process but the first compiles for itself.
 SMALL = {
@@ -139,9 +139,9 @@ def restored_anywhere(workdir, step):
     for mesh in ("data=1", "expert=4", "data=2,model=2", "data=4,fsdp=True"):
         sizes = {"mesh.data": "1", "mesh.expert": "1", "mesh.model": "1"}
         sizes |= {f"mesh.{item.split('=')[0]}": item.split("=")[1] for item in mesh.split(",")}
-        config = config_lib.override(made_with, sizes)
-        program = Program(config, make_mesh(config))
-        batches, checkpoints = open_batches(config, "train"), Checkpoints(Workdir(workdir), keep=3)
+        config = override_config(made_with, sizes)
+        program = TrainProgram(config, make_mesh(config))
+        batches, checkpoints = open_batches(config, "train"), Checkpointer(Workdir(workdir), keep=3)
         state = checkpoints.restore(program.abstract_state, batches)
         checkpoints.close()
         assert int(state.step) == step
@@ -258,7 +258,7 @@ def meet(count, come, seconds=5.0, facts=None):
 
     def run(place):
         try:
-            rendezvous.meet(Launch(address, count, come[place]), facts[place], seconds)
+            meet_processes(Launch(address, count, come[place]), facts[place], seconds)
         except UserError as error:
             said[place] = str(error)
 
@@ -304,7 +304,7 @@ def test_strangers_and_those_who_left_are_no_processes():
 
     def run(index):
         try:
-            rendezvous.meet(Launch(address, 3, index), {}, 20)
+            meet_processes(Launch(address, 3, index), {}, 20)
         except UserError as error:
             failures.append(str(error))
 
@@ -333,4 +333,4 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on port {port}"):
-            rendezvous.meet(Launch(f"localhost:{port}", 2, 0), {}, 1)
+            meet_processes(Launch(f"localhost:{port}", 2, 0), {}, 1)

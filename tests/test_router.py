@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 from conftest import make_batch, tiny
 
-from switch_jax import routing
-from switch_jax.idle_experts import IdleExperts
-from switch_jax.model import SwitchTransformer, named_parameters
-from switch_jax.moe import SwitchMlp
-from switch_jax.router import Decision, Plan, Routed, Router, hashed, router_sums
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.model.moe.layers import SwitchMlp
+from switch_jax.model.moe.router import (
+    Router,
+    RouterOutput,
+    RoutingResult,
+    RoutingSpec,
+    hash_expert,
+    router_stats,
+)
+from switch_jax.model.moe.routing import Assignment, Scores
+from switch_jax.model.parameters import named_parameters
+from switch_jax.model.transformer import SwitchTransformer
+from switch_jax.training.idle_experts import IdleExperts
+from switch_jax.training.step import TrainProgram
 
 B, L, D, E = 64, 16, 8, 4
 
@@ -24,9 +32,11 @@ def router(**values) -> Router:
     return made
 
 
-def plan(mask=None, tokens=None, factor=100.0) -> Plan:
+def plan(mask=None, tokens=None, factor=100.0) -> RoutingSpec:
     mask = np.ones((B, L), bool) if mask is None else mask
-    return Plan(jnp.zeros(mask.shape, jnp.int32) if tokens is None else tokens, mask, 1, factor)
+    return RoutingSpec(
+        jnp.zeros(mask.shape, jnp.int32) if tokens is None else tokens, mask, 1, factor
+    )
 
 
 def keys(rows: int = B):
@@ -43,9 +53,9 @@ def route(made: Router, x, plan=None, keys=None):
     rows, factor = plan.rows, plan.factor  # static
 
     def run(made, x, token, mask, keys):
-        decision = made(x, Plan(token, mask, rows, factor), keys)
+        decision = made(x, RoutingSpec(token, mask, rows, factor), keys)
         C = made.config.capacity(rows * x.shape[1], factor)
-        return Routed(decision.assignment, router_sums(decision, C))
+        return RoutingResult(decision.assignment, router_stats(decision, C))
 
     routed = jax.jit(run)(made, x, plan.token_BxL, plan.mask_BxL, keys)
     return jax.tree.map(np.asarray, routed)
@@ -125,7 +135,9 @@ def test_hash_routing_follows_the_token_alone(x):
     assert jax.tree.leaves(made) == []  # nothing to learn
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 500, (B, L)), jnp.int32)
     routed = route(made, x, plan(tokens=tokens))
-    np.testing.assert_array_equal(routed.assignment.expert_SxK.reshape(B, L), hashed(tokens, E))
+    np.testing.assert_array_equal(
+        routed.assignment.expert_SxK.reshape(B, L), hash_expert(tokens, E)
+    )
     assert (routed.assignment.gate_SxK == 1).all()
     assert routed.sums.confidence == B * L
     assert routed.sums.entropy == routed.sums.z == 0
@@ -170,7 +182,7 @@ def test_permuting_groups_permutes_results(x, values):
     rows = (2 * order[:, None] + np.arange(2)).reshape(-1)  # of groups of two rows
 
     def grouped(rows):
-        return Plan(tokens[rows], mask[rows], rows=2, factor=1.0)
+        return RoutingSpec(tokens[rows], mask[rows], rows=2, factor=1.0)
 
     one, other = (route(made, x[r], grouped(r)) for r in (np.arange(B), rows))
     for got, want in zip(other.assignment, one.assignment):
@@ -185,15 +197,15 @@ def test_dropped_counts_tokens_by_the_share_of_their_places():
     slot = jnp.array([[0, 0], [1, 0], [0, 0], [2, 1]])
     mask = jnp.array([True, True, True, True])
     probs = jnp.full((4, 4), 0.25)
-    scores = routing.Scores(probs, probs, mask)
-    assignment = routing.Assignment(expert, jnp.ones((4, 2)), slot)
-    grouped = Decision(jnp.log(probs), scores, assignment)
+    scores = Scores(probs, probs, mask)
+    assignment = Assignment(expert, jnp.ones((4, 2)), slot)
+    grouped = RouterOutput(jnp.log(probs), scores, assignment)
     grouped = jax.tree.map(lambda a: a[None], grouped)
     # Capacity 1: t0 whole, t1's only place is full, t2 has no place at all, t3 both full.
-    assert router_sums(grouped, 1).dropped == 3
+    assert router_stats(grouped, 1).dropped == 3
     # Capacity 2: t3 loses one of its two.
-    assert router_sums(grouped, 2).dropped == 1.5
-    np.testing.assert_array_equal(router_sums(grouped, 1).load_E, [3, 2, 0, 0])
+    assert router_stats(grouped, 2).dropped == 1.5
+    np.testing.assert_array_equal(router_stats(grouped, 1).load_E, [3, 2, 0, 0])
 
 
 def test_the_bias_of_bias_balancing_ranks_but_is_no_gate(x):
@@ -220,7 +232,7 @@ def test_bias_balancing_moves_load_without_a_loss():
             "mesh.data": 2,
         }
     )
-    program = Program(config, make_mesh(config))
+    program = TrainProgram(config, make_mesh(config))
     state = program.init()
     name = "encoder/runs/1/layers/0/mlp/router/bias"
     batch = program.put(make_batch(config))

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switch_jax import dispatch, routing
-from switch_jax.router import hashed
-from switch_jax.schema import MoEConfig
+from switch_jax.config.schema import MoEConfig
+from switch_jax.model.moe import routing
+from switch_jax.model.moe.router import hash_expert
+from switch_jax.model.moe.routing import Scores, balance_stats, expert_counts, load_balancing_loss
+from switch_jax.model.moe.slot_dispatch import make_slot_indices
 
 # The probabilities of the paper's Fig 11: six tokens, three experts.
 TENTHS = [(1, 7, 2), (7, 2, 1), (5, 3, 2), (8, 1, 1), (3, 1, 6), (7, 1, 2)]
@@ -27,9 +29,9 @@ def moe_config(num_experts: int = 3, **values) -> MoEConfig:
     return MoEConfig(num_experts=num_experts, min_capacity=1, **values)
 
 
-def scores(probs=FIG11, mask=ALL, chance=None) -> routing.Scores:
+def scores(probs=FIG11, mask=ALL, chance=None) -> Scores:
     """Scores of a router that ranks experts by probability."""
-    return routing.Scores(jnp.asarray(probs), jnp.asarray(probs), jnp.asarray(mask), chance)
+    return Scores(jnp.asarray(probs), jnp.asarray(probs), jnp.asarray(mask), chance)
 
 
 def route(moe: MoEConfig, capacity: int, chance=None) -> tuple[np.ndarray, ...]:
@@ -41,13 +43,11 @@ def route(moe: MoEConfig, capacity: int, chance=None) -> tuple[np.ndarray, ...]:
 
 
 def balance(probs, mask):
-    return routing.load_balancing_loss(routing.shares(scores(probs, mask)))
+    return load_balancing_loss(balance_stats(scores(probs, mask)))
 
 
 def test_golden_load_balancing_loss():
-    np.testing.assert_allclose(
-        routing.expert_counts(jnp.array(FIG11.argmax(-1)), 3), [4, 1, 1], rtol=0
-    )
+    np.testing.assert_allclose(expert_counts(jnp.array(FIG11.argmax(-1)), 3), [4, 1, 1], rtol=0)
     np.testing.assert_allclose(balance(FIG11, ALL), 1.275, rtol=1e-6)
     grouped = jax.vmap(balance)(FIG11.reshape(2, 3, 3), ALL.reshape(2, 3))
     np.testing.assert_allclose(grouped, [1.266667, 1.5], rtol=1e-6)
@@ -67,7 +67,7 @@ def test_load_balancing_loss_ignores_padding_and_spans_one_to_E():
 
 def test_load_balancing_loss_counts_what_was_drawn_and_not_what_is_likeliest():
     drawn = np.eye(3, dtype=np.float32)[[2] * 6]
-    loss = routing.load_balancing_loss(routing.shares(routing.Scores(FIG11, drawn, ALL)))
+    loss = load_balancing_loss(balance_stats(Scores(FIG11, drawn, ALL)))
     np.testing.assert_allclose(loss, 3 * FIG11[:, 2].mean(), rtol=1e-6)
 
 
@@ -232,7 +232,7 @@ def compiled(moe: MoEConfig, capacity: int):
     def run(probs, mask):
         grouped = jax.tree.map(lambda x: x[None], scores(probs, mask))
         assignment = jax.vmap(lambda s: routing.ROUTERS[moe.router](s, moe, capacity))(grouped)
-        indices = dispatch.make_indices(assignment, E, capacity)
+        indices = make_slot_indices(assignment, E, capacity)
         return jax.tree.map(lambda x: x[0], (assignment, *indices))
 
     return run
@@ -357,6 +357,6 @@ def test_slots_and_tokens_are_inverse(case):
 
 def test_hashes_are_murmur_s_and_spread_over_experts():
     """MurmurHash3's final mix of 1 is 0x514E28B7."""
-    assert hashed(jnp.int32(1), 2**20) == 0x514E28B7 % 2**20
-    counts = np.bincount(hashed(jnp.arange(32_000), 64), minlength=64)
+    assert hash_expert(jnp.int32(1), 2**20) == 0x514E28B7 % 2**20
+    counts = np.bincount(hash_expert(jnp.arange(32_000), 64), minlength=64)
     assert counts.min() > 400 and counts.max() < 600

@@ -17,14 +17,16 @@ import pytest
 import runs
 from conftest import tiny
 
-from switch_jax import config as config_lib
-from switch_jax import launch, runner, sweep_display
-from switch_jax.cli import main
+from switch_jax.checkpoint.metrics_log import last_logged_step
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.cli.main import main
+from switch_jax.config.load import override_config
+from switch_jax.distributed.cluster import Launch
 from switch_jax.errors import UserError
-from switch_jax.report import last_step
-from switch_jax.runner import Job
-from switch_jax.sweep import Run
-from switch_jax.workdir import Workdir
+from switch_jax.sweeps import progress, runner
+from switch_jax.sweeps.progress import SweepDisplay
+from switch_jax.sweeps.runner import Job, _claim, prepare_sweep, run_sweep
+from switch_jax.sweeps.spec import SweepRun
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +50,7 @@ def fakes(folder, programs, **needs):
         Fake(
             name,
             0,
-            Run("c.py", {"init_from": f"{{run:{needs[name]}}}"} if name in needs else {}),
+            SweepRun("c.py", {"init_from": f"{{run:{needs[name]}}}"} if name in needs else {}),
             tiny(),
             folder,
             program=program,
@@ -67,14 +69,14 @@ def held(path):
 
 def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
     (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
-    claimed = runner._claimed
+    claimed = _claim
 
     def late(jobs):
         (made.workdir.checkpoints / "100").mkdir(parents=True)  # before we had the lock
         return claimed(jobs)
 
-    monkeypatch.setattr(runner, "_claimed", late)
-    progress = runner.run([made])
+    monkeypatch.setattr(runner, "_claim", late)
+    progress = run_sweep([made])
     assert progress.finished == 1 and not progress.failed and not made.output.exists()
 
 
@@ -85,7 +87,7 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, capfd):
         after="bad",
         more="good",
     )
-    progress = runner.run(made)
+    progress = run_sweep(made)
     assert (progress.finished, progress.failed, progress.blocked) == (2, ["bad-0"], ["after-0"])
     err = capfd.readouterr().err
     assert "bad-0 failed" in err and "no such thing" in err and "run 1 of 4: bad-0" in err
@@ -93,9 +95,9 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, capfd):
 
 
 def test_what_is_finished_is_not_trained_again(tmp_path):
-    runner.run(fakes(tmp_path, {"a": "print('once')"}))
+    run_sweep(fakes(tmp_path, {"a": "print('once')"}))
     (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
-    progress = runner.run([made])
+    progress = run_sweep([made])
     assert progress.finished == 1 and not progress.failed
     assert made.output.read_text() == "once\n"
 
@@ -105,7 +107,7 @@ def test_what_another_process_trains_is_waited_for_and_taken_over_where_that_die
     with contextlib.ExitStack() as others:
         for held_by_others in (made[0], made[2]):
             others.enter_context(held(held_by_others.lock))
-        thread = threading.Thread(target=lambda: found.append(runner.run(made)))
+        thread = threading.Thread(target=lambda: found.append(run_sweep(made)))
         found = []
         thread.start()
         deadline = time.time() + 60
@@ -160,7 +162,7 @@ def test_a_run_whose_sweep_was_killed_keeps_its_lock_as_long_as_it_lives(tmp_pat
             pass
     finally:
         os.kill(child, signal.SIGKILL)
-    assert runner.run([made]).finished == 1
+    assert run_sweep([made]).finished == 1
 
 
 def finished(workdir, config, scores):
@@ -177,7 +179,7 @@ def test_commands_name_config_overrides_seeds_and_what_others_came_to(tmp_path):
     finished(Workdir(tmp_path / "runs" / "up-3"), tiny(), scores)
     best = tiny(**{"train.keep_best": "average"})
     finished(Workdir(tmp_path / "runs" / "tuned-3"), best, scores)
-    run = Run("c.py:n=1", {"init_from": "{run:up}", "distill.teacher": "{run:tuned}"})
+    run = SweepRun("c.py:n=1", {"init_from": "{run:up}", "distill.teacher": "{run:tuned}"})
     command = Job("down", 3, run, tiny(), tmp_path).command()
     assert command[1:6] == ["-m", "switch_jax", "train", "--config", "c.py:n=1"]
     assert set(command[6:-2]) == {
@@ -191,18 +193,18 @@ def test_commands_name_config_overrides_seeds_and_what_others_came_to(tmp_path):
 
 def test_last_step_reads_what_is_complete(tmp_path):
     workdir = Workdir(tmp_path)
-    assert last_step(workdir) == 0
+    assert last_logged_step(workdir) == 0
     line = json.dumps({"step": 7, "split": "train"}) + "\n"
     workdir.metrics_file.write_text(line)
-    assert last_step(workdir) == 7
+    assert last_logged_step(workdir) == 7
     workdir.metrics_file.write_text(line * 20_000 + line.replace("7", "8") + '{"step": 9')
-    assert last_step(workdir) == 8
+    assert last_logged_step(workdir) == 8
 
 
 def test_time_left_goes_by_work(monkeypatch, capfd):
     now = [0.0]
-    monkeypatch.setattr(sweep_display.time, "monotonic", lambda: now[0])
-    with sweep_display.SweepDisplay({"a": 1.0, "b": 2.0, "c": 4.0}, set()) as display:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with SweepDisplay({"a": 1.0, "b": 2.0, "c": 4.0}, set()) as display:
         display.started("a", 0.0)
         now[0] = 10.0
         display.ended({"a"})
@@ -274,7 +276,7 @@ def stopped_and_finished(tiny_sweep, tmp_path_factory):
         os.kill(pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     code = process.returncode
-    before = last_step(Workdir(folder / "runs" / "dense-0"))
+    before = last_logged_step(Workdir(folder / "runs" / "dense-0"))
     return folder, command, (code, out, before), runs.run(*command, code=2, cwd=ROOT)
 
 
@@ -336,7 +338,7 @@ def test_commands_are_those_of_what_is_missing(stopped_and_finished, capsys, mon
 
 def test_one_of_several_processes_trains_no_sweep(stopped_and_finished, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(launch, "detect", lambda seconds: launch.Launch("x:1", 2, 0))
+    monkeypatch.setattr("switch_jax.distributed.detect_launch", lambda seconds: Launch("x:1", 2, 0))
     assert main([*map(str, stopped_and_finished[1])]) == 2
     assert "--commands" in capsys.readouterr().err
 
@@ -353,30 +355,30 @@ def test_a_folder_of_another_sweep_is_refused(stopped_and_finished, flag, capsys
 def test_a_folder_that_holds_anything_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="not empty"):
-        runner.prepare([Job("a", 0, Run("c.py"), tiny(), tmp_path)], tmp_path)
+        prepare_sweep([Job("a", 0, SweepRun("c.py"), tiny(), tmp_path)], tmp_path)
 
 
 def test_runs_may_be_added_to_a_sweep_and_left_out_and_changed_until_they_begin(tmp_path):
-    one, two, three = (Job(name, 0, Run("c.py"), tiny(), tmp_path) for name in "abc")
+    one, two, three = (Job(name, 0, SweepRun("c.py"), tiny(), tmp_path) for name in "abc")
     changed = dataclasses.replace(one, config=tiny(**{"moe.every": 1}))
-    runner.prepare([one, two], tmp_path)
-    runner.prepare([changed], tmp_path)
+    prepare_sweep([one, two], tmp_path)
+    prepare_sweep([changed], tmp_path)
     one.workdir.prepare(one.config, None)
-    runner.prepare([one, three], tmp_path)
+    prepare_sweep([one, three], tmp_path)
     with pytest.raises(
         UserError, match=r"another sweep \(moe\.every is 2 there and 1 here in a-0\)"
     ):
-        runner.prepare([changed, three], tmp_path)
+        prepare_sweep([changed, three], tmp_path)
     with pytest.raises(UserError, match=r"another sweep \(of a-0\)"):
-        runner.prepare([two, three], tmp_path)
+        prepare_sweep([two, three], tmp_path)
 
 
 def test_a_reference_may_have_become_a_path(tmp_path):
     (down,) = fakes(tmp_path, {"down": ""}, down="up")
     down = dataclasses.replace(down, config=tiny())
-    config = config_lib.override(tiny(), {"init_from": "/runs/up-0/checkpoints/100"})
+    config = override_config(tiny(), {"init_from": "/runs/up-0/checkpoints/100"})
     down.workdir.prepare(config, None)
-    asked = dataclasses.replace(down, config=config_lib.override(tiny(), {"init_from": "{run:up}"}))
-    runner.prepare([asked], tmp_path)
+    asked = dataclasses.replace(down, config=override_config(tiny(), {"init_from": "{run:up}"}))
+    prepare_sweep([asked], tmp_path)
     with pytest.raises(UserError, match="init_from is '/runs/up-0/checkpoints/100' there"):
-        runner.prepare([down], tmp_path)
+        prepare_sweep([down], tmp_path)

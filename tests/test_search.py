@@ -14,9 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switch_jax import search
 from switch_jax.errors import UserError
-from switch_jax.search import Drawing, Options
+from switch_jax.inference.decoding import (
+    Sampler,
+    SamplingOptions,
+    beam_search,
+    decode_loop,
+    greedy_choice,
+)
 
 END, B = 1, 2
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -52,7 +57,7 @@ def table_step(table_BxPxV, K, steps=None):
 @partial(jax.jit, static_argnames=("K", "L"))
 def beams(table_BxPxV, alpha, K, L):
     step, state = table_step(table_BxPxV, K)
-    return search.beams(step, state, 1, B, K, L, END, alpha)
+    return beam_search(step, state, 1, B, K, L, END, alpha)
 
 
 def log_softmax(x):
@@ -173,14 +178,14 @@ def test_searches_stop_when_nothing_can_change():
         walked: list[int] = []
         step, state = table_step(jnp.asarray(table), 1, walked)
         jax.block_until_ready(
-            jax.jit(lambda s, step=step: search.walk(step, s, search.greedy, B, L, END))(state)
+            jax.jit(lambda s, step=step: decode_loop(step, s, greedy_choice, B, L, END))(state)
         )
         jax.effects_barrier()
         assert sorted(walked) == list(range(length))
 
     searched: list[int] = []
     step, state = table_step(jnp.asarray(sure), 1, searched)
-    found = jax.jit(lambda s: search.beams(step, s, 1, B, 1, L, END, 0.6))(state)
+    found = jax.jit(lambda s: beam_search(step, s, 1, B, 1, L, END, 0.6))(state)
     jax.effects_barrier()
     assert np.asarray(found.token_BxKxL)[0, 0].tolist() == [2, END, 0, 0]
     assert sorted(searched) == [0, 1]
@@ -190,7 +195,7 @@ def test_greedy_takes_the_best_and_scores_what_it_took():
     V, L = 4, 3
     table = random_table(3, V, L)
     step, state = table_step(jnp.asarray(table), 1)
-    tokens, score = jax.jit(lambda s: search.walk(step, s, search.greedy, B, L, END))(state)
+    tokens, score = jax.jit(lambda s: decode_loop(step, s, greedy_choice, B, L, END))(state)
     for row in range(B):
         want: list[int] = []
         while len(want) < L and END not in want:
@@ -201,7 +206,7 @@ def test_greedy_takes_the_best_and_scores_what_it_took():
 
 def drawn(logits_V, draws: int = 4000, **how) -> np.ndarray:
     """How often each token was drawn."""
-    drawing = Drawing(jax.random.split(jax.random.key(0), draws), **how)
+    drawing = Sampler(jax.random.split(jax.random.key(0), draws), **how)
     logits_NxV = jnp.tile(jnp.asarray(logits_V, jnp.float32), (draws, 1))
     tokens = jax.jit(lambda d, logits: d.choose(logits, jnp.int32(5)))(drawing, logits_NxV)
     return np.bincount(tokens, minlength=len(logits_V)) / draws
@@ -240,9 +245,9 @@ def test_of_equals_the_first_is_kept():
 
 def test_draws_depend_on_key_and_position_alone():
     key_N, logits = jax.random.split(jax.random.key(1), 64), jnp.zeros((64, 1000))
-    drawing = Drawing(key_N, 1.0)
+    drawing = Sampler(key_N, 1.0)
     at_3 = drawing.choose(logits, jnp.int32(3))
-    alone = Drawing(key_N[7:8], 1.0).choose(logits[:1], jnp.int32(3))
+    alone = Sampler(key_N[7:8], 1.0).choose(logits[:1], jnp.int32(3))
     assert alone[0] == at_3[7]
     assert (drawing.choose(logits, jnp.int32(4)) != at_3).mean() > 0.9
     assert len(np.unique(at_3)) > 50  # and so do those of different sequences
@@ -268,6 +273,6 @@ def test_draws_depend_on_key_and_position_alone():
 )
 def test_options_that_make_no_sense_are_one_sentence(options, words):
     with pytest.raises(UserError) as error:
-        Options(**options)
+        SamplingOptions(**options)
     message = str(error.value)
     assert all(word in message for word in words) and message.count(". ") == 0

@@ -10,19 +10,12 @@ from conftest import tiny
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from switch_jax.config.schema import MeshConfig
+from switch_jax.distributed.mesh import check_mesh, make_mesh, resolve_mesh
+from switch_jax.distributed.sharding import MESH_AXES, RULES, num_batch_shards, partition_spec
 from switch_jax.errors import UserError
-from switch_jax.schema import MeshConfig
-from switch_jax.sharding import (
-    MESH_AXES,
-    RULES,
-    check,
-    feed,
-    make_mesh,
-    num_batch_shards,
-    resolve,
-    spec,
-)
-from switch_jax.step import Program
+from switch_jax.model.sharded import process_rows
+from switch_jax.training.step import TrainProgram
 
 
 def mesh_error(**overrides) -> str:
@@ -52,7 +45,7 @@ def number_after(text: str, message: str) -> int:
     ],
 )
 def test_resolve(mesh, devices, expected):
-    assert tuple(resolve(MeshConfig(**mesh), devices).values()) == expected
+    assert tuple(resolve_mesh(MeshConfig(**mesh), devices).values()) == expected
 
 
 def test_a_product_below_the_device_count_uses_the_first_devices():
@@ -99,7 +92,7 @@ def test_long_lists_of_sizes_are_cut():
     dims = ("num_heads", "d_ff", "d_model", "vocab_size")
     config = tiny(**{f"model.{name}": 5040 for name in dims})
     with pytest.raises(UserError, match=r"can be 1, 2, .* …\."):
-        check(config, {"slice": 1, "data": 1, "expert": 1, "model": 11})
+        check_mesh(config, {"slice": 1, "data": 1, "expert": 1, "model": 11})
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -134,17 +127,17 @@ def test_a_dense_model_has_no_groups_and_no_experts_to_divide():
 
 
 def test_every_logical_axis_has_a_rule_and_others_raise():
-    assert spec(("layers", "expert", "embed", "mlp")) == P(None, "expert", None, "model")
-    assert spec(("layers", "expert", "embed", "mlp"), fsdp=True) == P(
+    assert partition_spec(("layers", "expert", "embed", "mlp")) == P(None, "expert", None, "model")
+    assert partition_spec(("layers", "expert", "embed", "mlp"), fsdp=True) == P(
         None, "expert", "data", "model"
     )
-    assert spec(("batch", None)) == P(("slice", "data", "expert"), None)
+    assert partition_spec(("batch", None)) == P(("slice", "data", "expert"), None)
     used = {
         a for rule in RULES.values() for a in ((rule,) if isinstance(rule, str) else rule or ())
     }
     assert used == {*MESH_AXES, "fsdp"}
     with pytest.raises(KeyError, match="embedd"):
-        spec(("vocab", "embedd"))
+        partition_spec(("vocab", "embedd"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +160,7 @@ def feeds(monkeypatch, owners, shape):
     result = []
     for process in range(count):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        result.append(feed(Mesh(used, MESH_AXES)))
+        result.append(process_rows(Mesh(used, MESH_AXES)))
     return result
 
 
@@ -211,4 +204,4 @@ def test_meshes_that_cut_the_batch_within_processes_are_refused(monkeypatch, own
 def test_a_host_without_memory_of_its_own_is_refused():
     config = tiny(**{"optimizer.memory": "host"})
     with pytest.raises(UserError, match=r"optimizer\.memory=device"):
-        Program(config, make_mesh(config))
+        TrainProgram(config, make_mesh(config))

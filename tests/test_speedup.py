@@ -7,8 +7,9 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from switch_jax import curves, speedup
-from switch_jax.cli import main
+from switch_jax.analysis.learning_curves import SpeedUp
+from switch_jax.analysis.speedup import compare_sources, comparison_to_json, speedup_table
+from switch_jax.cli.main import main
 from switch_jax.errors import UserError
 
 
@@ -27,7 +28,7 @@ def evaluations(steps, **qualities):
 def one(steps, quality, our_steps, our_quality):
     """The speed-up of a single source."""
     runs = evaluations(steps, sw=quality), evaluations(our_steps, sw=our_quality)
-    comparison = speedup.compare(*runs)
+    comparison = compare_sources(*runs)
     assert comparison.mixture == comparison.sources["mc4.sw"]
     return comparison.sources["mc4.sw"]
 
@@ -35,7 +36,7 @@ def one(steps, quality, our_steps, our_quality):
 def test_steps_are_read_off_the_line_between_evaluations():
     # -2 is three quarters of the way from -3.5 at step 100 to -1.5 at step 200.
     found = one([200, 400, 600], [-4, -3, -2], [100, 200, 300], [-3.5, -1.5, -1])
-    assert found == curves.SpeedUp(-2, -1, 600, 175, at_least=False)
+    assert found == SpeedUp(-2, -1, 600, 175, at_least=False)
     assert found.ratio == pytest.approx(600 / 175)
 
 
@@ -64,7 +65,7 @@ def test_a_baseline_that_got_worse_is_timed_when_it_first_was_as_good_as_at_its_
 
 def test_good_at_the_first_evaluation_is_a_bound():
     found = one([100, 200], [-3, -2], [50, 100], [-1, -1])
-    assert found == curves.SpeedUp(-2, -1, 200, 50, at_least=True)
+    assert found == SpeedUp(-2, -1, 200, 50, at_least=True)
 
 
 def test_evaluations_that_were_not_finite_are_left_out():
@@ -104,9 +105,9 @@ def five_sources():
 
 
 def test_sources_are_ordered_and_counted():
-    comparison = speedup.compare(*five_sources())
+    comparison = compare_sources(*five_sources())
     assert list(comparison.sources) == ["mc4.sw", "mc4.de", "mc4.fr", "mc4.yi", "mc4.zu"]
-    result = json.loads(json.dumps(speedup.as_json(comparison)))
+    result = json.loads(json.dumps(comparison_to_json(comparison)))
     ratios = [source["speed_up"] for source in result["sources"].values()]
     assert ratios == [8, 5, 4, pytest.approx(400 / 175), None]
     assert result["speed_up_mean"] == pytest.approx((8 + 5 + 4 + 400 / 175) / 4)
@@ -117,7 +118,7 @@ def test_sources_are_ordered_and_counted():
 
 
 def test_the_table_has_these_figures():
-    lines = speedup.render(speedup.compare(*five_sources()), "a", "b").splitlines()
+    lines = speedup_table(compare_sources(*five_sources()), "a", "b").splitlines()
     cells = {line[:13].strip(): line[13:].split() for line in lines if line}
     assert lines[0] == "b (200 steps) against the baseline a (400 steps)"
     assert cells["mc4.sw"] == ["-2.0000", "-2.0000", "400", "50", "≥", "8.00×"]
@@ -130,18 +131,18 @@ def test_the_table_has_these_figures():
 
 def test_a_table_without_speed_ups():
     runs = evaluations([100, 200], sw=[-3, -2]), evaluations([100, 200], sw=[-4, -3])
-    table = speedup.render(speedup.compare(*runs), "a", "b")
+    table = speedup_table(compare_sources(*runs), "a", "b")
     assert "speed-up: – in the mean of the others, at least 4× for 0% of all" in table
 
 
 def test_runs_that_cannot_be_compared_are_one_sentence():
     run = evaluations([100], sw=[-2])
     with pytest.raises(UserError, match="share no source"):
-        speedup.compare(run, evaluations([100], de=[-2]))
+        compare_sources(run, evaluations([100], de=[-2]))
     with pytest.raises(UserError, match="baseline has no evaluation"):
-        speedup.compare(run[:1], run)
+        compare_sources(run[:1], run)
     with pytest.raises(UserError, match="compare with it has no evaluation"):
-        speedup.compare(run, evaluations([100], sw=[None]))
+        compare_sources(run, evaluations([100], sw=[None]))
 
 
 def plot(folder, capsys, *runs):

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from conftest import make_batch, tiny
 
-from switch_jax import hlo, transit
-from switch_jax import step as step_lib
-from switch_jax.model import SwitchTransformer, logical_axes, named_parameters
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program, TrainState
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.model.moe import cross_device_dispatch
+from switch_jax.model.parameters import logical_axes, named_parameters
+from switch_jax.model.transformer import SwitchTransformer
+from switch_jax.performance.hlo import HloProgram
+from switch_jax.training.step import TrainProgram, TrainState, _add_words
 
 STEPS = 5
 # Everything whose noise might depend on the mesh; plain descent, because Adafactor takes as
@@ -47,9 +48,9 @@ MESHES = {
 }
 
 
-def program(overrides) -> Program:
+def program(overrides) -> TrainProgram:
     config = tiny(**overrides)
-    return Program(config, make_mesh(config))
+    return TrainProgram(config, make_mesh(config))
 
 
 def compiled(overrides):
@@ -71,13 +72,13 @@ class Run(NamedTuple):
     collectives: Counter
 
 
-def trained(initial: TrainState, made: Program, train_step) -> Run:
+def trained(initial: TrainState, made: TrainProgram, train_step) -> Run:
     state, metrics = jax.device_put(initial, made.state_sharding), []
     for step in range(STEPS):
         state, m, _ = train_step(state, made.put(make_batch(made.config, seed=step)))
         metrics.append(jax.device_get(m))
     assert state.step == STEPS
-    found = hlo.Program(train_step.as_text()).collectives(made.mesh)
+    found = HloProgram(train_step.as_text()).collectives(made.mesh)
     collectives = Counter((c.kind, "+".join(c.axes), c.devices) for c in found)
     return Run(metrics, jax.device_get(state.params), collectives)
 
@@ -119,7 +120,7 @@ def test_the_run_that_others_are_compared_with_has_it_all(runs):
 
 
 def test_the_count_of_tokens_has_64_bits():
-    words = step_lib._add_words(jnp.array([2**32 - 2, 7], jnp.uint32), jnp.array(5))
+    words = _add_words(jnp.array([2**32 - 2, 7], jnp.uint32), jnp.array(5))
     assert words.tolist() == [3, 8]
 
 
@@ -134,8 +135,10 @@ def test_metrics_and_parameters_do_not_depend_on_the_mesh_nor_on_accumulation(ru
 def hopping():
     """Groups of the whole batch, on one device, and in two hops on eight with one expert each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transit, "hops", lambda *_: (2, 4))
-        patch.setattr(transit, "room", lambda mean: 32)  # for all of a device's tokens
+        patch.setattr(cross_device_dispatch, "split_hops", lambda *_: (2, 4))
+        patch.setattr(
+            cross_device_dispatch, "padded_size", lambda mean: 32
+        )  # for all of a device's tokens
         values = NOISY | SMALL | {"moe.num_experts": 8, "moe.group_size": 256}
         spread = {"mesh.data": 1, "mesh.expert": 8}
         programs = [compiled(values | mesh) for mesh in (ALONE, spread)]

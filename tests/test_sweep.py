@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from switch_jax import accounting, sizes, sweep
-from switch_jax.cli import main
+from switch_jax.cli.main import main
 from switch_jax.errors import UserError
-from switch_jax.sweep import Curves, Run, Sweep, Table
+from switch_jax.model.flops import flops_per_sequence, params_by_group
+from switch_jax.sweeps.sizes import SIZES, find_size, finetuned_run
+from switch_jax.sweeps.spec import Curves, Sweep, SweepRun, Table, load_sweep, shown_metric
 
 ROOT = Path(__file__).parent.parent
 WITH_TABLES = {"distill": (6, 7, 8), "finetune": (4, 5), "routing": (0, 1, 2, 3, 10, 11)}
@@ -22,7 +23,7 @@ def specs():
         if path.stem.endswith("_mini"):
             yield str(name)
             continue
-        for size in sizes.SIZES:
+        for size in SIZES:
             for table in WITH_TABLES.get(path.stem, (None,)):
                 yield f"{name}:size={size}" + ("" if table is None else f",table={table}")
 
@@ -30,12 +31,12 @@ def specs():
 @pytest.mark.parametrize("spec", specs())
 def test_resolves_and_compares_what_is_alike(spec, monkeypatch):
     monkeypatch.chdir(ROOT)
-    made = sweep.load(spec)
+    made = load_sweep(spec)
     configs = made.configs()
     made.check(configs)
     assert made.tables or made.figures
     compared = {name for table in made.tables.values() for name in table.rows.values()}
-    compared |= {name for figure in made.figures.values() for name in sweep.shown(figure)}
+    compared |= {name for figure in made.figures.values() for name in shown_metric(figure)}
     needed = {name for run in made.runs.values() for name in run.needs()}
     needed |= {name for table in made.tables.values() for name in table.teachers.values()}
     assert compared | needed == set(made.runs), "a run is trained for nothing"
@@ -43,25 +44,25 @@ def test_resolves_and_compares_what_is_alike(spec, monkeypatch):
 
 def test_experts_of_every_size_take_the_same_flops(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for size in sizes.SIZES:
-        configs = sweep.load(f"configs/sweeps/experts.py:size={size}").configs()
-        assert len({accounting.flops_per_sequence(config) for config in configs.values()}) == 1
-        assert len({sum(accounting.params_by_group(c).values()) for c in configs.values()}) > 3
+    for size in SIZES:
+        configs = load_sweep(f"configs/sweeps/experts.py:size={size}").configs()
+        assert len({flops_per_sequence(config) for config in configs.values()}) == 1
+        assert len({sum(params_by_group(c).values()) for c in configs.values()}) > 3
 
 
 def test_large_models_cost_as_much_more_as_the_paper_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for size in sizes.SIZES.values():
+    for size in SIZES.values():
         made = Sweep("", {"dense": size.dense, "large": size.large, "sparse": size.large_switch})
-        flops = {n: accounting.flops_per_sequence(c) for n, c in made.configs().items()}
+        flops = {n: flops_per_sequence(c) for n, c in made.configs().items()}
         assert 3.1 < flops["large"] / flops["dense"] < 3.9
         assert flops["large"] == flops["sparse"]
 
 
 def test_fine_tuning_has_the_model_of_its_upstream_and_the_recipe_of_its_task(monkeypatch):
     monkeypatch.chdir(ROOT)
-    paper = sizes.find("paper")
-    run = sizes.finetuned("up", paper.large_switch, paper, "superglue")
+    paper = find_size("paper")
+    run = finetuned_run("up", paper.large_switch, paper, "superglue")
     found = Sweep("", {"up": paper.large_switch, "down": run}).configs()
     up, down = found["up"], found["down"]
     assert down.init_from == "{run:up}" and run.needs() == {"up"}
@@ -72,7 +73,7 @@ def test_fine_tuning_has_the_model_of_its_upstream_and_the_recipe_of_its_task(mo
 
 def test_of_runs_that_are_compared_only_a_teacher_may_train_for_longer(monkeypatch):
     monkeypatch.chdir(ROOT)
-    dense = sizes.find("mini").dense
+    dense = find_size("mini").dense
     runs = {"dense": dense, "other": dense.but({"train.steps": 1600})}
     table = Table("", "", {"dense": "dense", "other": "other"}, teachers={"dense": "other"})
     made = Sweep("", runs, tables={"of": table})
@@ -83,7 +84,9 @@ def test_of_runs_that_are_compared_only_a_teacher_may_train_for_longer(monkeypat
 
 
 def test_references_become_workdirs():
-    run = Run("c.py", {"init_from": "{run:a}/checkpoints/8", "data.mixture": "pairs:/x/{split}"})
+    run = SweepRun(
+        "c.py", {"init_from": "{run:a}/checkpoints/8", "data.mixture": "pairs:/x/{split}"}
+    )
     assert run.needs() == {"a"}
     assert run.texts({"a": "/w/a-0"}) == {
         "init_from": "/w/a-0/checkpoints/8",
@@ -112,12 +115,12 @@ def test_bad_files_and_arguments_end_in_one_sentence(case, capsys, monkeypatch, 
 
 def test_an_override_that_cannot_be_names_the_run(monkeypatch):
     monkeypatch.chdir(ROOT)
-    made = sweep.load("configs/sweeps/experts_mini.py").but({"train.stepz": "3"})
+    made = load_sweep("configs/sweeps/experts_mini.py").but({"train.stepz": "3"})
     with pytest.raises(UserError, match=r"Run 'dense'.*train\.stepz.*train\.steps"):
         made.configs()
 
 
-MINI = Run("configs/switch_tiny.py")
+MINI = SweepRun("configs/switch_tiny.py")
 INCOMPLETE = {
     "no run 'b'": Sweep("", {"a": MINI}, tables={"t": Table("", "", {"A": "b"})}),
     "no row 'C'": Sweep("", {"a": MINI}, tables={"t": Table("", "", {"A": "a"}, {"C": "1"})}),
@@ -138,7 +141,7 @@ def test_a_sweep_that_contradicts_itself_is_refused(words, monkeypatch, tmp_path
         runpy, "run_path", lambda path: {"get_sweep": lambda arg: INCOMPLETE[words]}
     )
     with pytest.raises(UserError, match=words):
-        sweep.load(str(path))
+        load_sweep(str(path))
 
 
 @pytest.mark.parametrize("key, value", [("train.steps", 7), ("data.batch_size", 8)])

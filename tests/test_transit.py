@@ -10,10 +10,22 @@ from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switch_jax import dispatch, routing, transit
-from switch_jax.router import Plan
-from switch_jax.routing import Assignment
-from switch_jax.sharding import make_mesh
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.model.moe import cross_device_dispatch
+from switch_jax.model.moe.cross_device_dispatch import (
+    combine_across_devices,
+    dispatch_across_devices,
+    make_route,
+    padded_size,
+    split_hops,
+)
+from switch_jax.model.moe.router import RoutingSpec
+from switch_jax.model.moe.routing import Assignment, position_in_expert
+from switch_jax.model.moe.slot_dispatch import (
+    combine_from_slots,
+    dispatch_to_slots,
+    make_slot_indices,
+)
 
 E, S, D = 16, 12, 4  # S tokens of each of eight devices
 DEVICES = 8
@@ -34,7 +46,7 @@ def draw(seed: int, top_k: int, span: int) -> Assignment:
     ).reshape(G, tokens, top_k)
     expert[rng.random((G, tokens)) < 0.2] = E
     gate = rng.uniform(0.1, 1, expert.shape).astype(np.float32)
-    slot = jax.vmap(partial(routing.ranks, num_experts=E))(jnp.asarray(expert))
+    slot = jax.vmap(partial(position_in_expert, num_experts=E))(jnp.asarray(expert))
     return Assignment(jnp.asarray(expert, jnp.int32), jnp.asarray(gate), slot)
 
 
@@ -46,12 +58,12 @@ def travelled(assignment, x_GxSxD, direction, capacity, span, sizes):
     """
     K = assignment.gate_SxK.shape[-1]
     parts = jax.tree.map(lambda leaf: leaf.reshape(DEVICES, S, K), assignment)
-    plan = Plan(None, None, 0, 1.0, span)
+    plan = RoutingSpec(None, None, 0, 1.0, span)
 
     def forward(x_GxSxD, gate_GxSxK):
-        route, placed = transit.make_route(parts, E, capacity, plan)
-        slots = transit.dispatch(x_GxSxD.reshape(DEVICES, S, D), route, E, capacity)
-        y = transit.combine(2 * slots, gate_GxSxK.reshape(DEVICES, S, K), route)
+        route, placed = make_route(parts, E, capacity, plan)
+        slots = dispatch_across_devices(x_GxSxD.reshape(DEVICES, S, D), route, E, capacity)
+        y = combine_across_devices(2 * slots, gate_GxSxK.reshape(DEVICES, S, K), route)
         return jnp.sum(y.reshape(direction.shape) * direction), (placed.slot_SxK, slots, y)
 
     return jax.grad(forward, (0, 1), has_aux=True)(x_GxSxD, assignment.gate_SxK)
@@ -62,9 +74,9 @@ def stayed(assignment, x_GxSxD, direction, capacity):
     """The same on one device, where groups are whole."""
 
     def forward(x_GxSxD, gate_GxSxK):
-        indices = dispatch.make_indices(assignment, E, capacity)
-        slots = dispatch.dispatch(x_GxSxD, indices)
-        y = dispatch.combine(2 * slots, gate_GxSxK, indices)
+        indices = make_slot_indices(assignment, E, capacity)
+        slots = dispatch_to_slots(x_GxSxD, indices)
+        y = combine_from_slots(2 * slots, gate_GxSxK, indices)
         return jnp.sum(y * direction), (assignment.slot_SxK, slots, y)
 
     return jax.grad(forward, (0, 1), has_aux=True)(x_GxSxD, assignment.gate_SxK)
@@ -73,8 +85,10 @@ def stayed(assignment, x_GxSxD, direction, capacity):
 @pytest.mark.parametrize("sizes", EVERY_WAY)
 @pytest.mark.parametrize("top_k, span", [(1, 8), (2, 8), (1, 4), (2, 2)])
 def test_slots_results_and_gradients_are_those_of_one_device(monkeypatch, sizes, top_k, span):
-    monkeypatch.setattr(transit, "hops", lambda *_: sizes)
-    monkeypatch.setattr(transit, "room", lambda mean: DEVICES * S * top_k)  # for the worst case
+    monkeypatch.setattr(cross_device_dispatch, "split_hops", lambda *_: sizes)
+    monkeypatch.setattr(
+        cross_device_dispatch, "padded_size", lambda mean: DEVICES * S * top_k
+    )  # for the worst case
     rng, capacity = np.random.default_rng(1), 2 * span
     shape = (DEVICES // span, S * span, D)
     x, direction = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
@@ -96,8 +110,8 @@ def test_slots_results_and_gradients_are_those_of_one_device(monkeypatch, sizes,
 
 
 def test_what_finds_no_room_on_the_way_is_dropped_and_nothing_else_changes(monkeypatch):
-    monkeypatch.setattr(transit, "hops", lambda *_: (2, 4))
-    monkeypatch.setattr(transit, "room", lambda mean: 4)
+    monkeypatch.setattr(cross_device_dispatch, "split_hops", lambda *_: (2, 4))
+    monkeypatch.setattr(cross_device_dispatch, "padded_size", lambda mean: 4)
     assignment, capacity = draw(5, 1, 8), 100
     x = jnp.ones((1, DEVICES * S, D))
     with jax.set_mesh(mesh()):
@@ -119,20 +133,20 @@ def test_what_finds_no_room_on_the_way_is_dropped_and_nothing_else_changes(monke
 @given(st.integers(1, 4096), st.integers(1, 1 << 16))
 def test_one_or_two_hops_reach_every_device_with_the_fewest_places(devices, tokens):
     def places(sizes):
-        return sum(size * transit.room(tokens / size) for size in sizes)
+        return sum(size * padded_size(tokens / size) for size in sizes)
 
-    sizes = transit.hops(devices, tokens)
+    sizes = split_hops(devices, tokens)
     assert np.prod(sizes) == devices and len(sizes) <= 2
     assert places(sizes) <= places((devices,))
 
 
 def test_two_hops_where_devices_outnumber_tokens():
-    assert transit.hops(1024, 1.25 * 1024) == (32, 32)  # Switch-C's encoder on a pod
-    assert transit.hops(64, 1.25 * 2**16) == (64,)
-    assert transit.hops(1, 100) == (1,)
+    assert split_hops(1024, 1.25 * 1024) == (32, 32)  # Switch-C's encoder on a pod
+    assert split_hops(64, 1.25 * 2**16) == (64,)
+    assert split_hops(1, 100) == (1,)
 
 
 @pytest.mark.parametrize("mean", [1.25, 8, 40, 500])
 def test_a_parcel_has_room_for_all_but_a_thousandth_of_balanced_traffic(mean):
     sent = np.random.default_rng(0).poisson(mean, 200_000)
-    assert np.maximum(sent - transit.room(mean), 0).sum() / sent.sum() < 2e-3
+    assert np.maximum(sent - padded_size(mean), 0).sum() / sent.sum() < 2e-3

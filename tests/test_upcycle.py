@@ -7,15 +7,18 @@ import pytest
 from conftest import make_batch, tiny
 
 import switch_jax
-from switch_jax import by_layer, checkpoint, initial, pretrained
-from switch_jax import config as config_lib
-from switch_jax.cli import main
+from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.load import PretrainedModel
+from switch_jax.checkpoint.upcycle import upcycle
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.cli.main import main
+from switch_jax.config import load
+from switch_jax.config.load import override_config
 from switch_jax.data import open_batches
-from switch_jax.model import named_parameters
-from switch_jax.sharding import make_mesh
-from switch_jax.step import Program
-from switch_jax.upcycle import upcycle
-from switch_jax.workdir import Workdir
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.model.parameters import layer_slices, named_parameters
+from switch_jax.training.initial_state import initial_state_report, make_initial_state
+from switch_jax.training.step import TrainProgram
 
 DENSE = {"moe.num_experts": 0}
 SPARSE = {"moe.num_experts": 4, "moe.last": 2}
@@ -23,7 +26,7 @@ SPARSE = {"moe.num_experts": 4, "moe.last": 2}
 TWO = SPARSE | {"moe.router": "top_k", "moe.renormalize": True, "moe.eval_capacity_factor": None}
 
 
-def config(**overrides) -> config_lib.Config:
+def config(**overrides) -> load.Config:
     layers = {"model.num_encoder_layers": 4, "model.init_scale": 1.0}
     return tiny(**layers, **{"data.reader": "synthetic", "mesh.data": 1} | overrides)
 
@@ -33,10 +36,10 @@ class Run:
 
     def __init__(self, path, **overrides):
         made_with = config(**overrides, **{"train.seed": 7})
-        self.path, program = path, Program(made_with, make_mesh(made_with))
+        self.path, program = path, TrainProgram(made_with, make_mesh(made_with))
         self.params = program.init().params
         Workdir(path).prepare(made_with, None)
-        checkpoints = checkpoint.Checkpoints(Workdir(path), keep=1)
+        checkpoints = Checkpointer(Workdir(path), keep=1)
         checkpoints.save(program.init(), open_batches(made_with, "train"))
         checkpoints.close()
         self.by_layer = values_by_layer(self.params, made_with)
@@ -46,7 +49,7 @@ class Run:
 def values_by_layer(params, config) -> dict[str, np.ndarray]:
     return {
         name: np.asarray(params[whole] if block is None else params[whole][block])
-        for name, (whole, block) in by_layer.slices(params, config).items()
+        for name, (whole, block) in layer_slices(params, config).items()
     }
 
 
@@ -68,9 +71,9 @@ def sparse(tmp_path_factory) -> Run:
 
 def started(run: Run, **overrides):
     """What training begins with, by layer, what it would have begun with, and the program."""
-    settings = config_lib.override(config(**overrides), {"init_from": str(run.path)})
-    program = Program(settings, make_mesh(settings))
-    fresh, params = program.init().params, initial.start(program).params
+    settings = override_config(config(**overrides), {"init_from": str(run.path)})
+    program = TrainProgram(settings, make_mesh(settings))
+    fresh, params = program.init().params, make_initial_state(program).params
     assert all(params[name].sharding == fresh[name].sharding for name in fresh)
     by_name = values_by_layer(params, settings), values_by_layer(fresh, settings)
     return *by_name, program.model(params)
@@ -79,15 +82,15 @@ def started(run: Run, **overrides):
 def test_layers_keep_their_names_wherever_the_experts_are():
     name = "encoder/runs/{}/layers/{}/mlp/wi".format
     dense, spread, last = config(**DENSE), config(), config(**SPARSE)
-    assert by_layer.slices([name(0, 0)], dense) == {
+    assert layer_slices([name(0, 0)], dense) == {
         f"encoder/layers/{i}/mlp/wi": (name(0, 0), i) for i in range(4)
     }
-    assert by_layer.slices([name(0, 0)], spread) == {
+    assert layer_slices([name(0, 0)], spread) == {
         "encoder/layers/0/mlp/wi": (name(0, 0), 0),
         "encoder/layers/2/mlp/wi": (name(0, 0), 1),
     }
-    assert by_layer.slices([name(1, 1)], last) == {"encoder/layers/3/mlp/wi": (name(1, 1), 0)}
-    assert by_layer.slices(["embedding"], last) == {"embedding": ("embedding", None)}
+    assert layer_slices([name(1, 1)], last) == {"encoder/layers/3/mlp/wi": (name(1, 1), 0)}
+    assert layer_slices(["embedding"], last) == {"embedding": ("embedding", None)}
 
 
 @pytest.mark.parametrize("mesh", [{}, {"mesh.expert": 4, "mesh.model": 2, "mesh.fsdp": True}])
@@ -131,17 +134,17 @@ SPARSE_LAYERS = ("encoder/layers/3", "decoder/layers/1")
 
 def test_rules_reach_single_layers(dense):
     settings = {"init_from": str(dense.path), "init_rules": "encoder/layers/(1|3)/mlp/wi ->"}
-    settings = config_lib.override(config(**DENSE), settings)
-    program = Program(settings, make_mesh(settings))
+    settings = override_config(config(**DENSE), settings)
+    program = TrainProgram(settings, make_mesh(settings))
     fresh = values_by_layer(program.init().params, settings)
-    for name, value in values_by_layer(initial.start(program).params, settings).items():
+    for name, value in values_by_layer(make_initial_state(program).params, settings).items():
         anew = name in ("encoder/layers/1/mlp/wi", "encoder/layers/3/mlp/wi")
         assert (value == (fresh if anew else dense.by_layer)[name]).all(), name
 
 
 def test_the_report_tells_layers_apart(dense):
-    settings = config_lib.override(config(**SPARSE), {"init_from": str(dense.path)})
-    lines = [" ".join(line.split()) for line in initial.report(settings).splitlines()]
+    settings = override_config(config(**SPARSE), {"init_from": str(dense.path)})
+    lines = [" ".join(line.split()) for line in initial_state_report(settings).splitlines()]
     assert "loaded encoder/layers/*/mlp/wi 16 × 32 layers 0,1,2" in lines
     experts = "loaded encoder/layers/*/mlp/experts/wi 4 × 16 × 32"
     assert f"{experts} from encoder/layers/*/mlp/wi, for every expert layers 3" in lines
@@ -168,7 +171,7 @@ def test_a_larger_vocabulary_and_adapters_are_carried_over(tmp_path):
     lora = Run(tmp_path / "lora", **DENSE, **{"lora.rank": 2, "lora.of": "mlp/"})
     name = "encoder/runs/0/layers/0/mlp/wi"
     params = dict(lora.params) | {f"{name}.lora_b": lora.params[f"{name}.lora_b"] + 1}
-    source = pretrained.Pretrained(
+    source = PretrainedModel(
         config=Workdir(lora.path).config(),
         shapes={n: p.shape for n, p in params.items()},
         restore=lambda wanted: {n: params[n] for n in wanted},

@@ -11,18 +11,15 @@ that weights which have trained before are most of what there is to gain, and a 
 with them is soon better than its teacher: there, dense models train for a quarter of its steps.
 """
 
-from switch_jax import config as config_lib
-from switch_jax import paper, sizes
-from switch_jax.config import parse_arg
+from switch_jax.config import flatten_config, load_config, parse_arg
 from switch_jax.errors import UserError
-from switch_jax.sizes import Size, finetuned
-from switch_jax.sweep import Run, Sweep, Table
+from switch_jax.sweeps import PAPER_SERIES, Size, Sweep, SweepRun, Table, find_size, finetuned_run
 
 SCALED = ("train.steps", "optimizer.warmup_steps", "optimizer.cooldown_steps")
 TAUGHT, INIT = {"distill.teacher": "{run:teacher}"}, {"init_from": "{run:teacher}"}
 ALONE = {"distill.soft_weight": 1.0}  # the teacher's probabilities are all that is learned from
 
-PAPER_7 = {point.experts: f"{point.quality:.3f}" for point in paper.SERIES["table_7"].points}
+PAPER_7 = {point.experts: f"{point.quality:.3f}" for point in PAPER_SERIES["table_7"].points}
 STUDENTS = {
     16: "-1.587 (37 %)",
     32: "-1.585 (32 %)",
@@ -38,15 +35,15 @@ def get_sweep(arg: str = "") -> Sweep:
     makers = {6: techniques, 7: compression, 8: fine_tuned}
     if args.table not in makers:
         raise UserError(f"There is no table {args.table} here; use table=6, table=7 or table=8.")
-    size = sizes.find(args.size)
+    size = find_size(args.size)
     if args.size == "paper":
         return makers[args.table](size, size.dense, size.switch(64))
-    full = config_lib.flat(config_lib.load(size.dense.config, size.dense.texts()))
+    full = flatten_config(load_config(size.dense.config, size.dense.texts()))
     dense = size.dense.but({key: full[key] // 4 for key in SCALED})
     return makers[args.table](size, dense, size.switch())
 
 
-def techniques(size: Size, dense: Run, switch: Run) -> Sweep:
+def techniques(size: Size, dense: SweepRun, switch: SweepRun) -> Sweep:
     """Table 6: what makes a student better."""
     rows = {
         "T5-Base": "dense",
@@ -77,7 +74,7 @@ def techniques(size: Size, dense: Run, switch: Run) -> Sweep:
     return Sweep("Distillation (Table 6)", runs, seeds, {"table_6": table})
 
 
-def compression(size: Size, dense: Run, _: Run) -> Sweep:
+def compression(size: Size, dense: SweepRun, _: SweepRun) -> Sweep:
     """Table 7: one student of teachers of many sizes."""
     runs, rows, printed, teachers = {"dense": dense}, {"T5-Base": "dense"}, {}, {}
     for n in STUDENTS if set(STUDENTS) <= set(size.experts) else size.experts:
@@ -99,14 +96,14 @@ def compression(size: Size, dense: Run, _: Run) -> Sweep:
     return Sweep("Distillation (Table 7)", runs, size.seeds, {"table_7": table})
 
 
-def fine_tuned(size: Size, dense: Run, switch: Run) -> Sweep:
+def fine_tuned(size: Size, dense: SweepRun, switch: SweepRun) -> Sweep:
     """Table 8: a fine-tuned teacher, and a student that is fine-tuned with it."""
     task = "superglue" if "superglue" in size.tasks else size.tasks[0]
     upstream = {"dense": dense, "switch": switch}
-    alone = finetuned("dense", dense, size, task)
+    alone = finetuned_run("dense", dense, size, task)
     runs = upstream | {
         "dense_tuned": alone,
-        "teacher": finetuned("switch", switch, size, task),
+        "teacher": finetuned_run("switch", switch, size, task),
         "student": alone.but(TAUGHT),
     }
     rows = {"T5-Base": "dense_tuned", "Switch-Base": "teacher", "distilled": "student"}

@@ -5,11 +5,11 @@ switch-jax sweep --config configs/sweeps/distill_mini.py --workdir runs/distill_
 
 from pathlib import Path
 
-from switch_jax import sweep
 from switch_jax.config import parse_arg
+from switch_jax.sweeps import Sweep, load_sweep
 
 
-def get_sweep(arg: str = "") -> sweep.Sweep:
+def get_sweep(arg: str = "") -> Sweep:
     """Takes no arguments."""
     parse_arg(arg)
-    return sweep.load(f"{Path(__file__).parent / 'distill.py'}:size=mini,table=6")
+    return load_sweep(f"{Path(__file__).parent / 'distill.py'}:size=mini,table=6")

@@ -6,15 +6,14 @@ size=mini: two CPU cores, under 30 minutes. size=gpu: each run under 10 minutes 
 size=paper add --config.data.data_dir=DIR, where C4 is.
 """
 
-from switch_jax import sizes
 from switch_jax.config import parse_arg
-from switch_jax.sweep import Curves, Run, Scaling, Sweep, Table
+from switch_jax.sweeps import Curves, Scaling, Sweep, SweepRun, Table, find_size
 
 
 def get_sweep(arg: str = "") -> Sweep:
     """`size` ('mini', 'gpu' or 'paper')."""
-    size = sizes.find(parse_arg(arg, size="mini").size)
-    runs: dict[str, Run] = {"dense": size.dense}
+    size = find_size(parse_arg(arg, size="mini").size)
+    runs: dict[str, SweepRun] = {"dense": size.dense}
     runs |= {f"experts_{n}": size.switch(n) for n in size.experts}
     named = {"dense": "dense"} | {f"{n} experts": f"experts_{n}" for n in size.experts}
     return Sweep(

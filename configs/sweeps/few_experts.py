@@ -5,9 +5,8 @@
 With size=paper add --config.data.data_dir=DIR, where C4 is.
 """
 
-from switch_jax import sizes
 from switch_jax.config import parse_arg
-from switch_jax.sweep import Curves, Sweep, Table
+from switch_jax.sweeps import Curves, Sweep, Table, find_size
 
 CLAIM = "Two experts already beat T5-Base, and more are better."
 
@@ -15,7 +14,7 @@ CLAIM = "Two experts already beat T5-Base, and more are better."
 def get_sweep(arg: str = "") -> Sweep:
     """`size` ('mini', 'gpu' or 'paper')."""
     args = parse_arg(arg, size="mini")
-    size = sizes.find(args.size)
+    size = find_size(args.size)
     named = {"T5-Base": "dense"} | {f"{n} experts": f"experts_{n}" for n in (2, 4, 8)}
     made = Sweep(
         title="Few experts (Figure 12)",

@@ -7,11 +7,9 @@ Of sizes mini and gpu, the task is that of the first line. With size=paper, whic
 tasks, leave that out and add --config.data.data_dir=DIR: C4 and the tasks as TFDS prepares them.
 """
 
-from switch_jax import sizes
 from switch_jax.config import parse_arg
 from switch_jax.errors import UserError
-from switch_jax.sizes import Size, finetuned
-from switch_jax.sweep import Run, Sweep, Table
+from switch_jax.sweeps import Size, Sweep, SweepRun, Table, find_size, finetuned_run
 
 DROPOUT = {  # model.dropout_rate, moe.expert_dropout_rate
     "T5-Base d=.1": ("dense", 0.1, 0.0),
@@ -51,7 +49,7 @@ def get_sweep(arg: str = "") -> Sweep:
     args = parse_arg(arg, size="mini", table=4)
     if args.table not in CLAIMS:
         raise UserError(f"There is no table {args.table} here; use table=4 or table=5.")
-    size = sizes.find(args.size)
+    size = find_size(args.size)
     if args.table == 4:
         upstream, rows, paper = *dropout(size, args.size), PAPER_4
     else:
@@ -63,7 +61,7 @@ def get_sweep(arg: str = "") -> Sweep:
         names = {}
         for label, (base, overrides) in rows.items():
             names[label] = f"{task}_{len(names)}"
-            runs[names[label]] = finetuned(base, upstream[base], size, task).but(overrides)
+            runs[names[label]] = finetuned_run(base, upstream[base], size, task).but(overrides)
         tables[f"table_{args.table}_{task}"] = Table(
             f"Table {args.table}: {'the keyword task' if task == 'pairs' else task}",
             CLAIMS[args.table],
@@ -77,7 +75,7 @@ def get_sweep(arg: str = "") -> Sweep:
 Rows = dict[str, tuple[str, dict[str, float]]]  # label → upstream run, overrides
 
 
-def dropout(size: Size, name: str) -> tuple[dict[str, Run], Rows]:
+def dropout(size: Size, name: str) -> tuple[dict[str, SweepRun], Rows]:
     """Table 4: upstream runs by name, and its rows."""
     # The paper pretrained these on 34B tokens, 2^15 batches of 2^20.
     upstream = {"train.steps": 2**15} if name == "paper" else size.short
@@ -88,7 +86,7 @@ def dropout(size: Size, name: str) -> tuple[dict[str, Run], Rows]:
     return {"dense": size.dense.but(upstream), "switch": size.switch().but(upstream)}, rows
 
 
-def models(size: Size) -> tuple[dict[str, Run], Rows]:
+def models(size: Size) -> tuple[dict[str, SweepRun], Rows]:
     """Table 5, likewise."""
     named = {
         "T5-Base": ("dense", size.dense),

@@ -7,9 +7,8 @@ Of sizes mini and gpu, the languages are those of the first line: of programmers
 With size=paper, which has mC4's, leave that out and add --config.data.data_dir=DIR, where mC4 is.
 """
 
-from switch_jax import sizes
 from switch_jax.config import parse_arg
-from switch_jax.sweep import Curves, Run, Sources, Sweep, Table
+from switch_jax.sweeps import Curves, Sources, Sweep, SweepRun, Table, find_size
 
 CLAIM = "All 101 languages gain; the mean speed-up is 5, and for 91 % of them it is at least 4."
 # The text of `scripts/package_text.py`, drawn as mT5 draws languages; its vocabulary is for GPUs.
@@ -24,9 +23,12 @@ TEXT = {
 def get_sweep(arg: str = "") -> Sweep:
     """`size` ('mini', 'gpu' or 'paper')."""
     args = parse_arg(arg, size="mini")
-    size = sizes.find(args.size)
+    size = find_size(args.size)
     if args.size == "paper":
-        runs = {"mT5": Run("configs/mt5_base.py"), "mSwitch": Run("configs/mswitch_base.py")}
+        runs = {
+            "mT5": SweepRun("configs/mt5_base.py"),
+            "mSwitch": SweepRun("configs/mswitch_base.py"),
+        }
     else:
         runs = {"mT5": size.dense.but(TEXT), "mSwitch": size.switch().but(TEXT)}
     named = {"mT5-Base": "mT5", "mSwitch-Base": "mSwitch"}

@@ -5,16 +5,15 @@
 With size=paper add --config.data.data_dir=DIR, where C4 is.
 """
 
-from switch_jax import sizes
 from switch_jax.config import parse_arg
-from switch_jax.sweep import Curves, Sweep, Table
+from switch_jax.sweeps import Curves, Sweep, Table, find_size
 
 CLAIM = "64 experts are as good as T5-Large in 2.5 times less time, and as T5-Base in 7 times less."
 
 
 def get_sweep(arg: str = "") -> Sweep:
     """`size` ('mini', 'gpu' or 'paper')."""
-    size = sizes.find(parse_arg(arg, size="mini").size)
+    size = find_size(parse_arg(arg, size="mini").size)
     named = {"T5-Large": "large", "T5-Base": "dense", "Switch-Base, 64 experts": "switch"}
     return Sweep(
         title="Experts against a larger dense model (Figure 6)",

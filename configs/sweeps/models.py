@@ -6,15 +6,14 @@ Sizes mini and gpu have Base and Large; size=paper has all seven, which `switch-
 what machine they need of: add --config.data.data_dir=DIR, where C4 is, and --config.mesh.KEY=N.
 """
 
-from switch_jax import paper, sizes
 from switch_jax.config import parse_arg
-from switch_jax.sweep import Run, Scaling, Sweep, Table
+from switch_jax.sweeps import PAPER_SERIES, Scaling, Sweep, SweepRun, Table, find_size
 
 CLAIM = "At the same FLOPs a token, experts are better than dense at every size."
 PAPER = {
     point.name: f"{point.quality:.3f}"
     for series in ("table_9_dense", "table_9_sparse")
-    for point in paper.SERIES[series].points
+    for point in PAPER_SERIES[series].points
 }
 LARGEST = {
     "T5-XXL": "configs/t5_xxl.py",
@@ -26,7 +25,7 @@ LARGEST = {
 def get_sweep(arg: str = "") -> Sweep:
     """`size` ('mini', 'gpu' or 'paper')."""
     args = parse_arg(arg, size="mini")
-    size = sizes.find(args.size)
+    size = find_size(args.size)
     runs = {
         "T5-Base": size.dense,
         "T5-Large": size.large,
@@ -34,7 +33,7 @@ def get_sweep(arg: str = "") -> Sweep:
         "Switch-Large": size.large_switch,
     }
     if args.size == "paper":
-        runs |= {name: Run(config) for name, config in LARGEST.items()}
+        runs |= {name: SweepRun(config) for name, config in LARGEST.items()}
         runs = {name: run.but({"train.steps": 500_000}) for name, run in runs.items()}
     named = {name: name for name in runs}
     dense = [name for name in named if name.startswith("T5")]

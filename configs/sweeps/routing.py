@@ -9,11 +9,9 @@ has its own. There, add --config.data.data_dir=DIR, where C4 is.
 
 import dataclasses
 
-from switch_jax import sizes
 from switch_jax.config import parse_arg
 from switch_jax.errors import UserError
-from switch_jax.sizes import Size
-from switch_jax.sweep import Run, Sweep, Table
+from switch_jax.sweeps import Size, Sweep, SweepRun, Table, find_size
 
 # Mesh TensorFlow's top-2, the paper's baseline.
 MOE = {
@@ -117,7 +115,7 @@ PAPER: dict[int, dict[str, int]] = {
 }
 
 
-def all_runs(size: Size) -> dict[str, Run]:
+def all_runs(size: Size) -> dict[str, SweepRun]:
     """Every run of the tables by name."""
     switch, fewer = size.switch(), size.switch(size.fewer)
     runs = {"dense": size.dense, "large": size.large, "switch": switch}
@@ -146,7 +144,7 @@ def get_sweep(arg: str = "") -> Sweep:
         raise UserError(
             f"There is no table {args.table} here; use table={', '.join(map(str, TABLES))} or 0."
         )
-    size, made = sizes.find(args.size), {}
+    size, made = find_size(args.size), {}
     tables = {n: table for n, table in TABLES.items() if args.table in (0, n)}
     for n, table in tables.items():
         suffix, settings = (f"_{n}", PAPER[n]) if args.size == "paper" else ("", size.short)

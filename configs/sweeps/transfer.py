@@ -8,10 +8,8 @@ closed-book questions, leave that out and add --config.data.data_dir=DIR: C4 and
 prepares them.
 """
 
-from switch_jax import sizes
 from switch_jax.config import parse_arg
-from switch_jax.sizes import finetuned
-from switch_jax.sweep import Sweep, Transfer
+from switch_jax.sweeps import Sweep, Transfer, find_size, finetuned_run
 
 CLAIM = (
     "SuperGLUE is about linear in upstream quality, where large dense models are better than"
@@ -23,7 +21,7 @@ PAPER = {"superglue": "average", "closed_book_qa": "closed_book.trivia_qa/score"
 def get_sweep(arg: str = "") -> Sweep:
     """`size` ('mini', 'gpu' or 'paper')."""
     args = parse_arg(arg, size="mini")
-    size = sizes.find(args.size)
+    size = find_size(args.size)
     lines = {
         "dense": {"dense": size.dense, "large": size.large},
         "Switch": {
@@ -34,7 +32,7 @@ def get_sweep(arg: str = "") -> Sweep:
     upstream = {name: run.but(size.short) for of in lines.values() for name, run in of.items()}
     runs, figures = dict(upstream), {}
     for task, metric in PAPER.items() if args.size == "paper" else [("pairs", "average")]:
-        runs |= {f"{task}_{n}": finetuned(n, run, size, task) for n, run in upstream.items()}
+        runs |= {f"{task}_{n}": finetuned_run(n, run, size, task) for n, run in upstream.items()}
         figures[task] = Transfer(
             f"Upstream and downstream: {'the keyword task' if task == 'pairs' else task}",
             CLAIM,

@@ -1,80 +1,58 @@
-"""From a mixture of texts to batches.
+"""From files of text to batches of token ids; NumPy only."""
 
-    formats  python_docs → sources → catalog → mixture   where text lies, how often it is drawn
-    vocabulary → vocabularies                            ids of its pieces
-    pack → store → rows                                  packed records, without TensorFlow
-    blocks → tasks                                       text as it streams, through seqio
-    spans  packing  counter                              pure functions of rows
-    batch                                                the contract with the model
+from switch_jax.data.batch import (
+    Batch,
+    BatchIterator,
+    ProcessRows,
+    SyntheticIterator,
+    feature_shapes,
+    padded_batch,
+)
+from switch_jax.data.finetuning.tasks import MIXTURES, Task, get_task
+from switch_jax.data.mixture import find_sources
+from switch_jax.data.peek import peek
+from switch_jax.data.readers import open_batches, open_each, open_examples
+from switch_jax.data.text_batches import text_batches
+from switch_jax.data.token_store.build import build_summary, build_token_store
+from switch_jax.data.vocabulary import (
+    BYTES,
+    EOS,
+    HUGGING_FACE_NAME,
+    NUM_SENTINELS,
+    PAD,
+    Vocabulary,
+    parse_vocabulary,
+    read_vocabulary,
+)
+from switch_jax.data.vocabulary_builder import open_vocabulary, sample_texts, train_vocabulary
 
-Only `tasks` uses TensorFlow; it is loaded when asked for.
-"""
-
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-from switch_jax.data import rows
-from switch_jax.data.batch import EVERYTHING, BatchIterator, Feed, SyntheticIterator
-from switch_jax.data.sources import Split
-from switch_jax.data.vocabularies import open_vocabulary
-from switch_jax.schema import Config
-
-__all__ = ["open_batches", "open_each", "open_examples", "open_vocabulary"]
-
-
-def open_batches(config: Config, split: Split, feed: Feed = EVERYTHING) -> BatchIterator:
-    """One process's endless stream of batches of a mixture, as `data.reader` says.
-
-    Together the feeds' rows make global batches of `data.batch_size`. What the reader
-    needs and the config does not name is made on first use, in the cache. Validation does not
-    depend on `data.seed`, so that runs of several seeds are measured alike.
-
-    Raises `UserError` for anything missing or impossible.
-    """
-    config = _seeded(config, split)
-    match config.data.reader:
-        case "store":
-            return rows.open_mixture(config, split, feed)
-        case "synthetic":
-            return SyntheticIterator(config, feed)
-        case "seqio":
-            from switch_jax.data import tasks
-
-            return tasks.open_mixture(config, split, feed)
-
-
-def open_each(config: Config, split: Split, feed: Feed = EVERYTHING) -> Mapping[str, BatchIterator]:
-    """As `open_batches`, each source of the mixture on its own, by name."""
-    config = _seeded(config, split)
-    match config.data.reader:
-        case "store":
-            return rows.open_sources(config, split, feed)
-        case "synthetic":
-            return {"synthetic": SyntheticIterator(config, feed)}
-        case "seqio":
-            from switch_jax.data import tasks
-
-            return tasks.open_sources(config, split, feed)
-
-
-def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """Validation examples of the fine-tuning tasks in a mixture, by task.
-
-    Each has `inputs`, `targets` and the `answer` that metrics compare with.
-    """
-    match config.data.reader:
-        case "store":
-            return rows.open_examples(config)
-        case "synthetic":
-            return {}
-        case "seqio":
-            from switch_jax.data import tasks
-
-            return tasks.open_examples(config)
-
-
-def _seeded(config: Config, split: Split) -> Config:
-    if split == "train":
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, seed=0))
+__all__ = [
+    "BYTES",
+    "EOS",
+    "HUGGING_FACE_NAME",
+    "MIXTURES",
+    "NUM_SENTINELS",
+    "PAD",
+    "Batch",
+    "BatchIterator",
+    "ProcessRows",
+    "SyntheticIterator",
+    "Task",
+    "Vocabulary",
+    "build_summary",
+    "build_token_store",
+    "feature_shapes",
+    "find_sources",
+    "get_task",
+    "open_batches",
+    "open_each",
+    "open_examples",
+    "open_vocabulary",
+    "padded_batch",
+    "parse_vocabulary",
+    "peek",
+    "read_vocabulary",
+    "sample_texts",
+    "text_batches",
+    "train_vocabulary",
+]

@@ -21,15 +21,15 @@ from typing import Protocol
 
 import numpy as np
 
-from switch_jax.data.counter import random_bits
+from switch_jax.config import Config, DataConfig
+from switch_jax.data.counter_rng import random_bits
 from switch_jax.errors import UserError
-from switch_jax.schema import Config, DataConfig
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Feed:
+class ProcessRows:
     """The rows of each global batch that one process feeds, with the batch cut in `parts`.
 
     Processes whose devices hold the same rows feed the same ones: they are one feed.
@@ -51,8 +51,7 @@ class Feed:
         return np.arange(batch_size).reshape(self.parts, -1)[list(self.held)].reshape(-1)
 
 
-EVERYTHING = Feed()
-
+ALL_ROWS = ProcessRows()
 FEATURES = (
     "encoder_input_tokens",
     "decoder_input_tokens",
@@ -90,7 +89,7 @@ class RowIterator(abc.ABC):
     the next row, so a position can be restored with any number of processes.
     """
 
-    def __init__(self, batch_size: int, feed: Feed, source: str):
+    def __init__(self, batch_size: int, feed: ProcessRows, source: str):
         """`source` identifies the data; a position in other data is refused."""
         self._offsets = feed.rows(batch_size)
         self._batch_size = batch_size
@@ -137,7 +136,7 @@ class SyntheticIterator(RowIterator):
     A row is a function of `data.seed` and its number.
     """
 
-    def __init__(self, config: Config, feed: Feed = EVERYTHING):
+    def __init__(self, config: Config, feed: ProcessRows = ALL_ROWS):
         super().__init__(config.data.batch_size, feed, source="synthetic")
         self._config = config
 
@@ -155,12 +154,12 @@ class SyntheticIterator(RowIterator):
                 for name, row in (("segment_ids", 1 + segments), ("positions", positions)):
                     batch[f"{stack}_{name}"] = np.tile(row.astype(np.int32), (len(numbers), 1))
             positions = batch["decoder_positions"]
-        batch["decoder_input_tokens"] = shifted_right(targets, positions)
+        batch["decoder_input_tokens"] = shift_right(targets, positions)
         batch["decoder_loss_weights"] = np.ones(targets.shape, np.float32)
         return batch
 
 
-def shifted_right(targets: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+def shift_right(targets: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     """Decoder inputs of targets [B, T]: 0 first, in every segment where `positions` tell them.
 
     Returns [B, T] of the same dtype.
@@ -180,7 +179,7 @@ def padded_batch(inputs: np.ndarray, targets: np.ndarray, data: DataConfig) -> B
     targets = _padded(targets, data.targets_length)
     return {
         "encoder_input_tokens": _padded(inputs, data.inputs_length),
-        "decoder_input_tokens": shifted_right(targets),
+        "decoder_input_tokens": shift_right(targets),
         "decoder_target_tokens": targets,
         "decoder_loss_weights": _padded(weights, data.targets_length),
     }

@@ -16,9 +16,20 @@ from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
-from switch_jax.data import downstream, formats, records
-from switch_jax.data.pairs import Pairs, find_task
-from switch_jax.data.sources import SPLITS, File, Files, PythonDocs, Source, Split, glob, newest
+from switch_jax.data.finetuning.task_source import TaskSource, find_task_sources
+from switch_jax.data.finetuning.tasks import MIXTURES, TASKS, custom_task, find_task_or_mixture
+from switch_jax.data.sources.record_files import is_record_file
+from switch_jax.data.sources.source import (
+    SPLITS,
+    File,
+    Files,
+    PythonDocs,
+    Source,
+    Split,
+    glob_files,
+    newest_version,
+)
+from switch_jax.data.sources.text_files import is_text_file
 from switch_jax.errors import UserError
 
 # mC4's 101 languages; six of them have a second code, for texts in Latin script.
@@ -29,20 +40,18 @@ la lb lo lt lv mg mi mk ml mn mr ms mt my ne nl no ny pa pl ps pt ro ru ru-Latn 
 sm sn so sq sr st su sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu
 """
 MC4_LANGUAGES = tuple(_CODES.split())
-
 _SPLITS: dict[Split, str] = {split: split for split in SPLITS}
-
 _PAIRS = "pairs:"
 
 
-def name_of(spec: str) -> str:
+def source_name(spec: str) -> str:
     """The name of the source, or of the group of sources, that `spec` stands for.
 
     Files are called by the last part of their path that is more than wildcards and suffixes.
     """
     if spec.startswith(_PAIRS):
-        return f"pairs.{name_of(spec.removeprefix(_PAIRS))}"
-    if not is_files(spec):
+        return f"pairs.{source_name(spec.removeprefix(_PAIRS))}"
+    if not is_file_pattern(spec):
         return spec.partition(":")[0]
     for part in reversed(spec.split("/")):
         stem = re.sub(r"\{split\}|\[[^]]*\]", " ", part)
@@ -53,7 +62,7 @@ def name_of(spec: str) -> str:
     return "files"
 
 
-def find(spec: str, data_dir: str | None) -> list[Source]:
+def find_source(spec: str, data_dir: str | None) -> list[Source]:
     """The sources that a part of a mixture stands for; several for `mc4`.
 
     Raises `UserError` where there are none, with what to change.
@@ -61,11 +70,11 @@ def find(spec: str, data_dir: str | None) -> list[Source]:
     if spec == "python_docs":
         return [PythonDocs()]
     if spec.startswith(_PAIRS):
-        files = _named_files(spec, records.is_known, ".jsonl, .tsv, .csv, .parquet or .tfrecord")
-        return [Pairs(downstream.own(name_of(spec)), files)]
-    if is_files(spec):
+        files = _named_files(spec, is_record_file, ".jsonl, .tsv, .csv, .parquet or .tfrecord")
+        return [TaskSource(custom_task(source_name(spec)), files)]
+    if is_file_pattern(spec):
         known = ".txt, .json, .jsonl (or these with .gz or .zst), .parquet or .tfrecord"
-        return [Files(name_of(spec), _named_files(spec, formats.is_known, known), {})]
+        return [Files(source_name(spec), _named_files(spec, is_text_file, known), {})]
     name, _, version = spec.partition(":")
     group, _, language = name.partition(".")
     multilingual = group == "mc4" and (not language or language in MC4_LANGUAGES)
@@ -86,7 +95,7 @@ def find(spec: str, data_dir: str | None) -> list[Source]:
     if multilingual:
         found = [_mc4(root, code, version) for code in ([language] if language else MC4_LANGUAGES)]
     elif tasks:
-        return [find_task(root, downstream.TASKS[task]) for task in tasks]
+        return [find_task_sources(root, TASKS[task]) for task in tasks]
     elif name == "c4":
         found = [_tfds(root, "c4/en", version, "c4", _SPLITS) or _c4_json(root, version)]
     else:
@@ -102,32 +111,32 @@ def find(spec: str, data_dir: str | None) -> list[Source]:
 
 def needs_folder(spec: str) -> bool:
     """Whether a part of a mixture is looked for in `data.data_dir`."""
-    return spec != "python_docs" and not is_files(spec)
+    return spec != "python_docs" and not is_file_pattern(spec)
 
 
-def members(spec: str, names: Iterable[str]) -> list[str]:
+def group_members(spec: str, names: Iterable[str]) -> list[str]:
     """Those of the sources called `names` that a part of a mixture, not of files, stands for."""
-    name = name_of(spec)
+    name = source_name(spec)
     tasks = _tasks(name)
     return [n for n in names if n == name or n in tasks or (name == "mc4" and n.startswith("mc4."))]
 
 
 def _tasks(name: str) -> tuple[str, ...]:
     """The fine-tuning tasks that a name stands for."""
-    if name not in downstream.MIXTURES and name not in downstream.TASKS:
+    if name not in MIXTURES and name not in TASKS:
         return ()
-    return tuple(task for task in downstream.find(name).rates if _readable(task))
+    return tuple(task for task in find_task_or_mixture(name).rates if _readable(task))
 
 
 def _readable(task: str) -> bool:
     """Whether a task has anything to train on or to evaluate."""
-    return any(split in downstream.TASKS[task].splits for split in SPLITS)
+    return any(split in TASKS[task].splits for split in SPLITS)
 
 
-def is_files(spec: str) -> bool:
+def is_file_pattern(spec: str) -> bool:
     """Whether a part of a mixture names files."""
     begins = (_PAIRS, "/", "./", "../", "~")
-    return spec.startswith(begins) or "*" in spec or formats.is_known(spec)
+    return spec.startswith(begins) or "*" in spec or is_text_file(spec)
 
 
 def _named_files(spec: str, is_known: Callable[[str], bool], known: str) -> dict[Split, list[File]]:
@@ -139,7 +148,7 @@ def _named_files(spec: str, is_known: Callable[[str], bool], known: str) -> dict
     patterns = {split: pattern.replace("{split}", split) for split in SPLITS}
     if "{split}" not in pattern:
         del patterns["validation"]
-    files = {split: glob(pattern) for split, pattern in patterns.items()}
+    files = {split: glob_files(pattern) for split, pattern in patterns.items()}
     for split, found in files.items():
         if not found:
             raise UserError(
@@ -169,7 +178,7 @@ def _json(
 ) -> Source | None:
     """A source as AllenAI hands it out, in `root` itself or in a folder called as there."""
     for place in (root, root / folder, root / "c4" / folder):
-        files = {split: glob(os.fspath(place / text)) for split, text in patterns.items()}
+        files = {split: glob_files(os.fspath(place / text)) for split, text in patterns.items()}
         if files["train"] and not version:
             return Files(name, files, {})
     return None
@@ -179,7 +188,7 @@ def _tfds(
     root: epath.Path, dataset: str, version: str, name: str, splits: Mapping[Split, str]
 ) -> Source | None:
     """A source as TFDS prepared it; the newest version there is, unless one is named."""
-    place = newest(root / dataset, version)
+    place = newest_version(root / dataset, version)
     if place is None:
         return None
     try:
@@ -195,7 +204,7 @@ def _tfds(
         ) from error
     stem = dataset.partition("/")[0]
     files = {
-        split: glob(os.fspath(place / f"{stem}-{theirs}.tfrecord*"))
+        split: glob_files(os.fspath(place / f"{stem}-{theirs}.tfrecord*"))
         for split, theirs in splits.items()
     }
     if not files["train"]:

@@ -20,28 +20,28 @@ from typing import NamedTuple
 
 from etils import epath
 
-from switch_jax.data.catalog import find, is_files, members, needs_folder
-from switch_jax.data.sources import Source
+from switch_jax.config import DataConfig
+from switch_jax.data.catalog import find_source, group_members, is_file_pattern, needs_folder
+from switch_jax.data.sources.source import Source
 from switch_jax.errors import UserError
-from switch_jax.schema import DataConfig
 
 
-class Part(NamedTuple):
+class MixturePart(NamedTuple):
     """A source or group of sources as the config names it."""
 
     spec: str
     rate: float | None
 
 
-def parse(mixture: str) -> list[Part]:
+def parse_mixture(mixture: str) -> list[MixturePart]:
     """Raises `UserError` for a mixture without parts, and where only some have a rate."""
     parts = []
     for item in filter(None, map(str.strip, mixture.split(","))):
         spec, _, text = item.rpartition("=")
         try:
-            parts.append(Part(spec.strip(), float(text)))
+            parts.append(MixturePart(spec.strip(), float(text)))
         except ValueError:  # no rate, or an `=` within a path
-            parts.append(Part(item, None))
+            parts.append(MixturePart(item, None))
     rates = [part.rate for part in parts if part.rate is not None]
     if not parts or not all(part.spec for part in parts):
         raise UserError(f"data.mixture={mixture!r} names no source; name one, as python_docs.")
@@ -58,7 +58,7 @@ def find_sources(data: DataConfig) -> list[Source]:
 
     Raises `UserError` where one is not found.
     """
-    parts = parse(data.mixture)
+    parts = parse_mixture(data.mixture)
     if data.data_dir is not None and not any(needs_folder(part.spec) for part in parts):
         raise UserError(
             f"data.data_dir={data.data_dir!r} is no packed text, and data.mixture={data.mixture}"
@@ -71,17 +71,17 @@ def find_sources(data: DataConfig) -> list[Source]:
         )
     sources: dict[str, Source] = {}
     for part in parts:
-        for source in find(part.spec, data.data_dir):
-            if source.name in sources and not is_files(part.spec):
+        for source in find_source(part.spec, data.data_dir):
+            if source.name in sources and not is_file_pattern(part.spec):
                 raise UserError(f"data.mixture names {source.name} twice; name it once.")
             source.name, source.spec = _unused(source.name, sources), part.spec
             sources[source.name] = source
     return list(sources.values())
 
 
-def select(
+def select_sources(
     data: DataConfig, names: Collection[str], specs: Mapping[str, str]
-) -> list[tuple[Part, list[str]]]:
+) -> list[tuple[MixturePart, list[str]]]:
     """Which of the sources called `names` each part of a config's mixture stands for.
 
     Args:
@@ -89,13 +89,13 @@ def select(
 
     Raises `UserError` where a part stands for none, or two for the same.
     """
-    selected: list[tuple[Part, list[str]]] = []
+    selected: list[tuple[MixturePart, list[str]]] = []
     taken: list[str] = []
-    for part in parse(data.mixture):
-        if is_files(part.spec):
+    for part in parse_mixture(data.mixture):
+        if is_file_pattern(part.spec):
             chosen = [n for n in names if specs.get(n) == part.spec and n not in taken][:1]
         else:
-            chosen = members(part.spec, names)
+            chosen = group_members(part.spec, names)
         if not chosen:
             raise UserError(
                 f"data.mixture names {part.spec}, and there is only {', '.join(sorted(names))};"
@@ -109,7 +109,7 @@ def select(
     return selected
 
 
-def shares(
+def mixture_rates(
     data: DataConfig, documents: Mapping[str, int | None], specs: Mapping[str, str]
 ) -> dict[str, float]:
     """Of each source in a config's mixture, the share of the training rows, which sum to one.
@@ -123,7 +123,7 @@ def shares(
     documents matters and is not known.
     """
     weights: dict[str, float] = {}
-    selected = select(data, documents, specs)
+    selected = select_sources(data, documents, specs)
     for part, names in selected:
         trained = [name for name in names if documents[name] != 0]
         alone = len(trained) == 1 and (part.rate is not None or len(selected) == 1)

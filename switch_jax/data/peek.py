@@ -7,11 +7,12 @@ from itertools import islice
 
 import numpy as np
 
-from switch_jax.data import open_batches, open_each, open_vocabulary
+from switch_jax.config import Config
 from switch_jax.data.batch import Batch
-from switch_jax.data.sources import Split
+from switch_jax.data.readers import open_batches, open_each
+from switch_jax.data.sources.source import Split
 from switch_jax.data.vocabulary import Vocabulary
-from switch_jax.schema import Config
+from switch_jax.data.vocabulary_builder import open_vocabulary
 
 _STACKS = {"inputs": "encoder", "targets": "decoder"}
 _TOKENS = {"inputs": "encoder_input_tokens", "targets": "decoder_target_tokens"}

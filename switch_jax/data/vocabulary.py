@@ -14,7 +14,6 @@ from itertools import groupby
 import sentencepiece
 from etils import epath
 
-from switch_jax.data.spans import EOS
 from switch_jax.errors import UserError
 
 PAD, UNK = 0, 2
@@ -22,7 +21,6 @@ NUM_SENTINELS = 100
 FILE_NAME = "vocabulary.model"  # in a WORKDIR and in a folder of packed text
 HUGGING_FACE_NAME = "spiece.model"  # the same in a folder of theirs
 BYTES = "bytes"  # what a config, and a file, call the vocabulary of bytes
-
 _SENTINEL = re.compile(r"<extra_id_(\d{1,2})>")
 
 
@@ -89,7 +87,7 @@ class Vocabulary(abc.ABC):
     def _decode(self, ids: list[int]) -> str: ...
 
 
-class SentencePieces(Vocabulary):
+class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece model's pieces; raises `UserError` where it is none, or has other ids."""
 
     def __init__(self, name: str, content: bytes):
@@ -118,7 +116,7 @@ class SentencePieces(Vocabulary):
         return self._pieces.decode(ids)
 
 
-class Bytes(Vocabulary):
+class ByteVocabulary(Vocabulary):
     """The 256 bytes of UTF-8, from id 3 on, as ByT5 has them."""
 
     _FIRST = 3
@@ -140,13 +138,13 @@ class Bytes(Vocabulary):
         return data.decode("utf-8", "replace")
 
 
-def read(path: str | os.PathLike) -> Vocabulary:
+def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
     """The vocabulary that a file holds; `bytes` is the one without a file.
 
     Raises `UserError` for a file that is missing or holds none.
     """
     if str(path) == BYTES:
-        return Bytes()
+        return ByteVocabulary()
     file = epath.Path(path).expanduser()
     try:
         content = file.read_bytes()
@@ -156,9 +154,12 @@ def read(path: str | os.PathLike) -> Vocabulary:
             f" data.vocabulary to a SentencePiece model, to {BYTES}, or to None for one of the"
             " mixture's own."
         ) from error
-    return parse(str(file), content)
+    return parse_vocabulary(str(file), content)
 
 
-def parse(name: str, content: bytes) -> Vocabulary:
+def parse_vocabulary(name: str, content: bytes) -> Vocabulary:
     """The vocabulary of a file's content; raises `UserError` where it is none."""
-    return Bytes() if content == BYTES.encode() else SentencePieces(name, content)
+    return ByteVocabulary() if content == BYTES.encode() else SentencePieceVocabulary(name, content)
+
+
+EOS = 1

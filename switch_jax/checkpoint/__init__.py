@@ -1,0 +1,46 @@
+"""Models on disk: WORKDIRs, checkpoints, and checkpoints of other programs."""
+
+from switch_jax.checkpoint.checkpointer import (
+    Checkpointer,
+    find_checkpoint_together,
+    restore_params,
+)
+from switch_jax.checkpoint.interop.hf_export import export_hugging_face
+from switch_jax.checkpoint.interop.hf_import import read_hugging_face
+from switch_jax.checkpoint.interop.t5x_import import read_t5x
+from switch_jax.checkpoint.interop.write_workdir import write_workdir
+from switch_jax.checkpoint.load import PretrainedModel, find_pretrained, load
+from switch_jax.checkpoint.metrics_log import QUALITY, MetricsWriter, last_logged_step, read_metrics
+from switch_jax.checkpoint.transfer import (
+    VOCABULARY_AXES,
+    Shape,
+    Shapes,
+    parameter_origins,
+    transfer_report,
+)
+from switch_jax.checkpoint.upcycle import upcycle
+from switch_jax.checkpoint.workdir import Workdir
+
+__all__ = [
+    "QUALITY",
+    "VOCABULARY_AXES",
+    "Checkpointer",
+    "MetricsWriter",
+    "PretrainedModel",
+    "Shape",
+    "Shapes",
+    "Workdir",
+    "export_hugging_face",
+    "find_checkpoint_together",
+    "find_pretrained",
+    "last_logged_step",
+    "load",
+    "parameter_origins",
+    "read_hugging_face",
+    "read_metrics",
+    "read_t5x",
+    "restore_params",
+    "transfer_report",
+    "upcycle",
+    "write_workdir",
+]

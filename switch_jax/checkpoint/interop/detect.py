@@ -1,0 +1,20 @@
+"""Detection of the program that wrote a foreign checkpoint."""
+
+from pathlib import Path
+
+from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint
+from switch_jax.checkpoint.interop.hf_import import is_hugging_face, read_hugging_face
+from switch_jax.checkpoint.interop.t5x_import import is_t5x, read_t5x
+
+_FORMATS = ((is_hugging_face, read_hugging_face), (is_t5x, read_t5x))
+
+
+def read_foreign(path: Path) -> ForeignCheckpoint | None:
+    """Returns the checkpoint in a folder that another program wrote; None where none did.
+
+    Raises `UserError` where it is one that cannot be read.
+    """
+    for matches, read in _FORMATS:
+        if matches(path):
+            return read(path)
+    return None

@@ -1,0 +1,53 @@
+"""Configuration: what can be set, how it is read, and what contradicts it."""
+
+from switch_jax.config.load import (
+    call_config_function,
+    config_differences,
+    config_from_dict,
+    config_to_dict,
+    defaults,
+    fine_tuning,
+    flatten_config,
+    load_config,
+    override_config,
+    parse_arg,
+    read_config_file,
+)
+from switch_jax.config.schema import (
+    STACKS,
+    BlockRun,
+    Config,
+    DataConfig,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from switch_jax.config.validation import validate
+
+__all__ = [
+    "STACKS",
+    "BlockRun",
+    "Config",
+    "DataConfig",
+    "LoRAConfig",
+    "MeshConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "call_config_function",
+    "config_differences",
+    "config_from_dict",
+    "config_to_dict",
+    "defaults",
+    "fine_tuning",
+    "flatten_config",
+    "load_config",
+    "override_config",
+    "parse_arg",
+    "read_config_file",
+    "validate",
+]

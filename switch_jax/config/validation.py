@@ -1,0 +1,247 @@
+"""Which combinations of values are impossible, each with the sentence that says what to change."""
+
+import dataclasses
+
+from switch_jax.config.schema import STACKS, Config
+from switch_jax.errors import UserError
+
+
+def validate(config: Config) -> None:
+    """Raises `UserError` for a config that cannot be; its types are right already."""
+    _check_ranges(config)
+    if config.sparse:
+        _check_placement(config)
+        _check_router(config)
+        _check_capacity(config)
+    model, data, train = config.model, config.data, config.train
+    _require(
+        data.rate_exponent <= 2,
+        f"data.rate_exponent must be from 0 to 2, not {data.rate_exponent}.",
+    )
+    _require(
+        model.relative_buckets >= 4 and model.relative_buckets % 4 == 0,
+        f"model.relative_buckets must be a multiple of 4, not {model.relative_buckets}.",
+    )
+    _require(
+        model.relative_max_distance > model.relative_buckets // 2,
+        f"model.relative_max_distance must be above half of model.relative_buckets, not"
+        f" {model.relative_max_distance}.",
+    )
+    _require(
+        data.batch_size % train.accumulate == 0,
+        f"data.batch_size={data.batch_size} is not a multiple of"
+        f" train.accumulate={train.accumulate}; change one of them.",
+    )
+    _require(
+        train.keep_best is None or train.checkpoint_every % train.eval_every == 0,
+        f"train.keep_best={train.keep_best} needs every checkpoint evaluated, and"
+        f" train.checkpoint_every={train.checkpoint_every} is not a multiple of"
+        f" train.eval_every={train.eval_every}; change one of them.",
+    )
+    _require(
+        config.init_optimizer == "fresh" or config.init_from is not None,
+        "init_optimizer=loaded needs init_from, the checkpoint to load it from; set both.",
+    )
+    _require(
+        0 <= config.distill.soft_weight <= 1,
+        f"distill.soft_weight must be from 0 to 1, not {config.distill.soft_weight}.",
+    )
+    _require(
+        config.distill.temperature > 0,
+        f"distill.temperature must be above 0, not {config.distill.temperature}.",
+    )
+    sizes = [
+        getattr(config.mesh, f.name) for f in dataclasses.fields(config.mesh) if f.name != "fsdp"
+    ]
+    _require(
+        sizes.count(-1) <= 1 and all(s >= 1 or s == -1 for s in sizes),
+        "mesh.slice, mesh.data, mesh.expert and mesh.model must be at least 1,"
+        " and only one of them may be -1 (whatever is left).",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+_LEAST = {
+    "model": {
+        1: "vocab_size d_model d_ff num_heads head_dim num_encoder_layers num_decoder_layers"
+        " relative_max_distance",
+    },
+    "moe": {
+        0: "num_experts shared_d_ff second_threshold sampling_temperature min_capacity"
+        " aux_loss_weight z_loss_weight balance_bias_rate",
+        1: "every first last top_k group_size expert_capacity",
+    },
+    "data": {0: "rate_exponent", 1: "inputs_length targets_length batch_size"},
+    "lora": {0: "rank"},
+    "distill": {0: "start_step"},
+    "eval": {1: "beam_size"},
+    "optimizer": {0: "warmup_steps cooldown_steps learning_rate weight_decay max_grad_norm"},
+    "train": {
+        0: "z_loss_weight",
+        1: "steps accumulate log_every eval_every eval_batches checkpoint_every keep_checkpoints"
+        " idle_expert_steps",
+    },
+}
+
+
+def _check_ranges(config: Config) -> None:
+    for group, by_minimum in _LEAST.items():
+        for minimum, names in by_minimum.items():
+            for name in names.split():
+                value = getattr(getattr(config, group), name)
+                _require(
+                    value is None or value >= minimum,
+                    f"{group}.{name} must be at least {minimum}, not {value}.",
+                )
+    moe = config.moe
+    for key, rate in (
+        ("model.dropout_rate", config.model.dropout_rate),
+        ("moe.expert_dropout_rate", moe.expert_dropout_rate),
+        ("moe.input_dropout_rate", moe.input_dropout_rate),
+        ("moe.jitter", moe.jitter),
+    ):
+        _require(0 <= rate < 1, f"{key} must be at least 0 and below 1, not {rate}.")
+    for key, factor in (
+        ("moe.capacity_factor", moe.capacity_factor),
+        ("moe.eval_capacity_factor", moe.eval_capacity_factor),
+    ):
+        _require(factor is None or factor > 0, f"{key} must be above 0 or None, not {factor}.")
+
+
+def _check_placement(config: Config) -> None:
+    moe = config.moe
+    _require(
+        moe.first is None or moe.last is None,
+        f"moe.first={moe.first} and moe.last={moe.last} exclude each other; set one to None.",
+    )
+    asked = {key: getattr(moe, key) for key in ("first", "last") if getattr(moe, key) is not None}
+    for stack in STACKS:
+        if moe.stacks not in ("both", stack):
+            continue
+        layers = {f"model.num_{stack}_layers": config.num_layers(stack)}
+        for key, count in asked.items():
+            _require(
+                count <= config.num_layers(stack),
+                f"moe.{key}={count} is more than model.num_{stack}_layers="
+                f"{config.num_layers(stack)}; make it smaller.",
+            )
+            layers = {f"moe.{key}": count}
+        for key, count in layers.items():
+            _require(
+                count % moe.every == 0,
+                f"{key}={count} is not a multiple of moe.every={moe.every}; change one of them.",
+            )
+    _require(
+        moe.shared_d_ff == 0 or moe.sublayer != "attention",
+        f"moe.shared_d_ff={moe.shared_d_ff} is a feed-forward expert and moe.sublayer=attention"
+        " has none; set moe.sublayer=both or moe.shared_d_ff=0.",
+    )
+    _require(
+        moe.expert_dropout_rate == 0 or moe.sublayer != "attention",
+        f"moe.expert_dropout_rate={moe.expert_dropout_rate} is for hidden activations, and experts"
+        " of moe.sublayer=attention have none; set it to 0.",
+    )
+
+
+def _check_router(config: Config) -> None:
+    moe = config.moe
+    _require(
+        moe.choices <= moe.num_experts,
+        f"moe.top_k={moe.top_k} is more than moe.num_experts={moe.num_experts}; make it at most"
+        " that.",
+    )
+    one_expert = {
+        "switch": "for moe.top_k={} set moe.router=top_k",
+        "hash": "leave moe.top_k at None",
+        "expert_choice": "there experts choose their tokens, so leave moe.top_k at None",
+    }
+    if moe.router in one_expert:
+        _require(
+            moe.choices == 1,
+            f"moe.router={moe.router} cannot have moe.top_k={moe.top_k};"
+            f" {one_expert[moe.router].format(moe.top_k)}.",
+        )
+    if moe.router == "expert_choice":
+        _require(
+            moe.stacks == "encoder",
+            "moe.router=expert_choice would let a decoder's experts choose a token by looking at"
+            " later ones, which are not there when text is generated; set moe.stacks=encoder.",
+        )
+        _require(
+            None not in (moe.capacity_factor, moe.eval_capacity_factor),
+            "moe.router=expert_choice needs a capacity, which is how many tokens an expert"
+            " chooses; set moe.capacity_factor and moe.eval_capacity_factor.",
+        )
+        _require(
+            moe.capacity_factor == moe.eval_capacity_factor,
+            "With moe.router=expert_choice, how many tokens an expert takes is part of what is"
+            f" learned; set moe.eval_capacity_factor={moe.capacity_factor} as in training.",
+        )
+    several = moe.router in ("top_k", "batch_prioritized")
+    _require(
+        several or not moe.renormalize,
+        f"moe.renormalize=True divides the gates of several experts, and moe.router={moe.router}"
+        " has one; set moe.router=top_k or moe.renormalize=False.",
+    )
+    _require(
+        moe.second_policy == "all" or (several and moe.choices > 1),
+        f"moe.second_policy={moe.second_policy} is about second experts, and there are none; set"
+        " moe.router=top_k and moe.top_k=2, or moe.second_policy=all.",
+    )
+    noise = [n for n in ("jitter", "input_dropout_rate", "sampling_temperature") if getattr(moe, n)]
+    _require(
+        len(noise) < 2,
+        f"moe.{' and moe.'.join(noise)} are alternative ways to explore; set all but one to 0.",
+    )
+    _require(
+        not noise or moe.router != "hash",
+        f"moe.router=hash looks at the token alone; set moe.{''.join(noise)}=0.",
+    )
+    _require(
+        not moe.sampling_temperature or moe.router != "expert_choice",
+        "moe.router=expert_choice has no expert to draw; set moe.sampling_temperature=0.",
+    )
+    if moe.balance_bias_rate:
+        _require(
+            moe.router not in ("hash", "expert_choice"),
+            f"moe.router={moe.router} has no ranking that a bias could change; set"
+            " moe.balance_bias_rate=0.",
+        )
+        _require(
+            not moe.sampling_temperature,
+            "moe.balance_bias_rate changes which expert ranks first and moe.sampling_temperature"
+            " draws one; set one of them to 0.",
+        )
+
+
+def _check_capacity(config: Config) -> None:
+    moe = config.moe
+    if moe.expert_capacity is not None:
+        _require(
+            None not in (moe.capacity_factor, moe.eval_capacity_factor),
+            f"moe.expert_capacity={moe.expert_capacity} drops tokens, and moe.capacity_factor or"
+            " moe.eval_capacity_factor is None, which drops none; set moe.expert_capacity=None, or"
+            " both factors to a number.",
+        )
+        _require(
+            moe.router != "expert_choice",
+            "moe.router=expert_choice takes as many tokens as moe.capacity_factor says; set"
+            " moe.expert_capacity=None.",
+        )
+    for stack in STACKS:
+        if not config.sparse_layers(stack):
+            continue
+        length = config.length(stack)
+        tokens = length * moe.group_rows(config.data.batch_size, length)
+        for key in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(moe, key)
+            _require(
+                moe.capacity(tokens, factor) > 0,
+                f"moe.{key}={factor} leaves an expert no slot in a group of the {stack}: {factor} ×"
+                f" {tokens} tokens / {moe.num_experts} experts, rounded down, is 0; set"
+                " moe.min_capacity=1, moe.capacity_rounding=ceil or a larger factor.",
+            )

@@ -1,0 +1,128 @@
+"""Fine-tuning tasks as sources: their records become inputs and targets, in turn."""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from etils import epath
+
+from switch_jax.data.finetuning.prompts import Example
+from switch_jax.data.finetuning.tasks import Task
+from switch_jax.data.sources.bad_records import BadRecords
+from switch_jax.data.sources.record_files import is_record_file, read_records, record_format
+from switch_jax.data.sources.source import (
+    SPLITS,
+    File,
+    Shard,
+    Source,
+    Split,
+    file_stamp,
+    glob_files,
+    is_held_out,
+    newest_version,
+)
+from switch_jax.errors import UserError
+
+
+class TaskSource(Source):
+    """A task, whose texts are inputs, targets, inputs, targets, … of the examples with an answer.
+
+    Args:
+      files: those of the data set's splits that the task's parts are taken from. Where there are
+        none for validation though the task has it, a fixed 1 % of training is held out.
+    """
+
+    pairs = True
+
+    def __init__(self, task: Task, files: Mapping[str, list[File]] | Mapping[Split, list[File]]):
+        self.name = task.name
+        self._task = task
+        self._files = {str(split): list(found) for split, found in files.items()}
+        valid = task.splits.get("validation")
+        self._held_out = valid is not None and valid.split not in files
+        if valid is not None and self._held_out:
+            self._files[valid.split] = files["train"]
+        named = [(os.path.basename(f.path), f.size) for split in files.values() for f in split]
+        digest = hashlib.blake2b(repr((named, task.splits)).encode(), digest_size=16)
+        self.fingerprint = digest.hexdigest()
+        self.stamp = file_stamp(files.values())
+
+    def shards(self, split: Split) -> tuple[Shard, ...]:
+        rows = self._task.splits.get(split)
+        files = self._files.get(rows.split, []) if rows else []
+        if not files:
+            return ()
+        return (Shard(tuple(file.path for file in files), sum(file.size for file in files)),)
+
+    def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
+        if self._held_out and split == "validation":
+            bad = BadRecords("skip")  # the same files: they are told of in training
+        for example in self.examples(split, bad):
+            if example.answer is not None:
+                yield example.inputs
+                yield example.targets
+
+    def documents(self, split: Split) -> int | None:
+        """In training, pairs as the task counts them; None where it does not."""
+        if split != "train":
+            return None
+        return self._task.num_examples if "train" in self._task.splits else 0
+
+    def examples(self, split: Split, bad: BadRecords) -> Iterator[Example]:
+        """A split's examples in order; what cannot be read goes to `bad`."""
+        rows = self._task.splits.get(split)
+        if rows is None:
+            return
+        found = (
+            record
+            for file in self._files[rows.split]
+            for record in read_records(file.path, self._task.schema, bad)
+        )
+        for record in itertools.islice(found, rows.begin, rows.end):
+            for example in self._task.format(record, split == "train"):
+                if not self._held_out or is_held_out(example.inputs) == (split == "validation"):
+                    yield example
+
+
+def example_to_json(examples: Iterable[Example]) -> Iterator[str]:
+    """A line each, with `inputs`, `targets` and `answer`."""
+    return (json.dumps(example._asdict()) for example in examples)
+
+
+def find_task_sources(root: epath.Path, task: Task) -> TaskSource:
+    """A task's data below `root`: as TFDS prepared it, or in files called after its splits.
+
+        glue/cola/2.0.0/glue-train.tfrecord-00000-of-00001
+        glue/cola/train.jsonl, validation.tsv, train-00000-of-00002.parquet
+
+    Raises `UserError` where one of its splits is not there, or is there twice.
+    """
+    folder = root / task.dataset
+    version = newest_version(folder)
+    files: dict[str, list[File]] = {}
+    for rows in (task.splits[part] for part in SPLITS if part in task.splits):
+        if version is not None:
+            stem = task.dataset.partition("/")[0]
+            found = glob_files(os.fspath(version / f"{stem}-{rows.split}.tfrecord*"))
+        else:
+            found = glob_files(os.fspath(folder / f"{rows.split}*"))
+            whole = re.compile(rf"{rows.split}(-\d+-of-\d+)?(\.\w+)+(-\d+-of-\d+)?(\.\w+)?")
+            found = [f for f in found if whole.fullmatch(os.path.basename(f.path))]
+            found = [f for f in found if is_record_file(f.path)]
+        if not found:
+            raise UserError(
+                f"The {rows.split} split of {task.name} is not in {os.fspath(folder)!r}; prepare it"
+                f" with `tfds build {task.dataset}`, put {rows.split}.jsonl, .tsv or .parquet with"
+                f" the fields {', '.join(task.schema)} there, or set data.data_dir to where it is."
+            )
+        formats = sorted({record_format(file.path) for file in found})
+        if len(formats) > 1:
+            raise UserError(
+                f"The {rows.split} split of {task.name} is in {os.fspath(folder)!r} as"
+                f" {' and as '.join(formats)}; keep one of them."
+            )
+        files[rows.split] = found
+    return TaskSource(task, files)

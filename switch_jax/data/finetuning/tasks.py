@@ -1,0 +1,433 @@
+"""The fine-tuning tasks of the Switch paper and their mixtures, as data; `prompts` has their text.
+
+Data sets, versions, sizes and rates are T5's, or TFDS's where T5 has no such task. The longest
+texts are T5's where it says so, and ours elsewhere:
+
+| tasks                        | inputs, targets | as                                              |
+|------------------------------|-----------------|-------------------------------------------------|
+| glue                         | 512, 84         | T5                                              |
+| super_glue                   | 512, 62         | T5                                              |
+| squad                        | 512, 97         | T5                                              |
+| cnn_dailymail                | 512, 512        | T5                                              |
+| closed_book, winogrande      | 128, 32         | T5's notebook on closed-book questions          |
+| anli                         | 512, 84         | glue, whose MNLI it resembles                   |
+| arc, xsum                    | 512, 128        | ours: a sentence as an answer                   |
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+from switch_jax.data.finetuning.prompts import (
+    Format,
+    arc,
+    classification,
+    dpr,
+    multirc,
+    open_question,
+    pair,
+    record,
+    squad,
+    stsb,
+    summarization,
+    trivia_qa,
+    winogrande,
+    wsc,
+)
+from switch_jax.data.sources.record_files import LABEL
+from switch_jax.errors import UserError
+
+TaskPart = Literal["train", "validation", "test"]
+
+
+class Rows(NamedTuple):
+    """Rows `begin` to `end` of a split of a data set; None is its end."""
+
+    split: str
+    begin: int = 0
+    end: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What one task is made of.
+
+    Attributes:
+      dataset: of TFDS, with its config.
+      splits: where each part lies in the data set; not every task has all three.
+      num_examples: in training, and the rate in a mixture; of ReCoRD one for every answer. None
+        where only the files tell.
+      schema: the fields that `format` reads, with their names and types in TFDS: a type, `[type]`
+        for a list, or a dict of fields. A record may have more.
+      format: text of a record; see `prompts`.
+      classes: names in the order of their labels; empty where records bring their own, or answers
+        are texts or numbers.
+      metrics: names in `metrics.METRICS`; none where no part has labels.
+      reported: of what they give, what is the task's number in the paper; None: the mean of all.
+      inputs_length, targets_length: tokens, with the EOS.
+    """
+
+    name: str
+    dataset: str
+    version: str
+    splits: Mapping[TaskPart, Rows]
+    num_examples: int | None
+    schema: Mapping[str, Any]
+    format: Format
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...]
+    reported: str | None
+    inputs_length: int
+    targets_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskMixture:
+    """Tasks that are trained on together, and how their numbers become one.
+
+    Attributes:
+      rates: of all tasks, in proportion to which examples are drawn; 0 is evaluated only.
+      average: the mixture's number is the mean over groups of the mean over a group's tasks.
+    """
+
+    name: str
+    rates: Mapping[str, int]
+    average: tuple[tuple[str, ...], ...]
+
+
+_ALL: dict[TaskPart, Rows] = {part: Rows(part) for part in get_args(TaskPart)}
+
+
+def find_task_or_mixture(name: str) -> TaskMixture:
+    """The mixture of that name, or one of the single task of that name; raises `UserError`."""
+    if name in MIXTURES:
+        return MIXTURES[name]
+    if name not in TASKS:
+        known = ", ".join([*MIXTURES, *TASKS])
+        raise UserError(f"There is no fine-tuning task {name!r}; use one of {known}.")
+    return TaskMixture(name, {name: TASKS[name].num_examples or 0}, ((name,),))
+
+
+def get_task(name: str) -> Task:
+    """The task that a source of pairs is called after: one of TASKS, or of somebody's own files."""
+    return TASKS[name] if name in TASKS else custom_task(name)
+
+
+def custom_task(name: str) -> Task:
+    """A task whose records are inputs and targets already; targets are compared as they are."""
+    return Task(
+        name=name,
+        dataset="",
+        version="",
+        splits=_ALL,
+        num_examples=None,
+        schema={"inputs": str, "targets": str},
+        format=pair,
+        classes=(),
+        metrics=("accuracy",),
+        reported=None,
+        inputs_length=512,
+        targets_length=114,
+    )
+
+
+_LENGTHS = {
+    "glue": (512, 84),
+    "super_glue": (512, 62),
+    "squad": (512, 97),
+    "cnn_dailymail": (512, 512),
+    "closed_book": (128, 32),
+    "winogrande": (128, 32),
+    "anli": (512, 84),
+    "arc": (512, 128),
+    "xsum": (512, 128),
+}
+_VERSIONS = {"glue": "1.0.0", "super_glue": "1.0.2", "anli": "0.1.0"}
+_TEST: dict[TaskPart, Rows] = {"validation": Rows("test")}  # answered, and not scored
+
+
+def _task(
+    name: str,
+    num_examples: int,
+    metrics: str,
+    format: Format,
+    schema: Mapping[str, Any],
+    classes: tuple[str, ...] = (),
+    dataset: str | None = None,
+    splits: Mapping[TaskPart, Rows] = _ALL,
+    reported: str | None = None,
+) -> Task:
+    benchmark, _, config = name.partition(".")
+    dataset, _, version = (dataset or f"{benchmark}/{config}:{_VERSIONS[benchmark]}").partition(":")
+    return Task(
+        name=name,
+        dataset=dataset,
+        version=version,
+        splits=splits,
+        num_examples=num_examples,
+        schema=schema,
+        format=format,
+        classes=classes,
+        metrics=tuple(metrics.split()),
+        reported=reported,
+        inputs_length=_LENGTHS[benchmark][0],
+        targets_length=_LENGTHS[benchmark][1],
+    )
+
+
+def _classification(
+    name: str,
+    num_examples: int,
+    classes: tuple[str, ...],
+    fields: str | Mapping[str, str],
+    metrics: str = "accuracy",
+    prefix: str | None = None,
+    dataset: str | None = None,
+    splits: Mapping[TaskPart, Rows] = _ALL,
+) -> Task:
+    """Args: fields: names in the text's order; a mapping where the record calls them otherwise."""
+    if isinstance(fields, str):
+        fields = {field: field for field in fields.split()}
+    prefix = prefix or name.partition(".")[2]
+    format = partial(classification, task=name, prefix=prefix, fields=fields, classes=classes)
+    schema = {**dict.fromkeys(fields.values(), str), "label": LABEL}
+    return _task(name, num_examples, metrics, format, schema, classes, dataset, splits)
+
+
+def _mnli(genre: str) -> Task:
+    parts: tuple[TaskPart, ...] = ("validation", "test")
+    splits = {part: Rows(f"{part}_{genre}") for part in parts}
+    name, data = f"glue.mnli_{genre}", "glue/mnli:1.0.0"
+    return _classification(name, 0, _NLI, _INFERENCE, "accuracy", "mnli", data, splits)
+
+
+def _anli(name: str, num_examples: int) -> Task:
+    prefix = name.replace(".", "_")
+    return _classification(name, num_examples, _NLI, "hypothesis context", prefix=prefix)
+
+
+def _arc(name: str, config: str, num_examples: int) -> Task:
+    return _task(
+        f"arc.{name}",
+        num_examples,
+        "accuracy",
+        partial(arc, task=f"arc.{name}", prefix=f"arc_{name}"),
+        {"question": str, "choices": {"text": [str], "label": [LABEL]}, "answerKey": LABEL},
+        dataset=f"ai2_arc/{config}:1.0.0",
+    )
+
+
+def _winogrande(size: str, num_examples: int) -> Task:
+    return _task(
+        f"winogrande.{size}",
+        num_examples,
+        "accuracy",
+        partial(winogrande, task=f"winogrande.{size}"),
+        {"sentence": str, "option1": str, "option2": str, "label": LABEL},
+        dataset="winogrande:1.2.0",
+        splits={**_ALL, "train": Rows(f"train_{size}")},
+    )
+
+
+def _closed_book(
+    name: str,
+    num_examples: int,
+    metrics: str,
+    format: Format,
+    schema: Mapping[str, Any],
+    dataset: str,
+    test: str = "validation",
+) -> Task:
+    """The last tenth of the training split validates, as in T5."""
+    return _task(
+        f"closed_book.{name}",
+        num_examples,
+        metrics,
+        format,
+        {"question": str, **schema},
+        dataset=dataset,
+        splits={
+            "train": Rows("train", 0, num_examples),
+            "validation": Rows("train", num_examples),
+            "test": Rows(test),
+        },
+        reported="exact_match",
+    )
+
+
+_NLI = ("entailment", "neutral", "contradiction")
+_RTE = ("entailment", "not_entailment")
+_CB = ("entailment", "contradiction", "neutral")
+_BOOLEAN = ("False", "True")
+_PAIR, _INFERENCE = "sentence1 sentence2", "hypothesis premise"
+_AXB = {"hypothesis": "sentence2", "premise": "sentence1"}
+_COPA = "choice1 choice2 premise question"
+_TASKS = (
+    _classification("glue.cola", 8_551, ("unacceptable", "acceptable"), "sentence", "matthews"),
+    _classification("glue.sst2", 67_349, ("negative", "positive"), "sentence"),
+    _classification("glue.mrpc", 3_668, ("not_equivalent", "equivalent"), _PAIR, "f1 accuracy"),
+    _classification(
+        "glue.qqp", 363_849, ("not_duplicate", "duplicate"), "question1 question2", "f1 accuracy"
+    ),
+    _task(
+        "glue.stsb",
+        5_749,
+        "pearson spearman",
+        partial(stsb, task="glue.stsb"),
+        {"sentence1": str, "sentence2": str, "label": float},
+    ),
+    _classification("glue.mnli", 392_702, _NLI, _INFERENCE, splits={"train": Rows("train")}),
+    _mnli("matched"),
+    _mnli("mismatched"),
+    _classification("glue.qnli", 104_743, _RTE, "question sentence"),
+    _classification("glue.rte", 2_490, _RTE, _PAIR),
+    _classification("glue.wnli", 635, ("not_entailment", "entailment"), _PAIR),
+    _classification("glue.ax", 0, _NLI, _INFERENCE, "", "mnli", splits=_TEST),
+    _classification("super_glue.boolq", 9_427, _BOOLEAN, "passage question"),
+    _classification("super_glue.cb", 250, _CB, _INFERENCE, "macro_f1 accuracy"),
+    _classification("super_glue.copa", 400, ("choice1", "choice2"), _COPA),
+    _task(
+        "super_glue.multirc",
+        27_243,
+        "multirc",
+        partial(multirc, task="super_glue.multirc", classes=_BOOLEAN),
+        {
+            "question": str,
+            "answer": str,
+            "paragraph": str,
+            "idx": {"paragraph": int, "question": int},
+            "label": LABEL,
+        },
+        _BOOLEAN,
+    ),
+    _task(
+        "super_glue.record",
+        138_854,
+        "record",
+        record,
+        {
+            "query": str,
+            "entities": [str],
+            "passage": str,
+            "answers": [str],
+            "idx": {"passage": int, "query": int},
+        },
+    ),
+    _classification("super_glue.rte", 2_490, _RTE, _INFERENCE),
+    _classification("super_glue.wic", 5_428, _BOOLEAN, f"{_PAIR} word"),
+    _task(
+        "super_glue.wsc",
+        259,
+        "wsc",
+        partial(wsc, task="super_glue.wsc", classes=_BOOLEAN),
+        {"text": str, "span1_text": str, "span2_text": str, "span2_index": int, "label": LABEL},
+        _BOOLEAN,
+        "super_glue/wsc.fixed:1.0.2",
+    ),
+    _task(
+        "super_glue.dpr",
+        1_322,
+        "accuracy",
+        partial(dpr, task="super_glue.dpr"),
+        {"sentence": str, "pronoun": str, "candidates": [str], "label": LABEL},
+        dataset="definite_pronoun_resolution:1.1.0",
+        splits={"train": Rows("train"), "test": Rows("test")},
+    ),
+    _classification("super_glue.axb", 0, _RTE, _AXB, "", "rte", splits=_TEST),
+    _classification("super_glue.axg", 0, _RTE, _INFERENCE, "", "rte", splits=_TEST),
+    _task(
+        "squad",
+        87_599,
+        "squad",
+        squad,
+        {"question": str, "context": str, "answers": {"text": [str]}},
+        dataset="squad/v1.1:3.0.0",
+        splits={"train": Rows("train"), "validation": Rows("validation")},
+        reported="exact_match",
+    ),
+    _task(
+        "cnn_dailymail",
+        287_113,
+        "rouge",
+        partial(summarization, document="article", summary="highlights"),
+        {"article": str, "highlights": str},
+        dataset="cnn_dailymail:3.4.0",
+        reported="rouge2",
+    ),
+    _task(
+        "xsum",
+        203_577,
+        "rouge",
+        partial(summarization, document="document", summary="summary"),
+        {"document": str, "summary": str},
+        dataset="xsum:1.1.0",
+        reported="rouge2",
+    ),
+    _anli("anli.r1", 16_946),
+    _anli("anli.r2", 45_460),
+    _anli("anli.r3", 100_459),
+    _arc("easy", "ARC-Easy", 2_251),
+    _arc("challenge", "ARC-Challenge", 1_119),
+    _winogrande("xs", 160),
+    _winogrande("s", 640),
+    _winogrande("m", 2_558),
+    _winogrande("l", 10_234),
+    _winogrande("xl", 40_398),
+    _closed_book(
+        "natural_questions",
+        79_168,
+        "squad",
+        partial(open_question, prefix="nq", answers="answer"),
+        {"answer": [str]},
+        "natural_questions_open:1.0.0",
+    ),
+    _closed_book(
+        "web_questions",
+        3_417,
+        "squad",
+        partial(open_question, prefix="wq", answers="answers"),
+        {"answers": [str]},
+        "web_questions:1.0.0",
+        test="test",
+    ),
+    _closed_book(
+        "trivia_qa",
+        78_785,
+        "trivia_qa",
+        trivia_qa,
+        {"answer": {"value": str, "aliases": [str]}},
+        "trivia_qa/unfiltered.nocontext:1.1.0",
+    ),
+)
+TASKS: Mapping[str, Task] = {task.name: task for task in _TASKS}
+
+
+def _mixture(name: str, tasks: str, average: str, benchmark: str | None = None) -> TaskMixture:
+    """Args: average: groups with blanks between them, their tasks with `+`."""
+    stem = benchmark or name
+    rates = {f"{stem}.{task}": TASKS[f"{stem}.{task}"].num_examples or 0 for task in tasks.split()}
+    groups = (group.split("+") for group in average.split())
+    return TaskMixture(name, rates, tuple(tuple(f"{stem}.{task}" for task in g) for g in groups))
+
+
+_MNLI = "mnli mnli_matched mnli_mismatched"
+_MIXTURES = (
+    # Without WNLI, as T5: super_glue.wsc has its sentences.
+    _mixture(
+        "glue",
+        f"cola sst2 mrpc qqp stsb {_MNLI} qnli rte ax",
+        "cola sst2 mrpc qqp stsb mnli_matched+mnli_mismatched qnli rte",
+    ),
+    _mixture("mnli", _MNLI, "mnli_matched+mnli_mismatched", "glue"),
+    _mixture(
+        "super_glue",
+        "dpr wsc boolq cb copa multirc record rte wic axb axg",
+        "boolq cb copa multirc record rte wic wsc",
+    ),
+    _mixture("anli", "r1 r2 r3", "r3"),  # the paper's number is the third round's
+    # The paper gives these task by task.
+    _mixture("arc", "easy challenge", "easy challenge"),
+    _mixture("closed_book", *["natural_questions web_questions trivia_qa"] * 2),
+)
+MIXTURES: Mapping[str, TaskMixture] = {mixture.name: mixture for mixture in _MIXTURES}

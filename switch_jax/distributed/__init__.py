@@ -1,0 +1,87 @@
+"""Devices and processes: mesh, shardings, collectives, start-up and stop signals."""
+
+from switch_jax.distributed.cluster import Launch, detect_launch, launch_from_flags
+from switch_jax.distributed.collectives import (
+    all_gather,
+    all_to_all,
+    axis_index,
+    axis_size,
+    no_mesh,
+    pmax,
+    psum,
+    pvary,
+    reduce_scatter,
+    shard_map,
+)
+from switch_jax.distributed.hardware import (
+    CHIPS,
+    Chip,
+    all_to_all_seconds,
+    chip_of_topology,
+    device_memory_bytes,
+    host_memory_kind,
+    peak_flops,
+)
+from switch_jax.distributed.mesh import check_mesh, make_mesh
+from switch_jax.distributed.multihost import (
+    all_gather_int,
+    barrier,
+    connect,
+    exit_after_failure,
+    fail_together,
+    raise_if_any_failed,
+    sum_over_processes,
+)
+from switch_jax.distributed.preemption import record_signals, stop_requests
+from switch_jax.distributed.sharding import (
+    BATCH_AXES,
+    MESH_AXES,
+    batch_sharding,
+    constrain,
+    devices_per_group,
+    num_batch_shards,
+    partition_spec,
+    replicated,
+)
+
+__all__ = [
+    "BATCH_AXES",
+    "CHIPS",
+    "MESH_AXES",
+    "Chip",
+    "Launch",
+    "all_gather",
+    "all_gather_int",
+    "all_to_all",
+    "all_to_all_seconds",
+    "axis_index",
+    "axis_size",
+    "barrier",
+    "batch_sharding",
+    "check_mesh",
+    "chip_of_topology",
+    "connect",
+    "constrain",
+    "detect_launch",
+    "device_memory_bytes",
+    "devices_per_group",
+    "exit_after_failure",
+    "fail_together",
+    "host_memory_kind",
+    "launch_from_flags",
+    "make_mesh",
+    "no_mesh",
+    "num_batch_shards",
+    "partition_spec",
+    "peak_flops",
+    "pmax",
+    "psum",
+    "pvary",
+    "raise_if_any_failed",
+    "record_signals",
+    "reduce_scatter",
+    "replicated",
+    "shard_map",
+    "stop_requests",
+    "sum_over_processes",
+]

@@ -1,0 +1,129 @@
+"""What accelerators can do, as published by their makers."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from switch_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One JAX device; rates in units a second, sizes in bytes; None: not known to us."""
+
+    flops: float  # dense bfloat16
+    memory_rate: float | None = None
+    link_rate: float | None = None  # all links to chips of the same slice or box, one way
+    torus: int = 0  # dimensions of the network of a slice; 0: every chip reaches every other
+    slice_rate: float | None = None  # to other slices or boxes, a chip's share
+    memory: int | None = None  # of a TPU, what its compiler lets a program use
+
+
+def _gib(value: float) -> int:
+    return int(value * 2**30)
+
+
+# By `jax.Device.device_kind`. Exact names: a fraction of a GPU (MIG) or another board of the same
+# family is another device. TPU v2, v3 and 7x chips are two devices each, with half of the chip's
+# figures. Data-centre rates of v4 and v5p are 200 Gb/s for a host of four chips.
+CHIPS = {
+    "TPU v2": Chip(22.5e12),
+    "TPU v3": Chip(61.5e12),
+    "TPU v4": Chip(275e12, 1228e9, 300e9, 3, 6.25e9, _gib(30.75)),
+    "TPU v5 lite": Chip(197e12, 819e9, 200e9, 2, 3.125e9, _gib(15.75)),
+    "TPU v5": Chip(459e12, 2765e9, 600e9, 3, 6.25e9, _gib(95.74)),
+    "TPU v6 lite": Chip(918e12, 1640e9, 400e9, 2, 12.5e9, _gib(31.25)),
+    "TPU7x": Chip(1153.5e12),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9, memory=_gib(80)),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12, 1555e9),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 1935e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 450e9, memory=_gib(80)),
+    "NVIDIA H100 PCIe": Chip(756e12, 2000e9),
+    "NVIDIA H200": Chip(989e12, 4800e9, 450e9, memory=_gib(141 / 1.074)),
+    "NVIDIA B200": Chip(2250e12, 8000e9, 900e9, memory=_gib(192 / 1.074)),
+    "NVIDIA GB200": Chip(2500e12, 8000e9, 900e9),
+}
+
+
+# Other names of the same device.
+CHIPS |= {
+    "TPU v5e": CHIPS["TPU v5 lite"],
+    "TPU v5p": CHIPS["TPU v5"],
+    "TPU v6e": CHIPS["TPU v6 lite"],
+}
+
+
+# What `--topology` calls them.
+NAMES = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
+
+
+def chip_of_topology(topology: str) -> tuple[Chip, int]:
+    """Chip and how many of them `v5p:8x16x16` or `h100:64` means; raises `UserError`."""
+    name, _, shape = topology.partition(":")
+    if name not in NAMES or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise UserError(
+            f"--topology {topology} must be one of {', '.join(NAMES)} with its number or shape,"
+            " such as v5p:8x16x16 or h100:64."
+        )
+    return CHIPS[NAMES[name]], math.prod(int(size) for size in shape.split("x"))
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a `jax.Device.device_kind`; None where we know none."""
+    chip = CHIPS.get(device_kind)
+    return None if chip is None else chip.flops
+
+
+def all_to_all_seconds(chip: Chip, size: float, devices: int) -> float:
+    """Least time of an all-to-all in which each of `devices` sends `size` bytes to the others.
+
+    What a chip's links carry, or what crosses the middle of the torus: there n·size/4 bytes go one
+    way through 2·n/k links, k chips long, each with its share of the chip's rate.
+    """
+    if chip.link_rate is None:
+        return math.nan
+    seconds = size / chip.link_rate
+    if chip.torus:
+        longest = devices ** (1 / chip.torus)
+        seconds = max(seconds, size * longest / 8 / (chip.link_rate / (2 * chip.torus)))
+    return seconds
+
+
+def device_memory_bytes(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that one device may use; None where nobody says."""
+    # Others do not tell; the devices of a mesh are alike.
+    device = next(d for d in devices if d.process_index == jax.process_index())
+    if device.platform == "cpu":
+        local = max(1, len(jax.local_devices(backend="cpu")))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except (AttributeError, jax.errors.JaxRuntimeError):  # a described device, not a real one
+        return None
+
+
+def host_memory_kind(mesh: Mesh) -> str:
+    """The memory kind of the devices' host; raises `UserError` where there is none."""
+    device = mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if "pinned_host" not in kinds or device.platform == "cpu":
+        raise UserError(
+            f"optimizer.memory=host is not possible on {device.device_kind}, which has no host"
+            " memory of its own; set optimizer.memory=device."
+        )
+    return "pinned_host"

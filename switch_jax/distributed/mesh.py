@@ -1,0 +1,171 @@
+"""mesh: to be written."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from switch_jax.config import STACKS, Config, MeshConfig
+from switch_jax.distributed.sharding import BATCH_AXES, MESH_AXES
+from switch_jax.errors import UserError
+
+
+def resolve_mesh(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes, -1 replaced by what is left of `num_devices`.
+
+    Raises `UserError` when the mesh needs more devices than there are.
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if fixed > num_devices:
+        raise UserError(
+            f"The mesh ({text}) needs {fixed} devices and there are {num_devices};"
+            f" make the product of mesh.* at most {num_devices}."
+        )
+    return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def make_mesh(
+    config: Config,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    teacher: Config | None = None,
+) -> Mesh:
+    """The mesh of a config over `devices` (default: all), after checking that it divides, and that
+    the teacher's model, if there is one, fits it as well.
+
+    A product below the number of devices uses the first ones. An axis of size -1 takes as many
+    devices as divide the model and its batch; several processes must all take part, so there
+    it takes all or none will do.
+    """
+    devices = jax.devices() if devices is None else devices
+    from switch_jax.model import check_dropless_memory
+
+    sizes = _largest_fitting(config, teacher, len(devices))
+    for one in filter(None, (config, teacher)):
+        check_dropless_memory(one, sizes, devices)
+    shape = tuple(sizes.values())
+    devices = devices[: math.prod(shape)]
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    if len(slices) == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif sizes["slice"] == len(slices):
+        inside, between = (1, *shape[1:]), (len(slices), 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, between, devices, allow_split_physical_axes=True
+        )
+    else:
+        raise UserError(
+            f"The devices are on {len(slices)} slices and mesh.slice is {sizes['slice']};"
+            f" set mesh.slice={len(slices)}."
+        )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _largest_fitting(config: Config, teacher: Config | None, num_devices: int) -> dict[str, int]:
+    """Sizes of the axes that pass `check`, the free axis as large as it can be."""
+    sizes = resolve_mesh(config.mesh, num_devices)
+    free = [axis for axis in MESH_AXES if getattr(config.mesh, axis) == -1]
+    if free and jax.process_count() == 1:
+        for size in range(sizes[free[0]], 1, -1):
+            candidate = sizes | {free[0]: size}
+            try:
+                check_mesh(config, candidate, teacher)
+            except UserError:
+                continue
+            return candidate
+        sizes[free[0]] = 1
+    check_mesh(config, sizes, teacher)
+    return sizes
+
+
+def check_mesh(config: Config, sizes: dict[str, int], teacher: Config | None = None) -> None:
+    """Raises `UserError` where a mesh of these sizes does not divide a model or its batch."""
+    _check_divides(config, sizes)
+    if teacher is not None:
+        try:
+            _check_divides(teacher, sizes)
+        except UserError as error:
+            raise UserError(f"Of the teacher, {error}") from error
+
+
+def _check_divides(config: Config, sizes: dict[str, int]) -> None:
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    divided = [
+        ("model.num_heads", config.model.num_heads, "model"),
+        ("model.d_ff", config.model.d_ff, "model"),
+        ("model.vocab_size", config.model.vocab_size, "model"),
+    ]
+    if config.sparse:
+        divided += [
+            ("moe.num_experts", config.moe.num_experts, "expert"),
+            ("model.d_model", config.model.d_model, "model"),
+            ("moe.shared_d_ff", config.moe.shared_d_ff, "model"),
+        ]
+    if config.mesh.fsdp:
+        divided.append(("model.d_model", config.model.d_model, "data"))
+    for key, value, axis in divided:
+        if value % sizes[axis]:
+            common = math.gcd(*(v for _, v, a in divided if a == axis))
+            raise UserError(
+                f"{key}={value} does not divide over mesh.{axis}={sizes[axis]};"
+                f" mesh.{axis} can be {_words(_divisors(common))}."
+            )
+    microbatch = config.data.batch_size // config.train.accumulate
+    if microbatch % shards:
+        raise UserError(
+            f"A microbatch of {microbatch} rows (data.batch_size / train.accumulate) does not"
+            f" divide over slice × data × expert = {shards} devices;"
+            f" make data.batch_size a multiple of {shards * config.train.accumulate}."
+        )
+    if config.sparse:
+        _check_groups(config, sizes, microbatch)
+
+
+def _check_groups(config: Config, sizes: dict[str, int], microbatch: int) -> None:
+    """Raises `UserError` where a group is neither within the rows of a device nor spread evenly
+    over devices that have all experts between them, or not within a microbatch.
+    """
+    moe, batch, experts = config.moe, config.data.batch_size, sizes["expert"]
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    lengths = {stack: config.length(stack) for stack in STACKS if config.sparse_layers(stack)}
+
+    def rows(length: int, group_size: int) -> int:
+        return dataclasses.replace(moe, group_size=group_size).group_rows(batch, length)
+
+    def fits(length: int, group_size: int) -> bool:
+        group = rows(length, group_size)
+        for local_rows in (microbatch // shards, batch // shards):  # training, evaluation
+            spread = moe.in_token_order and group % local_rows == 0 == microbatch % group
+            if local_rows % group and not (spread and experts % (group // local_rows) == 0):
+                return False
+        return True
+
+    def all_fit(group_size: int) -> bool:
+        return all(fits(length, group_size) for length in lengths.values())
+
+    if all_fit(moe.group_size):
+        return
+    candidates = (r * length for r in _divisors(microbatch) for length in lengths.values())
+    works = max((c for c in candidates if c <= moe.group_size and all_fit(c)), default=1)
+    stack, length = next((s, n) for s, n in lengths.items() if not fits(n, moe.group_size))
+    why = "" if moe.in_token_order else f" (moe.router={moe.router} must see all of a group)"
+    raise UserError(
+        f"A {stack} group of {rows(length, moe.group_size)} rows × {length} tokens is neither"
+        f" within the {microbatch // shards} rows that a device has of a microbatch nor spread"
+        f" evenly over mesh.expert={experts} devices{why}; set moe.group_size to {works}, or make"
+        " data.batch_size or mesh.expert larger, or slice × data or train.accumulate smaller."
+    )
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, min(n, 4096) + 1) if n % i == 0]
+
+
+def _words(numbers: list[int]) -> str:
+    shown = [str(n) for n in numbers[:12]]
+    return ", ".join(shown) + (" …" if len(numbers) > 12 else "")

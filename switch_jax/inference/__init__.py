@@ -1,0 +1,18 @@
+"""Text out of a model: decoding, KV cache, and export of serving programs."""
+
+from switch_jax.inference.decoding import SamplingOptions, beam_search, decode_loop, greedy_choice
+from switch_jax.inference.export import export_model
+from switch_jax.inference.fill_blanks import fill_blanks
+from switch_jax.inference.generate import bind_decoder, encode_inputs, generate
+
+__all__ = [
+    "SamplingOptions",
+    "beam_search",
+    "bind_decoder",
+    "decode_loop",
+    "encode_inputs",
+    "export_model",
+    "fill_blanks",
+    "generate",
+    "greedy_choice",
+]

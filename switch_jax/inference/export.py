@@ -1,0 +1,172 @@
+"""A model as two programs for serving, `encode` and `decode_step`, for batches of any size.
+
+Both are StableHLO as `jax.export` serialises it: who runs them needs jax, and nothing of this
+package. Parameters are arguments and lie beside them: the programs stay small however large the
+model is, and other weights of the same shapes can take their place.
+
+    encode.jax_export         parameters, inputs [batch, S] → state
+    decode_step.jax_export    parameters, tokens [batch], position, state → logits, state
+    parameters.safetensors    by path, in the dtype of their use
+    signature.json            names, shapes and dtypes of all of that
+    greedy.py                 a loop around them, to run or to copy from
+    vocabulary.model          where the model has one
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from switch_jax import __version__
+from switch_jax.config import Config
+from switch_jax.data import EOS
+from switch_jax.errors import UserError
+from switch_jax.files import create_folder_atomically
+from switch_jax.inference import serving_template
+from switch_jax.inference.generate import encode_inputs
+from switch_jax.inference.kv_cache import KVCache, cast_parameters, decode_one_token, start_cache
+from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+State = dict[str, jax.Array]
+
+
+def export_model(
+    model: SwitchTransformer,
+    output: Path,
+    *,
+    inputs_length: int,
+    max_length: int,
+    vocabulary: bytes | None = None,
+) -> None:
+    """Writes the folder.
+
+    Args:
+      model: as from `switch_jax.load`, on one device.
+      output: a folder that does not exist.
+      inputs_length: S, to which inputs are filled up with 0.
+      max_length: tokens that can be generated at the most.
+      vocabulary: content of `vocabulary.model`.
+
+    Raises `UserError` for an `output` that exists or cannot be written.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise UserError(
+            "Exporting needs the package safetensors; install switch_jax[interop]."
+        ) from None
+    with create_folder_atomically(output) as folder:
+        model = cast_parameters(model, experts=True)
+        # Contiguous: safetensors would write the bytes of others in the wrong order.
+        parameters = {
+            name: np.ascontiguousarray(leaf[...]) for name, leaf in named_parameters(model).items()
+        }
+        signature = _write_programs(model, folder, inputs_length, max_length)
+        (folder / "signature.json").write_text(json.dumps(signature, indent=2) + "\n")
+        save_file(parameters, folder / "parameters.safetensors")
+        # Left alone, it is for its owner's eyes only, unlike the other files.
+        shutil.copymode(folder / "signature.json", folder / "parameters.safetensors")
+        shutil.copyfile(serving_template.__file__, folder / "greedy.py")
+        if vocabulary is not None:
+            (folder / "vocabulary.model").write_bytes(vocabulary)
+
+
+def _write_programs(
+    model: SwitchTransformer, folder: Path, inputs_length: int, max_length: int
+) -> dict[str, Any]:
+    """Writes the programs; returns their signature, as JSON values."""
+    abstract = jax.eval_shape(lambda: model)
+
+    def encode(parameters: Mapping[str, jax.Array], inputs_BxS: jax.Array) -> State:
+        model = with_parameters(abstract, parameters)
+        encoded_BxSxD, mask_BxS = encode_inputs(model, inputs_BxS)
+        cache = start_cache(model, encoded_BxSxD, max_length)
+        return _as_state(cache, mask_BxS)
+
+    def decode_step(
+        parameters: Mapping[str, jax.Array], token_B: jax.Array, position: jax.Array, state: State
+    ) -> tuple[jax.Array, State]:
+        model = with_parameters(abstract, parameters)
+        cache, mask_BxS = _as_cache(state)
+        logits_BxV, cache = decode_one_token(model, token_B, position, cache, mask_BxS)
+        return logits_BxV, _as_state(cache, mask_BxS)
+
+    most = _most_rows(model.config, inputs_length)
+    (batch,) = export.symbolic_shape("batch", constraints=[f"batch <= {most}"])
+    parameters = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in named_parameters(abstract).items()
+    }
+    inputs = jax.ShapeDtypeStruct((batch, inputs_length), jnp.int32)
+    token, position = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch,), ()))
+    state = jax.eval_shape(encode, parameters, inputs)
+    programs: dict[str, tuple[Callable, tuple]] = {
+        "encode": (encode, (inputs,)),
+        "decode_step": (decode_step, (token, position, state)),
+    }
+    for name, (function, arguments) in programs.items():
+        program = export.export(jax.jit(function), platforms=PLATFORMS)(parameters, *arguments)
+        (folder / f"{name}.jax_export").write_bytes(program.serialize())
+    logits, _ = jax.eval_shape(decode_step, parameters, token, position, state)
+    return {
+        "switch_jax": __version__,
+        "platforms": PLATFORMS,
+        "inputs_length": inputs_length,
+        "max_length": max_length,
+        "max_batch": most,
+        "start_token": 0,
+        "end_token": EOS,
+        "encode": {
+            "arguments": ["parameters", {"inputs": _described(inputs)}],
+            "returns": "state",
+        },
+        "decode_step": {
+            "arguments": [
+                "parameters",
+                {"tokens": _described(token)},
+                {"position": _described(position)},
+                "state",
+            ],
+            "returns": [{"logits": _described(logits)}, "state"],
+        },
+        "state": {name: _described(leaf) for name, leaf in state.items()},
+        "parameters": {name: _described(leaf) for name, leaf in parameters.items()},
+    }
+
+
+def _most_rows(config: Config, inputs_length: int) -> int:
+    """Rows of a batch, so that `routing.ranks` knows that its keys fit in 32 bits."""
+    E, K = config.moe.num_experts, max(config.moe.places, 1)
+    pool = E * max(run.blocks for run in config.runs("decoder"))
+    return (2**32 - 1) // max((E + 1) * K * inputs_length, (pool + 1) * K)
+
+
+def _described(leaf: Any) -> dict[str, Any]:
+    shape = [d if isinstance(d, int) else str(d) for d in leaf.shape]
+    return {"shape": shape, "dtype": leaf.dtype.name}
+
+
+def _as_state(cache: KVCache, mask_BxS: jax.Array) -> State:
+    """A cache as a flat dict, which other programs can describe."""
+    state = {"mask": mask_BxS}
+    for kind, pairs in zip(KVCache._fields, cache):
+        for run, (keys, values) in enumerate(pairs):
+            state |= {f"{kind}/{run}/keys": keys, f"{kind}/{run}/values": values}
+    return state
+
+
+def _as_cache(state: State) -> tuple[KVCache, jax.Array]:
+    """The inverse of `_as_state`."""
+    runs = range((len(state) - 1) // (2 * len(KVCache._fields)))
+    pairs = (
+        [(state[f"{kind}/{run}/keys"], state[f"{kind}/{run}/values"]) for run in runs]
+        for kind in KVCache._fields
+    )
+    return KVCache(*pairs), state["mask"]

@@ -1,0 +1,53 @@
+"""Greedy decoding with an exported model: needs jax, numpy and safetensors, and nothing else.
+
+    echo '[[37, 512, 1], [8, 1]]' | python greedy.py
+
+reads rows of token ids as JSON and prints what the model says to each. It lies in the folder that
+`switch-jax export` wrote; take what you need of it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import export
+from safetensors.numpy import load_file
+
+
+class ExportedModel:
+    """A folder that `switch-jax export` wrote, ready to be called."""
+
+    def __init__(self, folder: Path):
+        self.signature = json.loads((folder / "signature.json").read_text())
+        self.parameters = jax.device_put(load_file(folder / "parameters.safetensors"))
+        encode, step = (
+            export.deserialize(bytearray((folder / f"{name}.jax_export").read_bytes())).call
+            for name in ("encode", "decode_step")
+        )
+        self._encode = jax.jit(encode)
+        self._step = jax.jit(step, donate_argnums=3)  # the state is changed in place
+
+    def greedy(self, rows: list[list[int]]) -> np.ndarray:
+        """[batch, max_length] int32: up to and with the end token, then 0."""
+        signature = self.signature
+        inputs = np.zeros((len(rows), signature["inputs_length"]), np.int32)
+        for row, tokens in zip(inputs, rows):
+            row[: len(tokens)] = tokens
+        state = self._encode(self.parameters, inputs)
+        outputs = np.zeros((len(rows), signature["max_length"]), np.int32)
+        token = np.full(len(rows), signature["start_token"], np.int32)
+        done = np.zeros(len(rows), bool)
+        for position in range(signature["max_length"]):
+            logits, state = self._step(self.parameters, token, np.int32(position), state)
+            token = np.where(done, 0, np.asarray(logits).argmax(-1)).astype(np.int32)
+            outputs[:, position] = token
+            done |= token == signature["end_token"]
+            if done.all():
+                break
+        return outputs
+
+
+if __name__ == "__main__":
+    print(json.dumps(ExportedModel(Path(__file__).parent).greedy(json.load(sys.stdin)).tolist()))

@@ -1,0 +1,95 @@
+"""The Switch Transformer: its network, parameters, loss and cost of a pass."""
+
+from switch_jax.model.feed_forward import Mlp
+from switch_jax.model.flops import (
+    CONVENTIONS,
+    ExpertLayer,
+    expert_layers,
+    flops_by_part,
+    flops_per_sequence,
+    format_si,
+    mfu,
+    params_by_group,
+    train_flops,
+)
+from switch_jax.model.lora import add_adapter_axes, init_adapters, is_adapter, merge_adapters
+from switch_jax.model.loss import (
+    LOGITS_BYTES,
+    LossSums,
+    loss_denominators,
+    loss_terms,
+    router_metrics,
+    row_cross_entropy,
+    sparse_layer_names,
+    token_losses,
+)
+from switch_jax.model.moe.cross_device_dispatch import padded_size, split_hops
+from switch_jax.model.moe.dropless import SMALLEST, assignments_at_least, check_dropless_memory
+from switch_jax.model.moe.layers import SwitchMlp
+from switch_jax.model.moe.router import Router, RouterOutput, RoutingSpec
+from switch_jax.model.parameters import (
+    BATCH_DIMS,
+    LayerSlice,
+    abstract_model,
+    layer_shapes,
+    layer_slices,
+    logical_axes,
+    named_parameters,
+    with_parameters,
+)
+from switch_jax.model.sharded import Batch, MeshJit, process_rows
+from switch_jax.model.transformer import (
+    RouterStatsByStack,
+    SwitchTransformer,
+    collect_router_stats,
+    token_masks,
+)
+
+__all__ = [
+    "BATCH_DIMS",
+    "CONVENTIONS",
+    "LOGITS_BYTES",
+    "SMALLEST",
+    "Batch",
+    "ExpertLayer",
+    "LayerSlice",
+    "LossSums",
+    "MeshJit",
+    "Mlp",
+    "Router",
+    "RouterOutput",
+    "RouterStatsByStack",
+    "RoutingSpec",
+    "SwitchMlp",
+    "SwitchTransformer",
+    "abstract_model",
+    "add_adapter_axes",
+    "assignments_at_least",
+    "check_dropless_memory",
+    "collect_router_stats",
+    "expert_layers",
+    "flops_by_part",
+    "flops_per_sequence",
+    "format_si",
+    "init_adapters",
+    "is_adapter",
+    "layer_shapes",
+    "layer_slices",
+    "logical_axes",
+    "loss_denominators",
+    "loss_terms",
+    "merge_adapters",
+    "mfu",
+    "named_parameters",
+    "padded_size",
+    "params_by_group",
+    "process_rows",
+    "router_metrics",
+    "row_cross_entropy",
+    "sparse_layer_names",
+    "split_hops",
+    "token_losses",
+    "token_masks",
+    "train_flops",
+    "with_parameters",
+]

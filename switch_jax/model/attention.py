@@ -1,0 +1,123 @@
+"""attention: to be written."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from switch_jax.config import ModelConfig
+from switch_jax.distributed import constrain
+from switch_jax.model.layers import RowKeys, dropout, gathered_weight, init_kernel, param
+
+
+class RelativePositionBias(nnx.Module):
+    """T5's relative position bias: one table a stack, shared by its layers."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, *, bidirectional: bool):
+        self.config = config
+        self.bidirectional = bidirectional
+        init = jax.nn.initializers.variance_scaling(config.init_scale, "fan_avg", "uniform")
+        table = init(key, (config.num_heads, config.relative_buckets))
+        self.table = param(table, "heads", "buckets")
+
+    def __call__(self, query_T: jax.Array, key_S: jax.Array) -> jax.Array:
+        """[H, T, S] float32 to add to the scores, from the positions of queries and keys."""
+        distance_TxS = key_S[None, :] - query_T[:, None]
+        bucket_TxS = relative_position_buckets(
+            distance_TxS,
+            self.config.relative_buckets,
+            self.config.relative_max_distance,
+            bidirectional=self.bidirectional,
+        )
+        return self.table[...][:, bucket_TxS]
+
+
+def relative_position_buckets(
+    distance: jax.Array, num_buckets: int, max_distance: int, *, bidirectional: bool
+) -> jax.Array:
+    """Bucket of each distance key - query, int32 of the same shape.
+
+    Half of the buckets hold one near distance each, the others grow logarithmically up to
+    `max_distance` and the last one holds all beyond. An encoder gives half of them to
+    either side; a decoder looks only back.
+    """
+    offset = jnp.zeros((), jnp.int32)
+    if bidirectional:
+        num_buckets //= 2
+        offset = jnp.where(distance > 0, num_buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = -jnp.minimum(distance, 0)
+    exact = num_buckets // 2
+    ratio = jnp.maximum(distance, 1).astype(jnp.float32) / exact
+    far = exact + (
+        jnp.log(ratio) / jnp.log(jnp.float32(max_distance / exact)) * (num_buckets - exact)
+    ).astype(jnp.int32)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))
+
+
+# Keys and values of a row's positions, two arrays [B, S, H, K].
+KeysValues = tuple[jax.Array, jax.Array]
+
+# Queries [B, T, H, K] of positions, with their keys and values.
+QueryKeyValue = tuple[jax.Array, KeysValues]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention over given queries, keys and values, and its output projection.
+
+    Scores are not divided by sqrt(K): the query's initialiser holds that factor, as in T5.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.config = config
+        D, inner = config.d_model, config.num_heads * config.head_dim
+        self.out = param(init_kernel(key, (inner, D), config.init_scale), "heads", "embed")
+
+    def heads(self, y_BxLxI: jax.Array) -> jax.Array:
+        """[B, L, H·K] → [B, L, H, K]."""
+        y = y_BxLxI.reshape(*y_BxLxI.shape[:-1], self.config.num_heads, self.config.head_dim)
+        return constrain(y, "batch", None, "heads", None)
+
+    def __call__(
+        self,
+        query_BxTxHxK: jax.Array,
+        keys_values: KeysValues,
+        mask_BxTxS: jax.Array,
+        bias_HxTxS: jax.Array | None,
+        keys: RowKeys,
+    ) -> jax.Array:
+        """[B, T, D]: attends where `mask_BxTxS` is true; softmax in float32."""
+        key_BxSxHxK, value_BxSxHxK = keys_values
+        scores = jnp.einsum(
+            "BTHK,BSHK->BHTS", query_BxTxHxK, key_BxSxHxK, preferred_element_type=jnp.float32
+        )
+        if bias_HxTxS is not None:
+            scores += bias_HxTxS
+        scores = jnp.where(mask_BxTxS[:, None], scores, -1e9)
+        weights_BxHxTxS = jax.nn.softmax(scores, -1).astype(query_BxTxHxK.dtype)
+        weights_BxHxTxS = dropout(weights_BxHxTxS, self.config.dropout_rate, keys)
+        y = jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, value_BxSxHxK)
+        y = y.reshape(*y.shape[:2], -1) @ gathered_weight(self.out, y.dtype)
+        return constrain(y, "batch", None, "activation")
+
+
+class DenseAttention(Attention):
+    """Attention with T5's linear projections, without biases."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        D, K, inner = config.d_model, config.head_dim, config.num_heads * config.head_dim
+        s = config.init_scale
+        q, k, v, o = jax.random.split(key, 4)
+        super().__init__(config, o)
+        self.query = param(init_kernel(q, (D, inner), s) / K**0.5, "embed", "heads")
+        self.key = param(init_kernel(k, (D, inner), s), "embed", "heads")
+        self.value = param(init_kernel(v, (D, inner), s), "embed", "heads")
+
+    def queries(self, x_BxTxD: jax.Array) -> jax.Array:
+        """[B, T, H, K]."""
+        return self.heads(x_BxTxD @ gathered_weight(self.query, x_BxTxD.dtype))
+
+    def keys_values(self, x_BxSxD: jax.Array) -> KeysValues:
+        """What the attended positions offer."""
+        key, value = (x_BxSxD @ gathered_weight(w, x_BxSxD.dtype) for w in (self.key, self.value))
+        return self.heads(key), self.heads(value)

@@ -1,0 +1,44 @@
+"""feed_forward: to be written."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from switch_jax.config import ModelConfig
+from switch_jax.distributed import constrain
+from switch_jax.model.layers import RowKeys, dropout, gathered_weight, init_kernel, param
+
+
+def activate(name: str, x_wi: jax.Array, x_gate: jax.Array | None) -> jax.Array:
+    """ReLU(x W_i), or GELU(x W_gate) · (x W_i) with the tanh form of GELU that T5 uses."""
+    functions: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "relu": jax.nn.relu,
+        "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+    }
+    return functions[name](x_wi) if x_gate is None else functions[name](x_gate) * x_wi
+
+
+class Mlp(nnx.Module):
+    """The dense feed-forward layer, ReLU or GEGLU."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.config = config
+        D, F, s = config.d_model, config.d_ff, config.init_scale
+        i, g, o = jax.random.split(key, 3)
+        self.wi = param(init_kernel(i, (D, F), s), "embed", "mlp")
+        self.gate = (
+            param(init_kernel(g, (D, F), s), "embed", "mlp")
+            if config.activation == "geglu"
+            else None
+        )
+        self.wo = param(init_kernel(o, (F, D), s), "mlp", "embed")
+
+    def __call__(self, x_BxLxD: jax.Array, keys: RowKeys) -> jax.Array:
+        """[B, L, D] → [B, L, D]."""
+        dtype = x_BxLxD.dtype
+        gate = None if self.gate is None else x_BxLxD @ gathered_weight(self.gate, dtype)
+        h_BxLxF = activate(self.config.activation, x_BxLxD @ gathered_weight(self.wi, dtype), gate)
+        h_BxLxF = constrain(h_BxLxF, "batch", None, "mlp")
+        h_BxLxF = dropout(h_BxLxF, self.config.dropout_rate, keys)
+        return constrain(h_BxLxF @ gathered_weight(self.wo, dtype), "batch", None, "activation")

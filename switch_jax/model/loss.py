@@ -1,0 +1,268 @@
+"""Loss terms as sums over what they average: they add up over microbatches.
+
+Every denominator (`Totals`) comes from the global batch before the first microbatch is
+computed, so that neither loss nor metrics change with gradient accumulation.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from switch_jax.config import STACKS, Config
+from switch_jax.distributed import (
+    BATCH_AXES,
+    axis_index,
+    partition_spec,
+    pmax,
+    psum,
+    pvary,
+    shard_map,
+)
+from switch_jax.model.moe.router import RouterStats
+from switch_jax.model.transformer import RouterStatsByStack, routed_mask, token_masks
+
+# Logits of more than that are made in parts.
+LOGITS_BYTES = 2**29
+
+
+class LossDenominators(NamedTuple):
+    """What the sums of a global batch are divided by; float32 scalars."""
+
+    targets: jax.Array  # Σ of loss weights
+    tokens: dict[str, jax.Array]  # routed tokens, by stack
+    groups: dict[str, jax.Array]  # groups with at least one routed token, by stack
+
+
+class LossSums(NamedTuple):
+    """Sums over the target tokens of a batch; float32 scalars."""
+
+    cross_entropy: jax.Array  # nats
+    z: jax.Array  # logsumexp(logits)²
+    correct: jax.Array
+    soft: jax.Array | None = None  # cross-entropy with a teacher's distribution, nats
+
+
+def loss_denominators(batch: Mapping[str, jax.Array], config: Config) -> LossDenominators:
+    """Denominators of a global batch."""
+    groups, tokens = {}, {}
+    for stack, real_BxL in zip(STACKS, token_masks(batch)):
+        mask_BxL = routed_mask(real_BxL, config)
+        B, L = mask_BxL.shape
+        rows = config.moe.group_rows(B, L)
+        tokens[stack] = jnp.sum(mask_BxL, dtype=jnp.float32)
+        routed_B = mask_BxL.any(-1)
+        groups[stack] = jnp.sum(routed_B.reshape(B // rows, rows).any(-1), dtype=jnp.float32)
+    targets = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
+    return LossDenominators(targets, tokens, groups)
+
+
+def token_losses(
+    states_BxTxD: jax.Array,
+    head_DxV: jax.Array,
+    batch: Mapping[str, jax.Array],
+    teacher: tuple[jax.Array, jax.Array] | None = None,
+    temperature: float = 1.0,
+) -> LossSums:
+    """Cross-entropy, z and accuracy of the targets, weighted by their loss weights.
+
+    The logits are states @ head, in float32. A device makes those of its own rows and part of the
+    vocabulary alone, and of so many positions at a time that they take LOGITS_BYTES at the most;
+    the backward pass makes them again.
+
+    Args:
+      teacher: states and head of another model, of any width, for the soft cross-entropy, whose
+        gradient is the student's alone.
+      temperature: of both models' probabilities there, softmax(logits / temperature).
+    """
+    models = [(states_BxTxD, head_DxV), *([teacher] if teacher else [])]
+
+    def local(states, heads, target_BxT, weight_BxT):
+        (B, T, _), V = states[0].shape, heads[0].shape[1]
+        chunks = min(math.ceil(len(states) * B * T * V * 4 / LOGITS_BYTES), T)
+        states = [pvary(states_BxTxD, "model") for states_BxTxD in states]
+        # Marked here and not in the loop: its gradient is then summed over devices once.
+        heads = [pvary(head_DxV, BATCH_AXES) for head_DxV in heads]
+
+        def sums_of(states, target_BxT, weight_BxT) -> LossSums:
+            logits = [
+                jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32)
+                for states_BxTxD, head_DxV in zip(states, heads)
+            ]
+            sums = _sums(logits[0], target_BxT, weight_BxT)
+            if teacher is None:
+                return sums
+            soft_BxT = _soft_cross_entropy(*(logits_BxTxV / temperature for logits_BxTxV in logits))
+            return sums._replace(soft=jnp.sum(weight_BxT * soft_BxT))
+
+        def chunk(total: LossSums, arrays: tuple) -> tuple[LossSums, None]:
+            return jax.tree.map(jnp.add, total, sums_of(*arrays)), None
+
+        if chunks == 1:
+            sums = sums_of(states, target_BxT, weight_BxT)
+        else:
+            zero = pvary(jnp.zeros(()), BATCH_AXES)
+            zeros = LossSums(zero, zero, zero, None if teacher is None else zero)
+            parts = jax.tree.map(
+                lambda x: _split_chunks(x, chunks), (states, target_BxT, weight_BxT)
+            )
+            sums, _ = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), zeros, parts)
+        return jax.tree.map(lambda x: psum(x, BATCH_AXES), sums)
+
+    rows, whole = partition_spec(("batch",)), partition_spec(())
+    in_specs = (rows, partition_spec((None, "vocab")), rows, rows)
+    targets = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    states, heads = zip(*models)
+    return shard_map(local, in_specs=in_specs, out_specs=whole)(states, heads, *targets)
+
+
+def row_cross_entropy(
+    states_BxTxD: jax.Array, head_DxV: jax.Array, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Cross-entropy of each row's targets, [B] float32 nats, weighted by their loss weights."""
+
+    def local(states_BxTxD, head_DxV, target_BxT, weight_BxT):
+        states_BxTxD = pvary(states_BxTxD, "model")
+        head_DxV = pvary(head_DxV, BATCH_AXES)
+        logits_BxTxV = jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32)
+        log_z_BxT, _, target_logit_BxT = _terms(logits_BxTxV, target_BxT)
+        return jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT), -1)
+
+    rows = partition_spec(("batch",))
+    in_specs = (rows, partition_spec((None, "vocab")), rows, rows)
+    targets = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    return shard_map(local, in_specs=in_specs, out_specs=rows)(states_BxTxD, head_DxV, *targets)
+
+
+def _sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array) -> LossSums:
+    """Sums over a device's rows, from its part V of the vocabulary."""
+    log_z_BxT, largest_BxT, target_logit_BxT = _terms(logits_BxTxV, target_BxT)
+    return LossSums(
+        cross_entropy=jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT)),
+        z=jnp.sum(weight_BxT * log_z_BxT**2),
+        correct=jnp.sum(weight_BxT * (target_logit_BxT >= largest_BxT)),
+    )
+
+
+def _terms(
+    logits_BxTxV: jax.Array, target_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """log Σ exp of the logits, the largest one, and the target's, [B, T] each."""
+    V = logits_BxTxV.shape[-1]
+    _, z_BxT, largest_BxT = _shifted_exp(logits_BxTxV)
+    log_z_BxT = jnp.log(z_BxT) + largest_BxT
+    # A masked sum instead of an index: only one device has the target's logit.
+    vocabulary_V = V * axis_index("model") + jnp.arange(V, dtype=target_BxT.dtype)
+    at_target = vocabulary_V == target_BxT[..., None]
+    target_logit_BxT = psum(jnp.sum(jnp.where(at_target, logits_BxTxV, 0), -1), "model")
+    return log_z_BxT, largest_BxT, target_logit_BxT
+
+
+def _soft_cross_entropy(student_BxTxV: jax.Array, teacher_BxTxV: jax.Array) -> jax.Array:
+    """-Σ p log q over the vocabulary, [B, T] nats: p softmax of the teacher's logits, q of the
+    student's. No gradient reaches the teacher.
+    """
+    p_BxTxV, p_z_BxT, _ = _shifted_exp(jax.lax.stop_gradient(teacher_BxTxV))
+    _, q_z_BxT, q_largest_BxT = _shifted_exp(student_BxTxV)
+    # log q = logit - log z, and Σ p = 1.
+    mean_logit_BxT = psum(jnp.sum(p_BxTxV * student_BxTxV, -1), "model") / p_z_BxT
+    return jnp.log(q_z_BxT) + q_largest_BxT - mean_logit_BxT
+
+
+def _shifted_exp(logits_BxTxV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """exp(logits - largest), its sum over the whole vocabulary, and the largest logit."""
+    largest_BxT = pmax(jax.lax.stop_gradient(logits_BxTxV.max(-1)), "model")
+    scaled_BxTxV = jnp.exp(logits_BxTxV - largest_BxT[..., None])
+    return scaled_BxTxV, psum(scaled_BxTxV.sum(-1), "model"), largest_BxT
+
+
+def _split_chunks(x_BxT: jax.Array, chunks: int) -> jax.Array:
+    """[chunks, B, ⌈T / chunks⌉, ..], with zeros behind the end."""
+    B, T, *rest = x_BxT.shape
+    padding = [(0, 0), (0, -T % chunks), *[(0, 0)] * len(rest)]
+    return jnp.pad(x_BxT, padding).reshape(B, chunks, -1, *rest).swapaxes(0, 1)
+
+
+def loss_terms(
+    sums: LossSums,
+    stats: RouterStatsByStack,
+    totals: LossDenominators,
+    config: Config,
+    soft_weight: jax.Array | float = 0.0,
+) -> dict[str, jax.Array]:
+    """The terms of the training loss, weights included; their sum is the loss.
+
+    Distillation: soft_weight · T² · soft cross-entropy, and `cross_entropy` counts 1 - soft_weight.
+    The gradient of the soft one shrinks as 1 / T², which the factor T² undoes, so that the
+    temperature does not change the balance of the two (Hinton et al. 2015, §2, and
+    `StudentTeacher` of Mesh TensorFlow).
+
+    Auxiliary: α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4). Routers that
+    are balanced by construction, or learn nothing, have none.
+    """
+    moe, targets = config.moe, jnp.maximum(totals.targets, 1)
+    terms = {
+        "cross_entropy": sums.cross_entropy / targets,
+        "z_loss": config.train.z_loss_weight * sums.z / targets,
+    }
+    if sums.soft is not None:
+        terms["cross_entropy"] *= 1 - soft_weight
+        terms["distillation"] = soft_weight * config.distill.temperature**2 * sums.soft / targets
+    if not stats:
+        return terms
+    layers = sum(s.tokens.shape[0] for s in stats.values())
+    scale = 1 / layers if moe.aux_loss_reduction == "mean" else 1.0
+    alpha = 0.0 if moe.router in ("expert_choice", "hash") else moe.aux_loss_weight
+
+    def over_layers(name: str, denominators: dict[str, jax.Array]) -> jax.Array:
+        parts = [
+            jnp.sum(getattr(s, name)) / jnp.maximum(denominators[key.split("/")[0]], 1)
+            for key, s in stats.items()
+        ]
+        return jnp.sum(jnp.stack(parts))
+
+    terms["aux_loss"] = scale * alpha * over_layers("balance", totals.groups)
+    terms["router_z_loss"] = scale * moe.z_loss_weight * over_layers("z", totals.tokens)
+    return terms
+
+
+def router_metrics(stats: RouterStatsByStack, config: Config) -> dict[str, jax.Array]:
+    """`router/<stack>/<layer>/<name>`, layers counted from 0 over the whole stack, and means
+    over layers: of a stack, `router/<stack>/<name>`, and of both, `router/<name>`.
+
+    Experts in self-attention are `router/<stack>/<layer>/attention/<name>`. Loads are in units
+    of a fair share: 1 everywhere is perfect balance.
+    """
+    metrics: dict[str, jax.Array] = {}
+    collected: dict[str, list[jax.Array]] = {}
+    for key, stacked in stats.items():
+        stack = key.split("/")[0]
+        for i, place in enumerate(sparse_layer_names(key, config)):
+            for name, value in _layer_metrics(jax.tree.map(lambda x: x[i], stacked)).items():  # noqa: B023
+                metrics[f"router/{place}/{name}"] = value
+                for mean in (f"router/{name}", f"router/{stack}/{name}"):
+                    collected.setdefault(mean, []).append(value)
+    return metrics | {name: jnp.mean(jnp.stack(values)) for name, values in collected.items()}
+
+
+def sparse_layer_names(key: str, config: Config) -> list[str]:
+    """`<stack>/<layer>`, or `<stack>/<layer>/attention`, of the layers stacked in `Stats[key]`."""
+    stack, sublayer = key.split("/")
+    suffix = {"mlp": "", "self_attention": "/attention"}[sublayer]
+    return [f"{stack}/{layer}{suffix}" for layer in config.sparse_layers(stack)]
+
+
+def _layer_metrics(sums: RouterStats) -> dict[str, jax.Array]:
+    tokens = jnp.maximum(sums.tokens, 1)
+    load_E = sums.load_E * sums.load_E.shape[0] / jnp.maximum(sums.load_E.sum(), 1)
+    return {
+        "load_max": load_E.max(),
+        "load_min": load_E.min(),
+        "load_cv": load_E.std(),  # coefficient of variation: the mean is 1
+        "dropped_fraction": sums.dropped / tokens,
+        "entropy": sums.entropy / tokens,
+        "confidence": sums.confidence / tokens,
+        "z": sums.z / tokens,
+    }

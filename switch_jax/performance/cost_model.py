@@ -1,0 +1,131 @@
+"""What a config costs, by arithmetic alone: parameters, FLOPs, bytes, expert slots.
+
+Shapes come from `jax.eval_shape`; nothing is computed, and neither an accelerator nor data is
+needed. A FLOP is one multiplication or addition, so that a weight costs two per token. Three
+conventions are in use, and every figure says which one it follows:
+
+    paper     forward pass as the paper counts it: two per weight per token of the weight's own
+              stack and for the logits; scores once, nothing for applying them to the values;
+              cross-attention's keys and values as if there were as many as targets; no router,
+              no padding. Reproduces the FLOPs column of the paper's Table 9.
+    computed  forward pass as it runs: every matmul of the model, with full (not causal)
+              scores, routers, and all slots of the experts whether a token is in them or not.
+    model     training as utilisation is defined: three times the computed forward pass
+              without the slots that are bound to stay empty; recomputation does not count.
+
+Axis letters: see `routing.py`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from switch_jax.config import Config
+from switch_jax.model import (
+    CONVENTIONS,
+    abstract_model,
+    add_adapter_axes,
+    expert_layers,
+    flops_by_part,
+    flops_per_sequence,
+    format_si,
+    init_adapters,
+    logical_axes,
+    named_parameters,
+    params_by_group,
+)
+from switch_jax.training import make_optimizer
+
+
+def state_bytes(config: Config) -> dict[str, int]:
+    """Bytes of the float32 `parameters` and of the `optimizer` state, over all devices."""
+    model = abstract_model(config)
+    axes = logical_axes(model)
+    params = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in named_parameters(model).items()
+    }
+    params = jax.eval_shape(lambda params: init_adapters(params, axes, config), params)
+    optimizer = make_optimizer(config, add_adapter_axes(axes, config))
+    parts = {"parameters": params, "optimizer": jax.eval_shape(optimizer.init, params)}
+    return {
+        part: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for part, tree in parts.items()
+    }
+
+
+def cost_summary(config: Config, teacher: Config | None = None) -> dict[str, Any]:
+    """What `switch-jax inspect` prints, as JSON values.
+
+    `slots_per_token` is over all expert layers of both stacks; None in a dense model. `teacher` is
+    None without one; it is no state, for it does not change and is in no checkpoint.
+    """
+    taught_by = None if teacher is None else _teacher_cost(teacher)
+    passes = 0.0 if taught_by is None else taught_by["flops_per_sequence_computed"]
+    params, parts = params_by_group(config), flops_by_part(config)
+    layers, bytes_by_part = expert_layers(config), state_bytes(config)
+    tokens = [config.length(layer.stack) for layer in layers]
+    slots = sum(n * layer.slots_per_token for n, layer in zip(tokens, layers))
+    return {
+        "params": sum(params.values()),
+        "params_by_group": params,
+        "flops_per_sequence": flops_per_sequence(config),
+        "flops_per_sequence_computed": sum(parts.values()),
+        "flops_by_part": parts,
+        "train_flops_per_step": (3 * sum(parts.values()) + passes) * config.data.batch_size,
+        "flops_conventions": CONVENTIONS,
+        "state_bytes": sum(bytes_by_part.values()),
+        "state_bytes_by_part": bytes_by_part,
+        "teacher": taught_by,
+        "slots_per_token": slots / sum(tokens) if layers else None,
+        "moe": [dataclasses.asdict(layer) for layer in layers],
+    }
+
+
+def _teacher_cost(config: Config) -> dict[str, Any]:
+    return {
+        "params": sum(params_by_group(config).values()),
+        "bytes": state_bytes(config)["parameters"],
+        "flops_per_sequence_computed": sum(flops_by_part(config).values()),
+    }
+
+
+def cost_table(summary: dict[str, Any]) -> str:
+    """A `summary` as aligned lines for people."""
+    lines: list[str] = []
+
+    def line(name: str, value: str, note: str = "") -> None:
+        lines.append(f"{name:29}{value:>18}  {note}".rstrip())
+
+    line("parameters", f"{summary['params']:,}")
+    for name, count in summary["params_by_group"].items():
+        line(f"  {name}", f"{count:,}")
+    line("state", format_si(summary["state_bytes"], "B"), "over all devices")
+    for name, size in summary["state_bytes_by_part"].items():
+        line(f"  {name}", format_si(size, "B"))
+    if summary["teacher"] is not None:
+        line("teacher", f"{summary['teacher']['params']:,}", "parameters")
+        line("  memory", format_si(summary["teacher"]["bytes"], "B"), "over all devices")
+    for name, convention in CONVENTIONS.items():
+        line(name, format_si(summary[name], "FLOP"), convention)
+    for name, flops in summary["flops_by_part"].items():
+        line(f"  {name}", format_si(flops, "FLOP"), "of computed")
+    for stack in ("encoder", "decoder"):
+        layers = [layer for layer in summary["moe"] if layer["stack"] == stack]
+        if not layers:
+            continue
+        one = layers[0]  # the expert layers of a stack are all alike
+        asked = "dropless" if one["capacity_factor"] is None else one["capacity_factor"]
+        why = f", changed by {one['changed_by']}" if one["changed_by"] else ""
+        numbers = dict.fromkeys(str(layer["layer"]) for layer in layers)
+        lines.append(f"{stack} expert layers {', '.join(numbers)}")
+        line("  group", f"{one['group_tokens']:,}", f"tokens, {one['group_rows']} rows")
+        line("  capacity", f"{one['capacity']:,}", f"at evaluation {one['eval_capacity']:,}")
+        line("  slots per token", f"{one['slots_per_token']:.3f}", f"configured {asked}{why}")
+        line("  at evaluation", f"{one['eval_slots_per_token']:.3f}")
+        line("  dropped if uniform", f"{one['dropped_if_uniform']:.2%}")
+    if summary["moe"]:
+        line("slots per token, both stacks", f"{summary['slots_per_token']:.3f}")
+    return "\n".join(lines)

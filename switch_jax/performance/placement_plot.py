@@ -1,0 +1,52 @@
+"""placement_plot: to be written."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from switch_jax.analysis import new_figure
+
+
+def draw_placement(result: Mapping[str, Any], path: Path) -> None:
+    """Draws which device holds which part of the batch and of the weights (as paper, Fig 9).
+
+    `result` is what `aot.compile_step` returned. A square is a device; equal colours hold the same.
+    """
+    mesh = result["mesh"]
+    parameters = result["parameters"]
+    held = {"rows of the batch": ["slice", "data", "expert"]}
+    for title, pattern in _PLACED.items():
+        name = next((n for n in parameters if re.search(pattern, n)), None)
+        if name is not None:
+            held[title] = [axis for axes in parameters[name]["spec"] for axis in axes or ()]
+    figure = new_figure(1, len(held), (4.2 * len(held), 4.6))
+    sizes = list(mesh.values())
+    devices = math.prod(sizes)
+    columns = mesh["model"] if mesh["model"] > 1 else 1
+    while columns**2 < devices:
+        columns *= 2
+    for axes, (title, split) in zip(figure.axes, held.items()):
+        coordinates = np.unravel_index(np.arange(devices), sizes)
+        part = np.zeros(devices, int)
+        for axis, size, coordinate in zip(mesh, sizes, coordinates):
+            part = part * size + coordinate if axis in split else part
+        picture = np.full(-(-devices // columns) * columns, np.nan)
+        picture[:devices] = part
+        width = 1.0 if devices <= 256 else 0.0
+        squares = picture.reshape(-1, columns)[::-1]
+        axes.pcolormesh(squares, cmap="turbo", edgecolors="white", linewidth=width)
+        count = part.max() + 1
+        over = " × ".join(axis for axis in mesh if axis in split and mesh[axis] > 1)
+        axes.set_title(f"{title}\n{count:,} parts over {over}" if count > 1 else f"{title}\nwhole")
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+    figure.suptitle(f"{devices:,} × {result['device_kind']}: {shape}")
+    figure.savefig(path, dpi=144)
+
+
+_PLACED = {"dense weights": r"attention/out$", "expert weights": r"experts/w[io]$"}
