@@ -111,7 +111,7 @@ class Ours:
         self.program = TrainProgram(config, make_mesh(config))
         self.source_BxS = jnp.asarray(source_BxS, jnp.int32)
         target_BxT = target_BxT.astype(np.int32)
-        self.batch = self.program.put(
+        self.batch = self.program.sharded.shard_batch(
             {
                 "encoder_input_tokens": source_BxS.astype(np.int32),
                 "decoder_input_tokens": shift_right(target_BxT),
@@ -125,7 +125,7 @@ class Ours:
             for name, value in named_parameters(model).items()
         }
         self.state = dataclasses.replace(state, params=params)
-        self.model = self.program.model(jax.tree.map(jnp.copy, params))
+        self.model = self.program.sharded.model(jax.tree.map(jnp.copy, params))
 
     def step(self) -> float:
         self.state, metrics, _ = self.program.train_step(self.state, self.batch)

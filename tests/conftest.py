@@ -5,10 +5,8 @@ import signal
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import hypothesis
-import numpy as np
 
 # A busy machine is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -37,70 +35,3 @@ _CACHE = Path(
 os.environ["SWITCH_JAX_CACHE"] = str(_CACHE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "tests_xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-
-from switch_jax.config import Config, config_from_dict, defaults  # noqa: E402
-from switch_jax.data.batch import ProcessRows, shift_right  # noqa: E402
-
-_TINY = {
-    "model.vocab_size": 32,
-    "model.d_model": 16,
-    "model.d_ff": 32,
-    "model.num_heads": 2,
-    "model.head_dim": 8,
-    "model.num_encoder_layers": 2,
-    "model.num_decoder_layers": 2,
-    "model.dtype": "float32",
-    "moe.num_experts": 4,
-    "moe.min_capacity": 1,
-    "moe.group_size": 16,
-    "data.inputs_length": 16,
-    "data.targets_length": 8,
-    "data.batch_size": 16,
-    "optimizer.learning_rate": 0.1,
-    "optimizer.warmup_steps": 4,
-    "train.steps": 100,
-}
-
-
-def tiny(**overrides: Any) -> Config:
-    """A model of a few thousand parameters; `overrides` by dotted key."""
-    raw = defaults().to_dict()
-    for key, value in (_TINY | overrides).items():
-        group, name = key.split(".")
-        assert name in raw[group], key
-        raw[group][name] = value
-    return config_from_dict(raw)
-
-
-def share(index: int, count: int) -> ProcessRows:
-    """One of `count` feeds that cut a batch in equal parts."""
-    return ProcessRows(count, (index,), index, count)
-
-
-def make_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A global batch of random tokens, with padding in most rows.
-
-    Packed, a row holds two documents of random lengths in front of its padding.
-    """
-    rng = np.random.default_rng(seed)
-    data, B = config.data, config.data.batch_size
-    batch, tokens, real = {}, {}, {}
-    for stack, L in (("encoder", data.inputs_length), ("decoder", data.targets_length)):
-        length_B = rng.integers(L // 2, L, B, endpoint=True)
-        cut_B = length_B // 2  # where the second document begins
-        position_L = np.arange(L)
-        real[stack] = position_L < length_B[:, None]
-        second_BxL = position_L >= cut_B[:, None]
-        tokens[stack] = rng.integers(1, config.model.vocab_size, (B, L), dtype=np.int32)
-        tokens[stack] *= real[stack]
-        if data.pack:
-            ids = np.where(real[stack], 1 + second_BxL, 0)
-            positions = np.where(real[stack], position_L - second_BxL * cut_B[:, None], 0)
-            batch[f"{stack}_segment_ids"] = ids.astype(np.int32)
-            batch[f"{stack}_positions"] = positions.astype(np.int32)
-    return batch | {
-        "encoder_input_tokens": tokens["encoder"],
-        "decoder_input_tokens": shift_right(tokens["decoder"], batch.get("decoder_positions")),
-        "decoder_target_tokens": tokens["decoder"],
-        "decoder_loss_weights": real["decoder"].astype(np.float32),
-    }

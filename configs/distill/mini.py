@@ -6,8 +6,6 @@
 As long, and on the same data, as `configs/switch_mini.py:num_experts=0`, to compare with.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from switch_jax.config import parse_arg, read_config_file
@@ -16,6 +14,6 @@ from switch_jax.config import parse_arg, read_config_file
 def get_config(arg: str = "") -> ConfigDict:
     """`teacher` ('runs/quickstart'): a WORKDIR, or one of its checkpoints."""
     args = parse_arg(arg, teacher="runs/quickstart")
-    config = read_config_file(f"{Path(__file__).parents[1] / 'switch_mini.py'}:num_experts=0")
+    config = read_config_file("switch_mini:num_experts=0")
     config.init_from = config.distill.teacher = args.teacher
     return config

@@ -13,7 +13,9 @@ with them is soon better than its teacher: there, dense models train for a quart
 
 from switch_jax.config import flatten_config, load_config, parse_arg
 from switch_jax.errors import UserError
-from switch_jax.sweeps import PAPER_SERIES, Size, Sweep, SweepRun, Table, find_size, finetuned_run
+from switch_jax.sweeps import PAPER_SERIES, Sweep, SweepRun, Table
+
+from _sizes import Size, find_size, finetuned_run
 
 SCALED = ("train.steps", "optimizer.warmup_steps", "optimizer.cooldown_steps")
 TAUGHT, INIT = {"distill.teacher": "{run:teacher}"}, {"init_from": "{run:teacher}"}

@@ -3,8 +3,6 @@
 switch-jax sweep --config configs/sweeps/distill_mini.py --workdir runs/distill_mini
 """
 
-from pathlib import Path
-
 from switch_jax.config import parse_arg
 from switch_jax.sweeps import Sweep, load_sweep
 
@@ -12,4 +10,4 @@ from switch_jax.sweeps import Sweep, load_sweep
 def get_sweep(arg: str = "") -> Sweep:
     """Takes no arguments."""
     parse_arg(arg)
-    return load_sweep(f"{Path(__file__).parent / 'distill.py'}:size=mini,table=6")
+    return load_sweep("sweeps/distill:size=mini,table=6")

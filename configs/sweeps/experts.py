@@ -7,7 +7,9 @@ size=paper add --config.data.data_dir=DIR, where C4 is.
 """
 
 from switch_jax.config import parse_arg
-from switch_jax.sweeps import Curves, Scaling, Sweep, SweepRun, Table, find_size
+from switch_jax.sweeps import Curves, Scaling, Sweep, SweepRun, Table
+
+from _sizes import find_size
 
 
 def get_sweep(arg: str = "") -> Sweep:

@@ -6,7 +6,9 @@ With size=paper add --config.data.data_dir=DIR, where C4 is.
 """
 
 from switch_jax.config import parse_arg
-from switch_jax.sweeps import Curves, Sweep, Table, find_size
+from switch_jax.sweeps import Curves, Sweep, Table
+
+from _sizes import find_size
 
 CLAIM = "Two experts already beat T5-Base, and more are better."
 

@@ -9,7 +9,9 @@ tasks, leave that out and add --config.data.data_dir=DIR: C4 and the tasks as TF
 
 from switch_jax.config import parse_arg
 from switch_jax.errors import UserError
-from switch_jax.sweeps import Size, Sweep, SweepRun, Table, find_size, finetuned_run
+from switch_jax.sweeps import Sweep, SweepRun, Table
+
+from _sizes import Size, find_size, finetuned_run
 
 DROPOUT = {  # model.dropout_rate, moe.expert_dropout_rate
     "T5-Base d=.1": ("dense", 0.1, 0.0),

@@ -8,7 +8,9 @@ With size=paper, which has mC4's, leave that out and add --config.data.data_dir=
 """
 
 from switch_jax.config import parse_arg
-from switch_jax.sweeps import Curves, Sources, Sweep, SweepRun, Table, find_size
+from switch_jax.sweeps import Curves, Sources, Sweep, SweepRun, Table
+
+from _sizes import find_size
 
 CLAIM = "All 101 languages gain; the mean speed-up is 5, and for 91 % of them it is at least 4."
 # The text of `scripts/package_text.py`, drawn as mT5 draws languages; its vocabulary is for GPUs.
@@ -26,8 +28,8 @@ def get_sweep(arg: str = "") -> Sweep:
     size = find_size(args.size)
     if args.size == "paper":
         runs = {
-            "mT5": SweepRun("configs/mt5_base.py"),
-            "mSwitch": SweepRun("configs/mswitch_base.py"),
+            "mT5": SweepRun("mt5_base"),
+            "mSwitch": SweepRun("mswitch_base"),
         }
     else:
         runs = {"mT5": size.dense.but(TEXT), "mSwitch": size.switch().but(TEXT)}

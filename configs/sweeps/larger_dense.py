@@ -6,7 +6,9 @@ With size=paper add --config.data.data_dir=DIR, where C4 is.
 """
 
 from switch_jax.config import parse_arg
-from switch_jax.sweeps import Curves, Sweep, Table, find_size
+from switch_jax.sweeps import Curves, Sweep, Table
+
+from _sizes import find_size
 
 CLAIM = "64 experts are as good as T5-Large in 2.5 times less time, and as T5-Base in 7 times less."
 

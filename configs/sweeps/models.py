@@ -7,7 +7,9 @@ what machine they need of: add --config.data.data_dir=DIR, where C4 is, and --co
 """
 
 from switch_jax.config import parse_arg
-from switch_jax.sweeps import PAPER_SERIES, Scaling, Sweep, SweepRun, Table, find_size
+from switch_jax.sweeps import PAPER_SERIES, Scaling, Sweep, SweepRun, Table
+
+from _sizes import find_size
 
 CLAIM = "At the same FLOPs a token, experts are better than dense at every size."
 PAPER = {
@@ -16,9 +18,9 @@ PAPER = {
     for point in PAPER_SERIES[series].points
 }
 LARGEST = {
-    "T5-XXL": "configs/t5_xxl.py",
-    "Switch-XXL": "configs/switch_xxl.py",
-    "Switch-C": "configs/switch_c.py",
+    "T5-XXL": "t5_xxl",
+    "Switch-XXL": "switch_xxl",
+    "Switch-C": "switch_c",
 }
 
 

@@ -11,7 +11,9 @@ import dataclasses
 
 from switch_jax.config import parse_arg
 from switch_jax.errors import UserError
-from switch_jax.sweeps import Size, Sweep, SweepRun, Table, find_size
+from switch_jax.sweeps import Sweep, SweepRun, Table
+
+from _sizes import Size, find_size
 
 # Mesh TensorFlow's top-2, the paper's baseline.
 MOE = {

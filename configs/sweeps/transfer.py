@@ -9,7 +9,9 @@ prepares them.
 """
 
 from switch_jax.config import parse_arg
-from switch_jax.sweeps import Sweep, Transfer, find_size, finetuned_run
+from switch_jax.sweeps import Sweep, Transfer
+
+from _sizes import find_size, finetuned_run
 
 CLAIM = (
     "SuperGLUE is about linear in upstream quality, where large dense models are better than"

@@ -3,17 +3,17 @@
     python scripts/golden/make_losses.py
 
 Write them anew only where another result is meant, and say why. The runs are those of
-tests/goldens.py; a file says what machine its bits are of.
+tests/support/goldens.py; a file says what machine its bits are of.
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import conftest  # noqa: F401, before JAX
-import goldens
+import tests.conftest  # noqa: F401, before JAX
+from tests.support import goldens
 
 
 def main() -> None:

@@ -9,11 +9,11 @@ read, or that must be converted. Review the diff.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import conftest  # noqa: F401, before JAX
-import goldens
-import test_golden_parameters
+import tests.conftest  # noqa: F401, before JAX
+from tests.model import test_golden_parameters
+from tests.support import goldens
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import conftest  # noqa: F401, before JAX
-import goldens
-import runs
 import sentencepiece
+
+import tests.conftest  # noqa: F401, before JAX
+from tests.support import goldens, runs
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONFIG = "tiny.py"

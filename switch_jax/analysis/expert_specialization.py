@@ -21,12 +21,18 @@ import numpy as np
 
 from switch_jax.checkpoint import Workdir, restore_params
 from switch_jax.config import STACKS, Config
-from switch_jax.data import PAD, Batch, ProcessRows, open_vocabulary, read_vocabulary, text_batches
+from switch_jax.data import (
+    PAD,
+    Batch,
+    ProcessRows,
+    open_vocabulary,
+    read_vocabulary,
+    text_file_batches,
+)
 from switch_jax.distributed import make_mesh, replicated
 from switch_jax.errors import UserError
 from switch_jax.evaluation import check_vocabulary, validation_batches
-from switch_jax.model import MeshJit, process_rows, token_masks
-from switch_jax.training import TrainProgram
+from switch_jax.model import MeshJit, ShardedModel, process_rows, token_masks
 
 TOP = 10  # tokens of each kind that are named for an expert
 NONE = -1  # in place of a preceding token, where there is none
@@ -101,17 +107,17 @@ def batch_tokens(batch: Batch) -> dict[str, RoutedTokens]:
 
 
 def count_assignments(
-    program: TrainProgram, params: Mapping[str, jax.Array], batches: Iterable[Batch]
+    sharded: ShardedModel, params: Mapping[str, jax.Array], batches: Iterable[Batch]
 ) -> dict[str, list[Counts]]:
     """The counts of every expert layer, by `Stats` key, at the evaluation capacity.
 
     A layer's two tables take 8 · V · E bytes, far less than its experts.
     """
-    config = program.config
+    config = sharded.config
     names = [f"{stack}_{name}" for stack in STACKS for name in ("input_tokens", "segment_ids")]
 
     def run(params, batch):
-        _, routes = program.model(params).route(batch, factor=config.moe.eval_capacity_factor)
+        _, routes = sharded.model(params).route(batch, factor=config.moe.eval_capacity_factor)
         assignments = {
             f"{stack}/{sublayer}": (routed.assignment.expert_SxK, routed.assignment.gate_SxK)
             for stack, of_stack in routes.items()
@@ -121,10 +127,10 @@ def count_assignments(
         shown = {n: batch[n] for n in (*names, "decoder_loss_weights") if n in batch}
         return shown, assignments
 
-    on_mesh = MeshJit(program.mesh, run, out_shardings=replicated(program.mesh))
+    on_mesh = MeshJit(sharded.mesh, run, out_shardings=replicated(sharded.mesh))
     counts: dict[str, list[Counts]] = {}
     for batch in batches:
-        shown, assignments = jax.device_get(on_mesh(params, program.put(batch)))
+        shown, assignments = jax.device_get(on_mesh(params, sharded.shard_batch(batch)))
         tokens = batch_tokens(shown)
         for key, layers in assignments.items():
             stack, _ = key.split("/")
@@ -247,12 +253,10 @@ def analyse_experts(
     """
     if not any(map(config.sparse_layers, STACKS)):
         raise UserError(f"{workdir.path} has no experts; name the WORKDIR of a sparse model.")
-    program = TrainProgram(config, make_mesh(config))
+    sharded = ShardedModel(config, make_mesh(config))
     names = _names(workdir, config)
-    batches = _batches(workdir, config, process_rows(program.mesh), text)
-    counts = count_assignments(
-        program, restore_params(folder, program.abstract_state.params), batches
-    )
+    batches = _batches(workdir, config, process_rows(sharded.mesh), text)
+    counts = count_assignments(sharded, restore_params(folder, sharded.abstract_params), batches)
     layers = []
     for key, of_key in counts.items():
         stack, sublayer = key.split("/")
@@ -280,7 +284,7 @@ def _batches(workdir: Workdir, config: Config, feed: ProcessRows, text: Path | N
             f"{workdir.path} has no {workdir.vocabulary.name} to read a text with; leave --input"
             " out."
         )
-    return text_batches(text, read_vocabulary(workdir.vocabulary), config, feed)
+    return text_file_batches(text, read_vocabulary(workdir.vocabulary), config, feed)
 
 
 def _names(workdir: Workdir, config: Config) -> Names:

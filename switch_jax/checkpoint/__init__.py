@@ -2,15 +2,16 @@
 
 from switch_jax.checkpoint.checkpointer import (
     Checkpointer,
+    DataPosition,
     find_checkpoint_together,
     restore_params,
 )
 from switch_jax.checkpoint.interop.hf_export import export_hugging_face
 from switch_jax.checkpoint.interop.hf_import import read_hugging_face
 from switch_jax.checkpoint.interop.t5x_import import read_t5x
-from switch_jax.checkpoint.interop.write_workdir import write_workdir
-from switch_jax.checkpoint.load import PretrainedModel, find_pretrained, load
+from switch_jax.checkpoint.interop.workdir_writer import write_workdir
 from switch_jax.checkpoint.metrics_log import QUALITY, MetricsWriter, last_logged_step, read_metrics
+from switch_jax.checkpoint.pretrained import PretrainedModel, find_pretrained, load
 from switch_jax.checkpoint.transfer import (
     VOCABULARY_AXES,
     Shape,
@@ -18,13 +19,14 @@ from switch_jax.checkpoint.transfer import (
     parameter_origins,
     transfer_report,
 )
-from switch_jax.checkpoint.upcycle import upcycle
+from switch_jax.checkpoint.upcycle import upcycle_dense_model
 from switch_jax.checkpoint.workdir import Workdir
 
 __all__ = [
     "QUALITY",
     "VOCABULARY_AXES",
     "Checkpointer",
+    "DataPosition",
     "MetricsWriter",
     "PretrainedModel",
     "Shape",
@@ -41,6 +43,6 @@ __all__ = [
     "read_t5x",
     "restore_params",
     "transfer_report",
-    "upcycle",
+    "upcycle_dense_model",
     "write_workdir",
 ]

@@ -1,9 +1,9 @@
-"""Checkpoints: parameters, optimizer state and data position, written by Orbax in the background.
+"""Checkpointer: parameters, optimizer state and data position, written by Orbax in the background.
 
 checkpoints/STEP/params      dict path → array, all that `load` needs
-checkpoints/STEP/optimizer   steps done, tokens seen, optimizer state
-checkpoints/STEP/data        position of the batch last consumed
-checkpoints/STEP/metrics     the metric that the best one is kept by
+checkpoints/STEP/optimizer   the rest of the training state: steps, tokens, optimizer
+checkpoints/STEP/data        position of the last batch consumed
+checkpoints/STEP/metrics     the metrics by which the best checkpoint is kept
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,18 +20,24 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from switch_jax.checkpoint.workdir import Workdir
-from switch_jax.data import BatchIterator
 from switch_jax.distributed import all_gather_int, raise_if_any_failed
 from switch_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from switch_jax.training import TrainState
 
 _NONE = -1  # in place of a step
 
 
-class _IteratorHandler(ocp.CheckpointHandler):
-    """Lets a data iterator write its own position; at once, so that it is the one at `save`."""
+class DataPosition(Protocol):
+    """An object that writes its position to a folder and reads it back."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the position."""
+
+    def restore(self, folder: Path) -> None:
+        """Moves to the position in a folder."""
+
+
+class _PositionHandler(ocp.CheckpointHandler):
+    """Saves a position before `Checkpointer.save` returns, since the position moves on after it."""
 
     def save(self, directory, args):
         args.item.save(Path(directory))
@@ -40,10 +46,10 @@ class _IteratorHandler(ocp.CheckpointHandler):
         args.item.restore(Path(directory))
 
 
-@ocp.args.register_with_handler(_IteratorHandler, for_save=True, for_restore=True)
+@ocp.args.register_with_handler(_PositionHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class _IteratorArgs(ocp.args.CheckpointArgs):
-    item: BatchIterator
+class _PositionArgs(ocp.args.CheckpointArgs):
+    item: DataPosition
 
 
 class Checkpointer:
@@ -85,18 +91,27 @@ class Checkpointer:
 
     def save(
         self,
-        state: "TrainState",
-        batches: BatchIterator,
+        step: int,
+        params: Mapping[str, jax.Array],
+        rest: Mapping[str, Any],
+        position: DataPosition,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing a checkpoint; training goes on meanwhile."""
+        """Starts writing a checkpoint in the background.
+
+        Args:
+          params: parameters by path.
+          rest: the rest of the training state.
+          position: of the data; its position at the time of the call is saved.
+          metrics: of an evaluation of these parameters.
+        """
         items = {
-            "params": ocp.args.StandardSave(state.params),
-            "optimizer": ocp.args.StandardSave(_rest(state)),
-            "data": _IteratorArgs(batches),
+            "params": ocp.args.StandardSave(dict(params)),
+            "optimizer": ocp.args.StandardSave(dict(rest)),
+            "data": _PositionArgs(position),
         }
         given = dict(metrics or {}) if self._goodness else None
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=given)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=given)
 
     def best(self) -> tuple[int, dict[str, float]] | None:
         """Step and metrics of the best checkpoint; None where none is known to be."""
@@ -109,22 +124,30 @@ class Checkpointer:
         good = [one for one in rated if one[0] > -math.inf]
         return max(good, key=lambda one: one[:2])[1:] if good else None
 
-    def restore(self, abstract: "TrainState", batches: BatchIterator) -> "TrainState | None":
-        """The state of the newest good checkpoint; `batches` is moved to its position.
+    def restore(
+        self, params: Mapping[str, Any], rest: Mapping[str, Any], position: DataPosition
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]] | None:
+        """Returns parameters and the rest of the state from the newest good checkpoint.
 
-        The mesh and the number of processes may be others than those it was made with. A
-        checkpoint that cannot be read, by one process or by all, is set aside as `corrupt-STEP`
-        and the one before is taken. None where there is no checkpoint at all; `UserError` where
-        none is good.
+        A checkpoint may come from another mesh and another number of processes. One that any
+        process cannot read is renamed to `corrupt-STEP` and the one before it is used.
+
+        Args:
+          params: shapes and shardings of the parameters, by path.
+          rest: shapes and shardings of the rest of the state.
+          position: of the data; it is moved to the position in the checkpoint.
+
+        Returns None where there is no checkpoint. Raises `UserError` where no checkpoint can be
+        read.
         """
         unreadable: list[int] = []
         reason = "by another process"
         steps = sorted(self._manager.all_steps())
         # What process 0 sees counts; another may not see the folder at all.
         while (step := all_gather_int(steps.pop() if steps else _NONE)[0]) != _NONE:
-            state, refusal, failed = None, None, False
+            restored, refusal, failed = None, None, False
             try:
-                state = self._restore_step(step, abstract, batches)
+                restored = self._restore_step(step, params, rest, position)
             except UserError as error:
                 refusal = error
             except Exception as error:  # whatever Orbax says of a damaged file
@@ -141,7 +164,7 @@ class Checkpointer:
                     (self._folder / str(bad)).rename(self._folder / f"corrupt-{bad}")
             all_gather_int(0)  # they are renamed before any process looks again
             self._manager.reload()
-            return state
+            return restored
         if unreadable:
             raise UserError(
                 f"No checkpoint in {self._folder} can be read ({reason}); set the config back to"
@@ -150,8 +173,8 @@ class Checkpointer:
         return None
 
     def _restore_step(
-        self, step: int, abstract: "TrainState", batches: BatchIterator
-    ) -> "TrainState":
+        self, step: int, params: Mapping[str, Any], rest: Mapping[str, Any], position: DataPosition
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         if not (self._folder / str(step) / "optimizer").exists():
             raise UserError(
                 f"Checkpoint {self._folder / str(step)} has parameters alone, as `switch-jax"
@@ -159,25 +182,18 @@ class Checkpointer:
                 " another --workdir."
             )
         items = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            "optimizer": ocp.args.StandardRestore(_rest(abstract)),
-            "data": _IteratorArgs(batches),
+            "params": ocp.args.StandardRestore(dict(params)),
+            "optimizer": ocp.args.StandardRestore(dict(rest)),
+            "data": _PositionArgs(position),
         }
         restored = self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**items))
-        from switch_jax.training import TrainState
-
-        return TrainState(params=restored["params"], **restored["optimizer"])
+        return restored["params"], restored["optimizer"]
 
     def close(self) -> None:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
         self._reader.close()
-
-
-def _rest(state: "TrainState") -> dict[str, Any]:
-    """All of a state but its parameters."""
-    return {"step": state.step, "tokens": state.tokens, "opt_state": state.opt_state}
 
 
 def find_checkpoint(path: str | Path) -> tuple[Workdir, Path]:

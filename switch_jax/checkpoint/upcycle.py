@@ -12,14 +12,14 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, Index, foreign_parameters
-from switch_jax.checkpoint.load import PretrainedModel
+from switch_jax.checkpoint.pretrained import PretrainedModel
 from switch_jax.checkpoint.transfer import parameter_origins
 from switch_jax.config import Config, LoRAConfig
 from switch_jax.errors import UserError
 from switch_jax.model import SwitchTransformer, is_adapter, logical_axes, merge_adapters
 
 
-def upcycle(source: PretrainedModel, config: Config) -> ForeignCheckpoint:
+def upcycle_dense_model(source: PretrainedModel, config: Config) -> ForeignCheckpoint:
     """The parameters of a model of `config` that begin as `transfer.py` says.
 
     Raises `UserError` as `transfer.plan` does, and for a `config` without experts.

@@ -2,6 +2,4 @@
 
 from switch_jax.cli.main import main
 
-__all__ = [
-    "main",
-]
+__all__ = ["main"]

@@ -1,34 +1,97 @@
-"""Starting JAX for a command: the other processes, the compilation cache, XLA's flags."""
+"""Startup of a verb: its config, JAX with its compilation cache, and the other processes."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from switch_jax.distributed import Launch, connect
-from switch_jax.files import cache_root
+# JAX and all that imports it are imported by the functions: `--help` must not wait for them.
+if TYPE_CHECKING:
+    from switch_jax.checkpoint import Workdir
+    from switch_jax.config import Config
+    from switch_jax.distributed import Launch
 
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 
 
-def start_jax(flags: Launch | None = None, facts: Mapping[str, Any] | None = None) -> None:
-    """Call before anything is computed; the arguments are those of `processes.join`.
+def load_config_argument(args: argparse.Namespace) -> "Config":
+    """Returns the config of `--config` and its overrides; raises `UserError`."""
+    from switch_jax.config import load_config
 
-    Compiled programs are kept in the cache, or where JAX_COMPILATION_CACHE_DIR says, and taken
-    from there by the next start of the same config. Raises `UserError` where this is one of
-    several processes and they do not fit together.
+    return load_config(args.config, args.overrides)
+
+
+def load_checkpoint_argument(args: argparse.Namespace) -> "tuple[Workdir, Path, Config]":
+    """Starts JAX; returns WORKDIR and checkpoint of `--workdir`, and the config to use with them.
+
+    The config is that of `--config` or, without it, the run's own with the overrides.
+    Raises `UserError`.
     """
+    from switch_jax.checkpoint import find_checkpoint_together
+    from switch_jax.config import override_config
+
+    start(args)
+    workdir, folder = find_checkpoint_together(args.workdir)
+    if args.config:
+        return workdir, folder, load_config_argument(args)
+    return workdir, folder, override_config(workdir.config(), args.overrides)
+
+
+def start(args: argparse.Namespace, config: "Config | None" = None) -> None:
+    """Starts JAX, connected with the other processes where there are several.
+
+    Verb, WORKDIR and config (or overrides) must be the same in all processes. Raises `UserError`.
+    """
+    from switch_jax.config import flatten_config
+    from switch_jax.distributed import launch_from_flags
+
+    flags = None
+    if hasattr(args, "process_id"):
+        flags = launch_from_flags(args.coordinator, args.num_processes, args.process_id)
+    facts = {"the verb": args.verb}
+    if hasattr(args, "workdir"):
+        facts["--workdir"] = os.path.abspath(args.workdir)
+    facts |= args.overrides if config is None else flatten_config(config)
+    start_jax(flags, facts)
+
+
+def start_jax(flags: "Launch | None" = None, facts: Mapping[str, Any] | None = None) -> None:
+    """Sets XLA's flags and compilation cache, then connects the processes.
+
+    Must be called before anything is computed. Compiled programs are kept in
+    $JAX_COMPILATION_CACHE_DIR, by default in the cache of `switch_jax.files`, and reused by the
+    next start of the same config.
+
+    Args:
+      flags: the process as the command line describes it; None asks the launcher.
+      facts: what must be the same in all processes.
+
+    Raises `UserError` where processes are missing or differ in `facts`.
+    """
+    import jax
+
+    from switch_jax.distributed import connect
+    from switch_jax.files import cache_root
+
     # The reductions over leading dimensions that jaxlib 0.10 hands to its CPU kernel library run
     # 50 times slower there than XLA's own; later versions mended that.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags_before = os.environ.get("XLA_FLAGS", "")
-        if _YNN_FLAG not in flags_before:  # they are part of what programs are kept under
+        if _YNN_FLAG not in flags_before:  # XLA_FLAGS is part of the cache's keys
             os.environ["XLA_FLAGS"] = f"{_YNN_FLAG} {flags_before}"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
-    # Programs must be the same everywhere, and so must text: the built-in one is Python's own.
+    # Python too: the built-in text is that of its standard library.
     versions = {"Python": platform.python_version(), "jax": jax.__version__}
     connect(flags, {**versions, **(facts or {})})
+
+
+def print_result(text: str) -> None:
+    """Prints a result on stdout; of several processes, the first does."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text)

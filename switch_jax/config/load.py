@@ -9,15 +9,14 @@ import ast
 import dataclasses
 import difflib
 import math
-import runpy
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from switch_jax.config.presets import find_config_file, run_config_file
 from switch_jax.config.schema import Config
 from switch_jax.config.validation import validate
 from switch_jax.errors import UserError
@@ -64,7 +63,7 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
     """Runs a config file and applies overrides.
 
     Args:
-      spec: `path/to/file.py` or `path/to/file.py:name=value,…`.
+      spec: `FILE` or `FILE:name=value,…`, where FILE is a path or the name of a preset.
       overrides: dotted key → text of its value, as on the command line.
 
     Raises `UserError` for a missing file, an unknown key, or a value that cannot be.
@@ -73,25 +72,27 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
 
 
 def read_config_file(spec: str) -> ConfigDict:
-    """What a config file makes, for another one to change; raises `UserError` as `load` does."""
-    config = call_config_function(spec, "get_config", "Config", "configs/switch_mini.py")
+    """Returns the `ConfigDict` of a config file or preset; raises `UserError` as `load_config`."""
+    config = call_config_function(spec, "get_config", "Config")
     if not isinstance(config, ConfigDict):
         path = spec.partition(":")[0]
         raise UserError(f"get_config in {path!r} must return what it made of defaults().")
     return config
 
 
-def call_config_function(spec: str, function: str, kind: str, example: str) -> Any:
-    """What a function of a Python file returns for the part of `spec` behind the colon.
+def call_config_function(spec: str, function: str, kind: str, folder: str = "") -> Any:
+    """Calls a function of a config file with the part of `spec` behind the colon.
 
-    Raises `UserError`, in the words for this `kind` of file, where there is none, with an
-    `example` of one, or it lacks the function.
+    Args:
+      spec: `FILE` or `FILE:argument`, where FILE is a path or the name of a preset.
+      function: name of the function.
+      kind: of config, as errors call it.
+      folder: subfolder of the presets of this kind.
+
+    Raises `UserError` where there is no such file, or it lacks the function.
     """
     path, _, arg = spec.partition(":")
-    if not Path(path).is_file():
-        there = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
-        raise UserError(f"{kind} file {path!r} does not exist{there}; name one such as {example}.")
-    module = runpy.run_path(path)
+    module = run_config_file(find_config_file(path, kind, folder))
     if function not in module:
         raise UserError(f"{kind} file {path!r} must define {function}(arg='').")
     return module[function](arg)

@@ -10,9 +10,9 @@ from switch_jax.data.batch import (
 )
 from switch_jax.data.finetuning.tasks import MIXTURES, Task, get_task
 from switch_jax.data.mixture import find_sources
-from switch_jax.data.peek import peek
+from switch_jax.data.peek import examples_text
 from switch_jax.data.readers import open_batches, open_each, open_examples
-from switch_jax.data.text_batches import text_batches
+from switch_jax.data.text_batches import text_file_batches
 from switch_jax.data.token_store.build import build_summary, build_token_store
 from switch_jax.data.vocabulary import (
     BYTES,
@@ -41,6 +41,7 @@ __all__ = [
     "Vocabulary",
     "build_summary",
     "build_token_store",
+    "examples_text",
     "feature_shapes",
     "find_sources",
     "get_task",
@@ -50,9 +51,8 @@ __all__ = [
     "open_vocabulary",
     "padded_batch",
     "parse_vocabulary",
-    "peek",
     "read_vocabulary",
     "sample_texts",
-    "text_batches",
+    "text_file_batches",
     "train_vocabulary",
 ]

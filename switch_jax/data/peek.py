@@ -19,7 +19,7 @@ _TOKENS = {"inputs": "encoder_input_tokens", "targets": "decoder_target_tokens"}
 _TIMED_SECONDS = 1.0
 
 
-def peek(config: Config, count: int, split: Split = "train") -> str:
+def examples_text(config: Config, count: int, split: Split = "train") -> str:
     """The first `count` rows of every source, decoded, with padding and speed of the mixture.
 
     Raises `UserError` as `open_batches` does.

@@ -11,7 +11,7 @@ from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.errors import UserError
 
 
-def text_batches(
+def text_file_batches(
     path: Path, vocabulary: Vocabulary, config: Config, feed: ProcessRows = ALL_ROWS
 ) -> list[Batch]:
     """One process's rows of the batches that a UTF-8 text makes, span-corrupted.

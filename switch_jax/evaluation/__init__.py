@@ -1,13 +1,13 @@
 """Quality of parameters: validation loss and scores of fine-tuning tasks."""
 
-from switch_jax.evaluation.evaluate import (
+from switch_jax.evaluation.metric_names import check_metric, sort_key
+from switch_jax.evaluation.task_scores import TaskScorer, scores_table
+from switch_jax.evaluation.validation_loss import (
     check_vocabulary,
     evaluate,
     evaluate_checkpoint,
     validation_batches,
 )
-from switch_jax.evaluation.metric_names import check_metric, sort_key
-from switch_jax.evaluation.task_scores import TaskScorer, scores_table
 
 __all__ = [
     "TaskScorer",

@@ -5,7 +5,6 @@ B rows of a batch    S input tokens    T output tokens    N examples    C classe
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -13,26 +12,23 @@ import numpy as np
 from switch_jax.data import EOS, Vocabulary, padded_batch
 from switch_jax.distributed import batch_sharding, replicated
 from switch_jax.inference import generate
-from switch_jax.model import MeshJit, process_rows, row_cross_entropy
+from switch_jax.model import MeshJit, ShardedModel, process_rows, row_cross_entropy
 
-if TYPE_CHECKING:
-    from switch_jax.training import TrainProgram
-
-_BUCKET = 64  # inputs are padded to multiples, each of which is a program of its own
+_BUCKET = 64  # inputs are padded to multiples, each of which is a sharded of its own
 
 
 class Predictor:
-    """Lets a model answer, on the mesh of its program; all processes must call it alike."""
+    """Lets a model answer, on the mesh of its sharded; all processes must call it alike."""
 
-    def __init__(self, program: "TrainProgram", vocabulary: Vocabulary):
-        self._program = program
+    def __init__(self, sharded: ShardedModel, vocabulary: Vocabulary):
+        self._sharded = sharded
         self._vocabulary = vocabulary
         # As many at once as training has in memory.
-        self._rows = program.config.data.batch_size // program.config.train.accumulate
-        self._feed = process_rows(program.mesh).rows(self._rows)
-        whole = replicated(program.mesh)
-        self._generate = MeshJit(program.mesh, self._write, out_shardings=whole)
-        self._score = MeshJit(program.mesh, self._likelihood, out_shardings=whole)
+        self._rows = sharded.config.data.batch_size // sharded.config.train.accumulate
+        self._feed = process_rows(sharded.mesh).rows(self._rows)
+        whole = replicated(sharded.mesh)
+        self._generate = MeshJit(sharded.mesh, self._write, out_shardings=whole)
+        self._score = MeshJit(sharded.mesh, self._likelihood, out_shardings=whole)
 
     def write(self, params: Mapping[str, jax.Array], inputs: Sequence[str]) -> list[str]:
         """What the model writes for each of N inputs."""
@@ -49,7 +45,7 @@ class Predictor:
         self, params: Mapping[str, jax.Array], inputs: Sequence[str], classes: Sequence[str]
     ) -> list[str]:
         """Of C classes, the one whose text is the most likely for each of N inputs."""
-        data = self._program.config.data
+        data = self._sharded.config.data
         targets_C = [self._encoded(name, data.targets_length) for name in classes]
         data = dataclasses.replace(data, targets_length=max(map(len, targets_C)))
         likelihood_NxC = np.empty((len(inputs), len(classes)))
@@ -66,8 +62,8 @@ class Predictor:
         return [classes[c] for c in likelihood_NxC.argmax(-1)]
 
     def _write(self, params, source_BxS):
-        config = self._program.config
-        model = self._program.model(params)
+        config = self._sharded.config
+        model = self._sharded.model(params)
         return generate(
             model,
             source_BxS,
@@ -76,13 +72,13 @@ class Predictor:
         )
 
     def _likelihood(self, params, batch):
-        model = self._program.model(params)
+        model = self._sharded.model(params)
         decoded, _ = model.route(batch, factor=None)
         return -row_cross_entropy(*model.factors(decoded), batch)
 
     def _sources(self, inputs: Sequence[str]) -> Iterator[tuple[np.ndarray, jax.Array]]:
         """Batches of inputs of similar lengths, as global arrays, and which ones they are."""
-        B, longest = self._rows, self._program.config.data.inputs_length
+        B, longest = self._rows, self._sharded.config.data.inputs_length
         encoded = [self._encoded(text, longest) for text in inputs]
         order = np.argsort([len(ids) for ids in encoded], kind="stable")
         for begin in range(0, len(order), B):
@@ -96,7 +92,7 @@ class Predictor:
 
     def _put(self, rows: np.ndarray) -> jax.Array:
         shape = (self._rows, *rows.shape[1:])
-        where = batch_sharding(self._program.mesh)
+        where = batch_sharding(self._sharded.mesh)
         return jax.make_array_from_process_local_data(where, rows, shape)
 
     def _encoded(self, text: str, longest: int) -> list[int]:

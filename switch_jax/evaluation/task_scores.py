@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +22,7 @@ from switch_jax.evaluation.task_metrics import (
 )
 from switch_jax.evaluation.task_predictions import Predictor
 from switch_jax.files import write_atomically
-
-if TYPE_CHECKING:
-    from switch_jax.training import TrainProgram
+from switch_jax.model import ShardedModel
 
 Examples = Sequence[Mapping[str, Any]]  # as `open_examples` gives them
 _FEW = 4  # examples that tell what metrics there will be
@@ -41,14 +39,14 @@ class TaskScorer:
     Raises `UserError` where examples cannot be read, or a metric needs what is not installed.
     """
 
-    def __init__(self, program: "TrainProgram"):
-        self._config = program.config
-        self._examples = open_examples(program.config)
+    def __init__(self, sharded: ShardedModel):
+        self._config = sharded.config
+        self._examples = open_examples(sharded.config)
         self.names: list[str] = []
         if not self._examples:
             return
-        self._vocabulary = open_vocabulary(program.config)
-        self._predictor = Predictor(program, self._vocabulary)
+        self._vocabulary = open_vocabulary(sharded.config)
+        self._predictor = Predictor(sharded, self._vocabulary)
         few = {name: _labelled(of)[:_FEW] for name, of in self._examples.items()}
         self.names = list(self._scores(few, {name: [""] * len(of) for name, of in few.items()}))
         if jax.process_index() == 0:

@@ -2,17 +2,17 @@
 
 from switch_jax.inference.decoding import SamplingOptions, beam_search, decode_loop, greedy_choice
 from switch_jax.inference.export import export_model
-from switch_jax.inference.fill_blanks import fill_blanks
-from switch_jax.inference.generate import bind_decoder, encode_inputs, generate
+from switch_jax.inference.fill_blanks import complete_texts
+from switch_jax.inference.generation import bind_decoder, encode_inputs, generate
 
 __all__ = [
     "SamplingOptions",
     "beam_search",
     "bind_decoder",
+    "complete_texts",
     "decode_loop",
     "encode_inputs",
     "export_model",
-    "fill_blanks",
     "generate",
     "greedy_choice",
 ]

@@ -29,7 +29,7 @@ from switch_jax.data import EOS
 from switch_jax.errors import UserError
 from switch_jax.files import create_folder_atomically
 from switch_jax.inference import serving_template
-from switch_jax.inference.generate import encode_inputs
+from switch_jax.inference.generation import encode_inputs
 from switch_jax.inference.kv_cache import KVCache, cast_parameters, decode_one_token, start_cache
 from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
 

@@ -1,4 +1,4 @@
-"""fill_blanks: to be written."""
+"""complete_texts: to be written."""
 
 import itertools
 import re
@@ -9,13 +9,13 @@ import numpy as np
 from switch_jax.data import EOS, NUM_SENTINELS, Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.inference.decoding import SamplingOptions
-from switch_jax.inference.generate import find_sequences
+from switch_jax.inference.generation import find_sequences
 from switch_jax.model import SwitchTransformer
 
 FILL_BATCH_SIZE = 32  # texts that are decoded at once
 
 
-def fill_blanks(
+def complete_texts(
     model: SwitchTransformer,
     vocabulary: Vocabulary,
     texts: Sequence[str],

@@ -15,7 +15,6 @@ from switch_jax.model.flops import (
 from switch_jax.model.lora import add_adapter_axes, init_adapters, is_adapter, merge_adapters
 from switch_jax.model.loss import (
     LOGITS_BYTES,
-    LossSums,
     loss_denominators,
     loss_terms,
     router_metrics,
@@ -24,7 +23,7 @@ from switch_jax.model.loss import (
     token_losses,
 )
 from switch_jax.model.moe.cross_device_dispatch import padded_size, split_hops
-from switch_jax.model.moe.dropless import SMALLEST, assignments_at_least, check_dropless_memory
+from switch_jax.model.moe.dropless import SMALLEST, assignments_at_least
 from switch_jax.model.moe.layers import SwitchMlp
 from switch_jax.model.moe.router import Router, RouterOutput, RoutingSpec
 from switch_jax.model.parameters import (
@@ -37,7 +36,7 @@ from switch_jax.model.parameters import (
     named_parameters,
     with_parameters,
 )
-from switch_jax.model.sharded import Batch, MeshJit, process_rows
+from switch_jax.model.sharded import Batch, MeshJit, ShardedModel, process_rows
 from switch_jax.model.transformer import (
     RouterStatsByStack,
     SwitchTransformer,
@@ -53,19 +52,18 @@ __all__ = [
     "Batch",
     "ExpertLayer",
     "LayerSlice",
-    "LossSums",
     "MeshJit",
     "Mlp",
     "Router",
     "RouterOutput",
     "RouterStatsByStack",
     "RoutingSpec",
+    "ShardedModel",
     "SwitchMlp",
     "SwitchTransformer",
     "abstract_model",
     "add_adapter_axes",
     "assignments_at_least",
-    "check_dropless_memory",
     "collect_router_stats",
     "expert_layers",
     "flops_by_part",

@@ -1,43 +1,31 @@
-"""sharded: to be written."""
+"""Model on a mesh: shapes and shardings of its parameters and batches, and its evaluation step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
-from switch_jax.data import ProcessRows
-from switch_jax.distributed import barrier, batch_sharding, num_batch_shards
+from switch_jax.config import Config
+from switch_jax.data import ProcessRows, feature_shapes
+from switch_jax.distributed import (
+    barrier,
+    batch_sharding,
+    num_batch_shards,
+    partition_spec,
+    replicated,
+)
 from switch_jax.errors import UserError
-
-
-def process_rows(mesh: Mesh) -> ProcessRows:
-    """The rows of every batch that this process feeds: those that its devices hold.
-
-    Raises `UserError` for a mesh that leaves a process out or cuts the batch within processes.
-    """
-    parts = num_batch_shards(mesh)
-    held: dict[int, set[int]] = {index: set() for index in range(jax.process_count())}
-    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((parts,))
-    for device, (rows,) in places.items():
-        held[device.process_index].add(rows.indices(parts)[0])
-    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
-    if len({len(share) for share in shares}) > 1:
-        raise UserError(
-            f"A mesh of {mesh.devices.size} devices gives the {len(held)} processes unequal parts"
-            f" of the batch; make the product of mesh.* {jax.device_count()}, all there are."
-        )
-    if sum(map(len, shares)) != parts:
-        raise UserError(
-            f"mesh.model={mesh.shape['model']} lets processes share some of their rows and not"
-            f" others; make it a divisor or a multiple of {jax.local_device_count()}, the devices"
-            " of a process."
-        )
-    mine = tuple(sorted(held[jax.process_index()]))
-    first = next(index for index, rows in held.items() if tuple(sorted(rows)) == mine)
-    saves = first == jax.process_index()
-    return ProcessRows(parts, mine, shares.index(mine), len(shares), saves)
-
+from switch_jax.model.lora import add_adapter_axes, init_adapters, merge_adapters
+from switch_jax.model.loss import LossSums, token_losses
+from switch_jax.model.moe.dropless import check_dropless_memory
+from switch_jax.model.parameters import logical_axes, with_parameters
+from switch_jax.model.transformer import (
+    RouterStatsByStack,
+    SwitchTransformer,
+    collect_router_stats,
+)
 
 Batch = Mapping[str, jax.Array]
 
@@ -70,3 +58,104 @@ class MeshJit:
         """Lowers for (abstract) arguments; `.compile()` it ahead of time."""
         with jax.set_mesh(self._mesh):
             return self._jitted.lower(*args)
+
+
+class ShardedModel:
+    """A model on a mesh, without an optimizer.
+
+    Args:
+      config: of the model.
+      mesh: as from `make_mesh`.
+
+    Attributes:
+      axes: logical axes of every parameter, LoRA adapters included, by path.
+      abstract_params: shapes, dtypes and shardings of these parameters, by path.
+      abstract_batch: those of the features of a global batch.
+      eval_step: jitted `(params, batch) → (LossSums, number of targets, router statistics)`.
+
+    Raises `UserError` where a device cannot hold the buffers of a dropless expert layer.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        check_dropless_memory(config, dict(mesh.shape), list(mesh.devices.flat))
+        self.config = config
+        self.mesh = mesh
+        self._model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
+        self.axes = add_adapter_axes(logical_axes(self._model), config)
+        self.abstract_params: dict[str, jax.ShapeDtypeStruct] = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype,
+                sharding=NamedSharding(
+                    mesh, partition_spec(self.axes[name], fsdp=config.mesh.fsdp)
+                ),
+            )
+            for name, leaf in jax.eval_shape(self.init_params).items()
+        }
+        rows = batch_sharding(mesh)
+        self.abstract_batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+            for name, (shape, dtype) in feature_shapes(config).items()
+        }
+        self.eval_step = MeshJit(mesh, self._eval_step, out_shardings=replicated(mesh))
+
+    def init_params(self) -> dict[str, jax.Array]:
+        """Returns fresh parameters by path; they depend on `train.seed` and not on the mesh."""
+        model = SwitchTransformer(self.config, jax.random.key(self.config.train.seed))
+        axes = logical_axes(self._model)
+        return init_adapters(dict(zip(axes, jax.tree.leaves(model))), axes, self.config)
+
+    def model(self, params: Mapping[str, Any]) -> SwitchTransformer:
+        """Returns the model with these parameters, adapters merged."""
+        return with_parameters(self._model, merge_adapters(params, self.config))
+
+    def shard_batch(self, batch: Mapping[str, Any]) -> Batch:
+        """Places this process's rows of a global batch on the mesh, as global arrays."""
+        rows = batch_sharding(self.mesh)
+        return {
+            # The shape is given, not inferred: processes that feed a row twice must fail.
+            name: jax.make_array_from_process_local_data(
+                rows, values, self.abstract_batch[name].shape
+            )
+            for name, values in batch.items()
+        }
+
+    def _eval_step(
+        self, params: Mapping[str, jax.Array], batch: Batch
+    ) -> tuple[LossSums, jax.Array, RouterStatsByStack]:
+        """Returns sums over a batch without dropout, at the evaluation capacity."""
+        model = self.model(params)
+        decoded, routes = model.route(batch, factor=self.config.moe.eval_capacity_factor)
+        return (
+            token_losses(*model.factors(decoded), batch),
+            jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32),
+            collect_router_stats(routes),
+        )
+
+
+def process_rows(mesh: Mesh) -> ProcessRows:
+    """The rows of every batch that this process feeds: those that its devices hold.
+
+    Raises `UserError` for a mesh that leaves a process out or cuts the batch within processes.
+    """
+    parts = num_batch_shards(mesh)
+    held: dict[int, set[int]] = {index: set() for index in range(jax.process_count())}
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((parts,))
+    for device, (rows,) in places.items():
+        held[device.process_index].add(rows.indices(parts)[0])
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len({len(share) for share in shares}) > 1:
+        raise UserError(
+            f"A mesh of {mesh.devices.size} devices gives the {len(held)} processes unequal parts"
+            f" of the batch; make the product of mesh.* {jax.device_count()}, all there are."
+        )
+    if sum(map(len, shares)) != parts:
+        raise UserError(
+            f"mesh.model={mesh.shape['model']} lets processes share some of their rows and not"
+            f" others; make it a divisor or a multiple of {jax.local_device_count()}, the devices"
+            " of a process."
+        )
+    mine = tuple(sorted(held[jax.process_index()]))
+    first = next(index for index, rows in held.items() if tuple(sorted(rows)) == mine)
+    saves = first == jax.process_index()
+    return ProcessRows(parts, mine, shares.index(mine), len(shares), saves)

@@ -150,7 +150,7 @@ def _compare(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _train_step(config: Config, program: TrainProgram) -> tuple[Lower, Advance]:
-    batch = program.put(next(SyntheticIterator(config, process_rows(program.mesh))))
+    batch = program.sharded.shard_batch(next(SyntheticIterator(config, process_rows(program.mesh))))
     teacher = teacher_parameters(program)
 
     def advance(call, state):
@@ -160,9 +160,11 @@ def _train_step(config: Config, program: TrainProgram) -> tuple[Lower, Advance]:
 
 
 def _forward(config: Config, program: TrainProgram) -> tuple[Lower, Advance]:
-    batch = program.put(next(SyntheticIterator(config, process_rows(program.mesh))))
+    batch = program.sharded.shard_batch(next(SyntheticIterator(config, process_rows(program.mesh))))
     params = program.init().params
-    return partial(program.eval_step.lower, params, batch), lambda call, _: call(params, batch)
+    return partial(program.sharded.eval_step.lower, params, batch), lambda call, _: call(
+        params, batch
+    )
 
 
 def _layer(config: Config, program: TrainProgram) -> tuple[Lower, Advance]:
@@ -226,7 +228,9 @@ def _decode(
     source_BxS = 2 + jnp.arange(math.prod(shape)).reshape(shape) % (config.model.vocab_size - 2)
 
     def run(params: Mapping[str, jax.Array], encoded_BxSxD: jax.Array, mask_BxS: jax.Array) -> Any:
-        step, own = bind_decoder(program.model(params), encoded_BxSxD, mask_BxS, length, beams)
+        step, own = bind_decoder(
+            program.sharded.model(params), encoded_BxSxD, mask_BxS, length, beams
+        )
         if beams == 1:
             return decode_loop(step, own, greedy_choice, rows, length, never)
         return beam_search(
@@ -235,7 +239,9 @@ def _decode(
 
     with jax.set_mesh(mesh):
         source_BxS = jax.device_put(source_BxS, batch_sharding(mesh))
-        encode = jax.jit(lambda params, source: encode_inputs(program.model(params), source))
+        encode = jax.jit(
+            lambda params, source: encode_inputs(program.sharded.model(params), source)
+        )
         inputs = encode(params, source_BxS)
         return partial(jax.jit(run).lower(params, *inputs).compile(), params, *inputs)
 

@@ -3,7 +3,6 @@
 from switch_jax.sweeps.paper_numbers import PAPER_SERIES
 from switch_jax.sweeps.report import write_report
 from switch_jax.sweeps.runner import prepare_sweep, ready_jobs, run_sweep, sweep_jobs
-from switch_jax.sweeps.sizes import Size, find_size, finetuned_run
 from switch_jax.sweeps.spec import (
     Curves,
     Scaling,
@@ -19,14 +18,11 @@ __all__ = [
     "PAPER_SERIES",
     "Curves",
     "Scaling",
-    "Size",
     "Sources",
     "Sweep",
     "SweepRun",
     "Table",
     "Transfer",
-    "find_size",
-    "finetuned_run",
     "load_sweep",
     "prepare_sweep",
     "ready_jobs",

@@ -173,7 +173,7 @@ def load_sweep(spec: str) -> Sweep:
 
     Raises `UserError` for a missing file, and for a sweep that contradicts itself.
     """
-    sweep = call_config_function(spec, "get_sweep", "Sweep", "configs/sweeps/experts.py")
+    sweep = call_config_function(spec, "get_sweep", "Sweep", "sweeps")
     if not isinstance(sweep, Sweep):
         path = spec.partition(":")[0]
         raise UserError(f"get_sweep in {path!r} must return a switch_jax.sweep.Sweep.")

@@ -4,11 +4,10 @@ from switch_jax.training.distill import teacher_config, teacher_parameters
 from switch_jax.training.initial_state import initial_state_report
 from switch_jax.training.loop import train
 from switch_jax.training.optimizer import make_optimizer
-from switch_jax.training.step import TrainProgram, TrainState
+from switch_jax.training.step import TrainProgram
 
 __all__ = [
     "TrainProgram",
-    "TrainState",
     "initial_state_report",
     "make_optimizer",
     "teacher_config",

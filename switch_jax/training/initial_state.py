@@ -29,7 +29,8 @@ from switch_jax.model import (
     logical_axes,
     named_parameters,
 )
-from switch_jax.training.step import TrainProgram, TrainState
+from switch_jax.training.state import TrainState
+from switch_jax.training.step import TrainProgram
 
 
 def make_initial_state(program: TrainProgram) -> TrainState:

@@ -22,6 +22,7 @@ from switch_jax.training.distill import check_distillation, teacher_config, teac
 from switch_jax.training.idle_experts import IdleExperts
 from switch_jax.training.initial_state import initial_state_report, make_initial_state
 from switch_jax.training.progress import ProgressDisplay
+from switch_jax.training.state import restore_state, save_state
 from switch_jax.training.step import TrainProgram
 from switch_jax.training.throughput import ThroughputMeter
 
@@ -48,7 +49,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         program, feed = TrainProgram(config, mesh, taught_by), process_rows(mesh)
         batches = open_batches(config, "train", feed)
         validation = validation_batches(config, feed)
-        score = TaskScorer(program)
+        score = TaskScorer(program.sharded)
         rank = None
         if settings.keep_best is not None:
             check_metric(settings.keep_best, validation, score.names)
@@ -67,7 +68,9 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
 
     # State
     checkpoints = Checkpointer(workdir, settings.keep_checkpoints, rank)
-    state = checkpoints.restore(program.abstract_state, batches) or make_initial_state(program)
+    state = restore_state(checkpoints, program.abstract_state, batches) or make_initial_state(
+        program
+    )
     first_step = int(state.step)
     if first_step >= settings.steps:
         best = checkpoints.best()
@@ -88,7 +91,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
             display.say(f"continuing from step {first_step}")
         if mesh.devices.size < jax.device_count():
             display.say(f"using {mesh.devices.size} of {jax.device_count()} devices")
-        batch = program.put(next(batches))
+        batch = program.sharded.shard_batch(next(batches))
         previous = None
         for step in range(first_step + 1, settings.steps + 1):
             state, metrics, load = program.train_step(state, batch, teacher)
@@ -107,7 +110,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
             saving = last or step % settings.checkpoint_every == 0
             if not saving:
                 with meter.waiting(metrics):  # the device is computing this step meanwhile
-                    batch = program.put(next(batches))
+                    batch = program.sharded.shard_batch(next(batches))
             if finished or step % settings.log_every == 0:
                 values = meter.read(step, metrics)
                 writer.write(step, "train", values)
@@ -116,7 +119,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
                     display.say(f"step {step}  {sentence}")
             evaluated = None
             if finished or step % settings.eval_every == 0:
-                evaluated = evaluate(program, state.params, validation)
+                evaluated = evaluate(program.sharded, state.params, validation)
                 evaluated |= score(state.params, workdir.predictions / str(step))
                 writer.write(step, "eval", evaluated)
                 display.evaluated(step, evaluated)
@@ -124,12 +127,12 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
             if saving:
                 # After its metrics are on disk, and before the next batch is drawn, so that the
                 # position saved is of the batch consumed.
-                checkpoints.save(state, batches, evaluated)
+                save_state(checkpoints, state, batches, evaluated)
             if last:
                 break
             if saving:
                 with meter.waiting(metrics):
-                    batch = program.put(next(batches))
+                    batch = program.sharded.shard_batch(next(batches))
         best = checkpoints.best()
         checkpoints.close()
     if first_process:

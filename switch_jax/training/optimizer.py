@@ -5,6 +5,7 @@ Parameters come as a flat dict name → array, with the logical names of their d
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,39 @@ def per_slice(
         return {n: pair[0] for n, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
 
     return optax.GradientTransformation(init, update)
+
+
+def opt_state_axes(
+    optimizer: optax.GradientTransformation, params: Mapping[str, Any], axes: Axes
+) -> Any:
+    """Logical axes of every array of the optimizer's state, as a tree of its structure.
+
+    Every dict in the state is keyed by parameter. An array of the parameter's shape has its
+    axes. Adafactor's row and column statistics lack a dimension: they keep the batch dimensions
+    and are whole otherwise, which costs little.
+
+    Args:
+      optimizer: as from `make_optimizer`.
+      params: shapes of the parameters, by path.
+      axes: their logical axes.
+    """
+
+    def of_parameter(name: str, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+        if leaf.shape == params[name].shape:
+            return axes[name]
+        batch = [axis for axis in axes[name] if axis in BATCH_DIMS][: leaf.ndim]
+        return (*batch, *[None] * (leaf.ndim - len(batch)))
+
+    def of_node(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return ()
+        return {
+            name: jax.tree.map(lambda leaf, name=name: of_parameter(name, leaf), value)
+            for name, value in node.items()
+        }
+
+    state = jax.eval_shape(optimizer.init, params)
+    return jax.tree.map(of_node, state, is_leaf=lambda node: isinstance(node, dict))
 
 
 def learning_rate_schedule(optimizer: OptimizerConfig, train: TrainConfig) -> optax.Schedule:

@@ -7,129 +7,101 @@ that what is compiled is what runs.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from switch_jax.config import Config
-from switch_jax.data import feature_shapes
-from switch_jax.distributed import (
-    batch_sharding,
-    constrain,
-    host_memory_kind,
-    partition_spec,
-    replicated,
-)
+from switch_jax.distributed import constrain, host_memory_kind, partition_spec, replicated
 from switch_jax.model import (
     Batch,
-    LossSums,
     MeshJit,
     RouterStatsByStack,
-    SwitchTransformer,
-    add_adapter_axes,
+    ShardedModel,
     collect_router_stats,
-    init_adapters,
-    logical_axes,
     loss_denominators,
     loss_terms,
-    merge_adapters,
     router_metrics,
     token_losses,
-    with_parameters,
 )
-from switch_jax.training.optimizer import learning_rate_schedule, make_optimizer, trained_parameters
-from switch_jax.training.teacher import Teacher
+from switch_jax.training.optimizer import (
+    learning_rate_schedule,
+    make_optimizer,
+    opt_state_axes,
+    trained_parameters,
+)
+from switch_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that changes during training, and all that a checkpoint must hold.
-
-    Its leaves are arrays, or in their place shapes, specs or shardings.
-    """
-
-    step: Any  # int32: train steps done
-    tokens: Any  # uint32 [2]: target tokens seen, low and high word
-    params: dict[str, Any]  # by path, float32
-    opt_state: Any
-
-
 class TrainProgram:
-    """The computations of a config on a mesh, with the shapes and shardings they need.
+    """Initialisation, train step and evaluation step of a config on a mesh.
 
     Args:
-      teacher: config of the teacher, which `train_step` needs where the config has one.
+      config: of the run.
+      mesh: as from `make_mesh`.
+      teacher: config of the teacher; needed where `config` distils one.
+
+    Attributes:
+      sharded: the model on the mesh; evaluation needs no more than that.
+      teacher: the teacher's model on the same mesh, or None.
+      abstract_state: shapes, dtypes and shardings of a `TrainState`.
+      state_sharding: the shardings alone.
+      abstract_batch: those of the features of a global batch.
+      abstract_teacher: those of the teacher's parameters; empty without a teacher.
+      init: jitted `() → TrainState`.
+      train_step: jitted `(state, batch, teacher's parameters) → (state, metrics, load)`.
     """
 
     def __init__(self, config: Config, mesh: Mesh, teacher: Config | None = None):
         self.config = config
         self.mesh = mesh
-        self._teacher = None if teacher is None else Teacher(teacher, mesh)
-        self.abstract_teacher = {} if self._teacher is None else self._teacher.abstract_params
-        self._model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-        axes = add_adapter_axes(logical_axes(self._model), config)
+        self.sharded = ShardedModel(config, mesh)
+        self.teacher = None if teacher is None else ShardedModel(teacher, mesh)
+        self.abstract_teacher = {} if self.teacher is None else self.teacher.abstract_params
+        self.abstract_batch = self.sharded.abstract_batch
+        axes = self.sharded.axes
         self._optimizer = make_optimizer(config, axes)
         self._trained = trained_parameters(config, axes)
         self._schedule = learning_rate_schedule(config.optimizer, config.train)
-        shapes = jax.eval_shape(self._init)
-        specs = {n: partition_spec(a, fsdp=config.mesh.fsdp) for n, a in axes.items()}
-        self.state_sharding: TrainState = jax.tree.map(
-            lambda s: NamedSharding(mesh, s),
-            TrainState(P(), P(), specs, _optimizer_specs(shapes, specs, axes)),
-            is_leaf=lambda node: isinstance(node, P),
-        )
-        self._near = self.state_sharding.opt_state
-        if config.optimizer.memory == "host":
-            host = host_memory_kind(mesh)
-            far = jax.tree.map(lambda s: s.with_memory_kind(host), self._near)
-            self.state_sharding = dataclasses.replace(self.state_sharding, opt_state=far)
-        self.abstract_state: TrainState = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            shapes,
-            self.state_sharding,
-        )
-        batch = batch_sharding(mesh)
-        self.abstract_batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch)
-            for name, (shape, dtype) in feature_shapes(config).items()
-        }
-        whole = replicated(mesh)
+        self.abstract_state = self._abstract_state()
+        self.state_sharding = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.init = MeshJit(mesh, self._init, out_shardings=self.state_sharding)
         self.train_step = MeshJit(
             mesh,
             self._train_step,
             donate_argnums=0,
-            out_shardings=(self.state_sharding, whole, whole),
+            out_shardings=(self.state_sharding, replicated(mesh), replicated(mesh)),
         )
-        self.eval_step = MeshJit(mesh, self._eval_step, out_shardings=whole)
 
-    def model(self, params: Mapping[str, Any]) -> SwitchTransformer:
-        """The model with these parameters, adapters merged."""
-        return with_parameters(self._model, merge_adapters(params, self.config))
-
-    def put(self, batch: Mapping[str, Any]) -> Batch:
-        """This process's rows of a global batch, as global arrays on the mesh."""
-        where = batch_sharding(self.mesh)
-        return {
-            # The shape is given, not inferred: processes that feed a row twice must fail.
-            name: jax.make_array_from_process_local_data(
-                where, rows, self.abstract_batch[name].shape
-            )
-            for name, rows in batch.items()
-        }
+    def _abstract_state(self) -> TrainState:
+        """Returns shapes, dtypes and shardings of the state."""
+        shapes, fsdp = jax.eval_shape(self._init), self.config.mesh.fsdp
+        of_optimizer = opt_state_axes(self._optimizer, shapes.params, self.sharded.axes)
+        axes = TrainState((), (None,), self.sharded.axes, of_optimizer)
+        shardings = jax.tree.map(
+            lambda leaf, names: NamedSharding(self.mesh, partition_spec(names, fsdp=fsdp)),
+            shapes,
+            axes,
+        )
+        # Where the optimizer's state is computed with, wherever it is kept.
+        self._opt_state_on_device = shardings.opt_state
+        if self.config.optimizer.memory == "host":
+            host = host_memory_kind(self.mesh)
+            kept = jax.tree.map(lambda s: s.with_memory_kind(host), shardings.opt_state)
+            shardings = dataclasses.replace(shardings, opt_state=kept)
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            shapes,
+            shardings,
+        )
 
     def _init(self) -> TrainState:
-        """A fresh state; depends on `train.seed` and not on the mesh."""
-        model = SwitchTransformer(self.config, jax.random.key(self.config.train.seed))
-        axes = logical_axes(self._model)
-        params = init_adapters(dict(zip(axes, jax.tree.leaves(model))), axes, self.config)
+        """Returns a fresh state; it depends on `train.seed` and not on the mesh."""
+        params = self.sharded.init_params()
         step, tokens = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
         return TrainState(step, tokens, params, self._optimizer.init(params))
 
@@ -145,7 +117,7 @@ class TrainProgram:
         `Stats` key.
         """
         config = self.config
-        assert config.distilled == (self._teacher is not None), "a Program without its teacher"
+        assert config.distilled == (self.teacher is not None), "a TrainProgram without its teacher"
         totals = loss_denominators(batch, config)
         soft_weight = jnp.where(
             state.step < config.distill.start_step, 0.0, config.distill.soft_weight
@@ -155,18 +127,18 @@ class TrainProgram:
         trained = {n: p for n, p in state.params.items() if n in self._trained}
 
         def loss(trained, microbatch, keys):
-            model = self.model(state.params | trained)
+            model = self.sharded.model(state.params | trained)
             decoded, routes = model.route(
                 microbatch,
                 factor=config.moe.capacity_factor,
                 keys=keys,
                 batch_size=config.data.batch_size,
             )
-            answer = None
-            if self._teacher is not None:
-                answer = self._teacher(teacher or {}, microbatch)
             sums = token_losses(
-                *model.factors(decoded), microbatch, answer, config.distill.temperature
+                *model.factors(decoded),
+                microbatch,
+                self._teacher_factors(teacher or {}, microbatch),
+                config.distill.temperature,
             )
             stats = collect_router_stats(routes)
             terms = loss_terms(sums, stats, totals, config, soft_weight)
@@ -181,7 +153,7 @@ class TrainProgram:
             )
         opt_state = state.opt_state
         if config.optimizer.memory == "host":
-            opt_state = jax.device_put(opt_state, self._near)
+            opt_state = jax.device_put(opt_state, self._opt_state_on_device)
         updates, opt_state = self._optimizer.update(grads, opt_state, state.params)
         trained = optax.apply_updates(trained, updates)
         params = self._balanced(state.params | trained, stats)
@@ -201,6 +173,21 @@ class TrainProgram:
         load = {key: sums.load_E for key, sums in stats.items()}
         return TrainState(state.step + 1, tokens, params, opt_state), metrics, load
 
+    def _teacher_factors(
+        self, params: Mapping[str, jax.Array], microbatch: Batch
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Returns states [B, T, D] and head [D, V] whose product the teacher's logits are.
+
+        The teacher runs without noise, at its training capacity; None without a teacher.
+        """
+        if self.teacher is None:
+            return None
+        model, config = self.teacher.model(params), self.teacher.config
+        decoded, _ = model.route(
+            microbatch, factor=config.moe.capacity_factor, batch_size=config.data.batch_size
+        )
+        return model.factors(decoded)
+
     def _balanced(
         self, params: Mapping[str, jax.Array], stats: RouterStatsByStack
     ) -> dict[str, jax.Array]:
@@ -214,18 +201,6 @@ class TrainProgram:
                 load_xE = stats[f"{stack}/{sublayer}"].load_E
                 moved[name] += rate * jnp.sign(load_xE.mean(-1, keepdims=True) - load_xE)
         return moved
-
-    def _eval_step(
-        self, params: Mapping[str, jax.Array], batch: Batch
-    ) -> tuple[LossSums, jax.Array, RouterStatsByStack]:
-        """Sums over a batch without dropout: `LossSums`, number of targets, router sums."""
-        model = self.model(params)
-        decoded, routes = model.route(batch, factor=self.config.moe.eval_capacity_factor)
-        return (
-            token_losses(*model.factors(decoded), batch),
-            jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32),
-            collect_router_stats(routes),
-        )
 
     def _row_keys(self, step: jax.Array, batch: Batch) -> jax.Array | None:
         """A key per global row [B], or None where the config has no noise."""
@@ -268,23 +243,3 @@ def _add_words(words: jax.Array, number: jax.Array) -> jax.Array:
     """A 64-bit sum without 64-bit types: the paper's runs see 10^11 targets."""
     low = words[0] + number.astype(jnp.uint32)
     return jnp.stack([low, words[1] + (low < words[0])])
-
-
-def _optimizer_specs(shapes: TrainState, specs: Mapping[str, P], axes: Mapping[str, tuple]) -> Any:
-    """Specs of the optimizer state: an array that belongs to a parameter lies where it lies.
-
-    Adafactor's row and column statistics lack a dimension; they are split by layer and
-    expert like their parameter and are whole otherwise, which costs little.
-    """
-
-    def one(path, leaf):
-        keys = [getattr(entry, "key", None) for entry in path]
-        name = next((key for key in keys if key in specs), None)
-        if name is None:
-            return P()
-        if leaf.shape == shapes.params[name].shape:
-            return specs[name]
-        stacked = [a for a in axes[name] if a in ("layers", "expert")][: leaf.ndim]
-        return P(*specs[name][: len(stacked)])
-
-    return jax.tree_util.tree_map_with_path(one, shapes.opt_state)

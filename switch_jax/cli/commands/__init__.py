@@ -1,0 +1,1 @@
+"""One module per verb: its help, its arguments (`add_arguments`) and its work (`run`)."""

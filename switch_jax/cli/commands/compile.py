@@ -1,0 +1,52 @@
+"""`switch-jax compile`: the train step, compiled ahead of time for a described machine."""
+
+import argparse
+import json
+from pathlib import Path
+
+from switch_jax.cli.arguments import add_config, add_json, positive_int
+from switch_jax.cli.startup import load_config_argument
+from switch_jax.errors import UserError
+
+HELP = "compile the train step for a machine that need not be attached"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `compile`."""
+    add_config(parser)
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="v5p:8x16x16 (TPU and shape of a slice), cpu:8 (emulated devices) or gpu (attached)",
+    )
+    parser.add_argument(
+        "--slices", type=positive_int, default=1, metavar="N", help="number of TPU slices (1)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="picture of what each device holds, a .png file"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compiles, and prints memory, FLOPs, communication and the predicted step time."""
+    config = load_config_argument(args)
+    from switch_jax.analysis import import_matplotlib
+    from switch_jax.performance import (
+        CompileTarget,
+        compile_step,
+        compile_table,
+        draw_placement,
+        remedy,
+    )
+
+    if args.output:
+        import_matplotlib()  # reports a missing Matplotlib before minutes of compilation
+    target = CompileTarget(args.topology, args.slices)
+    result = compile_step(config, target)
+    if args.output:
+        draw_placement(result, Path(args.output))
+    print(json.dumps(result) if args.json else compile_table(result), flush=True)
+    if not result["fits"]:
+        raise UserError(remedy(config, target, result))

@@ -1,0 +1,76 @@
+"""`switch-jax convert`: checkpoints from and to other programs, and sparse from dense models."""
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from switch_jax.cli.arguments import add_config, add_verbose
+from switch_jax.cli.startup import load_config_argument, start
+
+HELP = "convert checkpoints from and to other programs, or dense models to sparse ones"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verbs `from-hf`, `to-hf`, `from-t5x` and `upcycle`."""
+    verbs = parser.add_subparsers(dest="convert_verb", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable, text: str, source: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        sub.add_argument("source", metavar=source, help="folder to read")
+        sub.add_argument("output", metavar="OUT", help="folder to write; must not exist")
+        add_verbose(sub)
+        return sub
+
+    programs = "(T5, mT5, Switch Transformers)"
+    verb("from-hf", from_hugging_face, f"Hugging Face folder → WORKDIR {programs}", "DIR")
+    verb("to-hf", to_hugging_face, "checkpoint → Hugging Face folder", "WORKDIR")
+    verb("from-t5x", from_t5x, f"T5X checkpoint → WORKDIR {programs}", "DIR")
+    text = "dense model → sparse model, as --config.moe.num_experts=8 or the like describes it"
+    add_config(verb("upcycle", from_dense, text, "DIR"), required=False)
+
+
+def from_hugging_face(args: argparse.Namespace) -> None:
+    """Runs `convert from-hf`."""
+    from switch_jax.checkpoint import read_hugging_face, write_workdir
+
+    checkpoint = read_hugging_face(Path(args.source))
+    write_workdir(checkpoint, Path(args.output))
+    _print_written(checkpoint.notes, args.output)
+
+
+def from_t5x(args: argparse.Namespace) -> None:
+    """Runs `convert from-t5x`."""
+    from switch_jax.checkpoint import read_t5x, write_workdir
+
+    checkpoint = read_t5x(Path(args.source))
+    write_workdir(checkpoint, Path(args.output))
+    _print_written(checkpoint.notes, args.output)
+
+
+def from_dense(args: argparse.Namespace) -> None:
+    """Runs `convert upcycle`."""
+    from switch_jax.checkpoint import find_pretrained, upcycle_dense_model, write_workdir
+    from switch_jax.config import override_config
+
+    start(args)
+    source = find_pretrained(args.source)
+    source.say_notes()
+    if args.config:
+        config = load_config_argument(args)
+    else:
+        config = override_config(source.config, args.overrides)
+    write_workdir(upcycle_dense_model(source, config), Path(args.output))
+    _print_written((), args.output)
+
+
+def to_hugging_face(args: argparse.Namespace) -> None:
+    """Runs `convert to-hf`."""
+    from switch_jax.checkpoint import export_hugging_face
+
+    notes = export_hugging_face(args.source, Path(args.output))
+    print("\n".join([*notes, f"{args.output}: transformers' from_pretrained reads it"]))
+
+
+def _print_written(notes: Iterable[str], output: str) -> None:
+    print("\n".join([*notes, f"{output}: use it as --workdir, or as init_from"]))

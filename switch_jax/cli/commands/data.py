@@ -1,0 +1,96 @@
+"""`switch-jax data`: vocabularies, token stores, and a look at training examples."""
+
+import argparse
+import os
+from pathlib import Path
+
+from switch_jax.cli.arguments import add_config, add_verbose, positive_int
+from switch_jax.cli.startup import load_config_argument
+from switch_jax.errors import UserError
+
+HELP = "train vocabularies, pack text, print training examples"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verbs `data vocab`, `data pack` and `data peek`."""
+    verbs = parser.add_subparsers(dest="data_verb", metavar="VERB", required=True)
+
+    def verb(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        add_config(sub)
+        add_verbose(sub)
+        return sub
+
+    vocab = verb("vocab", run_vocab, "train a SentencePiece vocabulary on a mixture")
+    vocab.add_argument("--output", required=True, metavar="FILE", help="model file to write")
+    vocab.add_argument(
+        "--megabytes", type=float, default=20.0, metavar="N", help="text to train on (20)"
+    )
+    vocab.add_argument(
+        "--coverage",
+        type=float,
+        default=0.9995,
+        metavar="SHARE",
+        help="share of characters that are pieces; the rest are bytes (0.9995; mT5: 0.99999)",
+    )
+    pack = verb("pack", run_pack, "tokenise a mixture into a token store")
+    pack.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    pack.add_argument(
+        "--workers",
+        type=positive_int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="number of processes (all cores)",
+    )
+    peek = verb("peek", run_peek, "print decoded training examples")
+    peek.add_argument(
+        "--count", type=positive_int, default=3, metavar="N", help="examples of each source (3)"
+    )
+    peek.add_argument(
+        "--split", choices=("train", "validation"), default="train", help="split (train)"
+    )
+
+
+def run_vocab(args: argparse.Namespace) -> None:
+    """Runs `data vocab`."""
+    from switch_jax.data import find_sources, read_vocabulary, sample_texts, train_vocabulary
+
+    config, output = load_config_argument(args), Path(args.output)
+    if output.exists() or not output.absolute().parent.is_dir():
+        raise UserError(f"{output} exists, or its folder does not; choose another --output.")
+    if not 0 < args.megabytes < 1e6:
+        raise UserError(f"--megabytes must be above 0 and below a million, not {args.megabytes}.")
+    texts = sample_texts(config.data, find_sources(config.data), round(args.megabytes * 1e6))
+    train_vocabulary(texts, output, config.model.vocab_size, args.coverage)
+    vocabulary = read_vocabulary(output)
+    print(
+        f"{output}: {vocabulary.size:,} ids, 100 sentinels included; train with"
+        f" data.vocabulary={output} and model.vocab_size={vocabulary.padded_size}"
+    )
+
+
+def run_pack(args: argparse.Namespace) -> int:
+    """Runs `data pack`."""
+    from switch_jax.data import build_summary, build_token_store, open_vocabulary
+
+    config, output = load_config_argument(args), Path(args.output)
+    try:
+        manifest = build_token_store(config.data, open_vocabulary(config), output, args.workers)
+    except KeyboardInterrupt:
+        print("Stopped; the same command continues from there.")
+        return 130
+    print(build_summary(manifest))
+    names = ",".join(manifest["sources"])
+    print(
+        f"Train on it with --config.data.reader=store --config.data.data_dir={output}"
+        + (f" --config.data.mixture={names}" if len(names) < 60 else "")
+    )
+    return 0
+
+
+def run_peek(args: argparse.Namespace) -> None:
+    """Runs `data peek`."""
+    from switch_jax.data import examples_text
+
+    print(examples_text(load_config_argument(args), args.count, args.split))

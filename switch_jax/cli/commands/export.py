@@ -1,0 +1,45 @@
+"""`switch-jax export`: serving programs from a checkpoint."""
+
+import argparse
+from pathlib import Path
+
+from switch_jax.cli.arguments import add_checkpoint, positive_int
+from switch_jax.cli.startup import start
+
+HELP = "export a checkpoint as programs for serving, by jax.export"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `export`."""
+    add_checkpoint(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to create")
+    parser.add_argument(
+        "--inputs_length",
+        type=positive_int,
+        metavar="N",
+        help="number of input tokens (default: as in training)",
+    )
+    parser.add_argument(
+        "--max_length",
+        type=positive_int,
+        metavar="N",
+        help="maximum number of generated tokens (default: as in training)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Exports the model."""
+    from switch_jax.checkpoint import find_pretrained, load
+    from switch_jax.inference import export_model
+
+    start(args)
+    source = find_pretrained(args.workdir)
+    data = source.config.data
+    export_model(
+        load(args.workdir),
+        Path(args.output),
+        inputs_length=args.inputs_length or data.inputs_length,
+        max_length=args.max_length or data.targets_length,
+        vocabulary=source.vocabulary,
+    )
+    print(f"{args.output}: greedy.py in it shows how to call the programs.")

@@ -1,0 +1,78 @@
+"""`switch-jax generate`: text from a checkpoint."""
+
+import argparse
+from pathlib import Path
+
+from switch_jax.cli.arguments import add_checkpoint, positive_int
+from switch_jax.cli.startup import print_result, start
+from switch_jax.errors import UserError
+
+HELP = "fill the blanks (___) of a text, or answer it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `generate`."""
+    add_checkpoint(parser)
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", help="a text, with or without blanks (___ or <extra_id_0> …)")
+    text.add_argument("--input", metavar="FILE", help="a file with one such text per line")
+    parser.add_argument(
+        "--max_length",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="maximum number of generated tokens (128)",
+    )
+    parser.add_argument(
+        "--beam_size", type=positive_int, default=1, metavar="N", help="beam size (1: greedy)"
+    )
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature (0: greedy)",
+    )
+    sampling.add_argument(
+        "--top_k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample from the K most probable tokens (0: from all)",
+    )
+    sampling.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="nucleus sampling: smallest set of tokens with total probability P (1: off)",
+    )
+    sampling.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generates, and prints one result per text."""
+    if args.input and not Path(args.input).is_file():
+        raise UserError(f"Input file {args.input!r} does not exist.")
+    texts = [args.text]
+    if args.input:  # only a line feed ends a text; other line separators belong to it
+        texts = Path(args.input).read_text(errors="replace").removesuffix("\n").split("\n")
+    from switch_jax.checkpoint import find_checkpoint_together, load
+    from switch_jax.data import read_vocabulary
+    from switch_jax.inference import SamplingOptions, complete_texts
+
+    options = SamplingOptions(
+        beam_size=args.beam_size,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    start(args)
+    workdir, folder = find_checkpoint_together(args.workdir)
+    vocabulary, model = read_vocabulary(workdir.vocabulary), load(folder)
+    for text in complete_texts(
+        model, vocabulary, texts, max_length=args.max_length, options=options
+    ):
+        print_result(text)

@@ -1,0 +1,341 @@
+"""Checkpoints as T5X wrote them, in both layouts, scanned and not."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore as ts
+from flax import serialization, traverse_util
+
+import switch_jax
+from switch_jax.checkpoint.interop import t5x_import
+from switch_jax.checkpoint.interop.expert_placement import infer_placement
+from switch_jax.checkpoint.interop.t5x_import import is_t5x, read_t5x
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.cli.main import main
+from switch_jax.errors import UserError
+from switch_jax.model.parameters import layer_slices, named_parameters
+from switch_jax.model.transformer import SwitchTransformer
+from tests.support.configs import tiny
+
+# Theirs by ours, written down on their own: the reader's table must not test itself.
+LAYER = {
+    "self_norm/scale": "pre_{self}_layer_norm/scale",
+    "cross_norm/scale": "pre_cross_attention_layer_norm/scale",
+    "mlp_norm/scale": "pre_mlp_layer_norm/scale",
+    "mlp/router/kernel": "mlp/router/router_weights/w/kernel",
+    "mlp/wo": "mlp/wo/kernel",
+    "mlp/experts/wo": "mlp/expert/wo/kernel",
+} | {
+    f"{ours}/{leaf}": f"{theirs}/{leaf}/kernel"
+    for ours, theirs in (
+        ("self_attention", "{self}"),
+        ("cross_attention", "encoder_decoder_attention"),
+    )
+    for leaf in ("query", "key", "value", "out")
+}
+PLAIN = {"mlp/wi": "mlp/wi/kernel", "mlp/experts/wi": "mlp/expert/wi/kernel"}
+GATED = {
+    "mlp/wi": "mlp/wi_1/kernel",
+    "mlp/gate": "mlp/wi_0/kernel",
+    "mlp/experts/wi": "mlp/expert/wi_1/kernel",
+    "mlp/experts/gate": "mlp/expert/wi_0/kernel",
+}
+TOP = {
+    "embedding": "token_embedder/embedding",
+    "head": "decoder/logits_dense/kernel",
+    "encoder/final_norm/scale": "encoder/encoder_norm/scale",
+    "decoder/final_norm/scale": "decoder/decoder_norm/scale",
+    "encoder/relative_bias/table": "encoder/relpos_bias/rel_embedding",
+    "decoder/relative_bias/table": "decoder/relpos_bias/rel_embedding",
+}
+
+MODELS = {
+    "switch": {"model.num_encoder_layers": 4},
+    "switch-c": {"moe.every": 1, "model.tied_embeddings": False},
+    "top": {
+        "model.num_encoder_layers": 3,
+        "model.activation": "geglu",
+        "moe.stacks": "encoder",
+        "moe.every": 1,
+        "moe.last": 2,
+    },
+    "t5-1.0": {"moe.num_experts": 0, "model.num_encoder_layers": 3},
+    "t5-1.1": {"moe.num_experts": 0, "model.activation": "geglu", "model.tied_embeddings": False},
+}
+
+
+def random_model(name: str) -> SwitchTransformer:
+    shape = {"model.vocab_size": 40, "model.d_ff": 24, "model.head_dim": 4}
+    other = {"model.relative_buckets": 16, "model.init_scale": 1.0}
+    routing = {"moe.group_size": 8192, "moe.min_capacity": 4}  # T5X's, which nothing tells
+    return SwitchTransformer(tiny(**shape | other | routing | MODELS[name]), jax.random.key(1))
+
+
+def renamed(model: SwitchTransformer) -> dict[str, np.ndarray]:
+    """A model's parameters, one by one, as T5X has them."""
+    params = {name: np.asarray(leaf[...]) for name, leaf in named_parameters(model).items()}
+    layer = LAYER | (GATED if model.config.model.activation == "geglu" else PLAIN)
+    theirs = {}
+    for name, (whole, block) in layer_slices(params, model.config).items():
+        if block is None:
+            theirs[TOP[name]] = params[whole]
+        else:
+            stack, _, number, own = name.split("/", 3)
+            own = layer[own].format(self="attention" if stack == "encoder" else "self_attention")
+            theirs[f"{stack}/layers_{number}/{own}"] = params[whole][block]
+    return theirs
+
+
+def scanned(theirs: dict[str, np.ndarray], every: int, axis: int) -> dict[str, np.ndarray]:
+    """The same with the layers of a stack stacked, `every` of them in a block."""
+    stacked: dict[str, list[np.ndarray]] = {}
+    result = {}
+    for name, value in theirs.items():
+        match = re.fullmatch(r"(\w+)/layers_(\d+)/(.+)", name)
+        if match is None:
+            result[name] = value
+            continue
+        subblock = f"subblock_{int(match[2]) % every}/" if every > 1 else ""
+        stacked.setdefault(f"{match[1]}/{match[1]}/{subblock}{match[3]}", []).append(value)
+    return result | {name: np.stack(values, axis) for name, values in stacked.items()}
+
+
+def nested(theirs: dict[str, np.ndarray]) -> dict:
+    """The state that T5X saves, with what it keeps of the optimizer."""
+    states = {f"{name}/v": np.ones(2, np.float32) for name in theirs}
+    target, states = (traverse_util.unflatten_dict(x, sep="/") for x in (theirs, states))
+    return {"target": target, "state": {"step": np.int32(7), "param_states": states}}
+
+
+def write_legacy(folder: Path, theirs: dict[str, np.ndarray], dtype: str = "float32") -> Path:
+    """A msgpack index with a zarr folder for each array that is not small."""
+    folder.mkdir(parents=True)
+    leaves = {}
+    for name, value in theirs.items():
+        if value.size <= 16:
+            leaves[name] = value
+            continue
+        file = "target." + name.replace("/", ".")
+        chunks = [-(-size // 2) for size in value.shape]
+        spec = {"driver": "zarr", "dtype": dtype, "kvstore": {"driver": "file", "path": file}}
+        metadata = {"shape": value.shape, "chunks": chunks, "compressor": {"id": "gzip"}}
+        store = {"driver": "file", "path": str(folder / file)}
+        array = ts.open(spec | {"kvstore": store, "metadata": metadata}, create=True).result()
+        array[...].write(value.astype(array.dtype.numpy_dtype)).result()
+        metadata |= {"shape": list(value.shape), "compressor": {"id": "gzip", "level": 1}}
+        leaves[name] = spec | {"metadata": metadata}
+    state = nested({})
+    state["target"] = traverse_util.unflatten_dict(leaves, sep="/")
+    content = serialization.msgpack_serialize({"version": 3, "optimizer": state})
+    (folder / "checkpoint").write_bytes(content)
+    return folder
+
+
+def write_orbax(folder: Path, theirs: dict[str, np.ndarray], use_ocdbt: bool = True) -> Path:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as writer:
+        writer.save(folder / "state", args=ocp.args.PyTreeSave(nested(theirs)))
+    return folder
+
+
+def logits(model: SwitchTransformer) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    source, target = rng.integers(1, 40, (3, 16)), rng.integers(1, 40, (3, 8))
+    return np.asarray(jax.jit(lambda m: m(source, target))(model))
+
+
+def check_same(path: Path, model: SwitchTransformer) -> SwitchTransformer:
+    """That a checkpoint gives a model's parameters, and what a checkpoint tells of its config."""
+    loaded = switch_jax.load(path)
+    expected = named_parameters(model)
+    assert named_parameters(loaded).keys() == expected.keys()
+    for name, leaf in named_parameters(loaded).items():
+        np.testing.assert_array_equal(leaf[...], expected[name][...], err_msg=name)
+    assert [loaded.config.runs(s) for s in t5x_import.STACKS] == [
+        model.config.runs(s) for s in t5x_import.STACKS
+    ]
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def switch() -> SwitchTransformer:
+    return random_model("switch")
+
+
+@pytest.fixture(scope="module")
+def legacy(switch, tmp_path_factory) -> Path:
+    return write_legacy(tmp_path_factory.mktemp("t5x") / "checkpoint_7", renamed(switch))
+
+
+@pytest.mark.parametrize("layout", ["legacy", "orbax"])
+def test_logits_are_those_of_the_model(layout, switch, legacy, tmp_path):
+    path = legacy if layout == "legacy" else write_orbax(tmp_path / "checkpoint_7", renamed(switch))
+    loaded = check_same(path, switch)
+    np.testing.assert_allclose(logits(loaded), logits(switch), rtol=1e-6, atol=1e-6)
+    assert switch_jax.load(path.parent).config == loaded.config  # the newest in a folder
+
+
+@pytest.mark.parametrize("name", ["switch-c", "top", "t5-1.0", "t5-1.1"])
+def test_the_config_is_read_from_names_and_shapes(name, tmp_path):
+    model = random_model(name)
+    loaded = check_same(write_legacy(tmp_path / "checkpoint_1", renamed(model)), model)
+    ours, theirs = loaded.config.model, model.config.model
+    for key in ("vocab_size", "num_heads", "head_dim", "activation", "relative_buckets"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+
+
+@pytest.mark.parametrize("name, every", [("switch", 2), ("t5-1.1", 1)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scanned_layers(name, every, axis, tmp_path):
+    model = random_model(name)
+    theirs = scanned(renamed(model), every, axis)
+    check_same(write_orbax(tmp_path / "checkpoint_1", theirs), model)
+
+
+def test_scanned_layers_with_biases_of_their_own(tmp_path):
+    """A model of T5X itself, whose scanned layers repeat the table."""
+    model = random_model("t5-1.1")
+    theirs = scanned(renamed(model), 1, 1)
+    for stack in t5x_import.STACKS:
+        table = theirs.pop(f"{stack}/relpos_bias/rel_embedding")
+        theirs[f"{stack}/{stack}/relpos_bias/rel_embedding"] = np.stack([table, table], 1)
+    check_same(write_legacy(tmp_path / "checkpoint_1", theirs), model)
+    theirs["decoder/decoder/relpos_bias/rel_embedding"][0, 1, 0] += 1
+    write_legacy(tmp_path / "checkpoint_2", theirs)
+    with pytest.raises(UserError, match="differs from layer to layer"):
+        read_t5x(tmp_path / "checkpoint_2")
+
+
+def test_a_folder_for_each_array_as_orbax_once_wrote(switch, tmp_path):
+    theirs = renamed(switch)
+    path = write_orbax(tmp_path / "checkpoint_1", theirs, use_ocdbt=False)
+    check_same(path, switch)
+    small = "encoder/encoder_norm/scale"  # then with an index, which has small arrays itself
+    leaves = {name: "PLACEHOLDER://target." + name.replace("/", ".") for name in theirs}
+    content = serialization.msgpack_serialize(nested(leaves | {small: theirs[small] + 1}))
+    (path / "state" / "checkpoint").write_bytes(content)
+    for folder in (path, path / "state"):
+        imported = read_t5x(folder)
+        np.testing.assert_array_equal(imported.read("encoder/final_norm/scale", ()), 2)
+        router = imported.read("decoder/runs/0/layers/1/mlp/router/kernel", (0,))
+        np.testing.assert_array_equal(
+            router, theirs["decoder/layers_1/mlp/router/router_weights/w/kernel"]
+        )
+
+
+def test_bfloat16_arrays(switch, tmp_path):
+    rounded = {n: v.astype("bfloat16").astype(np.float32) for n, v in renamed(switch).items()}
+    imported = read_t5x(write_legacy(tmp_path / "checkpoint_1", rounded, "bfloat16"))
+    value = imported.read("encoder/runs/0/layers/1/mlp/experts/wi", (1, 2))
+    assert value.dtype == np.float32
+    assert (value == rounded["encoder/layers_3/mlp/expert/wi/kernel"][2]).all()
+
+
+def test_arrays_that_are_no_weights_are_refused(switch, tmp_path):
+    path = write_legacy(tmp_path / "checkpoint_1", renamed(switch), "uint16")
+    assert "uint16" in failure(path)
+
+
+def test_becomes_a_workdir(switch, legacy, tmp_path, capsys):
+    assert main(["convert", "from-t5x", str(legacy), str(tmp_path / "out")]) == 0
+    assert "optimizer's state" in capsys.readouterr().out
+    check_same(tmp_path / "out", switch)
+    assert Workdir(tmp_path / "out").config().moe.aux_loss_reduction == "mean"
+
+
+def edited(theirs, **changes):
+    """Arrays with others in place of some; None removes one."""
+    changed = theirs | {name.replace("__", "/"): value for name, value in changes.items()}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"decoder__layers_1__mlp__expert__wi__kernel": np.ones((4, 16, 25))},
+            ["decoder/layers_1/mlp/expert/wi/kernel", "[4, 16, 25]", "[4, 16, 24]"],
+        ),
+        ({"encoder__layers_2__mlp__wo__kernel": None}, ["encoder/layers/2/mlp/wo"]),
+        ({"encoder__layers_0__extra_mlp__wi__kernel": np.ones(3)}, ["layers_0/extra_mlp/wi"]),
+        ({"encoder__layers_9__mlp__wo__kernel": np.ones((24, 16))}, ["Layer 4 of the encoder"]),
+        ({"token_embedder__embedding": None}, ["embedding", "incomplete"]),
+        (
+            {"decoder__layers_0__mlp__wi_0__kernel": np.ones((16, 24))},
+            ["gate", "incomplete"],
+        ),
+    ],
+)
+def test_other_models_are_named_in_one_sentence(changes, words, switch, tmp_path, capsys):
+    path = write_legacy(tmp_path / "checkpoint_1", edited(renamed(switch), **changes))
+    assert main(["convert", "from-t5x", str(path), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in [str(path), *words]), error
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint_1"]
+
+
+@pytest.fixture
+def copy(legacy, tmp_path) -> Path:
+    return shutil.copytree(legacy, tmp_path / "checkpoint_1")
+
+
+ARRAY = "target.encoder.layers_1.mlp.expert.wi.kernel"
+
+
+def failure(path: Path) -> str:
+    with pytest.raises(UserError) as raised:
+        read_t5x(path)
+    return str(raised.value)
+
+
+def test_a_missing_array_or_part_of_one_is_named(copy):
+    chunk = min(file for file in (copy / ARRAY).iterdir() if not file.name.startswith("."))
+    chunk.unlink()
+    assert ARRAY in failure(copy) and "chunks are there" in failure(copy)
+    shutil.rmtree(copy / ARRAY)
+    assert f"lacks the array {ARRAY}" in failure(copy)
+
+
+def test_damaged_files_leave_nothing_half_written(copy, tmp_path, capsys):
+    chunk = min(file for file in (copy / ARRAY).iterdir() if not file.name.startswith("."))
+    chunk.write_bytes(b"not gzip")
+    assert main(["convert", "from-t5x", str(copy), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert ARRAY in error and "cannot be read" in error and error.count("\n") == 1
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint_1"]
+    (copy / ARRAY / ".zarray").write_text(json.dumps({"zarr_format": 2}))
+    assert ARRAY in failure(copy)
+    (copy / "checkpoint").write_bytes(b"\x81\xa3")
+    assert "checkpoint cannot be read" in failure(copy)
+
+
+@pytest.mark.parametrize("place", ["../outside", "/etc", "", "link"])
+def test_paths_out_of_the_folder_are_refused(place, copy, tmp_path):
+    shutil.copytree(copy / ARRAY, tmp_path / "outside")
+    (copy / "link").symlink_to(tmp_path / "outside")
+    content = serialization.msgpack_restore((copy / "checkpoint").read_bytes())
+    leaf = content["optimizer"]["target"]["encoder"]["layers_1"]["mlp"]["expert"]["wi"]
+    leaf["kernel"]["kvstore"]["path"] = place
+    (copy / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
+    assert "outside of its folder" in failure(copy)
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path):
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-1"\n')
+    assert not is_t5x(tmp_path) and not is_t5x(tmp_path / "none")
+    assert "is no T5X checkpoint" in failure(tmp_path)
+
+
+def test_experts_where_no_keys_would_have_them_are_told():
+    layers = {"encoder": 6, "decoder": 6}
+    keys = infer_placement(layers, {"encoder": (0, 1, 2), "decoder": (0, 1, 2)})
+    assert keys == {"every": 1, "first": 3, "last": None, "stacks": "both"}
+    with pytest.raises(UserError, match=r"\[2, 3\]"):
+        infer_placement(layers, {"encoder": (2, 3), "decoder": (1, 3, 5)})
+    with pytest.raises(UserError, match=r"\[\]"):
+        infer_placement(layers, {"encoder": (), "decoder": ()})

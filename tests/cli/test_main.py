@@ -1,0 +1,160 @@
+"""What a user meets who makes a mistake, and the verbs end to end."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from switch_jax.cli.main import main
+from tests.support import runs
+
+TRAIN_ONE_STEP = ["--config.train.steps=1", "--config.train.eval_batches=1"]
+
+# A command where importing these fails as if they were not installed.
+BLOCKED = """
+import sys
+for name in ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio"):
+    sys.modules[name] = None
+import importlib, pkgutil, switch_jax
+for module in pkgutil.walk_packages(switch_jax.__path__, "switch_jax."):
+    if module.name not in ("switch_jax.__main__", "switch_jax.data.seqio_reader"):
+        importlib.import_module(module.name)
+from switch_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return runs.write_config(folder, runs.make_store(folder))
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["train", "--config", str(config), "--workdir", str(path)]
+    assert main([*arguments, "--config.train.steps=4"]) == 0
+    return path
+
+
+def failure(capsys, *arguments):
+    """The one sentence on stderr of a command that must end with code 2."""
+    assert main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("switch-jax: ") and err.endswith("\n")
+    assert err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["--config.moe.num_expert=4"], ["moe.num_expert", "did you mean 'moe.num_experts'"]),
+        (["--config.model.d_model=wide"], ["model.d_model", "whole number", "'wide'"]),
+        (["--config.mesh.model=3"], ["model.num_heads=2", "mesh.model=3"]),
+        (["--config.mesh.data=64"], ["64 devices", "there are 8"]),
+        (["--config.mesh.data=3"], ["make data.batch_size a multiple of 3"]),
+        (["--config.mesh.expert=8"], ["moe.num_experts=4", "mesh.expert can be 1, 2, 4"]),
+        (["--config.data.vocabulary=/no/such.model"], ["/no/such.model"]),
+        (["--config.data.data_dir=/no/such"], ["/no/such"]),
+        (["--config.data.mixture=c5", "--config.data.data_dir=None"], ["c5", "python_docs"]),
+        (["--config.init_from=/no/such"], ["/no/such does not exist"]),
+        (["--config.model.d_model"], ["--config.model.d_model=VALUE"]),
+    ],
+)
+def test_bad_input_is_one_sentence(config, tmp_path, capsys, overrides, words):
+    workdir = tmp_path / "run"
+    err = failure(capsys, "train", "--config", config, "--workdir", workdir, *overrides)
+    assert all(word in err for word in words), err
+    assert not (workdir / "checkpoints").exists() and not (workdir / "metrics.jsonl").exists()
+
+
+def test_missing_files_are_one_sentence(config, tmp_path, capsys):
+    assert "does not exist" in failure(capsys, "train", "--config", "no.py", "--workdir", tmp_path)
+    assert "does not exist" in failure(capsys, "eval", "--workdir", tmp_path / "no")
+    assert "config.json" in failure(capsys, "generate", "--workdir", tmp_path, "--text", "a ___")
+    assert "no metrics.jsonl" in failure(capsys, "plot", "--workdir", tmp_path)
+
+
+def test_help_is_quick_and_without_jax():
+    script = "import sys; from switch_jax.cli import main\ntry: main(['--help'])\nfinally:"
+    script += " assert not {'jax', 'numpy', 'ml_collections'} & set(sys.modules)"
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert time.perf_counter() - began < 2  # a second alone; the test machine is busy
+
+
+def test_inspect_json_is_one_object(config, capsys):
+    assert main(["inspect", "--json", "--config", str(config)]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert {"params", "params_by_group", "flops_per_sequence", "state_bytes"} <= summary.keys()
+    assert {"stack", "layer", "capacity", "slots_per_token"} <= summary["moe"][0].keys()
+
+
+def test_eval_generate_plot_and_peek(config, workdir, capsys):
+    assert main(["eval", "--workdir", str(workdir), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["neg_log_perplexity"] == -metrics["cross_entropy"]
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert metrics["cross_entropy"] == pytest.approx(logged[-1]["cross_entropy"], rel=1e-6)
+
+    text = ["--text", "import ___ as np", "--max_length", "4"]
+    assert main(["generate", "--workdir", str(workdir), *text]) == 0
+    filled = capsys.readouterr().out
+    assert filled.startswith("import ") and filled.endswith(" as np\n") and "extra_id" not in filled
+
+    assert main(["plot", "--workdir", str(workdir)]) == 0
+    assert {path.name for path in (workdir / "figures").iterdir()} == {"loss.png", "router.png"}
+
+    assert main(["data", "peek", "--config", str(config), "--count", "1"]) == 0
+    assert "<extra_id_0>" in capsys.readouterr().out
+
+
+def test_bench_reports_both_models(config, capsys):
+    arguments = ["bench", "--json", "--repeats", "1", "--config", str(config)]
+    small = {
+        "model.num_encoder_layers": 1,
+        "model.num_decoder_layers": 1,
+        "moe.every": 1,
+        "optimizer.name": "sgd",
+    }
+    assert main([*arguments, *(f"--config.{key}={value}" for key, value in small.items())]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for part in ("train_step", "forward", "layer"):
+        assert result[part]["ratio"] > 0
+        assert result[part]["sparse"]["seconds"] > 0
+    assert result["train_step"]["sparse"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("reader", ["store", "synthetic"])
+def test_trains_without_tensorflow(config, tmp_path, reader):
+    command = ["train", "--config", str(config), "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            BLOCKED,
+            *command,
+            f"--config.data.reader={reader}",
+            *TRAIN_ONE_STEP,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "1").exists()
+
+
+def test_seqio_reader_without_tensorflow_says_what_to_install(config, tmp_path):
+    command = ["train", "--config", str(config), "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *command, "--config.data.reader=seqio"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and 'pip install "switch_jax[data]"' in done.stderr

@@ -1,0 +1,274 @@
+"""Every token once, the same rows anywhere."""
+
+import numpy as np
+import pytest
+
+from switch_jax.config.schema import Config, DataConfig, ModelConfig
+from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data.batch import FEATURES, PACKED_FEATURES, ProcessRows, feature_shapes
+from switch_jax.data.peek import examples_text
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.source import SPLITS
+from switch_jax.data.span_corruption import corrupted_lengths, span_lengths
+from switch_jax.data.token_store.open import open_store
+from switch_jax.data.token_store.sequence_packing import plan_rows
+from switch_jax.data.vocabulary import EOS
+from switch_jax.errors import UserError
+from tests.support import runs
+from tests.support.configs import share
+
+SIZE = 900
+
+
+@pytest.fixture(scope="module")
+def texts():
+    documents = [document.text for document in python_documents()]
+    # Short and long ones, so that packing has something to do.
+    short = [text[: 40 + 17 * i] for i, text in enumerate(documents[12:30])]
+    return {"train": documents[:12] + short, "validation": documents[40:41]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text(tmp_path_factory, texts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        mixture = runs.write_text(tmp_path_factory.mktemp("text"), **texts)
+        patch.setattr(runs, "TEXT", mixture, raising=False)
+        yield
+
+
+def config(**data):
+    defaults = dict(mixture=runs.TEXT, inputs_length=64, targets_length=20, batch_size=8, seed=3)
+    return Config(model=ModelConfig(vocab_size=SIZE), data=DataConfig(**(defaults | data)))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def stored(split="train"):
+    """The tokens of a split."""
+    return open_store(config().data, open_vocabulary(config())).tokens("text", split)
+
+
+def whole(tokens):
+    return tokens.take(np.zeros(1, int), len(tokens))[0]
+
+
+def uncorrupted(inputs, targets):
+    """The tokens of one corrupted sequence, sentinels resolved and EOS removed."""
+    first = open_vocabulary(config()).sentinel(0)
+    assert inputs[-1] == targets[-1] == EOS
+    cuts, current = {}, None
+    for token in targets[:-1]:
+        if token > first - 100:
+            current = cuts[token] = []
+        else:
+            current.append(token)
+    return [t for i in inputs[:-1] for t in cuts.get(i, [i])]
+
+
+def joined_rows(batch):
+    for row in range(len(batch["encoder_input_tokens"])):
+        inputs = batch["encoder_input_tokens"][row]
+        targets = batch["decoder_target_tokens"][row][batch["decoder_loss_weights"][row] > 0]
+        yield uncorrupted(inputs[inputs > 0].tolist(), targets.tolist())
+
+
+def packed_segments(batch):
+    for row in range(len(batch["encoder_input_tokens"])):
+        for segment in range(1, batch["encoder_segment_ids"][row].max() + 1):
+            inputs = batch["encoder_input_tokens"][row][
+                batch["encoder_segment_ids"][row] == segment
+            ]
+            targets = batch["decoder_target_tokens"][row][
+                batch["decoder_segment_ids"][row] == segment
+            ]
+            yield uncorrupted(inputs.tolist(), targets.tolist())
+
+
+def test_the_store_holds_every_document(texts):
+    vocabulary = open_vocabulary(config())
+    for split in SPLITS:
+        opened = stored(split)
+        for i, text in enumerate(texts[split]):
+            ids = whole(opened)[opened.offsets[i] : opened.offsets[i + 1]]
+            assert ids.dtype == np.uint16 and ids.tolist() == vocabulary.encode(text)
+        assert len(opened.offsets) == len(texts[split]) + 1
+
+
+@pytest.mark.parametrize("reader", ["store", "synthetic"])
+def test_runs_with_other_seeds_train_on_other_rows_and_are_validated_on_the_same(reader):
+    train, validation = (
+        [next(open_batches(config(reader=reader, seed=seed), split)) for seed in (1, 2)]
+        for split in ("train", "validation")
+    )
+    assert same(*validation) and not same(*train)
+
+
+@pytest.mark.parametrize("reader", ["store", "synthetic"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_batches_keep_the_contract(reader, pack):
+    c = config(reader=reader, pack=pack, targets_length=30, batch_size=200)
+    batch = next(open_batches(c, "train"))
+    assert set(batch) == set(FEATURES + (PACKED_FEATURES if pack else ()))
+    for name, (shape, dtype) in feature_shapes(c).items():
+        assert batch[name].shape == shape and batch[name].dtype == dtype, name
+    targets, inputs = batch["decoder_target_tokens"], batch["decoder_input_tokens"]
+    starts = batch["decoder_positions"] == 0 if pack else np.arange(targets.shape[1]) == 0
+    shifted = np.roll(targets, 1, axis=1)
+    assert (inputs == np.where(starts, 0, shifted))[batch["decoder_loss_weights"] > 0].all()
+    assert set(np.unique(batch["decoder_loss_weights"])) <= {0, 1}
+    assert all(batch[name].max() < SIZE for name in FEATURES)
+
+
+def test_synthetic_batches_have_no_padding_and_two_segments():
+    batch = next(open_batches(config(reader="synthetic", pack=True), "train"))
+    assert batch["encoder_input_tokens"].min() > 0 and batch["decoder_loss_weights"].min() == 1
+    for stack in ("encoder", "decoder"):
+        assert (np.unique(batch[f"{stack}_segment_ids"]) == [1, 2]).all()
+        assert ((batch[f"{stack}_positions"] == 0).sum(1) == 2).all()
+    assert len(np.unique(batch["encoder_input_tokens"], axis=0)) == 8
+
+
+def test_every_chunk_comes_once_an_epoch_in_another_order():
+    tokens = whole(stored())
+    length = span_lengths(64, 20).tokens
+    chunks = len(tokens) // length
+    it = open_batches(config(batch_size=chunks), "train")
+    expected = sorted(map(tuple, tokens[: chunks * length].reshape(chunks, length).tolist()))
+    epochs = [[tuple(row) for row in joined_rows(next(it))] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == expected
+    assert sum(a == b for a, b in zip(*epochs)) < 10
+
+
+def test_an_epoch_corrupts_anew():
+    chunks = len(stored()) // span_lengths(64, 20).tokens
+    it = open_batches(config(batch_size=chunks), "train")
+    first, second = (set(map(tuple, next(it)["encoder_input_tokens"].tolist())) for _ in range(2))
+    assert len(first & second) < 0.05 * chunks
+
+
+@pytest.mark.parametrize("reader", ["store", "synthetic"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_processes_share_the_same_global_batch(reader, pack):
+    c = config(reader=reader, pack=pack)
+    alone = open_batches(c, "train")
+    together = [open_batches(c, "train", share(p, 4)) for p in range(4)]
+    for _ in range(3):
+        batch, parts = next(alone), [next(it) for it in together]
+        assert same(batch, {name: np.concatenate([p[name] for p in parts]) for name in batch})
+
+
+def test_a_feed_need_not_be_neighbours():
+    batch = next(open_batches(config(), "train"))
+    part = next(open_batches(config(), "train", ProcessRows(4, (1, 3), 1, 2)))
+    assert same(part, {name: rows[[2, 3, 6, 7]] for name, rows in batch.items()})
+
+
+@pytest.mark.parametrize("reader", ["store", "synthetic"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_position_is_restored_exactly_with_any_number_of_processes(tmp_path, reader, pack):
+    c = config(reader=reader, pack=pack)
+    writers = [open_batches(c, "train", share(p, 2)) for p in range(2)]
+    for it in writers:
+        for _ in range(37):  # into another epoch
+            next(it)
+        it.save(tmp_path / "it")
+    assert [p.name for p in (tmp_path / "it").iterdir()] == ["position.json"]
+    expected = [[next(it) for it in writers] for _ in range(3)]
+    one = open_batches(c, "train")
+    one.restore(tmp_path / "it")
+    for parts in expected:
+        batch = next(one)
+        assert same(batch, {name: np.concatenate([p[name] for p in parts]) for name in batch})
+
+
+def test_positions_in_other_data_are_refused(tmp_path):
+    with pytest.raises(OSError):
+        open_batches(config(), "train").restore(tmp_path)
+    open_batches(config(), "validation").save(tmp_path)
+    with pytest.raises(UserError, match="belongs to other text"):
+        open_batches(config(), "train").restore(tmp_path)
+    (tmp_path / "position.json").write_text("{")
+    with pytest.raises(ValueError):
+        open_batches(config(), "train").restore(tmp_path)
+
+
+@pytest.mark.parametrize("targets_length", [14, 45])
+def test_packing_loses_nothing_and_keeps_documents_apart(targets_length):
+    opened, tokens, length = stored(), whole(stored()), span_lengths(64, 20).tokens
+    pieces = [
+        tuple(tokens[i : min(i + length, end)].tolist())
+        for begin, end in zip(opened.offsets, opened.offsets[1:])
+        for i in range(begin, end, length)
+    ]
+    plan = plan_rows(opened.offsets, 64, targets_length)
+    rows = len(plan.row_offsets) - 1
+    assert rows < len(pieces)
+    batch = next(
+        open_batches(config(pack=True, targets_length=targets_length, batch_size=rows), "train")
+    )
+    assert sorted(tuple(s) for s in packed_segments(batch)) == sorted(pieces)
+    for stack, name in (
+        ("encoder", "encoder_input_tokens"),
+        ("decoder", "decoder_target_tokens"),
+    ):
+        ids, positions = batch[f"{stack}_segment_ids"], batch[f"{stack}_positions"]
+        for row in range(rows):
+            used = np.count_nonzero(ids[row])
+            assert (np.isin(np.diff(ids[row][:used]), [0, 1])).all() and ids[row][0] == 1
+            assert not ids[row][used:].any() and not positions[row][used:].any()
+            assert not batch[name][row][used:].any()
+            for segment in range(1, ids[row].max() + 1):
+                inside = positions[row][ids[row] == segment]
+                assert (inside == np.arange(len(inside))).all()
+    assert (batch["encoder_segment_ids"].max(1) == batch["decoder_segment_ids"].max(1)).all()
+    assert ((batch["decoder_segment_ids"] > 0) == (batch["decoder_loss_weights"] > 0)).all()
+    assert batch["encoder_segment_ids"].max() > 2
+
+
+def test_longer_targets_are_padding_without_weight():
+    batch = next(open_batches(config(targets_length=33), "train"))
+    needed = span_lengths(64, 33).targets
+    assert (batch["decoder_loss_weights"] == (np.arange(33) < needed)).all()
+    assert not batch["decoder_target_tokens"][:, needed:].any()
+
+
+def test_a_split_smaller_than_a_batch_is_repeated():
+    assert len(stored("validation")) < 300 * 64
+    batch = next(open_batches(config(batch_size=300), "validation"))
+    rows = list(map(tuple, joined_rows(batch)))
+    assert len(rows) == 300 > len(set(rows)) > 1
+
+
+@pytest.mark.parametrize("data", [dict(targets_length=13), dict(inputs_length=2)])
+def test_lengths_that_do_not_fit_are_refused(data):
+    with pytest.raises(UserError, match=r"data\.(targets|inputs)_length"):
+        open_batches(config(**data), "train")
+
+
+def test_a_split_shorter_than_a_row_is_one_short_row():
+    longer = len(stored("validation")) + 100
+    long = config(inputs_length=longer, targets_length=longer, batch_size=2)
+    batch = next(open_batches(long, "validation"))
+    lengths = corrupted_lengths(len(stored("validation")))
+    assert ((batch["encoder_input_tokens"] > 0).sum(1) == lengths.inputs).all()
+    assert (batch["decoder_loss_weights"].sum(1) == lengths.targets).all()
+    assert (batch["encoder_input_tokens"][0] != batch["encoder_input_tokens"][1]).any()
+
+
+def test_processes_must_divide_the_batch():
+    for reader in ("store", "synthetic"):
+        with pytest.raises(UserError, match=r"data\.batch_size=8 .* 3 parts"):
+            open_batches(config(reader=reader), "train", share(0, 3))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_peek_shows_text_padding_and_speed(pack, monkeypatch):
+    monkeypatch.setattr("switch_jax.data.peek._TIMED_SECONDS", 0.01)
+    text = examples_text(config(pack=pack, batch_size=2), 3)
+    assert "text, example 3" in text and "example 4" not in text
+    assert "<extra_id_0>" in text and "tokens per second" in text
+    assert "Padding: 0.0% of the inputs" in text or pack
+    assert ("inputs 1" in text) == pack

@@ -1,0 +1,223 @@
+"""The same examples from every kind of file, and one's own."""
+
+import json
+
+import numpy as np
+import pytest
+
+from switch_jax.config.schema import Config, DataConfig, ModelConfig
+from switch_jax.data import open_batches, open_each, open_examples
+from switch_jax.data.catalog import find_source, source_name
+from switch_jax.data.finetuning.tasks import TASKS, custom_task
+from switch_jax.data.sources.bad_records import BadRecords
+from switch_jax.data.sources.record_files import read_records
+from switch_jax.errors import UserError
+from tests.support import tasks as miniature
+
+# Of every shape that records have: labels, floats, lists, and fields within fields.
+SHAPES = (
+    *("glue.cola", "glue.stsb", "super_glue.multirc", "super_glue.record", "super_glue.wsc"),
+    *("super_glue.dpr", "squad", "xsum", "winogrande.xs", "closed_book.trivia_qa"),
+)
+
+
+def records_of(task):
+    rng = np.random.default_rng(0)
+    names = {rows.split for rows in task.splits.values()}
+    return {name: [miniature.record(task, rng) for _ in range(5)] for name in sorted(names)}
+
+
+def examples(spec, data_dir, split):
+    [source] = find_source(spec, str(data_dir))
+    return list(source.examples(split, BadRecords("error")))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_examples_are_the_same_from_tfds_and_from_every_file(name, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("pyarrow")
+    task = TASKS[name]
+    splits = records_of(task)
+    miniature.write_tfds(tmp_path / "tfds", task, splits)
+    writers = {
+        "jsonl": miniature.write_jsonl,
+        "tsv": miniature.write_tsv,
+        "parquet": miniature.write_parquet,
+    }
+    for suffix, write in writers.items():
+        for split, of in splits.items():
+            write(tmp_path / suffix / task.dataset / f"{split}.{suffix}", of)
+    for split in set(task.splits) - {"test"}:
+        rows = task.splits[split]
+        expected = [
+            example
+            for record in splits[rows.split][rows.begin : rows.end]
+            for example in task.format(record, split == "train")
+        ]
+        assert expected or rows.begin
+        prepared = examples(name, tmp_path / "tfds", split)
+        assert len(prepared) == len(expected)
+        # TFDS shuffles what it prepares.
+        assert sorted(map(repr, prepared)) == sorted(map(repr, expected))
+        for suffix in writers:
+            assert examples(name, tmp_path / suffix, split) == expected, suffix
+
+
+def config(mixture, data_dir=None, **data):
+    data = {"inputs_length": 48, "targets_length": 12, "batch_size": 4, **data}
+    return Config(
+        model=ModelConfig(vocab_size=384),
+        data=DataConfig(mixture=mixture, data_dir=data_dir, vocabulary="bytes", **data),
+    )
+
+
+def pairs(count, begin=0):
+    numbers = range(begin, begin + count)
+    return [{"inputs": f"say {i} twice", "targets": f"{i} {i}"} for i in numbers]
+
+
+def texts(batch):
+    """Inputs and targets of the rows of a batch; bytes are ids from 3, and 1 ends a text."""
+    for row in zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"]):
+        ended = [tokens[: list(tokens).index(1)] - 3 for tokens in row]
+        yield tuple(bytes(tokens.astype(np.uint8)).decode() for tokens in ended)
+
+
+@pytest.mark.parametrize("reader", ["store", "seqio"])
+def test_ones_own_pairs_are_read_as_they_are(tmp_path, reader):
+    if reader == "seqio":
+        pytest.importorskip("seqio")
+    miniature.write_tsv(tmp_path / "twice" / "train.tsv", pairs(8))
+    miniature.write_tsv(tmp_path / "twice" / "validation.tsv", pairs(3, begin=8))
+    spec = config(f"pairs:{tmp_path}/twice/{{split}}.tsv", reader=reader)
+    assert open_examples(spec) == {
+        "pairs.twice": [{**pair, "answer": pair["targets"]} for pair in pairs(3, begin=8)]
+    }
+
+    # seqio shuffles one epoch into the next.
+    batches, count = open_batches(spec, "train"), 2 if reader == "store" else 32
+    seen = [pair for _ in range(count) for pair in texts(next(batches))]
+    assert set(seen) == {tuple(pair.values()) for pair in pairs(8)}
+    [(name, validation)] = open_each(spec, "validation").items()
+    assert name == "pairs.twice"
+    assert set(texts(next(validation))) == {tuple(p.values()) for p in pairs(3, begin=8)}
+
+
+def test_a_packed_and_a_streamed_task_have_the_same_rows(tmp_path):
+    pytest.importorskip("seqio")
+    for split, of in records_of(TASKS["glue.rte"]).items():
+        miniature.write_jsonl(tmp_path / "glue" / "rte" / f"{split}.jsonl", of)
+    rows = {}
+    for reader in ("store", "seqio"):
+        batches = open_batches(config("glue.rte", str(tmp_path), reader=reader), "train")
+        both = ("encoder_input_tokens", "decoder_target_tokens")
+        drawn = [next(batches) for _ in range(16)]
+        rows[reader] = {
+            repr([b[name][i].tolist() for name in both]) for b in drawn for i in range(4)
+        }
+    assert rows["store"] == rows["seqio"] and len(rows["store"]) == 5
+    # Inputs are longer than the rows, and end with an EOS all the same.
+    assert all(b["encoder_input_tokens"][:, -1].tolist() == [1] * 4 for b in drawn)
+
+
+def test_without_a_split_in_the_name_some_pairs_are_held_out(tmp_path):
+    miniature.write_jsonl(tmp_path / "all.jsonl", pairs(1000))
+    spec = f"pairs:{tmp_path}/all.jsonl"
+    train, held_out = (examples(spec, "", split) for split in ("train", "validation"))
+    assert 2 <= len(held_out) <= 25 and len(train) + len(held_out) == 1000
+    assert not set(train) & set(held_out)
+
+
+def test_a_data_set_that_is_missing_is_told_with_how_to_get_it(tmp_path):
+    (tmp_path / "glue" / "cola").mkdir(parents=True)
+    miniature.write_jsonl(tmp_path / "glue" / "cola" / "train.jsonl", [])
+    with pytest.raises(
+        UserError, match=r"validation split of glue\.cola .* `tfds build glue/cola`"
+    ):
+        open_batches(config("glue.cola", str(tmp_path)), "train")
+    with pytest.raises(UserError, match=r"no file matches .*nowhere"):
+        open_batches(config("pairs:/nowhere/{split}.jsonl"), "train")
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ('{"sentence": "It is.", "label": 2}', r"glue\.cola: the label 2 is none of its classes"),
+        ('{"sentence": "It is.", "label": "good"}', r"label 'good' is none of its classes"),
+        ('{"text": "It is.", "label": 1}', r"record 1 lacks the field 'sentence'; add it"),
+        ('{"sentence": 3, "label": 1}', r"the field 'sentence' is 3 and must be str"),
+        ('{"sentence": "It is.", "label": 0.5}', r"is 0.5 and must be int \| str; correct it"),
+    ],
+)
+def test_records_that_are_wrong_are_named(tmp_path, line, sentence):
+    for split in ("train", "validation"):
+        path = tmp_path / "glue" / "cola" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line + "\n")
+    with pytest.raises(UserError, match=sentence):
+        open_batches(config("glue.cola", str(tmp_path)), "train")
+
+
+def test_lines_that_cannot_be_read_are_left_out_or_refused(tmp_path):
+    lines = [json.dumps(pair) for pair in pairs(4)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join([*lines, '{"inputs": "cut sh']) + "\n")
+    spec = f"pairs:{tmp_path}/{{split}}.jsonl"
+    with pytest.raises(UserError, match=r"train\.jsonl, line 5"):
+        open_batches(config(spec, on_bad_record="error"), "train")
+    assert len(open_examples(config(spec))[source_name(spec)]) == 4
+
+
+@pytest.mark.parametrize("label", ["true", "1", "1.0", '"1"', '"acceptable"'])
+def test_labels_are_as_tables_and_json_have_them(tmp_path, label):
+    path = tmp_path / "cola.jsonl"
+    path.write_text(
+        f'{{"sentence": "It is.", "label": {label}}}\n{{"sentence": "", "label": null}}'
+    )
+    task = TASKS["glue.cola"]
+    known, unknown = read_records(str(path), task.schema, BadRecords("error"))
+    assert task.format(known, True)[0].answer == "acceptable"
+    assert task.format(unknown, True)[0].answer is None
+
+
+def test_a_list_that_is_no_json_is_told(tmp_path):
+    path = tmp_path / "web.csv"
+    path.write_text("question,answers\nWho?,\"['a', 'b']\"\n")
+    with pytest.raises(
+        UserError, match=r"'answers' is \"\['a', 'b'\]\" and must be a list, as in JSON"
+    ):
+        list(read_records(str(path), TASKS["closed_book.web_questions"].schema, BadRecords("skip")))
+
+
+def test_long_texts_and_halves_of_characters(tmp_path):
+    long = [{"inputs": "x" * 200_000, "targets": "1"}, {"inputs": "y", "targets": "2"}]
+    miniature.write_tsv(tmp_path / "long.tsv", long)
+    schema, bad = custom_task("pairs.x").schema, BadRecords("skip")
+    assert list(read_records(str(tmp_path / "long.tsv"), schema, bad)) == long
+    (tmp_path / "half.jsonl").write_text(
+        '{"inputs": "\\ud83d", "targets": "1"}\n{"inputs": "\\ud83d\\ude00", "targets": "2"}\n'
+    )
+    [kept] = read_records(str(tmp_path / "half.jsonl"), schema, bad)
+    assert kept == {"inputs": "😀", "targets": "2"} and sum(bad.counts.values()) == 1
+
+
+def test_a_split_in_two_formats_is_refused_and_other_files_are_left_alone(tmp_path):
+    folder = tmp_path / "glue" / "rte"
+    of = records_of(TASKS["glue.rte"])
+    for split in ("train", "validation"):
+        miniature.write_jsonl(folder / f"{split}.jsonl", of[split])
+        miniature.write_jsonl(folder / f"{split}_old.jsonl", of[split])
+    assert len(examples("glue.rte", tmp_path, "train")) == 5
+    miniature.write_tsv(folder / "train.tsv", of["train"])
+    with pytest.raises(UserError, match=r"train split of glue\.rte is in .* as jsonl and as tsv"):
+        examples("glue.rte", tmp_path, "train")
+
+
+def test_own_pairs_are_called_after_their_files():
+    assert source_name("pairs:/data/my-task/{split}.jsonl") == "pairs.my_task"
+    assert custom_task("pairs.my_task").num_examples is None

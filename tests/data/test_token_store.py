@@ -1,0 +1,311 @@
+"""The same files however they are made, and told damage."""
+
+import fcntl
+import gzip
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from switch_jax.config.schema import Config, DataConfig, ModelConfig
+from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.token_store import open
+from switch_jax.data.token_store.build import build_token_store
+from switch_jax.data.token_store.open import open_store
+from switch_jax.data.token_store.store import TokenStore
+from switch_jax.data.vocabulary import ByteVocabulary
+from switch_jax.errors import UserError
+from tests.support import runs
+
+SIZE = 900
+SHARDS = 12
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Text in several shards: every file is one."""
+    folder = tmp_path_factory.mktemp("text")
+    texts = [document.text for document in python_documents()]
+    for i in range(SHARDS):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[i : 60 + i : SHARDS]]
+        with gzip.open(folder / f"train-{i:05d}-of-{SHARDS:05d}.jsonl.gz", "wt") as file:
+            file.writelines(lines)
+    (folder / "validation.jsonl").write_text(json.dumps({"text": texts[100]}) + "\n")
+    return f"{folder}/{{split}}*.jsonl*"
+
+
+@pytest.fixture(autouse=True)
+def one_file_a_shard(monkeypatch):
+    monkeypatch.setattr("switch_jax.data.sources._SHARD_BYTES", 1)
+
+
+@pytest.fixture(scope="module")
+def words(mixture, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        config = Config(model=ModelConfig(vocab_size=SIZE), data=DataConfig(mixture=mixture))
+        return open_vocabulary(config)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_the_files_do_not_depend_on_who_writes_them(mixture, words, tmp_path):
+    data = DataConfig(mixture=mixture)
+    manifest = build_token_store(data, words, tmp_path / "one", workers=1)
+    build_token_store(data, words, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    train = next(iter(manifest["sources"].values()))["train"]
+    assert len(train["shards"]) == SHARDS and train["documents"] == 60 and not train["left_out"]
+    before = contents(tmp_path / "one")
+    assert build_token_store(data, words, tmp_path / "one", workers=1) == manifest  # done already
+    assert contents(tmp_path / "one") == before
+
+
+def test_rows_run_across_shards(mixture, words, tmp_path):
+    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+    opened = TokenStore(tmp_path / "store")
+    (name,) = opened.documents()
+    tokens = opened.tokens(name, "train")
+    folder = tmp_path / "store" / name / "train"
+    whole = np.concatenate(
+        [np.fromfile(folder / f"{i:05d}.tokens", np.uint16) for i in range(SHARDS)]
+    )
+    assert len(tokens) == len(whole)
+    rng = np.random.default_rng(0)
+    for length in (1, 50, len(whole) // 3, len(whole)):
+        starts = rng.integers(0, len(whole) - length + 1, 40)
+        expected = whole[starts[:, None] + np.arange(length)]
+        assert (tokens.take(starts, length) == expected).all()
+    documents = [np.load(folder / f"{i:05d}.offsets.npy") for i in range(SHARDS)]
+    lengths = np.concatenate([np.diff(offsets) for offsets in documents])
+    assert (np.diff(tokens.offsets) == lengths).all() and tokens.offsets[-1] == len(whole)
+
+
+# `switch-jax` whose shards are the files, and which does two of them and then waits.
+STALLING = """
+import sys, time
+from switch_jax.cli import main
+from switch_jax.data.sources import source
+from switch_jax.data.token_store import build
+
+def stalling(task, action, real=build._tokenise, done=[]):
+    if len(done) == 2:
+        time.sleep(600)
+    done.append(task)
+    return real(task, action)
+
+source._SHARD_BYTES = 1
+if sys.argv.pop(1) == "stall":
+    build._tokenise = stalling
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_killed_and_continued_gives_the_same_files(mixture, words, tmp_path):
+    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "whole", workers=1)
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from switch_jax.config import defaults\n"
+        "def get_config(arg=''):\n"
+        "    config = defaults()\n"
+        f"    config.model.vocab_size = {SIZE}\n"
+        f"    config.data.update(mixture={mixture!r}, vocabulary={words.name!r})\n"
+        "    return config\n"
+    )
+    output = tmp_path / "killed"
+    arguments = ("data", "pack", "--config", config, "--output", output, "--workers", 1)
+    for number, done in ((signal.SIGKILL, 2), (signal.SIGINT, 4)):
+        process = runs.start("stall", *arguments, program=("-c", STALLING))
+        while len(list(output.rglob("0*.json"))) < done:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate()
+        assert process.returncode == (130 if number == signal.SIGINT else -number), err
+    assert "same command continues" in out
+    done = [path for path in output.rglob("*.tokens") if path.with_suffix(".json").exists()]
+    when = {path: path.stat().st_mtime_ns for path in done}
+    assert len(when) == 4 < len(list((tmp_path / "whole").rglob("*.tokens")))
+    out, _ = runs.run("go", *arguments, program=("-c", STALLING))
+    assert {path: path.stat().st_mtime_ns for path in done} == when
+    assert contents(output) == contents(tmp_path / "whole")
+    assert "data.data_dir=" in out
+
+
+def test_what_is_in_the_way_is_left_alone(mixture, words, tmp_path):
+    data = DataConfig(mixture=mixture)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="is no packed text; choose another --output"):
+        build_token_store(data, words, tmp_path / "mine", workers=1)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    build_token_store(data, words, tmp_path / "store", workers=1)
+    with pytest.raises(UserError, match="holds other packed text"):
+        build_token_store(
+            DataConfig(mixture=mixture), ByteVocabulary(), tmp_path / "store", workers=1
+        )
+    (tmp_path / "store" / "manifest.json").unlink()
+    (tmp_path / "store" / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="incomplete pack of other text"):
+        build_token_store(data, words, tmp_path / "store", workers=1)
+
+
+def test_of_two_packs_one_is_refused(mixture, words, tmp_path):
+    (tmp_path / "store").mkdir()
+    with open(tmp_path / "store" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another process packs into"):
+            build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+    assert not (tmp_path / "store" / ".lock").exists()
+
+
+WORKERS = """
+import sys
+from pathlib import Path
+from switch_jax.config import DataConfig
+from switch_jax.data.sources import source
+from switch_jax.data.token_store.build import build_token_store
+from switch_jax.data.vocabulary import ByteVocabulary
+
+def main():
+    source._SHARD_BYTES = 1
+    data = DataConfig(mixture=sys.argv[1])
+    build_token_store(data, ByteVocabulary(), Path(sys.argv[2]), workers=2)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text("some words of text " * 200_000)
+    (tmp_path / "workers.py").write_text(WORKERS)
+    arguments = (f"{tmp_path}/*.txt", tmp_path / "store")
+    process = runs.start(*arguments, program=(str(tmp_path / "workers.py"),))
+    while len(list(tmp_path.rglob("*.tokens"))) < 1:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    time.sleep(2)
+    before = len(list(tmp_path.rglob("*.tokens")))
+    time.sleep(2)
+    assert len(list(tmp_path.rglob("*.tokens"))) == before < 40
+
+
+def test_changed_text_is_packed_anew(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
+    opened = []
+    for letter in "ab":
+        (tmp_path / "mine.txt").write_text("\n\n".join([f"{letter} word {i}" for i in range(400)]))
+        os.utime(tmp_path / "mine.txt", (ord(letter), ord(letter)))
+        data = DataConfig(mixture=str(tmp_path / "mine.txt"))
+        opened.append(open_store(data, words).fingerprint("mine", "train"))
+    assert opened[0] != opened[1]
+
+
+def test_records_of_a_source_without_validation_are_counted_once(words, tmp_path):
+    lines = [json.dumps({"text": f"text {i}"}) for i in range(300)]
+    (tmp_path / "mine.jsonl").write_text("\n".join([*lines, "{", "{"]))
+    data = DataConfig(mixture=str(tmp_path / "mine.jsonl"))
+    manifest = build_token_store(data, words, tmp_path / "store", workers=1)
+    assert manifest["left_out"] == {"not a JSON object": 2}
+
+
+def test_bad_records_are_counted_in_the_manifest_and_said(words, tmp_path, capfd):
+    good = [document.text[:300] for document in python_documents()[:20]]
+    lines = [json.dumps({"text": text}) for text in good]
+    lines[3:3] = ['{"no": 1}', '{"text": "  "}', "{"]
+    (tmp_path / "part-00000-of-00003.jsonl").write_text("\n".join(lines))
+    compressed = gzip.compress("\n".join(lines).encode())
+    (tmp_path / "part-00002-of-00003.jsonl.gz").write_bytes(compressed[: len(compressed) // 2])
+    data = DataConfig(mixture=f"{tmp_path}/part-*")
+    manifest = build_token_store(data, words, tmp_path / "store", workers=2)
+    told = capfd.readouterr().err
+    assert told.count("left out") == 1
+    assert set(manifest["left_out"]) == {
+        *("empty", "not a JSON object", "without a text", "cut short or damaged"),
+        "missing or unreadable",
+    }
+    assert "part-00001-of-00003" in told and "part-00000-of-00003.jsonl, line 4" in told
+    tokens = TokenStore(tmp_path / "store").documents()["part"]
+    assert 20 <= tokens < 40
+    with pytest.raises(UserError, match=r"set data\.on_bad_record=skip"):
+        strict = DataConfig(mixture=f"{tmp_path}/part-*", on_bad_record="error")
+        build_token_store(strict, words, tmp_path / "strict", workers=2)
+
+
+@pytest.fixture
+def packed(mixture, words, tmp_path):
+    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+    return tmp_path / "store"
+
+
+def config(packed, **data):
+    defaults = dict(mixture="text0", inputs_length=64, targets_length=20, batch_size=8)
+    defaults["mixture"] = next(iter(json.loads((packed / "manifest.json").read_text())["sources"]))
+    settings = defaults | {"data_dir": str(packed)} | data
+    return Config(model=ModelConfig(vocab_size=SIZE), data=DataConfig(**settings))
+
+
+def test_damage_is_told(packed):
+    folder = packed / config(packed).data.mixture / "train"
+    tokens = folder / "00003.tokens"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-2])
+    with pytest.raises(UserError, match=r"00003\.tokens' is damaged"):
+        open_batches(config(packed), "train")
+    tokens.write_bytes(whole)
+    next(open_batches(config(packed), "train"))
+    manifest = (packed / "manifest.json").read_text()
+    for wrong in ("{", json.dumps(json.loads(manifest) | {"format": 99})):
+        (packed / "manifest.json").write_text(wrong)
+        with pytest.raises(UserError, match="is damaged; delete the folder"):
+            open_batches(Config(data=DataConfig(data_dir=str(packed), vocabulary="bytes")), "train")
+
+
+def test_a_named_store_must_be_there_and_of_the_vocabulary(packed, tmp_path):
+    with pytest.raises(UserError, match=r"'text'.* is not known|names text"):
+        open_batches(config(packed, mixture="text"), "train")
+    with pytest.raises(UserError, match="packed with another vocabulary than 'bytes'"):
+        open_batches(config(packed, vocabulary="bytes"), "train")
+    with pytest.raises(UserError, match=r"no/such.*does not exist"):
+        open_batches(config(packed, data_dir="/no/such"), "train")
+
+
+def test_too_much_text_is_not_packed_unasked(mixture, words, monkeypatch):
+    monkeypatch.setattr(open, "_PACKED_UNASKED", 1000)
+    with pytest.raises(UserError, match=r"GiB of text; pack it once with `switch-jax data pack`"):
+        open_store(DataConfig(mixture=mixture), words)
+
+
+def test_only_the_sources_of_the_mixture_are_read(words, tmp_path):
+    parts = []
+    for name, text in (("a", "aaaa "), ("b", "bbbb ")):
+        runs.write_text(tmp_path / name, train=[text * 40] * 30, validation=[text * 40])
+        parts.append(f"{tmp_path}/{name}/{{split}}.jsonl")
+        for split in ("train", "validation"):
+            os.rename(tmp_path / name / f"text-{split}.jsonl", tmp_path / name / f"{split}.jsonl")
+    build_token_store(DataConfig(mixture=",".join(parts)), words, tmp_path / "store", workers=1)
+    settings = Config(
+        model=ModelConfig(vocab_size=SIZE),
+        data=DataConfig(
+            mixture="b", data_dir=str(tmp_path / "store"), inputs_length=32, targets_length=11
+        ),
+    )
+    ids = next(open_batches(settings, "train"))["encoder_input_tokens"]
+    text = re.sub(r"<extra_id_\d+>", "", words.decode(ids[0]))
+    assert "b" in text and set(text) <= set("b ")
+    assert Path(tmp_path / "store" / "a" / "train" / "00000.tokens").is_file()

@@ -1,0 +1,207 @@
+"""Meshes that divide, and errors that say what would."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from switch_jax.config.schema import MeshConfig
+from switch_jax.distributed.mesh import check_mesh, make_mesh, resolve_mesh
+from switch_jax.distributed.sharding import MESH_AXES, RULES, num_batch_shards, partition_spec
+from switch_jax.errors import UserError
+from switch_jax.model.sharded import process_rows
+from switch_jax.training.step import TrainProgram
+from tests.support.configs import tiny
+
+
+def mesh_error(**overrides) -> str:
+    with pytest.raises(UserError) as error:
+        make_mesh(tiny(**overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def number_after(text: str, message: str) -> int:
+    match = re.search(re.escape(text) + r" (\d+)", message)
+    assert match, message
+    return int(match[1])
+
+
+@pytest.mark.parametrize(
+    "mesh, devices, expected",
+    [
+        ({}, 8, (1, 8, 1, 1)),
+        ({"expert": 4}, 8, (1, 2, 4, 1)),
+        ({"data": 2, "expert": -1, "model": 2}, 8, (1, 2, 2, 2)),
+        ({"slice": 2, "expert": 2}, 8, (2, 2, 2, 1)),
+        ({"data": 1, "model": -1}, 6, (1, 1, 1, 6)),
+        ({}, 1, (1, 1, 1, 1)),
+        ({"data": 2, "expert": 2}, 8, (1, 2, 2, 1)),  # fewer than there are
+        ({"expert": 3}, 8, (1, 2, 3, 1)),  # -1 is what fits
+    ],
+)
+def test_resolve(mesh, devices, expected):
+    assert tuple(resolve_mesh(MeshConfig(**mesh), devices).values()) == expected
+
+
+def test_a_product_below_the_device_count_uses_the_first_devices():
+    mesh = make_mesh(tiny(**{"mesh.data": 2, "mesh.expert": 2}))
+    assert mesh.axis_names == MESH_AXES
+    assert list(mesh.devices.flat) == jax.devices()[:4]
+    assert num_batch_shards(mesh) == 4
+
+
+def test_too_many_devices_names_how_many_there_are():
+    message = mesh_error(**{"mesh.data": 4, "mesh.expert": 4})
+    assert "data=4" in message and "expert=4" in message and "16" in message
+    assert number_after("product of mesh.* at most", message) == 8
+
+
+@pytest.mark.parametrize(
+    "axis, size, given, overrides",
+    [
+        ("model", 3, "model.num_heads=2", {}),
+        ("model", 4, "model.d_ff=6", {"model.num_heads": 4, "model.d_ff": 6}),
+        ("model", 4, "model.vocab_size=30", {"model.num_heads": 4, "model.vocab_size": 30}),
+        ("model", 4, "model.d_model=6", {"model.num_heads": 4, "model.d_model": 6}),
+        ("expert", 8, "moe.num_experts=4", {}),
+        (
+            "data",
+            8,
+            "model.d_model=12",
+            {"model.d_model": 12, "mesh.fsdp": True, "data.batch_size": 24},
+        ),
+    ],
+)
+def test_a_size_that_does_not_divide_names_the_key_and_sizes_that_do(axis, size, given, overrides):
+    overrides = {"mesh.data": 1} | overrides
+    message = mesh_error(**(overrides | {f"mesh.{axis}": size}))
+    assert given in message and f"mesh.{axis}={size}" in message
+    offered = re.search(rf"mesh\.{axis} can be ([\d, ]+)\.", message)
+    sizes = [int(number) for number in offered[1].split(",")]
+    assert len(sizes) > 1
+    for works in (size for size in sizes if size <= len(jax.devices())):
+        make_mesh(tiny(**(overrides | {f"mesh.{axis}": works})))
+
+
+def test_long_lists_of_sizes_are_cut():
+    dims = ("num_heads", "d_ff", "d_model", "vocab_size")
+    config = tiny(**{f"model.{name}": 5040 for name in dims})
+    with pytest.raises(UserError, match=r"can be 1, 2, .* …\."):
+        check_mesh(config, {"slice": 1, "data": 1, "expert": 1, "model": 11})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rows_that_do_not_divide_name_a_batch_size_that_does(accumulate):
+    overrides = {"train.accumulate": accumulate, "mesh.data": 4}
+    message = mesh_error(**overrides, **{"data.batch_size": 6})
+    assert "data.batch_size" in message and f"of {6 // accumulate} rows" in message
+    works = number_after("data.batch_size a multiple of", message)
+    assert works == 4 * accumulate
+    make_mesh(tiny(**overrides, **{"data.batch_size": works, "moe.group_size": 8}))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"mesh.data": 8},
+        {"mesh.data": 4, "train.accumulate": 2},
+        {"mesh.data": 4, "data.batch_size": 24},
+        {"mesh.data": 8, "data.inputs_length": 8, "data.targets_length": 16},
+        {"mesh.data": 8, "data.targets_length": 3},
+    ],
+)
+def test_a_group_that_would_span_devices_names_a_group_size_that_does_not(overrides):
+    message = mesh_error(**overrides, **{"moe.group_size": 64})
+    works = number_after("moe.group_size to", message)
+    make_mesh(tiny(**overrides, **{"moe.group_size": works}))
+
+
+def test_a_dense_model_has_no_groups_and_no_experts_to_divide():
+    dense = {"moe.num_experts": 0, "mesh.data": 2, "mesh.expert": 4}
+    make_mesh(tiny(**dense, **{"moe.group_size": 8192}))
+
+
+def test_every_logical_axis_has_a_rule_and_others_raise():
+    assert partition_spec(("layers", "expert", "embed", "mlp")) == P(None, "expert", None, "model")
+    assert partition_spec(("layers", "expert", "embed", "mlp"), fsdp=True) == P(
+        None, "expert", "data", "model"
+    )
+    assert partition_spec(("batch", None)) == P(("slice", "data", "expert"), None)
+    used = {
+        a for rule in RULES.values() for a in ((rule,) if isinstance(rule, str) else rule or ())
+    }
+    assert used == {*MESH_AXES, "fsdp"}
+    with pytest.raises(KeyError, match="embedd"):
+        partition_spec(("vocab", "embedd"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    id: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def feeds(monkeypatch, owners, shape):
+    """What each process feeds to a mesh whose devices belong, in order, to `owners`."""
+    devices = [_Device(i, p) for i, p in enumerate(owners)]
+    used = np.empty(shape, object)
+    used.flat = devices[: used.size]
+    count = max(owners) + 1
+    monkeypatch.setattr(jax, "device_count", lambda: len(owners))
+    monkeypatch.setattr(jax, "local_device_count", lambda: owners.count(0))
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    result = []
+    for process in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        result.append(process_rows(Mesh(used, MESH_AXES)))
+    return result
+
+
+@pytest.mark.parametrize(
+    "owners, shape, held",
+    [
+        ([0, 0, 0, 0], (1, 4, 1, 1), [(0, 1, 2, 3)]),
+        ([0, 0, 1, 1], (1, 2, 2, 1), [(0, 1), (2, 3)]),
+        ([0, 1, 2, 3], (1, 1, 2, 2), [(0,), (0,), (1,), (1,)]),  # `model` across processes
+        ([0, 1], (1, 1, 1, 2), [(0,), (0,)]),
+        ([0, 0, 1, 1], (1, 1, 1, 4), [(0,), (0,)]),
+        ([0, 1, 0, 1], (1, 4, 1, 1), [(0, 2), (1, 3)]),  # as on a TPU, where hosts are squares
+        ([1, 1, 0, 0], (2, 2, 1, 1), [(2, 3), (0, 1)]),
+    ],
+)
+def test_processes_feed_the_rows_that_their_devices_hold(monkeypatch, owners, shape, held):
+    found = feeds(monkeypatch, owners, shape)
+    assert [f.held for f in found] == held
+    different = sorted(set(held))
+    assert [(f.index, f.count) for f in found] == [
+        (different.index(h), len(different)) for h in held
+    ]
+    # One process of each feed saves its position, and their rows are those of the batch.
+    rows = [f.rows(8) for f in found if f.saves]
+    assert sorted(np.concatenate(rows)) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "owners, shape, words",
+    [
+        ([0, 0, 1, 1], (1, 2, 1, 1), "the product of mesh.* 4"),
+        ([0, 0, 1, 1], (1, 3, 1, 1), "the product of mesh.* 4"),
+        ([0, 0, 0, 1, 1, 1], (1, 3, 1, 2), "a divisor or a multiple of 3"),
+    ],
+)
+def test_meshes_that_cut_the_batch_within_processes_are_refused(monkeypatch, owners, shape, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        feeds(monkeypatch, owners, shape)
+
+
+def test_a_host_without_memory_of_its_own_is_refused():
+    config = tiny(**{"optimizer.memory": "host"})
+    with pytest.raises(UserError, match=r"optimizer\.memory=device"):
+        TrainProgram(config, make_mesh(config))

@@ -1,0 +1,103 @@
+"""Every fine-tuning task from files to metrics: trained, evaluated, its predictions written."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from switch_jax.cli.main import main
+from switch_jax.data.finetuning.tasks import TASKS, find_task_or_mixture
+from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.source import SPLITS
+from switch_jax.data.vocabulary_builder import train_vocabulary
+from tests.support import tasks
+from tests.support.paths import CONFIGS
+
+FINETUNE = CONFIGS / "finetune"
+
+# Without a validation split.
+UNSCORED = {"glue.mnli", "super_glue.dpr"}
+UNLABELLED = {"glue.ax", "super_glue.axb", "super_glue.axg"}  # answered all the same
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """All tasks, as JSON lines called after the splits of their data sets."""
+    root = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+    for task in TASKS.values():
+        folder = root / task.dataset
+        folder.mkdir(parents=True, exist_ok=True)
+        for rows in task.splits.values():
+            if rows.begin or rows.end:  # closed-book tasks validate on what is left of training
+                continue
+            lines = [json.dumps(tasks.record(task, rng)) + "\n" for _ in range(8)]
+            (folder / f"{rows.split}.jsonl").write_text("".join(lines))
+    for name in ("natural_questions", "web_questions", "trivia_qa"):
+        task = TASKS[f"closed_book.{name}"]
+        lines = [json.dumps(tasks.record(task, rng)) + "\n" for _ in range(50)]
+        rows = itertools.islice(itertools.cycle(lines), task.num_examples + 4)
+        (root / task.dataset / "train.jsonl").write_text("".join(rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "words.model"
+    train_vocabulary([d.text for d in python_documents()[:20]], path, 900)
+    return path
+
+
+SMALL = [
+    f"--config.{setting}"
+    for setting in (
+        *("model.vocab_size=900", "model.d_model=16", "model.d_ff=32", "model.num_heads=2"),
+        *("model.head_dim=8", "model.num_encoder_layers=2", "model.num_decoder_layers=2"),
+        *("model.dtype=float32", "moe.num_experts=4", "moe.group_size=64", "mesh.data=1"),
+        *("data.inputs_length=64", "data.targets_length=8", "data.batch_size=8"),
+        *("train.steps=20", "train.log_every=10", "train.eval_every=20", "train.eval_batches=1"),
+        "train.checkpoint_every=20",
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "config, method",
+    [
+        ("glue", "generate"),
+        ("superglue", "rank"),
+        *((name, "generate") for name in ("squad", "winogrande", "arc", "anli", "xsum")),
+        *((name, "generate") for name in ("cnn_dailymail", "closed_book_qa")),
+    ],
+)
+def test_tasks_run_from_files_to_metrics(data_dir, words, tmp_path, monkeypatch, config, method):
+    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
+    spec, workdir = CONFIGS / f"{config}.py", tmp_path / "run"
+    settings = [f"--config.data.data_dir={data_dir}", f"--config.data.vocabulary={words}"]
+    settings.append(f"--config.eval.method={method}")
+    arguments = ["train", "--config", str(spec), *SMALL, *settings, "--workdir", str(workdir)]
+    assert main(arguments) == 0
+    mixture = json.loads((workdir / "config.json").read_text())["config"]["data"]["mixture"]
+    [*_, evaluated] = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    found = find_task_or_mixture(mixture)
+    for name in set(found.rates) - UNSCORED:
+        task = TASKS[name]
+        if name in UNLABELLED:
+            assert f"{name}/score" not in evaluated
+        else:
+            assert -100 <= evaluated[f"{name}/score"] <= 100
+        lines = (workdir / "predictions" / "20" / f"{name}.jsonl").read_text().splitlines()
+        examples = [json.loads(line) for line in lines]
+        assert len(examples) >= 4 and set(examples[0]) == {
+            *("inputs", "targets", "answer", "prediction")
+        }
+        if method == "rank" and task.classes and name != "super_glue.wsc":
+            assert {example["prediction"] for example in examples} <= set(task.classes)
+            assert evaluated.get(f"{name}/invalid", 0) == 0
+    assert "average" in evaluated
+    assert not {f"{name}/score" for name in UNSCORED} & set(evaluated)
+
+
+def test_splits_are_those_of_training_and_validation():
+    assert {split for task in TASKS.values() for split in task.splits} <= {*SPLITS, "test"}

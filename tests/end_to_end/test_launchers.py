@@ -1,0 +1,361 @@
+"""scripts/launch/: what --dry-run prints is what is run, and ends in a command that trains."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from switch_jax.cli.commands import train
+from switch_jax.cli.main import _parser, _split_overrides
+from switch_jax.config.load import load_config
+from switch_jax.distributed.mesh import check_mesh, resolve_mesh
+from tests.support.paths import ROOT
+
+FOLDER = ROOT / "scripts" / "launch"
+HELPERS = {"common", "cloud", "tpu_host", "slurm_job"}
+LAUNCHERS = sorted({path.stem for path in FOLDER.glob("*.sh")} - HELPERS)
+DOCS = (ROOT / "docs" / "launch.md").read_text()
+COMMON = ["--config", "configs/switch_base.py:num_experts=64", "--workdir"]
+ARGUMENTS = {
+    "gke_xpk": [*COMMON, "gs://b/runs/a b", "--cluster", "c", "--type", "v6e-64", "--zone", "z"],
+    "gpu_box": [*COMMON, "runs/a b"],
+    "multislice": [*COMMON, "gs://b/a b", "--type=v5p-128", "--slices=2", "--zone=z"],
+    "slurm_gpu": [*COMMON, "runs/a b", "--nodes", "4"],
+    "tpu_vm": [*COMMON, "gs://b/a b", "--type", "v5p-128", "--zone", "z", "--project", "p"],
+}
+VOCABULARY = """it's "a $HOME `b`\\ c;d&"""
+PASSED = [f"--config.data.vocabulary={VOCABULARY}", "--config.train.steps", "7"]
+PASSED += ["--", "--coordinator", VOCABULARY]
+BASH = shutil.which("bash")
+STUBS = ["gcloud", "xpk", "git", "mkdir", "sbatch", "bash", "nvidia-smi"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What launchers need of this project, committed."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(FOLDER, folder / "scripts" / "launch")
+    shutil.copy(ROOT / "scripts" / "venv.sh", folder / "scripts")
+    (folder / ".gitignore").write_text("/runs/\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", folder]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    return folder
+
+
+@pytest.fixture
+def launch(checkout):
+    """Runs a launcher; `first` is a folder that comes first on PATH, or `path` all of it."""
+
+    def launch(name, arguments, *, first=None, path=None):
+        path = path or os.environ["PATH"]
+        env = os.environ | {"PATH": f"{first}:{path}" if first else str(path)}
+        command = [BASH, checkout / "scripts" / "launch" / f"{name}.sh", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+
+    return launch
+
+
+@pytest.fixture
+def dry_run(launch):
+    """The words of every command that --dry-run prints."""
+
+    def dry_run(name, arguments, **where):
+        done = launch(name, ["--dry-run", *arguments], **where)
+        assert (done.returncode, done.stderr) == (0, "")
+        return [shlex.split(line) for line in done.stdout.splitlines()]
+
+    return dry_run
+
+
+def training(command):
+    """Parsed arguments of the `switch-jax train` that a command ends in, through ssh or not."""
+    words = command
+    if "train" not in words:
+        (remote,) = (w for w in command if w.startswith("--command="))
+        words = shlex.split(remote.removeprefix("--command="))
+    start = words.index("train")
+    assert words[start - 1].endswith("switch-jax")
+    overrides, rest = _split_overrides(words[start:])
+    args = _parser().parse_args(rest)
+    args.overrides = overrides
+    return args
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """A folder of programs that write down how they were called, and the calls so far."""
+    folder, log = tmp_path / "bin", tmp_path / "log"
+    folder.mkdir()
+    log.touch()
+    for name in STUBS:
+        stub = folder / name
+        # What is asked for does not exist, until its state is asked for.
+        stub.write_text(
+            f"#!{BASH}\nprintf '%s\\0' {name} \"$@\" >>'{log}'; printf '\\n' >>'{log}'\n"
+            'case "$*" in *--format=*) echo ACTIVE ;; *" describe "*) exit 1 ;; esac\n'
+        )
+        stub.chmod(0o755)
+
+    def calls():
+        lines = log.read_text().split("\0\n")[:-1]
+        return [line.split("\0") for line in lines]
+
+    return folder, calls
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.sh")))
+def test_bash_understands_every_file(name):
+    done = subprocess.run(["bash", "-n", FOLDER / f"{name}.sh"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_last_command_trains_with_all_that_was_given(name, dry_run):
+    args = training(dry_run(name, [*ARGUMENTS[name], *PASSED])[-1])
+    assert args.run is train.run and args.coordinator == VOCABULARY
+    assert args.config == "configs/switch_base.py:num_experts=64"
+    given = ARGUMENTS[name][3]
+    assert args.workdir == given.replace("gs://", "/mnt/")
+    slices = {"multislice": {"mesh.slice": "2"}, "gke_xpk": {"mesh.slice": "1"}}
+    assert args.overrides == {
+        "data.vocabulary": VOCABULARY,
+        "train.steps": "7",
+        **slices.get(name, {}),
+    }
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_what_is_printed_is_what_is_run(name, launch, dry_run, stubs):
+    folder, calls = stubs
+    arguments = [*ARGUMENTS[name], *PASSED]
+    printed = dry_run(name, arguments, first=folder)
+    # Whether something is committed is asked by a dry run as well, and is not part of the launch.
+    questions = calls()
+    assert all(c[:2] in (["git", "cat-file"], ["git", "diff"]) for c in questions)
+    if name == "gpu_box":  # it ends by becoming the training itself
+        assert printed.pop()[:2] == ["exec", ".venv/bin/switch-jax"]
+    done = launch(name, arguments, first=folder)
+    assert done.returncode == (127 if name == "gpu_box" else 0), done.stderr
+    assert [c for c in calls() if c not in questions] == printed
+    assert [shlex.split(line) for line in done.stdout.splitlines()][: len(printed)] == printed
+
+
+@pytest.mark.parametrize(("name", "hosts"), [("tpu_vm", 1), ("multislice", 2)])
+def test_every_host_is_installed_and_started(name, hosts, dry_run):
+    remote = [words for words in dry_run(name, ARGUMENTS[name]) if {"ssh", "scp"} & {*words}]
+    assert len(remote) == 4
+    flags = ["--node=all", "--worker=all"][-hosts:]
+    assert all(word in words for words in remote for word in flags)
+
+
+@pytest.mark.parametrize("name", ["tpu_vm", "multislice"])
+def test_a_tpu_that_exists_is_not_created_again(name, launch, stubs):
+    folder, calls = stubs
+    stub = folder / "gcloud"
+    stub.write_text(stub.read_text().replace("exit 1", "exit 0"))
+    assert launch(name, ARGUMENTS[name], first=folder).returncode == 0
+    verbs = [c[4] for c in calls() if c[0] == "gcloud"]
+    assert "describe" in verbs and "create" not in verbs and verbs[-1] == "ssh"
+
+
+def test_nothing_is_installed_on_hosts_that_train_already(launch, stubs):
+    folder, calls = stubs
+    stub = folder / "gcloud"
+    stub.write_text(stub.read_text() + 'case "$*" in *is-active*) exit 1 ;; esac\n')
+    assert launch("tpu_vm", ARGUMENTS["tpu_vm"], first=folder).returncode == 1
+    assert "is-active" in " ".join(calls()[-1])
+
+
+def test_slices_that_failed_are_not_waited_for(launch, stubs):
+    folder, _ = stubs
+    stub = folder / "gcloud"
+    stub.write_text(stub.read_text().replace("ACTIVE", "SUSPENDED"))
+    done = launch("multislice", ARGUMENTS["multislice"], first=folder)
+    assert done.returncode == 2 and "switch-jax is SUSPENDED; delete it" in done.stderr
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_missing_option_is_named_in_one_sentence(name, launch):
+    given = ARGUMENTS[name]
+    pairs = [word.split("=", 1)[0] for word in given if word.startswith("--")]
+    for option in pairs:
+        if option == "--project":
+            continue
+        index = next(i for i, word in enumerate(given) if word.split("=")[0] == option)
+        count = 1 if given[index].startswith(f"{option}=") else 2
+        done = launch(name, ["--dry-run", *given[:index], *given[index + count :]])
+        assert done.returncode == 2 and not done.stdout
+        assert re.fullmatch(rf"\S+/{name}\.sh: give {option}, as in: bash .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "sentence"),
+    [
+        ("tpu_vm", ["--workdir", "runs/a"], "all hosts must see --workdir"),
+        ("tpu_vm", ["--config", "configs/none.py"], "configs/none.py does not exist"),
+        ("slurm_gpu", ["--workdir", "gs://b/a"], "must be a folder"),
+        ("gpu_box", ["--workdir", "gs://b/a"], "must be a folder"),
+        ("gpu_box", ["--nodes", "4"], "there is no --nodes"),
+        ("gpu_box", ["--workdir"], "--workdir needs a value"),
+        ("gpu_box", ["--config.train.steps"], "--config.train.steps needs a value"),
+        ("gpu_box", ["runs/a"], "'runs/a' is not an option"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(name, arguments, sentence, launch):
+    done = launch(name, ["--dry-run", *ARGUMENTS[name], *arguments])
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert sentence in done.stderr
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_missing_tool_is_named(name, launch, tmp_path):
+    for tool in ("bash", "dirname", "basename", "awk", "sed", "git"):  # and nothing else
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    done = launch(name, ARGUMENTS[name], path=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(r"(gcloud|xpk|sbatch|nvidia-smi) is not installed; .*\.\n$", done.stderr)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_help_lists_every_option(name, launch):
+    done = launch(name, ["--help"])
+    text = (FOLDER / f"{name}.sh").read_text()
+    required, optional = re.search(r'^parse ("[^"]*"|\w+) ("[^"]*") ', text, re.M).groups()
+    for option in f"{required} {optional} dry-run config workdir".replace('"', "").split():
+        assert re.search(rf"^  --{option}\b", done.stdout, re.M), option
+
+
+def test_a_job_near_its_time_limit_saves_and_is_queued_again(tmp_path):
+    log = tmp_path / "log"
+    programs = {
+        "srun": f"""trap 'echo saved >>{log}; exit 143' TERM
+            echo $$ >{tmp_path}/pid; echo "srun $*" >>{log}; while :; do sleep 0.02; done""",
+        "scancel": f'echo "scancel $*" >>{log}; kill -TERM $(cat {tmp_path}/pid)',
+        "scontrol": f'echo "scontrol $*" >>{log}',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!{BASH}\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
+    job = subprocess.Popen(["bash", FOLDER / "slurm_job.sh", "train", "a b"], env=env)
+    deadline = time.time() + 20
+    while not log.exists() and time.time() < deadline:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(20)
+    srun, *rest = log.read_text().splitlines()
+    assert srun.endswith(" train a b")
+    assert rest == ["scancel --signal=TERM 12", "saved", "scontrol requeue 12"]
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, 0), (2, 2), (143, 143)])
+def test_a_job_ends_as_its_step_did(status, expected, tmp_path):
+    (tmp_path / "srun").write_text(f"#!{BASH}\nexit {status}\n")
+    (tmp_path / "srun").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
+    assert subprocess.run(["bash", FOLDER / "slurm_job.sh"], env=env).returncode == expected
+
+
+def test_hosts_get_the_commit_that_is_checked_out(checkout, dry_run, tmp_path):
+    bundle = dry_run("tpu_vm", ARGUMENTS["tpu_vm"])[3]
+    assert bundle[:3] == ["git", "bundle", "create"]
+    bundle[-2] = str(tmp_path / "switch_jax.bundle")
+    subprocess.run(bundle, cwd=checkout, check=True)
+    unpack = re.search("^unpack='(.*)'", (FOLDER / "cloud.sh").read_text(), re.M)[1]
+    subprocess.run(unpack.split(), cwd=tmp_path, check=True)
+    heads = [
+        subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder)
+        for folder in (checkout, tmp_path / "switch_jax")
+    ]
+    assert heads[0] == heads[1]
+    assert (tmp_path / "switch_jax" / "scripts" / "launch" / "tpu_host.sh").exists()
+
+
+def test_a_config_that_is_not_committed_is_refused_and_other_changes_are_mentioned(
+    checkout, launch
+):
+    new, changed = checkout / "configs" / "new.py", checkout / "configs" / "switch_c.py"
+    before = changed.read_text()
+    try:
+        new.write_text(before)
+        changed.write_text(f"{before}\n")
+        done = launch("gke_xpk", ["--dry-run", *ARGUMENTS["gke_xpk"], "--config", "configs/new.py"])
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "configs/new.py is not committed; commit it" in done.stderr
+        done = launch("gke_xpk", ["--dry-run", *ARGUMENTS["gke_xpk"]])
+        assert done.returncode == 0 and "not committed stay here" in done.stderr
+    finally:
+        new.unlink()
+        changed.write_text(before)
+
+
+def test_a_host_mounts_the_bucket_once(tmp_path):
+    """tpu_host.sh, where everything it calls only writes that down."""
+    log, folder = tmp_path / "log", tmp_path / "bin"
+    folder.mkdir()
+    for name in ("python3", "mountpoint", "curl", "sudo", "gcsfuse"):
+        stub = folder / name
+        stub.write_text(f'#!{BASH}\necho "{name} $*" >>{log}\n[ {name} != mountpoint ]\n')
+        stub.chmod(0o755)
+    script = tmp_path / "switch_jax" / "scripts" / "launch" / "tpu_host.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(FOLDER / "tpu_host.sh", script)
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "USER": "me"}
+
+    def calls(*arguments):
+        log.write_text("")
+        subprocess.run([BASH, script, *arguments], env=env, check=True)
+        return log.read_text().splitlines()
+
+    install = calls()
+    assert [call.split()[:4] for call in install][-1] == ["python3", "-m", "uv", "pip"]
+    mounted = calls("b")
+    assert mounted[: len(install)] == install
+    assert mounted[len(install)] == "mountpoint -q /mnt/b"
+    assert mounted[-1].startswith("gcsfuse ") and mounted[-1].endswith(" b /mnt/b")
+    (folder / "mountpoint").write_text(f"#!{BASH}\n")
+    assert calls("b") == install
+
+
+def documented():
+    """Every launch that docs/launch.md shows."""
+    blocks = re.findall(r"^```\n(bash scripts/launch/.*?)^```", DOCS, re.M | re.S)
+    return [shlex.split(block.replace("\\\n", " "))[1:] for block in blocks]
+
+
+def test_docs_show_every_launcher_and_no_other():
+    assert sorted(Path(command[0]).stem for command in documented()) == LAUNCHERS
+    assert set(re.findall(r"scripts/launch/(\w+)\.sh", DOCS)) == set(LAUNCHERS)
+    assert "(docs/launch.md)" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", documented(), ids=lambda command: Path(command[0]).stem)
+def test_documented_launches_fit_their_machine_and_the_table_of_meshes(command, dry_run):
+    name = Path(command[0]).stem
+    options = dict(zip(command[1::2], command[2::2], strict=False))
+    kind = options.get("--type", "")
+    slices = int(options.get("--slices", 1))
+    if kind:  # a v5p is named after its cores, two a chip
+        devices = slices * int(kind.split("-")[1]) // (2 if kind.startswith("v5p") else 1)
+        machine = f"{slices} × {kind}" if slices > 1 else kind
+    else:
+        nodes = int(options.get("--nodes", 1))
+        devices = 8 * nodes
+        machine = f"{nodes} nodes × 8 GPUs" if nodes > 1 else "8 GPUs"
+    args = training(dry_run(name, command[1:])[-1])
+    loaded = load_config(str(ROOT / args.config), args.overrides)
+    sizes = resolve_mesh(loaded.mesh, devices)
+    check_mesh(loaded, sizes)
+    row = next(line for line in DOCS.splitlines() if line.startswith(f"| {machine} |"))
+    assert row.split(" | ")[1:6] == [
+        str(n)
+        for n in (devices, sizes["slice"], sizes["data"], sizes["expert"], loaded.moe.group_size)
+    ]

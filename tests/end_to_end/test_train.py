@@ -1,0 +1,84 @@
+"""Killed, stopped, continued, refused."""
+
+import json
+import shutil
+import signal
+
+import pytest
+
+from tests.support import runs
+
+VOLATILE = {"time", "tokens_per_second", "step_seconds", "data_wait_fraction"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return runs.write_config(folder, runs.make_store(folder))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    runs.run("train", "--config", config, "--workdir", workdir)
+    return workdir
+
+
+def metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines]
+
+
+def test_killed_and_continued_equals_uninterrupted(config, finished, tmp_path):
+    workdir = tmp_path / "killed"
+    command = ("train", "--config", config, "--workdir", workdir)
+
+    stopped = runs.start(*command)
+    runs.wait_for_step(stopped, workdir, 20)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(timeout=120) == 128 + signal.SIGTERM
+    assert "same command continues" in stopped.stdout.read()
+
+    killed = runs.start(*command)
+    runs.wait_for_step(killed, workdir, 50)
+    killed.kill()
+    killed.wait()
+
+    _, err = runs.run(*command)
+    assert "continuing from step" in err
+    assert runs.same_parameters(runs.parameters(workdir, 90), runs.parameters(finished, 90))
+    assert metrics(workdir) == metrics(finished)
+
+
+def test_finished_run_says_so_and_stays_as_it_is(config, finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    out, _ = runs.run("train", "--config", config, "--workdir", finished)
+    assert "finished: step 90 of 90" in out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"60", "75", "90"}
+
+
+def test_damaged_checkpoint_is_set_aside(config, finished, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(finished, workdir)
+    for file in (workdir / "checkpoints" / "90" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    _, err = runs.run("train", "--config", config, "--workdir", workdir)
+    assert "Checkpoint 90 cannot be read" in err and "continuing from step 75" in err
+    assert runs.same_parameters(runs.parameters(workdir, 90), runs.parameters(finished, 90))
+    assert (workdir / "checkpoints" / "corrupt-90").exists()
+
+
+@pytest.mark.parametrize(
+    "change", ["model.d_ff=48", "moe.num_experts=2", "optimizer.name=adamw", "data.reader=seqio"]
+)
+def test_workdir_of_another_model_is_refused(config, finished, change):
+    before = (finished / "config.json").read_bytes()
+    key, value = change.split("=")
+    _, err = runs.run(
+        "train", "--config", config, f"--config.{change}", "--workdir", finished, code=2
+    )
+    assert key in err and value in err and "--workdir" in err and err.count("\n") == 1
+    assert (finished / "config.json").read_bytes() == before

@@ -1,0 +1,331 @@
+"""Answers on any mesh, their files, the best checkpoint."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switch_jax.analysis.run_plots import _scores, draw_run_plots
+from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.cli.main import main
+from switch_jax.config.load import override_config
+from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data.batch import ALL_ROWS
+from switch_jax.data.finetuning.tasks import TASKS, custom_task
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.errors import UserError
+from switch_jax.evaluation.metric_names import sort_key
+from switch_jax.evaluation.task_predictions import Predictor
+from switch_jax.evaluation.task_scores import TaskScorer, _scored, scores_table
+from switch_jax.evaluation.validation_loss import evaluate, evaluate_checkpoint, validation_batches
+from switch_jax.model import ShardedModel
+from switch_jax.training.loop import train
+from switch_jax.training.state import save_state
+from switch_jax.training.step import TrainProgram
+from tests.support import tasks as miniature
+from tests.support.configs import tiny
+
+INPUTS = [f"glue rte: number {i}, {'longer and ' * i}" for i in range(7)]  # batches of 4
+CLASSES = ["yes", "no", "perhaps"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Bytes, two tasks and somebody's own pairs; steps that learn something."""
+    root, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
+    for name in ("glue.rte", "glue.mrpc"):
+        for rows in TASKS[name].splits.values():
+            of = [miniature.record(TASKS[name], rng) for _ in range(5)]
+            miniature.write_jsonl(root / TASKS[name].dataset / f"{rows.split}.jsonl", of)
+    for split in ("train", "validation"):
+        pairs = [{"inputs": f"twice {i}", "targets": f"{i} {i}"} for i in range(5)]
+        miniature.write_jsonl(root / "twice" / f"{split}.jsonl", pairs)
+    mixture = f"glue.rte=1, glue.mrpc=1, pairs:{root}/twice/{{split}}.jsonl=1"
+    return tiny(
+        **{
+            "model.vocab_size": 384,
+            "data.mixture": mixture,
+            "data.data_dir": str(root),
+            "data.vocabulary": "bytes",
+            "data.inputs_length": 128,
+            "data.batch_size": 4,
+            "moe.group_size": 8,
+            "mesh.data": 1,
+            "train.steps": 6,
+            "train.log_every": 2,
+            "train.eval_every": 2,
+            "train.eval_batches": 1,
+            "train.checkpoint_every": 2,
+            "train.keep_checkpoints": 1,
+            "train.keep_best": "pairs.twice/cross_entropy",
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    workdir = Workdir(tmp_path_factory.mktemp("runs") / "run")
+    assert train(config, workdir) is None
+    return workdir
+
+
+def opinionated(program):
+    """Parameters far from those that training begins with, whose answers differ."""
+    params = program.init().params
+    keys = jax.random.split(jax.random.key(1), len(params))
+    for key, name in zip(keys, sorted(params)):
+        if "attention" in name:
+            old = params[name]
+            params[name] = jax.device_put(old + jax.random.normal(key, old.shape), old.sharding)
+    return params
+
+
+def evaluations(workdir):
+    lines = map(json.loads, workdir.metrics_file.read_text().splitlines())
+    return {line["step"]: line for line in lines if line["split"] == "eval"}
+
+
+def test_every_evaluation_writes_its_predictions(run):
+    for step in (2, 4, 6):
+        for task in ("glue.rte", "glue.mrpc", "pairs.twice"):
+            lines = (run.predictions / str(step) / f"{task}.jsonl").read_text().splitlines()
+            assert len(lines) == 5
+            assert {"inputs", "targets", "answer", "prediction"} == set(json.loads(lines[0]))
+    last = evaluations(run)[6]
+    assert {"glue.mrpc/f1", "glue.mrpc/score", "pairs.twice/accuracy"} < set(last)
+    assert last["glue.mrpc/score"] == np.mean([last["glue.mrpc/f1"], last["glue.mrpc/accuracy"]])
+    scores = [last[f"{task}/score"] for task in ("glue.rte", "glue.mrpc", "pairs.twice")]
+    assert last["average"] == pytest.approx(np.mean(scores))
+
+
+def test_evaluating_alone_gives_what_training_saw(run, config):
+    [folder] = [f for f in run.checkpoints.iterdir() if f.name == "6"]
+    alone = evaluate_checkpoint(run, folder, config)
+    during = evaluations(run)[6]
+    for name, value in alone.items():
+        if name != "unigram_entropy":
+            assert value == pytest.approx(during[name], rel=1e-6), name
+    before = (run.predictions / "6" / "glue.rte.jsonl").read_text()
+    assert (run.predictions / "eval-6" / "glue.rte.jsonl").read_text() == before
+
+
+def test_a_loss_counts_every_example_once(config):
+    """Five examples of a task in batches of four, of which three batches are asked for."""
+    many = override_config(config, {"train.eval_batches": "3"})
+    for name, batches in validation_batches(many, ALL_ROWS).items():
+        assert len(batches) == 2, name
+        rows = np.concatenate([batch["encoder_input_tokens"] for batch in batches])
+        weights = np.concatenate([batch["decoder_loss_weights"] for batch in batches])
+        assert rows.any(1).tolist() == weights.any(1).tolist() == [True] * 5 + [False] * 3
+        assert len({row.tobytes() for row in rows[:5]}) == 5
+    program = TrainProgram(many, make_mesh(many))
+    found = evaluate(program.sharded, program.init().params, validation_batches(many, ALL_ROWS))
+    alone = override_config(many, {"data.batch_size": "1", "train.eval_batches": "9"})
+    program = TrainProgram(alone, make_mesh(alone))
+    expected = evaluate(program.sharded, program.init().params, validation_batches(alone, ALL_ROWS))
+    for source in ("glue.rte", "glue.mrpc", "pairs.twice"):
+        name = f"{source}/cross_entropy"
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_examples_without_an_answer_are_answered_and_nothing_else(config, tmp_path):
+    rng = np.random.default_rng(0)
+    records = [miniature.record(TASKS["glue.rte"], rng) for _ in range(6)]
+    for split in ("train", "validation"):
+        path = tmp_path / "glue" / "rte" / f"{split}.jsonl"
+        miniature.write_jsonl(path, [*records[:4], *({**r, "label": -1} for r in records[4:])])
+        ax = tmp_path / "glue" / "ax" / "test.jsonl"
+        inference = {"premise": "It is.", "hypothesis": "It was.", "label": -1}
+        miniature.write_jsonl(ax, [inference] * 3)
+    changes = {"data.mixture": "glue.rte, glue.ax", "data.data_dir": str(tmp_path)}
+    some = override_config(config, changes | {"train.keep_best": "none"})
+    program = TrainProgram(some, make_mesh(some))
+    scorer = TaskScorer(program.sharded)
+    scores = scorer(program.init().params, tmp_path / "predictions")
+    assert set(scores) == {"glue.rte/accuracy", "glue.rte/invalid", "glue.rte/score", "average"}
+    assert scorer.names == list(scores)
+    lines = {p.stem: p.read_text().count("\n") for p in (tmp_path / "predictions").iterdir()}
+    assert lines == {"glue.rte": 6, "glue.ax": 3}
+    assert set(validation_batches(some, ALL_ROWS)) == {"glue.rte"}
+    [batch] = validation_batches(some, ALL_ROWS)["glue.rte"]
+    assert batch["decoder_loss_weights"].any(1).all()
+
+
+def test_there_is_no_average_without_all_of_a_mixture(config, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, key in (("arc.easy", "A"), ("arc.challenge", "")):
+        of = [miniature.record(TASKS[name], rng) | {"answerKey": key} for _ in range(3)]
+        for split in ("train", "validation"):
+            labelled = of if split == "validation" else [{**r, "answerKey": "A"} for r in of]
+            miniature.write_jsonl(tmp_path / TASKS[name].dataset / f"{split}.jsonl", labelled)
+    changes = {"data.mixture": "arc", "data.data_dir": str(tmp_path), "train.keep_best": "none"}
+    some = override_config(config, changes)
+    names = TaskScorer(ShardedModel(some, make_mesh(some))).names
+    assert names == ["arc.easy/accuracy", "arc.easy/score"]
+    assert "There is no average: arc.challenge has no labelled" in capsys.readouterr().err
+
+
+def test_targets_are_compared_as_the_vocabulary_writes_them(config, tmp_path, capsys):
+    pairs = [{"inputs": "say it", "targets": text} for text in ("longer than rows", "1  2")]
+    for split in ("train", "validation"):
+        miniature.write_jsonl(tmp_path / f"{split}.jsonl", pairs)
+    changes = {"data.mixture": f"pairs:{tmp_path}/{{split}}.jsonl", "train.keep_best": "none"}
+    some = override_config(config, changes | {"data.data_dir": "none"})
+    scorer = TaskScorer(ShardedModel(some, make_mesh(some)))
+    assert "1 of 2 validation targets are longer than data.targets_length=8" in (
+        capsys.readouterr().err
+    )
+
+    class Folds:
+        def encode(self, text):
+            return text.split()
+
+        def decode(self, ids):
+            return " ".join(ids)
+
+    task, [_, example] = custom_task("pairs.x"), next(iter(scorer._examples.values()))
+    assert _scored(task, [example], ["1 2"], Folds())["accuracy"] == 100
+
+
+def test_predictions_that_cannot_be_written_are_told_before_they_are_made(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    scorer = TaskScorer(ShardedModel(config, make_mesh(config)))
+    with pytest.raises(UserError, match=r"Predictions cannot be written to .*file"):
+        scorer({}, tmp_path / "file" / "6")
+
+
+def test_the_verb_shows_a_table(run, capsys):
+    assert main(["eval", "--workdir", str(run.path)]) == 0
+    out = capsys.readouterr().out
+    during = evaluations(run)[6]
+    for task in ("glue.rte", "glue.mrpc", "pairs.twice"):
+        [line] = [line for line in out.splitlines() if line.startswith(task)]
+        assert float(line.split()[1]) == pytest.approx(during[f"{task}/score"], abs=0.01)
+    assert scores_table({"cross_entropy": 1.0, "python_docs/accuracy": 0.5}) == ""
+
+
+def answered(config, **mesh):
+    """What is written for INPUTS, and which class is chosen."""
+    changed = override_config(config, {f"mesh.{k}": str(v) for k, v in mesh.items()})
+    program = TrainProgram(changed, make_mesh(changed))
+    predictor = Predictor(program.sharded, open_vocabulary(changed))
+    params = opinionated(program)
+    return predictor.write(params, INPUTS), predictor.rank(params, INPUTS, CLASSES), predictor
+
+
+@pytest.fixture(scope="module")
+def on_one_device(config):
+    return answered(config)
+
+
+def test_scores_are_drawn(run, tmp_path):
+    drawn = {path.name for path in draw_run_plots([run, run], tmp_path)}
+    assert "tasks.png" in drawn
+    lines = [{"step": 1, "split": "eval", "average": 1.0, "squad/score": 1.0}]
+    assert _scores({"a": lines}) == ["squad/score"]
+    assert _scores({"a": [*lines, {"xsum/score": 2.0}]})[0] == "average"
+
+
+@pytest.mark.parametrize("mesh", [{"expert": 2, "model": 2}, {"data": 4, "fsdp": True}])
+def test_answers_are_the_same_on_any_mesh(config, on_one_device, mesh):
+    written, ranked, _ = answered(config, **mesh)
+    assert written == on_one_device[0] and len(set(written)) > 1
+    assert ranked == on_one_device[1] and set(ranked) <= set(CLASSES)
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(config, on_one_device):
+    written, _, predictor = on_one_device
+    params = opinionated(TrainProgram(config, make_mesh(config)))
+    assert written == [predictor.write(params, [text])[0] for text in INPUTS]
+
+
+def test_the_likeliest_class_is_that_of_the_model(config, on_one_device):
+    program, vocabulary = TrainProgram(config, make_mesh(config)), open_vocabulary(config)
+    params = opinionated(program)
+    source_BxS = np.array([[*vocabulary.encode(INPUTS[0]), 1]])
+    log_likelihoods = {}
+    for name in CLASSES:
+        target = [*vocabulary.encode(name), 1]
+        inputs_BxT = np.zeros((1, 9), np.int32)
+        inputs_BxT[0, 1 : len(target)] = target[:-1]  # what follows is not seen from before
+        logits_BxTxV = jax.jit(program.sharded.model(params).__call__)(source_BxS, inputs_BxT)
+        log_probs_TxV = jax.nn.log_softmax(logits_BxTxV[0])
+        log_likelihoods[name] = sum(float(log_probs_TxV[i, t]) for i, t in enumerate(target))
+    assert on_one_device[1][0] == max(log_likelihoods, key=log_likelihoods.get)
+
+
+# The best checkpoint ------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(config, tmp_path):
+    workdir = Workdir(tmp_path)
+    program = TrainProgram(config, make_mesh(config))
+    state, batches = program.init(), open_batches(config, "train")
+    quality = {1: 0.3, 2: 0.9, 3: 0.5, 4: None, 5: 0.1}
+
+    def open_again():
+        return Checkpointer(workdir, keep=2, goodness=lambda m: m.get("quality", -1.0))
+
+    checkpoints = open_again()
+    for step, value in quality.items():
+        state = dataclasses.replace(state, step=jnp.int32(step))
+        save_state(checkpoints, state, batches, None if value is None else {"quality": value})
+        if step == 3:  # continued by another process
+            checkpoints.close()
+            checkpoints = open_again()
+    assert checkpoints.best() == (2, {"quality": 0.9})
+    checkpoints.close()
+    assert {folder.name for folder in workdir.checkpoints.iterdir()} == {"2", "4", "5"}
+
+
+def test_training_keeps_the_best_by_its_metric(run, config):
+    found = {step: line["pairs.twice/cross_entropy"] for step, line in evaluations(run).items()}
+    best = min(found, key=found.get)
+    assert {folder.name for folder in run.checkpoints.iterdir()} == {str(best), "6"}
+
+
+@pytest.mark.parametrize(
+    "metric, hint",
+    [
+        ("glue.mrpc/f2", "did you mean glue.mrpc/f1"),
+        ("bleu", "use one of cross_entropy, .*glue.rte/score"),
+    ],
+)
+def test_a_metric_that_does_not_exist_is_told_before_training(config, tmp_path, metric, hint):
+    wrong = override_config(config, {"train.keep_best": metric})
+    with pytest.raises(UserError, match=f"no metric '{metric}' for train.keep_best; {hint}"):
+        train(wrong, Workdir(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_is_not_finite_is_never_the_best(config, tmp_path):
+    good = functools.partial(sort_key, "accuracy")
+    assert good({"accuracy": float("nan")}) == good({}) == -float("inf") < good({"accuracy": 0.0})
+    assert good({"accuracy": None}) == -float("inf")
+    assert sort_key("cross_entropy", {"cross_entropy": 2.0}) == -2.0
+    workdir, program = Workdir(tmp_path), TrainProgram(config, make_mesh(config))
+    state, batches = program.init(), open_batches(config, "train")
+    checkpoints = Checkpointer(workdir, keep=1, goodness=good)
+    for step, value in enumerate((0.3, np.nan, 0.9, 0.5, np.nan, 0.1), start=1):
+        state = dataclasses.replace(state, step=jnp.int32(step))
+        save_state(checkpoints, state, batches, {"accuracy": float(value)})
+    assert checkpoints.best() == (3, {"accuracy": 0.9})
+    checkpoints.close()
+    assert {folder.name for folder in workdir.checkpoints.iterdir()} == {"3", "6"}
+
+
+def test_the_best_of_checkpoints_without_evaluations_is_refused(config):
+    with pytest.raises(UserError, match=r"checkpoint_every=3 is not a multiple of train\.eval_eve"):
+        override_config(config, {"train.checkpoint_every": "3"})

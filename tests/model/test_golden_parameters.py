@@ -1,0 +1,41 @@
+"""Every preset's parameters have the names, shapes and axes that they had before.
+
+scripts/golden/make_parameters.py writes them anew.
+"""
+
+import functools
+
+import pytest
+
+from switch_jax.config.load import load_config
+from tests.config import test_configs
+from tests.support import goldens
+
+_BASE = test_configs.SPECS["switch_base"]
+
+# What presets leave out, on top of Switch-Base.
+_VARIANTS = {
+    "attention": {"moe.sublayer": "both"},
+    "balance_bias": {"moe.balance_bias_rate": "0.001"},
+    "encoder_last": {"moe.stacks": "encoder", "moe.last": "4", "moe.every": "1"},
+    "geglu_untied": {"model.activation": "geglu", "model.tied_embeddings": "False"},
+    "hash": {"moe.router": "hash"},
+    "lora": {"lora.rank": "4"},
+    "shared": {"moe.shared_d_ff": "512"},
+}
+
+# Golden file → function that makes the config.
+PRESETS = {name: functools.partial(load_config, spec) for name, spec in test_configs.SPECS.items()}
+PRESETS["switch_base-64"] = functools.partial(load_config, f"{_BASE}:num_experts=64")
+for _name, _overrides in _VARIANTS.items():
+    PRESETS[f"switch_base-{_name}"] = functools.partial(load_config, _BASE, _overrides)
+
+
+def test_every_preset_has_its_file():
+    assert {path.stem for path in goldens.PARAMETERS.glob("*.txt")} == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_what_they_were(name):
+    golden = (goldens.PARAMETERS / f"{name}.txt").read_text()
+    assert goldens.parameters(PRESETS[name]()).splitlines() == golden.splitlines()

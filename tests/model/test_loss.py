@@ -1,0 +1,217 @@
+"""Sums that add up, what divides them, and what is reported."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.model import loss
+from switch_jax.model.loss import LossSums, loss_denominators, loss_terms, router_metrics
+from switch_jax.model.moe.router import RouterOutput, RouterStats, router_stats
+from switch_jax.model.moe.routing import Scores, top_k
+from switch_jax.model.transformer import RouterStatsByStack, token_masks
+from tests.support.configs import make_batch, tiny
+
+FOUR = {"model.num_encoder_layers": 4, "model.num_decoder_layers": 4}
+CONFIG = tiny(**FOUR, **{"moe.z_loss_weight": 0.001, "moe.group_size": 32})
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def logits(batch):
+    rng = np.random.default_rng(0)
+    shape = (*batch["decoder_target_tokens"].shape, CONFIG.model.vocab_size)
+    return 3 * rng.normal(size=shape).astype(np.float32)
+
+
+def layer_stats(config, mask_BxL, seed: int, blocks: int = 2) -> RouterStats:
+    """What the expert layers of a stack would report for random router logits."""
+    moe, (B, L) = config.moe, mask_BxL.shape
+    rows = moe.group_rows(config.data.batch_size, L)
+    mask = mask_BxL.reshape(B // rows, rows * L)
+    C = moe.capacity(rows * L, moe.capacity_factor)
+    E = moe.num_experts
+    rng = np.random.default_rng(seed)
+    whole = rng.normal(size=(blocks, config.data.batch_size, L, E)).astype(np.float32)
+
+    def one(logits):
+        probs = jax.nn.softmax(logits)
+        scores = Scores(probs, logits, mask)
+        assignment = jax.vmap(lambda s: top_k(s, moe, C))(scores)
+        return router_stats(RouterOutput(logits, scores, assignment), C)
+
+    return one, whole.reshape(blocks, -1, *mask.shape[1:], E)
+
+
+def stats_of(config, batch, rows=slice(None)) -> RouterStatsByStack:
+    """Router sums of both stacks for some rows of a global batch."""
+    stats = {}
+    for i, (stack, mask) in enumerate(zip(("encoder", "decoder"), token_masks(batch))):
+        one, logits = layer_stats(config, np.asarray(mask)[rows], seed=i)
+        groups = logits.shape[1]
+        chosen = np.arange(len(mask))[rows] * groups // len(mask)
+        stats[f"{stack}/mlp"] = jax.jit(jax.vmap(one))(logits[:, np.unique(chosen)])
+    return stats
+
+
+def token_losses(logits, batch) -> LossSums:
+    """Of given logits: the head leaves the states as they are."""
+    return loss.token_losses(logits, jnp.eye(logits.shape[-1]), batch)
+
+
+def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits):
+    sums = token_losses(logits, batch)
+    weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
+    assert 0 < (weights == 0).mean() < 1
+    log_z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    at_target = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    real = weights > 0
+    np.testing.assert_allclose(sums.cross_entropy, (log_z - at_target)[real].sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.z, (log_z**2)[real].sum(), rtol=1e-5)
+    assert sums.correct == (logits.argmax(-1) == targets)[real].sum()
+
+    totals = loss_denominators(batch, CONFIG)
+    terms = loss_terms(sums, {}, totals, CONFIG)
+    np.testing.assert_allclose(terms["cross_entropy"], (log_z - at_target)[real].mean(), rtol=1e-5)
+    np.testing.assert_allclose(terms["z_loss"], 1e-4 * (log_z**2)[real].mean(), rtol=1e-5)
+    # A mean over rows of means over tokens would be another number.
+    by_row = ((log_z - at_target) * real).sum(-1) / real.sum(-1)
+    assert abs(by_row.mean() - terms["cross_entropy"]) > 1e-3
+
+
+def test_padded_targets_do_not_matter(batch, logits):
+    noise = 10 * (batch["decoder_loss_weights"] == 0)[..., None].astype(np.float32)
+    clean, other = (
+        jax.tree.leaves(token_losses(x, batch)) for x in (logits, logits + noise * logits)
+    )
+    np.testing.assert_allclose(clean, other, rtol=1e-6)
+
+
+def test_totals_count_real_tokens_and_groups():
+    config = tiny(**{"data.batch_size": 8, "moe.group_size": 32})
+    batch = make_batch(config)
+    for name in batch:
+        batch[name][4:] = 0  # the last two groups of two rows are padding only
+    totals = loss_denominators(batch, config)
+    assert totals.tokens["encoder"] == (batch["encoder_input_tokens"] > 0).sum()
+    assert totals.tokens["decoder"] == totals.targets == batch["decoder_loss_weights"].sum()
+    assert totals.groups == {"encoder": 2, "decoder": 1}
+    routed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, padding="routed"))
+    totals = loss_denominators(batch, routed)
+    assert totals.tokens == {s: batch[f"{s}_input_tokens"].size for s in totals.tokens}
+    assert totals.targets == batch["decoder_loss_weights"].sum()
+
+
+def test_terms_of_microbatches_add_up_to_those_of_the_batch(batch, logits):
+    totals = loss_denominators(batch, CONFIG)
+    whole = loss_terms(token_losses(logits, batch), stats_of(CONFIG, batch), totals, CONFIG)
+    assert all(value > 0 for value in whole.values())
+    parts = []
+    for i in range(0, 16, 8):
+        rows = slice(i, i + 8)
+        sums = token_losses(logits[rows], {k: v[rows] for k, v in batch.items()})
+        stats = stats_of(CONFIG, batch, rows)
+        parts.append(loss_terms(sums, stats, totals, CONFIG))
+    for name, value in whole.items():
+        np.testing.assert_allclose(sum(p[name] for p in parts), value, rtol=1e-5, err_msg=name)
+
+
+def test_auxiliary_loss_is_a_sum_over_layers_or_their_mean(batch, logits):
+    sums, totals = token_losses(logits, batch), loss_denominators(batch, CONFIG)
+    stats = stats_of(CONFIG, batch)
+    summed = loss_terms(sums, stats, totals, CONFIG)
+    moe = dataclasses.replace(CONFIG.moe, aux_loss_reduction="mean")
+    mean_config = dataclasses.replace(CONFIG, moe=moe)
+    mean = loss_terms(sums, stats, totals, mean_config)
+    for name in ("aux_loss", "router_z_loss"):
+        np.testing.assert_allclose(summed[name], 4 * mean[name], rtol=1e-6)  # 2 stacks × 2
+    by_hand = sum(
+        float(balance) / totals.groups[key.split("/")[0]]
+        for key in stats
+        for balance in stats[key].balance
+    )
+    np.testing.assert_allclose(summed["aux_loss"], 0.01 * by_hand, rtol=1e-5)
+    # Near balance each layer contributes α, whatever the number of experts.
+    assert 4 * 0.01 <= summed["aux_loss"] < 4 * 0.015
+
+
+def test_router_metrics_stay_within_their_bounds(batch):
+    metrics = router_metrics(stats_of(CONFIG, batch), CONFIG)
+    names = {"load_max", "load_min", "load_cv", "dropped_fraction", "entropy", "confidence", "z"}
+    layers = [f"{stack}/{layer}" for stack in ("encoder", "decoder") for layer in (1, 3)]
+    places = ["router", "router/encoder", "router/decoder", *(f"router/{x}" for x in layers)]
+    assert metrics.keys() == {f"{place}/{n}" for place in places for n in names}
+    for layer in layers:
+        of = {n: float(metrics[f"router/{layer}/{n}"]) for n in names}
+        assert 0 <= of["load_min"] <= 1 <= of["load_max"] <= 4
+        assert 0 < of["entropy"] <= np.log(4)
+        assert 0.25 <= of["confidence"] <= 1
+        assert 0 <= of["dropped_fraction"] < 1
+    for n in names:
+        for of, inner in (("", layers), ("encoder/", layers[:2]), ("decoder/", layers[2:])):
+            mean = np.mean([metrics[f"router/{layer}/{n}"] for layer in inner])
+            np.testing.assert_allclose(metrics[f"router/{of}{n}"], mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "load, expected",
+    [
+        ([3, 3, 3, 3], (1, 1, 0)),
+        ([12, 0, 0, 0], (4, 0, 3**0.5)),
+        ([1, 3, 1, 3], (1.5, 0.5, 0.5)),
+        ([0, 0, 0, 0], (0, 0, 0)),
+    ],
+)
+def test_loads_are_in_units_of_a_fair_share(load, expected):
+    sums = RouterStats(jnp.array([load], jnp.float32), *[jnp.zeros(1)] * 6)
+    metrics = router_metrics({"encoder/mlp": sums}, tiny())
+    got = [metrics[f"router/{name}"] for name in ("load_max", "load_min", "load_cv")]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8, 100])
+def test_logits_in_parts_give_the_same_sums_and_gradients(batch, monkeypatch, parts):
+    """8 positions in 3 parts do not divide; no part has less than a position."""
+    rng = np.random.default_rng(5)
+    B, T = batch["decoder_target_tokens"].shape
+    states = jnp.asarray(rng.normal(size=(B, T, 16)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(16, CONFIG.model.vocab_size)), jnp.float32)
+    teacher = states[..., :12] + 1, head[:12]
+
+    def loss(states, head):
+        sums = loss.token_losses(states, head, batch, teacher, 2.0)
+        return sums.cross_entropy + 0.1 * sums.z + 0.5 * sums.soft, sums
+
+    both = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    (_, whole), gradients = both(states, head)
+    both_logits = 2 * B * T * CONFIG.model.vocab_size * 4
+    monkeypatch.setattr(loss, "LOGITS_BYTES", both_logits // parts)
+    (_, cut), cut_gradients = both(states, head)
+    for one, other in zip((*whole, *gradients), (*cut, *cut_gradients)):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    shapes = str(jax.make_jaxpr(loss)(states, head))
+    assert (f"f32[{B},{T},{CONFIG.model.vocab_size}]" in shapes) == (parts == 1)
+
+
+def test_no_device_has_the_logits_of_another(batch):
+    """The vocabulary is over `model`, rows over the rest."""
+    config = tiny(**FOUR, **{"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2})
+    B, T = batch["decoder_target_tokens"].shape
+    V = config.model.vocab_size
+    with jax.set_mesh(make_mesh(config)):
+        text = (
+            jax.jit(jax.grad(lambda s, h: loss.token_losses(s, h, batch, (s + 1, h)).soft))
+            .lower(jnp.ones((B, T, 16)), jnp.ones((16, V)))
+            .compile()
+            .as_text()
+        )
+    assert f"f32[{B // 4},{T},{V // 2}]" in text
+    assert not re.search(rf"f32\[\d+,{T},{V}\]", text)

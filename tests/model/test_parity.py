@@ -1,0 +1,165 @@
+"""The model against Hugging Face's: stored outputs of random weights, and live where there is one.
+
+Everything goes the way that users go: a folder of theirs, `switch_jax.load`.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import switch_jax
+from switch_jax.checkpoint.interop.foreign import foreign_parameters
+from switch_jax.checkpoint.interop.hf_names import name_table
+from switch_jax.inference.decoding import SamplingOptions
+from switch_jax.inference.generation import encode_inputs
+from switch_jax.model.loss import token_losses
+from switch_jax.model.parameters import named_parameters
+from tests.support.hugging_face import MODELS, reference, weights, write_folder
+from tests.support.paths import SCRIPTS
+
+# Of the largest value. Beyond this, exact instead of tanh GELU, or a wrong bucket, would show.
+TOLERANCE = 1e-5
+PARTS = ("encoder_input", "decoder_target")
+SCRIPT = SCRIPTS / "make_reference.py"
+
+
+def close(got, wanted, message: str = "") -> None:
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE * scale, err_msg=message)
+
+
+def batch(stored) -> dict[str, jax.Array]:
+    named = {name: jnp.asarray(stored[name]) for name in stored if name.endswith("_tokens")}
+    return named | {"decoder_loss_weights": jnp.ones(named["decoder_target_tokens"].shape)}
+
+
+@jax.jit
+def run(model, batch):
+    """Loss with gradients, and encoder states, logits and routing on the way."""
+
+    def loss(model):
+        factor, source = model.config.moe.capacity_factor, batch["encoder_input_tokens"]
+        encoded, _ = model.encode(source, (source > 0).astype(jnp.int32), factor)
+        decoded, routes = model.route(batch, factor=factor)
+        sums = token_losses(*model.factors(decoded), batch)
+        mean = sums.cross_entropy / batch["decoder_loss_weights"].sum()
+        return mean, (encoded, model.logits(decoded), routes)
+
+    return jax.value_and_grad(loss, has_aux=True)(model)
+
+
+def check_passes(model, stored) -> None:
+    """Forward and backward."""
+    (loss, (states, logits, routes)), gradients = run(model, batch(stored))
+    real = stored["encoder_input_tokens"] > 0
+    close(states[real], stored["encoder_states"][real])
+    close(logits, stored["logits"])
+    close(model(stored["encoder_input_tokens"], stored["decoder_input_tokens"]), stored["logits"])
+    close(loss, stored["loss"])
+    check_gradients(model.config, gradients, stored)
+    for stack in routes:
+        if f"router/{stack}" in stored:
+            check_routing(routes[stack]["mlp"], stored[f"router/{stack}"], real, stack)
+    assert ("router/encoder" in stored) == bool(routes["encoder"])
+
+
+def check_gradients(config, gradients, stored) -> None:
+    got = {name: np.asarray(leaf[...]) for name, leaf in named_parameters(gradients).items()}
+    table = name_table(config, foreign_parameters(config))
+    assert {source.name for source in table.values()} == {
+        name.removeprefix("grad/") for name in stored if name.startswith("grad/")
+    }
+    for (path, index), (name, transposed) in table.items():
+        wanted = stored[f"grad/{name}"]
+        close(got[path][index], wanted.T if transposed else wanted, name)
+
+
+def check_routing(routed, probs_NxBxLxE, real_BxS, stack) -> None:
+    """Experts and gates, and by entropy and z the other probabilities."""
+    shape = probs_NxBxLxE.shape[:3]
+    real = np.broadcast_to(real_BxS, shape) if stack == "encoder" else np.ones(shape, bool)
+    expert = np.asarray(routed.assignment.expert_SxK).reshape(shape)
+    gate = np.asarray(routed.assignment.gate_SxK).reshape(shape)
+    np.testing.assert_array_equal(expert[real], probs_NxBxLxE.argmax(-1)[real])
+    close(gate[real], probs_NxBxLxE.max(-1)[real])
+    if real.all():
+        entropy = -(probs_NxBxLxE * np.log(probs_NxBxLxE)).sum((1, 2, 3))
+        close(routed.sums.entropy, entropy)
+    np.testing.assert_array_equal(routed.sums.tokens, np.prod(shape[1:]))  # padding is routed
+
+
+def check_generation(model, stored) -> None:
+    """The encoder's capacity holds there, too, and in the decoder there is room for all."""
+    source = stored["encoder_input_tokens"]
+    encoded, real = jax.jit(encode_inputs)(model, source)
+    close(encoded[real], stored["encoder_states"][real])
+    for wanted, options in (
+        ("greedy", SamplingOptions()),
+        ("beams", SamplingOptions(3, length_penalty=0.0)),
+    ):
+        found = switch_jax.generate(
+            model,
+            source,
+            max_length=stored[wanted].shape[1],
+            beam_size=options.beam_size,
+            length_penalty=options.length_penalty,
+        )
+        np.testing.assert_array_equal(found, stored[wanted], err_msg=wanted)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def stored_and_model(request, tmp_path_factory):
+    stored = reference(request.param)
+    folder = write_folder(tmp_path_factory.mktemp("hf") / "model", stored)
+    return stored, switch_jax.load(folder)
+
+
+def test_passes_equal_hugging_face(stored_and_model):
+    stored, model = stored_and_model
+    check_passes(model, stored)
+
+
+def test_generation_equals_hugging_face(stored_and_model):
+    stored, model = stored_and_model
+    check_generation(model, stored)
+
+
+def test_drops_where_hugging_face_does(tmp_path):
+    """Without its capacity, the model that drops is another one."""
+    stored = reference("switch_dropping")
+    model = switch_jax.load(write_folder(tmp_path / "model", stored))
+    logits, stats = jax.jit(lambda m: m.forward(batch(stored), factor=None))(model)
+    assert np.abs(logits - stored["logits"]).max() > 0.1
+    _, stats = jax.jit(lambda m: m.forward(batch(stored), factor=1.0))(model)
+    for stack in ("encoder", "decoder"):
+        chosen = stored[f"router/{stack}"].argmax(-1)
+        load = (chosen[..., None] == np.arange(4)).sum(2)
+        dropped = np.maximum(load - model.config.moe.expert_capacity, 0).sum((1, 2))
+        if stack == "decoder":  # no padding, whose states nobody needs and differ
+            np.testing.assert_allclose(stats[f"{stack}/mlp"].dropped, dropped, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_transformers_that_is_here(name, tmp_path):
+    """The same, computed anew, with the folder that it writes itself."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if (5, 0) <= version < (5, 19):
+        pytest.skip("its Switch router has no capacity")
+    spec = importlib.util.spec_from_file_location("make_reference", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    stored = reference(name)
+    theirs = getattr(script, name)()
+    params = {key: torch.tensor(value).float() for key, value in weights(stored).items()}
+    assert not theirs.load_state_dict(params, strict=False).unexpected_keys
+    tokens = (torch.tensor(stored[f"{part}_tokens"]).long() for part in PARTS)
+    computed = script.compute(theirs, *tokens)
+    theirs.save_pretrained(tmp_path / "model")
+    model = switch_jax.load(tmp_path / "model")
+    check_passes(model, computed)
+    check_generation(model, computed)

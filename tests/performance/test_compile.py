@@ -1,0 +1,210 @@
+"""Compiling for machines that are not here."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from switch_jax.distributed.hardware import Chip
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.errors import UserError
+from switch_jax.model.flops import flops_by_part
+from switch_jax.performance.compile import CompileTarget, _exhausted, remedy
+from switch_jax.performance.hlo import Collective
+from switch_jax.performance.placement_plot import draw_placement
+from switch_jax.performance.roofline import matmul_flops, network_seconds
+from switch_jax.training.step import TrainProgram
+from tests.support import runs
+from tests.support.configs import tiny
+
+CONFIG = """
+from switch_jax.config import defaults
+
+def get_config(arg=""):
+    config = defaults()
+    config.model.update(
+        vocab_size=64, d_model=16, d_ff=32, num_heads=2, head_dim=8, dtype="float32",
+        num_encoder_layers=1, num_decoder_layers=1,
+    )
+    config.moe.update(num_experts=4, every=1, min_capacity=1, group_size=16)
+    config.data.update(inputs_length=16, targets_length=8, batch_size=16)
+    config.optimizer.name = "sgd"
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("aot") / "tiny.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> dict[str, str]:
+    return {"SWITCH_JAX_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+def asked(config_file, *more: object) -> list[object]:
+    mesh = ["--config.mesh.data=2", "--config.mesh.expert=2", "--config.mesh.model=2"]
+    return ["compile", "--config", config_file, "--topology", "cpu:8", *mesh, *more]
+
+
+@pytest.fixture(scope="module")
+def result(config_file, cache) -> dict:
+    return json.loads(runs.run(*asked(config_file, "--json"), **cache)[0])
+
+
+def test_json_has_what_is_promised(result):
+    assert result["devices"] == 8 and result["fits"] is True
+    assert result["mesh"] == {"slice": 1, "data": 2, "expert": 2, "model": 2}
+    assert result["hbm_bytes_per_device"] == result["argument_bytes"] + result["temp_bytes"]
+    assert 0 < result["hbm_bytes_per_device"] < result["hbm_available_bytes"]
+    assert result["parameter_bytes"] <= result["argument_bytes"]
+    assert result["compile_seconds"] > 0 and result["flops_per_device"] > 0
+    assert result["collective_bytes"]["all-to-all"].keys() == {"expert"}
+    assert set(result["collective_bytes"]["all-reduce"]) >= {"data+expert", "model"}
+    # Nobody publishes what a CPU can do.
+    assert result["step_seconds_roofline"] is result["mfu_roofline"] is None
+    placed = result["parameters"]["encoder/runs/0/layers/0/mlp/experts/wi"]
+    assert placed == {
+        "shape": [1, 4, 16, 32],
+        "spec": [None, ["expert"], None, ["model"]],
+        "shard": [1, 2, 16, 16],
+    }
+
+
+def test_a_program_is_compiled_once_and_drawn(config_file, cache, result, tmp_path):
+    picture = tmp_path / "placement.png"
+    (kept,) = Path(cache["SWITCH_JAX_CACHE"], "compile").glob("*.json")
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"compile_seconds": 12345}))
+    out, _ = runs.run(*asked(config_file, "--output", picture), **cache)
+    assert "compiled in 12345 s" in " ".join(out.split())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_is_one_sentence(config_file):
+    arguments = ["compile", "--config", config_file, "--topology", "cpu:8"]
+    _, err = runs.run(*arguments, "--config.mesh.expert=3", code=2)
+    assert "mesh.expert can be" in err and err.strip().count("\n") == 0, err
+    for topology, slices, words in (
+        ("cpu", 1, "cpu:8"),
+        ("cpu:8", 2, "--slices is for TPUs"),
+        ("gpu", 1, "No GPU"),
+    ):
+        with pytest.raises(UserError, match=words):
+            CompileTarget(topology, slices).devices()
+
+
+def test_without_the_tpu_compiler_it_is_named(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(UserError, match=r"pip install 'switch_jax\[tpu\]'"):
+        CompileTarget("v5p:2x2x1").devices()
+
+
+def test_the_compilers_refusal_is_read():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
+        " temporaries (39.20G) exceeds available HBM (30.75G)."
+    )
+    assert _exhausted(RuntimeError(message)) == (int(39.2 * 2**30), int(30.75 * 2**30))
+    with pytest.raises(RuntimeError, match="else"):
+        _exhausted(RuntimeError("something else (3G) went wrong (4G)"))
+
+
+def test_what_does_not_fit_names_what_takes_it_and_a_change_that_was_compiled(monkeypatch):
+    config, target = tiny(**{"mesh.data": 2}), CompileTarget("v4:2x2x1")
+    result = {
+        "device_kind": "TPU v4",
+        "hbm_bytes_per_device": 40 * 2**30,
+        "hbm_available_bytes": 30 * 2**30,
+        "parameter_bytes": 8 * 2**30,
+        "optimizer_bytes": 2 * 2**30,
+        "teacher_bytes": 3 * 2**30,
+    }
+    tried = []
+
+    def compile_step(changed, _):
+        tried.append((changed.mesh.fsdp, changed.model.remat, changed.train.accumulate))
+        return {"fits": changed.train.accumulate == 2}
+
+    monkeypatch.setattr("switch_jax.performance.compile_step", compile_step)
+    sentence = remedy(config, target, result)
+    assert "40.00 GiB of a TPU v4's 30.00 GiB, 10.00 GiB too many" in sentence
+    assert "parameters 8.00 GiB, optimizer 2.00 GiB, teacher 3.00 GiB" in sentence
+    assert "activations 27.00" in sentence
+    assert "--config.model.remat=full --config.train.accumulate=2 it fits" in sentence
+    assert tried == [(True, "none", 1), (False, "full", 1), (False, "full", 2)]
+    monkeypatch.setattr("switch_jax.performance.compile_step", lambda *_: {"fits": False})
+    assert "more chips" in remedy(config, target, result)
+
+
+def test_traced_flops_are_those_of_the_accounting():
+    """Forward as computed; a train step takes three times that, four with recomputation."""
+    values = {"mesh.data": 2, "mesh.expert": 2, "moe.eval_capacity_factor": 1.25}
+    forward = sum(flops_by_part(tiny(**values)).values())
+    for remat, passes in (("none", 3), ("full", 4)):
+        config = tiny(**values, **{"model.remat": remat})
+        program = TrainProgram(config, make_mesh(config))
+        step = program.train_step.trace(program.abstract_state, program.abstract_batch)
+        flops = matmul_flops(step.jaxpr, 4) / config.data.batch_size
+        logits = flops_by_part(config)["logits"]  # outside of what is recomputed
+        expected = passes * forward - (logits if passes == 4 else 0)
+        assert flops == pytest.approx(expected, rel=0.02)
+        evaluation = program.sharded.eval_step.trace(
+            program.abstract_state.params, program.abstract_batch
+        )
+        flops = matmul_flops(evaluation.jaxpr, 4) / config.data.batch_size
+        assert flops == pytest.approx(forward, rel=1e-6)
+
+
+def test_roofline_by_hand():
+    chip = Chip(100.0, memory_rate=10.0, link_rate=4.0, slice_rate=1.0)
+    inside = Collective("all-reduce", ("data",), 4, size=8, times=2)  # sends 2 · 3/4 · 8 · 2
+    assert network_seconds(chip, [inside], 1) == {"links": 6.0}
+    # Over two slices of four: 2 · 7/8 · 8 bytes inside, of which a quarter crosses from each.
+    across = Collective("all-reduce", ("slice", "data"), 8, size=8, times=1)
+    seconds = network_seconds(chip, [across], 2)
+    assert seconds == {"links": 3.5, "slices": 3.5}
+
+
+def test_the_program_does_not_grow_with_depth():
+    sizes = []
+    for layers in (4, 12):
+        depth = {"model.num_encoder_layers": layers, "model.num_decoder_layers": layers}
+        config = tiny(**depth, **{"mesh.data": 2, "mesh.expert": 2})
+        program = TrainProgram(config, make_mesh(config))
+        lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+        sizes.append(len(lowered.as_text()))
+    # Each layer's metrics are scalars of their own; without them it would be nothing.
+    assert sizes[1] < 1.2 * sizes[0]
+
+
+@pytest.mark.skipif(
+    not any(d.metadata["Name"] == "libtpu" for d in metadata.distributions()),
+    reason="the TPU compiler is not installed",
+)
+def test_the_tpu_compiler_exchanges_in_bfloat16(config_file, cache):
+    more = ["--config.model.dtype=bfloat16", "--config.mesh.data=2", "--config.mesh.expert=2"]
+    arguments = ["compile", "--config", config_file, "--topology", "v5e:2x2", *more, "--json"]
+    result = json.loads(runs.run(*arguments, **cache)[0])
+    assert result["device_kind"] == "TPU v5 lite" and result["fits"]
+    assert result["hbm_available_bytes"] == int(15.75 * 2**30)
+    assert result["binding"] in ("compute", "memory", "links")
+    assert 0 < result["mfu_roofline"] < 1
+    layers = json.loads(runs.run("inspect", "--config", config_file, "--json")[0])["moe"]
+    # A device's slots: of 4 experts in the groups of its 4 rows. Half of them stay.
+    slots = sum(4 * layer["capacity"] * 4 // layer["group_rows"] for layer in layers)
+    (exchanged,) = result["collective_bytes"]["all-to-all"].values()
+    assert exchanged == 4 * slots * 16 * 2 // 2
+
+
+def test_pictures_know_every_mesh(tmp_path, result):
+    """Also one of more devices than can be outlined, and parameters that lie whole."""
+    large = result | {"mesh": {"slice": 2, "data": 4, "expert": 64, "model": 1}, "devices": 512}
+    draw_placement(large, tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size > 1000

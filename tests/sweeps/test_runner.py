@@ -1,0 +1,380 @@
+"""What is trained, in which order, by whom; a sweep as a user runs it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from switch_jax.checkpoint.metrics_log import last_logged_step
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.cli.main import main
+from switch_jax.config.load import override_config
+from switch_jax.distributed.cluster import Launch
+from switch_jax.errors import UserError
+from switch_jax.sweeps import progress, runner
+from switch_jax.sweeps.progress import SweepDisplay
+from switch_jax.sweeps.runner import Job, _claim, prepare_sweep, run_sweep
+from switch_jax.sweeps.spec import SweepRun
+from tests.support import runs
+from tests.support.configs import tiny
+from tests.support.paths import ROOT
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake(Job):
+    """Trains by running a line of Python; what does not fail leaves its last checkpoint."""
+
+    program: str = ""
+
+    def command(self):
+        last = self.workdir.checkpoints / str(self.config.train.steps)
+        done = f"import pathlib; pathlib.Path({str(last)!r}).mkdir(parents=True)"
+        return [sys.executable, "-c", f"{self.program}\n{done}"]
+
+
+def fakes(folder, programs, **needs):
+    """Jobs of seed 0 by name; `needs` are names of the runs that one reads."""
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    return [
+        Fake(
+            name,
+            0,
+            SweepRun("c.py", {"init_from": f"{{run:{needs[name]}}}"} if name in needs else {}),
+            tiny(),
+            folder,
+            program=program,
+        )
+        for name, program in programs.items()
+    ]
+
+
+@contextlib.contextmanager
+def held(path):
+    """As another process that trains the job holds its lock."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
+    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
+    claimed = _claim
+
+    def late(jobs):
+        (made.workdir.checkpoints / "100").mkdir(parents=True)  # before we had the lock
+        return claimed(jobs)
+
+    monkeypatch.setattr(runner, "_claim", late)
+    progress = run_sweep([made])
+    assert progress.finished == 1 and not progress.failed and not made.output.exists()
+
+
+def test_a_failure_is_told_and_the_others_go_on(tmp_path, capfd):
+    made = fakes(
+        tmp_path,
+        {"after": "", "bad": "raise SystemExit('no such thing')", "good": "", "more": ""},
+        after="bad",
+        more="good",
+    )
+    progress = run_sweep(made)
+    assert (progress.finished, progress.failed, progress.blocked) == (2, ["bad-0"], ["after-0"])
+    err = capfd.readouterr().err
+    assert "bad-0 failed" in err and "no such thing" in err and "run 1 of 4: bad-0" in err
+    assert [job.key for job in made if job.finished] == ["good-0", "more-0"]
+
+
+def test_what_is_finished_is_not_trained_again(tmp_path):
+    run_sweep(fakes(tmp_path, {"a": "print('once')"}))
+    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
+    progress = run_sweep([made])
+    assert progress.finished == 1 and not progress.failed
+    assert made.output.read_text() == "once\n"
+
+
+def test_what_another_process_trains_is_waited_for_and_taken_over_where_that_dies(tmp_path, capfd):
+    made = fakes(tmp_path, {"a": "", "b": "", "c": "", "d": ""}, d="a")
+    with contextlib.ExitStack() as others:
+        for held_by_others in (made[0], made[2]):
+            others.enter_context(held(held_by_others.lock))
+        thread = threading.Thread(target=lambda: found.append(run_sweep(made)))
+        found = []
+        thread.start()
+        deadline = time.time() + 60
+        while not made[1].finished:
+            assert time.time() < deadline
+            time.sleep(0.05)
+        (made[2].workdir.checkpoints / "100").mkdir(parents=True)  # finished elsewhere
+        time.sleep(0.5)
+        assert thread.is_alive() and not made[0].finished
+    thread.join(timeout=60)
+    assert found[0].finished == 4 and not found[0].blocked
+    assert not made[2].output.exists() and made[0].output.exists() and made[3].output.exists()
+    err = capfd.readouterr().err
+    assert err.count("b-0 finished") == err.count("waiting for") == 1
+
+
+def child_of(process):
+    """The pid of the only process that this one has started."""
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        (child,) = map(int, file.read().split())
+    return child
+
+
+SWEEP_THAT_IS_KILLED = """
+import sys
+sys.path[:0] = [{root!r}]
+import tests.conftest
+from pathlib import Path
+from tests.sweeps.test_runner import fakes
+from switch_jax.sweeps.runner import run_sweep
+program = "import pathlib, time; pathlib.Path({begun!r}).touch(); time.sleep(600)"
+run_sweep(fakes(Path({folder!r}), {{"a": program}}))
+"""
+
+
+def test_a_run_whose_sweep_was_killed_keeps_its_lock_as_long_as_it_lives(tmp_path):
+    begun = tmp_path / "begun"
+    program = SWEEP_THAT_IS_KILLED.format(root=str(ROOT), begun=str(begun), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.time() + 120
+    while not begun.exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    child = child_of(process)
+    process.kill()
+    process.wait()
+    (made,) = fakes(tmp_path, {"a": ""})
+    try:
+        with pytest.raises(BlockingIOError), held(made.lock):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert run_sweep([made]).finished == 1
+
+
+def finished(workdir, config, scores):
+    """As a run that was evaluated, and has kept a checkpoint, at each of these steps."""
+    workdir.prepare(config, None)
+    lines = [{"step": n, "split": "eval", "average": score} for n, score in scores.items()]
+    workdir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in scores:
+        (workdir.checkpoints / str(step)).mkdir(parents=True)
+
+
+def test_commands_name_config_overrides_seeds_and_what_others_came_to(tmp_path):
+    scores = {10: 0.5, 20: 0.7, 30: None, 40: 0.6}
+    finished(Workdir(tmp_path / "runs" / "up-3"), tiny(), scores)
+    best = tiny(**{"train.keep_best": "average"})
+    finished(Workdir(tmp_path / "runs" / "tuned-3"), best, scores)
+    run = SweepRun("c.py:n=1", {"init_from": "{run:up}", "distill.teacher": "{run:tuned}"})
+    command = Job("down", 3, run, tiny(), tmp_path).command()
+    assert command[1:6] == ["-m", "switch_jax", "train", "--config", "c.py:n=1"]
+    assert set(command[6:-2]) == {
+        f"--config.init_from={tmp_path}/runs/up-3",
+        f"--config.distill.teacher={tmp_path}/runs/tuned-3/checkpoints/20",
+        "--config.train.seed=3",
+        "--config.data.seed=3",
+    }
+    assert command[-2:] == ["--workdir", f"{tmp_path}/runs/down-3"]
+
+
+def test_last_step_reads_what_is_complete(tmp_path):
+    workdir = Workdir(tmp_path)
+    assert last_logged_step(workdir) == 0
+    line = json.dumps({"step": 7, "split": "train"}) + "\n"
+    workdir.metrics_file.write_text(line)
+    assert last_logged_step(workdir) == 7
+    workdir.metrics_file.write_text(line * 20_000 + line.replace("7", "8") + '{"step": 9')
+    assert last_logged_step(workdir) == 8
+
+
+def test_time_left_goes_by_work(monkeypatch, capfd):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with SweepDisplay({"a": 1.0, "b": 2.0, "c": 4.0}, set()) as display:
+        display.started("a", 0.0)
+        now[0] = 10.0
+        display.ended({"a"})
+        display.started("b", 0.5)  # half of it was done before
+        now[0] = 20.0
+        display.ended({"a", "b"})
+        display.started("c", 0.0)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "run 1 of 3: a",
+        "a finished after 10 s",
+        "run 2 of 3: b  about 50 s left",
+        "b finished after 10 s",
+        "run 3 of 3: c  about 40 s left",
+    ]
+
+
+# configs/sweeps/experts_mini.py with one seed and smaller models, and a run that cannot be.
+SWEEP = """
+import dataclasses
+from switch_jax.sweeps import load_sweep
+
+def get_sweep(arg=""):
+    made = load_sweep("configs/sweeps/experts_mini.py").but({small!r})
+    bad = made.runs["dense"].but({{"data.data_dir": "/nowhere"}})
+    return dataclasses.replace(made, runs={{**made.runs, "bad": bad}}, seeds=(0,))
+"""
+SMALL = {
+    "model.vocab_size": 900,
+    "model.d_model": 16,
+    "model.d_ff": 32,
+    "model.num_heads": 2,
+    "model.head_dim": 8,
+    "moe.group_size": 32,
+    "data.mixture": "text",
+    "data.inputs_length": 32,
+    "data.targets_length": 11,
+    "data.batch_size": 4,
+    "optimizer.warmup_steps": 10,
+    "optimizer.cooldown_steps": 10,
+    "train.steps": 90,
+    "train.log_every": 1,
+    "train.eval_every": 30,
+    "train.eval_batches": 2,
+    "train.checkpoint_every": 15,
+    "mesh.data": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    store = str(runs.make_store(folder))
+    path = folder / "sweep.py"
+    path.write_text(SWEEP.format(small=SMALL | {"data.data_dir": store}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def stopped_and_finished(tiny_sweep, tmp_path_factory):
+    """A sweep that was stopped in its first run and continued: its folder and what was printed."""
+    folder = tmp_path_factory.mktemp("sweeps") / "sweep"
+    command = ("sweep", "--config", tiny_sweep, "--workdir", folder)
+    process = runs.start(*command, cwd=ROOT)
+    runs.wait_for_step(process, folder / "runs" / "dense-0", 20)
+    # As systemd and schedulers do: the sweep is told, and the run as well.
+    child = child_of(process)
+    for pid in (process.pid, child):
+        os.kill(pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    code = process.returncode
+    before = last_logged_step(Workdir(folder / "runs" / "dense-0"))
+    return folder, command, (code, out, before), runs.run(*command, code=2, cwd=ROOT)
+
+
+def test_a_stopped_sweep_says_so_and_continues(stopped_and_finished):
+    folder, _, (code, out, before), (_, err) = stopped_and_finished
+    assert code == 128 + signal.SIGTERM
+    assert "Stopped with 0 of 5 runs finished; the same command continues" in out
+    printed = (folder / "jobs" / "dense-0.txt").read_text()
+    (continued,) = re.findall(r"continuing from step (\d+)", printed)
+    assert 20 <= int(continued) == before < 90
+    names = ["dense", "experts_4", "experts_16", "experts_64"]
+    assert re.findall(r"(\w+)-0 finished", err) == names
+
+
+def test_a_failed_run_is_told_in_one_sentence_at_the_end(stopped_and_finished):
+    *_, (out, err) = stopped_and_finished
+    *_, sentence = err.splitlines()
+    assert sentence.startswith("switch-jax: 1 of 5 runs failed (bad-0;")
+    assert "'/nowhere' does not exist" in err and "summary.md" in out
+
+
+def test_a_finished_sweep_has_everything_that_a_reader_needs(stopped_and_finished):
+    folder, *_ = stopped_and_finished
+    numbers = json.loads((folder / "summary.json").read_text())
+    assert [len(run["seeds"]) for run in numbers["runs"].values()] == [1, 1, 1, 1, 0]
+    rows = numbers["tables"]["experts"]["rows"]
+    dense, sparse = rows["dense"], rows["64 experts"]
+    gain = sparse["quality"]["mean"] - dense["quality"]["mean"]
+    assert sparse["gain"]["mean"] == pytest.approx(gain) and gain != 0
+    assert sparse["params"] > 2 * dense["params"]
+    assert numbers["devices"][0].endswith("cpu")
+    for name in ("experts", "steps", "seconds"):
+        for ending in ("svg", "png"):
+            assert (folder / "figures" / f"{name}.{ending}").stat().st_size > 1000
+    page = (folder / "index.html").read_text()
+    assert "data:image/png;base64" in page and "http" not in page
+
+
+def test_runs_that_are_finished_are_left_alone(stopped_and_finished):
+    folder, command, *_ = stopped_and_finished
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[de]*.txt")}
+    assert len(before) == 4
+    # Where they run may change, and how often they say something.
+    _, err = runs.run(
+        *command, "--config.mesh.data=2", "--config.train.log_every=2", code=2, cwd=ROOT
+    )
+    assert "bad-0" in err and "dense-0" not in err and "experts" not in err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_commands_are_those_of_what_is_missing(stopped_and_finished, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder, command, *_ = stopped_and_finished
+    assert main([*map(str, command), "--commands"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "switch_jax train --config configs/switch_tiny.py:num_experts=0" in line
+    assert line.endswith(f"--workdir {folder}/runs/bad-0")
+
+
+def test_one_of_several_processes_trains_no_sweep(stopped_and_finished, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("switch_jax.distributed.detect_launch", lambda seconds: Launch("x:1", 2, 0))
+    assert main([*map(str, stopped_and_finished[1])]) == 2
+    assert "--commands" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--config.train.steps=70", "--config.moe.every=1"])
+def test_a_folder_of_another_sweep_is_refused(stopped_and_finished, flag, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, command, *_ = stopped_and_finished
+    assert main([*map(str, command), flag]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "another sweep" in err and flag[9:].split("=")[0] in err
+
+
+def test_a_folder_that_holds_anything_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty"):
+        prepare_sweep([Job("a", 0, SweepRun("c.py"), tiny(), tmp_path)], tmp_path)
+
+
+def test_runs_may_be_added_to_a_sweep_and_left_out_and_changed_until_they_begin(tmp_path):
+    one, two, three = (Job(name, 0, SweepRun("c.py"), tiny(), tmp_path) for name in "abc")
+    changed = dataclasses.replace(one, config=tiny(**{"moe.every": 1}))
+    prepare_sweep([one, two], tmp_path)
+    prepare_sweep([changed], tmp_path)
+    one.workdir.prepare(one.config, None)
+    prepare_sweep([one, three], tmp_path)
+    with pytest.raises(
+        UserError, match=r"another sweep \(moe\.every is 2 there and 1 here in a-0\)"
+    ):
+        prepare_sweep([changed, three], tmp_path)
+    with pytest.raises(UserError, match=r"another sweep \(of a-0\)"):
+        prepare_sweep([two, three], tmp_path)
+
+
+def test_a_reference_may_have_become_a_path(tmp_path):
+    (down,) = fakes(tmp_path, {"down": ""}, down="up")
+    down = dataclasses.replace(down, config=tiny())
+    config = override_config(tiny(), {"init_from": "/runs/up-0/checkpoints/100"})
+    down.workdir.prepare(config, None)
+    asked = dataclasses.replace(down, config=override_config(tiny(), {"init_from": "{run:up}"}))
+    prepare_sweep([asked], tmp_path)
+    with pytest.raises(UserError, match="init_from is '/runs/up-0/checkpoints/100' there"):
+        prepare_sweep([down], tmp_path)

@@ -1,0 +1,98 @@
+"""Made once, whole or not at all."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from switch_jax.errors import UserError
+from switch_jax.files import build_once, cache_root
+
+# Each process notes that it builds, and takes long enough for the other to arrive.
+_BUILDER = """
+import sys, time
+from pathlib import Path
+from switch_jax.files import build_once
+
+def build(path):
+    path.mkdir()
+    with open(sys.argv[2], "a") as log:
+        log.write("built\\n")
+    (path / "half").write_text("1")
+    time.sleep(1.0)
+    (path / "rest").write_text("2")
+
+made = build_once(Path(sys.argv[1]), build)
+print(sorted(p.name for p in made.iterdir()))
+"""
+
+
+def test_two_processes_build_once_and_see_it_whole(tmp_path):
+    args = [sys.executable, "-c", _BUILDER, str(tmp_path / "made"), str(tmp_path / "log")]
+    processes = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert outputs == ["['half', 'rest']\n"] * 2
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_a_failed_build_leaves_nothing_and_is_tried_again(tmp_path):
+    def fail(path):
+        path.mkdir()
+        (path / "half").write_text("1")
+        raise ValueError("no")
+
+    path = tmp_path / "folder" / "made"
+    with pytest.raises(ValueError, match="no"):
+        build_once(path, fail)
+    assert [p.name for p in path.parent.iterdir()] == [".made.lock"]
+    assert build_once(path, lambda p: p.write_text("whole") and None).read_text() == "whole"
+
+
+def test_remains_of_a_killed_build_are_replaced(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", _BUILDER, tmp_path / "made", tmp_path / "log"])
+    while not (tmp_path / ".made.partial" / "half").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "made").exists()
+    build_once(tmp_path / "made", lambda p: p.mkdir())
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_what_exists_is_not_built_again(tmp_path):
+    (tmp_path / "made").write_text("old")
+    build_once(tmp_path / "made", lambda p: pytest.fail("built again"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_trouble_with_the_disk_is_one_sentence(tmp_path, code):
+    def fail(path):
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(UserError, match=rf"Cannot write .*made: {os.strerror(code)}; .*\.$"):
+        build_once(tmp_path / "made", fail)
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    def fail(path):
+        raise FileNotFoundError(errno.ENOENT, "a bug")
+
+    with pytest.raises(FileNotFoundError):
+        build_once(tmp_path / "made", fail)
+
+
+def test_a_file_in_place_of_the_folder_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError):
+        build_once(tmp_path / "file" / "made", lambda p: None)
+
+
+def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    monkeypatch.delenv("SWITCH_JAX_CACHE")
+    assert cache_root().parts[-2:] == (".cache", "switch_jax")

@@ -1,0 +1,458 @@
+"""Distillation: a teacher's distribution beside the data's targets, on any mesh."""
+
+import dataclasses
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switch_jax.checkpoint.checkpointer import Checkpointer, parameter_shapes, restore_params
+from switch_jax.checkpoint.metrics_log import read_metrics
+from switch_jax.checkpoint.pretrained import load
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.config.load import config_to_dict, override_config
+from switch_jax.data import open_batches
+from switch_jax.data.vocabulary import BYTES, FILE_NAME
+from switch_jax.data.vocabulary_builder import open_vocabulary
+from switch_jax.distributed.hardware import CHIPS
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.errors import UserError
+from switch_jax.model import ShardedModel, loss
+from switch_jax.model.loss import LossSums, loss_denominators, loss_terms, token_losses
+from switch_jax.model.parameters import named_parameters, with_parameters
+from switch_jax.model.transformer import SwitchTransformer
+from switch_jax.performance.compile import CompileTarget, compile_step, compile_table
+from switch_jax.performance.cost_model import cost_summary, cost_table
+from switch_jax.performance.mesh_search import suggest_meshes
+from switch_jax.sweeps.spec import Table, load_sweep
+from switch_jax.training import distill
+from switch_jax.training.distill import check_distillation, teacher_config, teacher_parameters
+from switch_jax.training.initial_state import make_initial_state
+from switch_jax.training.loop import train
+from switch_jax.training.state import save_state
+from switch_jax.training.step import TrainProgram
+from tests.support.configs import make_batch, tiny
+from tests.support.paths import ROOT
+
+STEPS = 3
+ALONE = {"data.reader": "synthetic", "mesh.data": 1, "optimizer.name": "sgd"}
+# Few slots, so that where a token is matters, and noise that must not reach its answers.
+TEACHER = ALONE | {
+    "model.init_scale": 1.0,
+    "model.d_ff": 48,
+    "model.dropout_rate": 0.3,
+    "moe.jitter": 0.1,
+    "moe.capacity_factor": 0.25,
+    "moe.eval_capacity_factor": 0.75,
+    "train.seed": 7,
+}
+STUDENT = ALONE | {
+    "moe.num_experts": 0,
+    "moe.group_size": 32,
+    "model.dropout_rate": 0.1,
+    "optimizer.learning_rate": 0.5,
+    "optimizer.schedule": "constant",
+    "distill.soft_weight": 0.4,
+    "distill.temperature": 2.0,
+    "distill.start_step": 1,
+}
+MESHES = {
+    "expert=4, accumulate=4": {"mesh.expert": 4, "train.accumulate": 4},
+    "fsdp, data=2 expert=2 model=2": {
+        "mesh.data": 2,
+        "mesh.expert": 2,
+        "mesh.model": 2,
+        "mesh.fsdp": True,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def taught_by(tmp_path_factory) -> str:
+    """A WORKDIR of a sparse model."""
+    workdir, config = Workdir(tmp_path_factory.mktemp("teacher")), tiny(**TEACHER)
+    workdir.prepare(config, None)
+    state = TrainProgram(config, make_mesh(config)).init()
+    checkpoints = Checkpointer(workdir, keep=1)
+    save_state(
+        checkpoints, dataclasses.replace(state, step=state.step + 1), open_batches(config, "train")
+    )
+    checkpoints.close()
+    return str(workdir.path)
+
+
+def made(overrides) -> TrainProgram:
+    config = tiny(**overrides)
+    teacher = teacher_config(config)
+    return TrainProgram(config, make_mesh(config, teacher=teacher), teacher)
+
+
+def logits(*shape: int, seed: int) -> np.ndarray:
+    return 3 * np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def softmax(logits) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def soft_sum(student, teacher, weights, temperature: float) -> float:
+    """Plainly: Σ over targets of -Σ p log q."""
+    p, q = softmax(teacher / temperature), softmax(student / temperature)
+    return float((weights * -(p * np.log(q)).sum(-1)).sum())
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """A batch with padding, and logits of a student and a teacher for it."""
+    batch = make_batch(tiny(**STUDENT))
+    shape = (*batch["decoder_target_tokens"].shape, 32)
+    assert 0 < (batch["decoder_loss_weights"] == 0).mean() < 1
+    return batch, logits(*shape, seed=1), logits(*shape, seed=2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_soft_cross_entropy_is_that_of_the_formula(answers, temperature, in_parts, monkeypatch):
+    batch, student, teacher = answers
+    if in_parts:
+        monkeypatch.setattr(loss, "LOGITS_BYTES", 2 * student.nbytes // 3)
+    eye = jnp.eye(32)
+    sums = token_losses(student, eye, batch, (teacher, eye), temperature)
+    expected = soft_sum(student, teacher, batch["decoder_loss_weights"], temperature)
+    np.testing.assert_allclose(sums.soft, expected, rtol=1e-5)
+    plain = token_losses(student, eye, batch)
+    assert plain.soft is None
+    np.testing.assert_allclose(sums[:3], plain[:3], rtol=1e-6)
+    # Of a model with itself, it is the entropy, which no student can go below.
+    own = token_losses(student, eye, batch, (student, eye), temperature)
+    assert own.soft < token_losses(teacher, eye, batch, (student, eye), temperature).soft
+
+
+def test_the_gradient_is_the_students_alone_and_as_large_at_any_temperature(answers):
+    batch, student, teacher = answers
+    weights, T = batch["decoder_loss_weights"][..., None], 3.0
+
+    def soft(student, teacher):
+        return token_losses(student, jnp.eye(32), batch, (teacher, jnp.eye(32)), T).soft
+
+    of_student, of_teacher = jax.grad(soft, argnums=(0, 1))(student, teacher)
+    assert not of_teacher.any()
+    expected = weights * (softmax(student / T) - softmax(teacher / T)) / T
+    np.testing.assert_allclose(of_student, expected, atol=1e-6)
+
+    config = tiny(**STUDENT | {"distill.temperature": T})
+    totals = loss_denominators(batch, config)
+    sums = LossSums(*map(jnp.float32, (10.0, 5.0, 1.0, 8.0)))
+    terms = loss_terms(sums, {}, totals, config, 0.4)
+    np.testing.assert_allclose(terms["cross_entropy"], 0.6 * 10 / totals.targets, rtol=1e-6)
+    np.testing.assert_allclose(terms["distillation"], 0.4 * T**2 * 8 / totals.targets, rtol=1e-6)
+    np.testing.assert_allclose(terms["z_loss"], 1e-4 * 5 / totals.targets, rtol=1e-6)
+
+
+def steps_of(program: TrainProgram, compiled, start) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Metrics of each step from the state `start`, and the parameters after the last."""
+    state, metrics = jax.device_put(start, program.state_sharding), []
+    teacher = teacher_parameters(program)
+    for step in range(STEPS):
+        batch = program.sharded.shard_batch(make_batch(program.config, seed=step))
+        state, m, _ = compiled(state, batch, teacher)
+        metrics.append(jax.device_get(m))
+    return metrics, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def runs(taught_by):
+    """Mesh → its run, with a sparse teacher and a dense student, from the same state."""
+    cases = {"alone": {}, "plain": {}} | MESHES
+    programs = {name: STUDENT | mesh for name, mesh in cases.items()}
+    for name in programs.keys() - {"plain"}:
+        programs[name] = programs[name] | {"distill.teacher": taught_by}
+    programs = {name: made(overrides) for name, overrides in programs.items()}
+    start = jax.device_get(programs["alone"].init())
+
+    def compiled(p: TrainProgram):
+        return p.train_step.lower(p.abstract_state, p.abstract_batch, p.abstract_teacher).compile()
+
+    with ThreadPoolExecutor(2) as pool:
+        steps = dict(zip(programs, pool.map(compiled, programs.values())))
+    return {name: steps_of(p, steps[name], start) for name, p in programs.items()}, start
+
+
+def test_the_step_adds_what_the_teacher_says_in_evaluation(runs, taught_by):
+    (metrics, _), start = runs[0]["alone"], runs[1]
+    plain = runs[0]["plain"][0]
+    # The first step is plain training, and from the second on the teacher counts.
+    assert metrics[0]["distillation"] == 0
+    np.testing.assert_allclose(metrics[0]["loss"], plain[0]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics[1]["cross_entropy"], plain[1]["cross_entropy"], rtol=1e-5)
+    assert "distillation" not in plain[1]
+    for m in metrics[1:]:
+        whole = 0.6 * m["cross_entropy"] + m["distillation"] + m["z_loss"]
+        np.testing.assert_allclose(m["loss"], whole, rtol=1e-6)
+
+    # Without dropout in the student, what it adds is known.
+    program = made(STUDENT | {"distill.teacher": taught_by} | OPEN)
+    batch, params = make_batch(program.config), start.params
+    student = program.sharded.model(params).forward(batch, factor=None)[0]
+    answering = load(taught_by)
+    grouped = dataclasses.replace(answering.config.moe, group_size=32)
+    config = dataclasses.replace(answering.config, moe=grouped)
+    answering = with_parameters(
+        SwitchTransformer(config, jax.random.key(0)), named_parameters(answering)
+    )
+    teacher = answering.forward(batch, factor=0.75)[0]
+    _, m, _ = program.train_step(
+        jax.device_put(start, program.state_sharding),
+        program.sharded.shard_batch(batch),
+        teacher_parameters(program),
+    )
+    weights = batch["decoder_loss_weights"]
+    expected = 0.4 * 2.0**2 * soft_sum(student, teacher, weights, 2.0) / weights.sum()
+    np.testing.assert_allclose(m["distillation"], expected, rtol=1e-5)
+    other = answering.forward(batch, factor=0.25)[0]
+    wrong = 0.4 * 2.0**2 * soft_sum(student, other, weights, 2.0) / weights.sum()
+    assert abs(wrong - expected) > 1e-4
+
+
+OPEN = {"model.dropout_rate": 0.0, "distill.start_step": 0}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_do_not_depend_on_the_mesh_nor_on_accumulation(runs, mesh):
+    (metrics, params), (alone, alone_params) = runs[0][mesh], runs[0]["alone"]
+    assert alone[1]["distillation"] > 0.1
+    for one, other in zip(metrics, alone):
+        assert one.keys() == other.keys()
+        for key in other:
+            np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-6, err_msg=key)
+    for name, value in alone_params.items():
+        np.testing.assert_allclose(params[name], value, rtol=0, atol=1e-5, err_msg=name)
+    plain = runs[0]["plain"][1]
+    assert max(np.abs(plain[name] - alone_params[name]).max() for name in plain) > 1e-4
+
+
+def test_a_soft_weight_of_zero_is_plain_training_to_the_bit(tmp_path):
+    nowhere = str(tmp_path / "none")
+    settings = {"distill.teacher": nowhere, "distill.soft_weight": 0.0}
+    programs = [made(STUDENT), made(STUDENT | settings)]
+    texts = [p.train_step.lower(p.abstract_state, p.abstract_batch).as_text() for p in programs]
+    assert texts[0] == texts[1]
+
+
+def test_the_teacher_is_split_by_the_same_rules_and_in_no_state(taught_by):
+    program = made(
+        STUDENT | MESHES["fsdp, data=2 expert=2 model=2"] | {"distill.teacher": taught_by}
+    )
+    experts = program.abstract_teacher["encoder/runs/0/layers/1/mlp/experts/wi"]
+    assert experts.shape == (1, 4, 16, 48)
+    assert experts.sharding.shard_shape(experts.shape) == (1, 2, 8, 24)
+    assert not [name for name in program.abstract_state.params if "experts" in name]
+    params = teacher_parameters(program)
+    assert {n: (p.shape, p.sharding) for n, p in params.items()} == {
+        n: (p.shape, p.sharding) for n, p in program.abstract_teacher.items()
+    }
+
+
+def test_the_student_begins_with_the_teachers_weights_but_those_of_experts(taught_by):
+    config = {"model.init_scale": 1.0, "model.d_ff": 48, "distill.teacher": taught_by}
+    student = override_config(tiny(**STUDENT | config), {"init_from": taught_by})
+    program = TrainProgram(student, make_mesh(student), teacher_config(student))
+    fresh, theirs = jax.device_get((program.init().params, teacher_parameters(program)))
+    begun = jax.device_get(make_initial_state(program).params)
+    for stack in ("encoder", "decoder"):
+        # Blocks of one layer here, and of a dense and a sparse one there.
+        ours = f"{stack}/runs/0/layers/0"
+        for place in (0, 1):
+            there = f"{stack}/runs/0/layers/{place}"
+            name = "self_attention/query"
+            np.testing.assert_array_equal(
+                begun[f"{ours}/{name}"][place], theirs[f"{there}/{name}"][0]
+            )
+        wi = begun[f"{ours}/mlp/wi"]
+        np.testing.assert_array_equal(wi[0], theirs[f"{stack}/runs/0/layers/0/mlp/wi"][0])
+        np.testing.assert_array_equal(wi[1], fresh[f"{ours}/mlp/wi"][1])
+    np.testing.assert_array_equal(begun["embedding"], theirs["embedding"])
+
+
+def test_a_run_that_was_continued_ends_with_the_same_bits(taught_by, tmp_path):
+    settings = {
+        "distill.teacher": taught_by,
+        "train.steps": 4,
+        "train.checkpoint_every": 2,
+        "train.log_every": 1,
+        "train.eval_every": 4,
+        "train.eval_batches": 1,
+    }
+    ended = {}
+    for name, stops in {"whole": (4,), "stopped": (2, 4)}.items():
+        workdir = Workdir(tmp_path / name)
+        for steps in stops:
+            train(tiny(**STUDENT | settings | {"train.steps": steps}), workdir)
+        folder = workdir.checkpoints / "4"
+        shapes = parameter_shapes(folder)
+        assert not [n for n in shapes if "experts" in n]
+        program = made(STUDENT | settings)
+        ended[name] = restore_params(folder, program.abstract_state.params)
+        lines = read_metrics(workdir)
+        distillation = [m["distillation"] for m in lines if m["split"] == "train"]
+        assert len(distillation) == 4 and distillation[0] == 0 < min(distillation[1:])
+        assert "distillation" not in [m for m in lines if m["split"] == "eval"][-1]
+    for name, value in ended["whole"].items():
+        np.testing.assert_array_equal(ended["stopped"][name], value)
+
+
+def one_sentence(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("."), message
+    assert not re.search(r"[.?] ", message), message
+    return message
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("soft_weight", -0.1, "distill.soft_weight must be from 0 to 1, not -0.1"),
+        ("soft_weight", 1.5, "from 0 to 1, not 1.5"),
+        ("temperature", 0.0, "distill.temperature must be above 0, not 0.0"),
+        ("start_step", -1, "distill.start_step must be at least 0, not -1"),
+    ],
+)
+def test_numbers_that_cannot_be(key, value, words):
+    with pytest.raises(UserError) as error:
+        tiny(**{f"distill.{key}": value})
+    assert words in one_sentence(error)
+
+
+def described(folder: Path) -> str:
+    """A config file of the teacher."""
+    path = folder / "teacher.py"
+    path.write_text(
+        "from switch_jax.config import defaults\n\n"
+        "def get_config(arg=''):\n    config = defaults()\n"
+        f"    config.update({config_to_dict(tiny(**TEACHER))!r})\n    return config\n"
+    )
+    return str(path)
+
+
+def test_teachers_that_cannot_be(taught_by, tmp_path):
+    def refused(words: str, overrides, teacher: str = taught_by):
+        with pytest.raises(UserError) as error:
+            train(
+                tiny(**STUDENT | {"distill.teacher": teacher} | overrides), Workdir(tmp_path / "x")
+            )
+        assert words in one_sentence(error)
+        assert not (tmp_path / "x").exists()
+
+    refused("none does not exist; name a WORKDIR", {}, str(tmp_path / "none"))
+    refused("has 32 logits and the student 64; set model.vocab_size=32", {"model.vocab_size": 64})
+    refused("Of the teacher, moe.num_experts=4 does not divide", {"mesh.expert": 8})
+    refused("Of the teacher, A encoder group", {"mesh.data": 8, "moe.group_size": 256})
+    refused("teacher.py is a config and cannot answer; train it", {}, described(tmp_path))
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(taught_by, monkeypatch):
+    config = tiny(**STUDENT | {"distill.teacher": taught_by, "data.reader": "store"})
+    source = distill.find_pretrained(taught_by)._replace(vocabulary=b"another")
+    monkeypatch.setattr(distill, "find_pretrained", lambda path: source)
+    own = type("", (), {"content": b"own"})
+    monkeypatch.setattr(distill, "open_vocabulary", lambda config: own)
+    with pytest.raises(UserError, match="another vocabulary than"):
+        check_distillation(config)
+    own.content = b"another"
+    check_distillation(config)
+
+
+def test_without_a_vocabulary_of_its_own_a_student_has_the_teachers(tmp_path):
+    (tmp_path / FILE_NAME).write_bytes(BYTES.encode())
+    settings = {"distill.teacher": str(tmp_path), "data.reader": "store", "model.vocab_size": 512}
+    assert open_vocabulary(tiny(**settings)).name == BYTES
+
+
+def test_a_teacher_may_have_been_adapted():
+    config = tiny(**TEACHER | {"lora.rank": 2})
+    program, batch = TrainProgram(config, make_mesh(config)), make_batch(config)
+    fresh = program.init().params
+    params = {n: p + 0.1 if n.endswith("lora_b") else p for n, p in fresh.items()}
+    teacher = ShardedModel(config, program.mesh)
+    assert teacher.abstract_params.keys() == params.keys()
+
+    @jax.jit
+    def answer(params):
+        return teacher.model(params).forward(batch, factor=config.moe.capacity_factor)[0]
+
+    logits = [answer(of) for of in (params, fresh)]
+    expected, _ = program.sharded.model(params).forward(batch, factor=config.moe.capacity_factor)
+    np.testing.assert_allclose(logits[0], expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits[1] - expected).max() > 0.01
+
+
+def test_its_memory_and_work_are_counted(taught_by):
+    mesh = {"mesh.data": 1, "mesh.expert": 4}
+    config = tiny(**STUDENT | mesh | {"distill.teacher": taught_by})
+    teacher = teacher_config(config)
+    size = sum(
+        math.prod(x.shape)
+        for x in TrainProgram(config, make_mesh(config), teacher).abstract_teacher.values()
+    )
+    alone, taught = cost_summary(config), cost_summary(config, teacher)
+    assert alone["teacher"] is None
+    assert taught["teacher"]["params"] == size
+    assert taught["teacher"]["bytes"] == 4 * size
+    assert taught["state_bytes"] == alone["state_bytes"]
+    passes = taught["teacher"]["flops_per_sequence_computed"]
+    assert taught["train_flops_per_step"] - alone["train_flops_per_step"] == passes * 16
+    assert f"{size:,}" in cost_table(taught)
+
+    chip = CHIPS["TPU v5"]
+    (mine,) = [s for s in suggest_meshes(config, chip, 4, 1, teacher) if s.mesh["expert"] == 4]
+    (without,) = [s for s in suggest_meshes(config, chip, 4) if s.mesh["data"] == 4]
+    assert without.memory_bytes["teacher"] == 0
+    assert size < mine.memory_bytes["teacher"] < 4 * size
+    flops = taught["train_flops_per_step"]
+    assert mine.seconds["compute"] == pytest.approx(flops / 4 / chip.flops)
+    assert mine.seconds["compute"] > without.seconds["compute"]
+
+
+def test_compiling_knows_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
+    student = {"distill.teacher": described(tmp_path), "optimizer.name": "sgd"}
+    monkeypatch.setattr(CompileTarget, "devices", lambda target: jax.devices()[:1])
+    target = CompileTarget("cpu:1")
+    results = [
+        compile_step(tiny(**STUDENT | student | {"distill.soft_weight": weight}), target)
+        for weight in (0.0, 0.25)
+    ]
+    assert results[0]["teacher_bytes"] == 0
+    params = cost_summary(tiny(**TEACHER))["params"]
+    assert results[1]["teacher_bytes"] == 4 * params
+    assert results[1]["argument_bytes"] == results[0]["argument_bytes"] + 4 * params
+    assert "teacher" in compile_table(results[1]) and "teacher" not in compile_table(results[0])
+
+
+@pytest.mark.parametrize("size", ["mini", "gpu", "paper"])
+@pytest.mark.parametrize("table", [6, 7, 8])
+def test_sweeps_of_the_papers_tables(size, table, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    loaded = load_sweep(f"configs/sweeps/distill.py:size={size},table={table}")
+    configs = loaded.configs()
+    (found,) = loaded.tables.values()
+    assert set(found.rows.values()) <= set(configs) and found.teachers
+    students = {name for name, config in configs.items() if config.distilled}
+    assert {found.rows[row] for row in found.teachers} - students <= {"begun"}
+    for name in students:
+        assert not configs[name].sparse
+        assert configs[name].distill.teacher == f"{{run:{teacher_of(found, name)}}}"
+        assert configs[name].init_from is not None or name == "taught"
+    if size == "paper":
+        assert set(found.paper) == set(found.rows)
+
+
+def teacher_of(table: Table, name: str) -> str:
+    return next(table.teachers[row] for row, run in table.rows.items() if run == name)
