@@ -72,16 +72,16 @@ class MoEConfig:
     expert_dropout_rate: float = 0.0
 
     @property
-    def choices(self) -> int:
+    def num_selected(self) -> int:
         """`top_k`, or where it is None what is usual for the router."""
         if self.top_k is not None:
             return self.top_k
         return min({"top_k": 2, "ntlb": 4}.get(self.router, 1), self.num_experts)
 
     @property
-    def places(self) -> int:
+    def max_experts_per_token(self) -> int:
         """Experts a token is in at the most: ntlb tries several and takes one."""
-        return {"ntlb": 1, "expert_choice": self.num_experts}.get(self.router, self.choices)
+        return {"ntlb": 1, "expert_choice": self.num_experts}.get(self.router, self.num_selected)
 
     @property
     def in_token_order(self) -> bool:
@@ -89,7 +89,7 @@ class MoEConfig:
         return self.router in ("switch", "top_k", "hash")
 
     @property
-    def noisy(self) -> bool:
+    def uses_random_numbers(self) -> bool:
         """Whether training draws random numbers for the router or the experts."""
         rates = self.jitter, self.input_dropout_rate, self.sampling_temperature
         return any(rates) or self.expert_dropout_rate > 0 or self.second_policy == "random"
@@ -253,7 +253,7 @@ class Config:
         """Tokens of a row of the encoder or the decoder."""
         return {"encoder": self.data.inputs_length, "decoder": self.data.targets_length}[stack]
 
-    def runs(self, stack: str) -> tuple["BlockRun", ...]:
+    def block_runs(self, stack: str) -> tuple["BlockRun", ...]:
         """The layers of a stack in order, as runs of blocks that are alike."""
         moe, layers = self.moe, self.num_layers(stack)
         if not self.sparse or moe.stacks not in ("both", stack):
@@ -270,7 +270,7 @@ class Config:
         """Numbers of the layers with experts, from 0."""
         numbers: list[int] = []
         start = 0
-        for run in self.runs(stack):
+        for run in self.block_runs(stack):
             end = start + run.blocks * run.layers
             if run.sparse:
                 numbers += range(start + run.layers - 1, end, run.layers)

@@ -150,7 +150,7 @@ def _check_placement(config: Config) -> None:
 def _check_router(config: Config) -> None:
     moe = config.moe
     _require(
-        moe.choices <= moe.num_experts,
+        moe.num_selected <= moe.num_experts,
         f"moe.top_k={moe.top_k} is more than moe.num_experts={moe.num_experts}; make it at most"
         " that.",
     )
@@ -161,7 +161,7 @@ def _check_router(config: Config) -> None:
     }
     if moe.router in one_expert:
         _require(
-            moe.choices == 1,
+            moe.num_selected == 1,
             f"moe.router={moe.router} cannot have moe.top_k={moe.top_k};"
             f" {one_expert[moe.router].format(moe.top_k)}.",
         )
@@ -188,7 +188,7 @@ def _check_router(config: Config) -> None:
         " has one; set moe.router=top_k or moe.renormalize=False.",
     )
     _require(
-        moe.second_policy == "all" or (several and moe.choices > 1),
+        moe.second_policy == "all" or (several and moe.num_selected > 1),
         f"moe.second_policy={moe.second_policy} is about second experts, and there are none; set"
         " moe.router=top_k and moe.top_k=2, or moe.second_policy=all.",
     )

@@ -143,8 +143,8 @@ def _write_programs(
 
 def _most_rows(config: Config, inputs_length: int) -> int:
     """Rows of a batch, so that `routing.ranks` knows that its keys fit in 32 bits."""
-    E, K = config.moe.num_experts, max(config.moe.places, 1)
-    pool = E * max(run.blocks for run in config.runs("decoder"))
+    E, K = config.moe.num_experts, max(config.moe.max_experts_per_token, 1)
+    pool = E * max(run.blocks for run in config.block_runs("decoder"))
     return (2**32 - 1) // max((E + 1) * K * inputs_length, (pool + 1) * K)
 
 

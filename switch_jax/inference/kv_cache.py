@@ -69,13 +69,15 @@ def decode_one_token(
     mask_1x1xT = (position_T <= position)[None, None]
     cross_mask_Bx1xS = source_mask_BxS[:, None]
     token_Nx1 = token_N[:, None]
-    plan = RoutingSpec(token_Nx1, jnp.ones(token_Nx1.shape, bool), rows=1, factor=None)
+    spec = RoutingSpec(
+        token_Nx1, jnp.ones(token_Nx1.shape, bool), rows_per_group=1, capacity_factor=None
+    )
     pool = _few_experts_of_many(model.config, assignments_at_least(N))
 
     def body(x_and_own, number_and_block, run):
         (x_Nx1xD, own), (number, cut, cross) = x_and_own, number_and_block
         for i, layer in enumerate(run.block(number, cut).layers):
-            (query, offered), _ = layer.project(x_Nx1xD, plan, None)
+            (query, offered), _ = layer.project(x_Nx1xD, spec, None)
             # Written in place, into what the loop over tokens carries.
             own = tuple(
                 jax.lax.dynamic_update_slice(old, new[None, None], (number, i, 0, position, 0, 0))
@@ -87,7 +89,7 @@ def decode_one_token(
             x_BxKxD = x_Nx1xD.reshape(B, N // B, -1)
             kv = (cross[0][i], cross[1][i])
             x_BxKxD = layer.attend_encoder(x_BxKxD, kv, cross_mask_Bx1xS, None)
-            x_Nx1xD, _ = layer.feed_forward(x_BxKxD.reshape(N, 1, -1), plan, None)
+            x_Nx1xD, _ = layer.feed_forward(x_BxKxD.reshape(N, 1, -1), spec, None)
         return (x_Nx1xD, own), None
 
     x_Nx1xD, own_by_run = model.embed(token_Nx1), []
@@ -139,7 +141,7 @@ def _few_experts_of_many(config: Config, num_sequences: int) -> bool:
         if mesh.shape["expert"] > 1 or (config.mesh.fsdp and mesh.shape["data"] > 1):
             return False
     # Up to there, blocks of rows are as small as they can be, with or without a pool.
-    return num_sequences // parts * moe.places <= SMALLEST * moe.num_experts
+    return num_sequences // parts * moe.max_experts_per_token <= SMALLEST * moe.num_experts
 
 
 class _PoolRouter(Router):
@@ -149,8 +151,8 @@ class _PoolRouter(Router):
         self.config, self.kernel, self.bias = router.config, router.kernel, router.bias
         self.number, self.blocks = number, blocks
 
-    def __call__(self, x_BxLxD: jax.Array, plan: RoutingSpec, keys: Any) -> RouterOutput:
-        decision = super().__call__(x_BxLxD, plan, keys)
+    def __call__(self, x_BxLxD: jax.Array, spec: RoutingSpec, keys: Any) -> RouterOutput:
+        decision = super().__call__(x_BxLxD, spec, keys)
         E, expert = self.config.num_experts, decision.assignment.expert_SxK
         expert = jnp.where(expert < E, expert + E * self.number, E * self.blocks)
         return decision._replace(assignment=decision.assignment._replace(expert_SxK=expert))

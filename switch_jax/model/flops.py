@@ -212,7 +212,7 @@ def _assignments(tokens: int, capacity: int, moe: MoEConfig) -> float:
     if moe.router == "expert_choice":
         return moe.num_experts * capacity / tokens
     several = moe.router in ("top_k", "batch_prioritized") and moe.second_policy != "none"
-    return moe.choices if several else 1
+    return moe.num_selected if several else 1
 
 
 def _changed_by(tokens: int, capacity: int, moe: MoEConfig) -> str | None:

@@ -43,7 +43,7 @@ def layer_slices(names: Iterable[str], config: Config) -> dict[str, LayerSlice]:
 def _blocks(config: Config, stack: str) -> Iterable[range]:
     """For each run of a stack, the numbers of its blocks' first layers."""
     start = 0
-    for run in config.runs(stack):
+    for run in config.block_runs(stack):
         end = start + run.blocks * run.layers
         yield range(start, end, run.layers)
         start = end

@@ -57,11 +57,11 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(model.d_model)
         self.mlp = SwitchMlp(config, mlp_key) if where in ("ff", "both") else Mlp(model, mlp_key)
 
-    def project(self, x, plan, keys) -> tuple[QueryKeyValue, RoutingBySublayer]:
+    def project(self, x, spec, keys) -> tuple[QueryKeyValue, RoutingBySublayer]:
         """What self-attention asks for, and offers, at the positions `x`."""
         normed = self.self_norm(x)
         if isinstance(self.self_attention, SwitchAttention):
-            projected, routed = self.self_attention.project(normed, plan, fold_keys(keys, 6))
+            projected, routed = self.self_attention.project(normed, spec, fold_keys(keys, 6))
             return projected, {"self_attention": routed}
         attention = self.self_attention
         return (attention.queries(normed), attention.keys_values(normed)), {}
@@ -78,11 +78,11 @@ class Layer(nnx.Module):
         y = self.cross_attention(query, kv, mask, None, fold_keys(keys, 2))
         return x + dropout(y, self.config.model.dropout_rate, fold_keys(keys, 3))
 
-    def feed_forward(self, x, plan, keys) -> tuple[jax.Array, RoutingBySublayer]:
+    def feed_forward(self, x, spec, keys) -> tuple[jax.Array, RoutingBySublayer]:
         """The feed-forward layer with its residual, which is all a dropped token gets."""
         normed, mlp_keys, routes = self.mlp_norm(x), fold_keys(keys, 4), {}
         if isinstance(self.mlp, SwitchMlp):
-            y, routes["mlp"] = self.mlp(normed, plan, mlp_keys)
+            y, routes["mlp"] = self.mlp(normed, spec, mlp_keys)
         else:
             y = self.mlp(normed, mlp_keys)
         return x + dropout(y, self.config.model.dropout_rate, fold_keys(keys, 5)), routes
@@ -103,7 +103,7 @@ class Stack(nnx.Module):
 
     def __init__(self, config: Config, key: jax.Array, *, decoder: bool):
         self.config = config
-        self.layer_runs = config.runs("decoder" if decoder else "encoder")
+        self.layer_runs = config.block_runs("decoder" if decoder else "encoder")
         bias_key, blocks_key = jax.random.split(key)
         self.relative_bias = RelativePositionBias(config.model, bias_key, bidirectional=not decoder)
         self.runs = nnx.List(
@@ -119,7 +119,7 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x_BxLxD: jax.Array,
-        plan: RoutingSpec,
+        spec: RoutingSpec,
         mask_BxLxL: jax.Array,
         encoded_BxSxD: jax.Array | None,
         cross_mask_BxLxS: jax.Array | None,
@@ -135,13 +135,13 @@ class Stack(nnx.Module):
             routes: RoutingBySublayer = {}
             for i, layer in enumerate(block.layers):
                 layer_keys = fold_keys(keys, 2 + number + i)
-                (query, kv), routed = layer.project(x, plan, layer_keys)
+                (query, kv), routed = layer.project(x, spec, layer_keys)
                 routes |= routed
                 x = layer.attend(x, query, kv, mask_BxLxL, bias_HxLxL, layer_keys)
                 if encoded_BxSxD is not None:
                     kv = layer.cross_attention.keys_values(encoded_BxSxD)
                     x = layer.attend_encoder(x, kv, cross_mask_BxLxS, layer_keys)
-                x, routed = layer.feed_forward(x, plan, layer_keys)
+                x, routed = layer.feed_forward(x, spec, layer_keys)
                 routes |= routed
             return constrain(x, "batch", None, "activation"), routes
 
@@ -237,7 +237,7 @@ class SwitchTransformer(nnx.Module):
         tokens = batch["decoder_input_tokens"]
         decoded, decoder_routes = self.decoder(
             self.embed(tokens),
-            self._plan(tokens, decoder_mask, rows, factor),
+            self._routing_spec(tokens, decoder_mask, rows, factor),
             jnp.tril(_same_segment(decoder_ids, decoder_ids)),
             encoded,
             _same_segment(decoder_ids, encoder_ids),
@@ -257,7 +257,7 @@ class SwitchTransformer(nnx.Module):
         rows = batch_size or tokens_BxS.shape[0]
         return self.encoder(
             self.embed(tokens_BxS),
-            self._plan(tokens_BxS, segment_ids_BxS > 0, rows, factor),
+            self._routing_spec(tokens_BxS, segment_ids_BxS > 0, rows, factor),
             _same_segment(segment_ids_BxS, segment_ids_BxS),
             None,
             None,
@@ -286,7 +286,9 @@ class SwitchTransformer(nnx.Module):
             self.embedding, x_BxTxD.dtype
         ).T
 
-    def _plan(self, token_BxL, mask_BxL, batch_size: int, factor: float | None) -> RoutingSpec:
+    def _routing_spec(
+        self, token_BxL, mask_BxL, batch_size: int, factor: float | None
+    ) -> RoutingSpec:
         rows = self.config.moe.group_rows(batch_size, token_BxL.shape[1])
         mask_BxL = routed_mask(mask_BxL, self.config)
         return RoutingSpec(

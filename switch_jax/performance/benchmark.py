@@ -171,16 +171,16 @@ def _layer(config: Config, program: TrainProgram) -> tuple[Lower, Advance]:
     """Gradients of one feed-forward layer with respect to its input and parameters."""
     data, model = config.data, config.model
     shape = (data.batch_size, data.inputs_length, model.d_model)
-    plan = RoutingSpec(
+    spec = RoutingSpec(
         token_BxL=jnp.arange(math.prod(shape[:2])).reshape(shape[:2]),
         mask_BxL=jnp.ones(shape[:2], bool),
-        rows=config.moe.group_rows(*shape[:2]),
-        factor=config.moe.capacity_factor,
+        rows_per_group=config.moe.group_rows(*shape[:2]),
+        capacity_factor=config.moe.capacity_factor,
     )
 
     def loss(layer: SwitchMlp | Mlp, x_BxLxD: jax.Array, g_BxLxD: jax.Array) -> jax.Array:
         if isinstance(layer, SwitchMlp):
-            y_BxLxD, routed = layer(x_BxLxD, plan, None)
+            y_BxLxD, routed = layer(x_BxLxD, spec, None)
             return jnp.sum(y_BxLxD * g_BxLxD) + routed.sums.balance
         return jnp.sum(layer(x_BxLxD, None) * g_BxLxD)
 

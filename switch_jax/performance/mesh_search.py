@@ -244,7 +244,7 @@ class _Work:
             return []
         if layer.group_tokens <= tokens:
             return [(expert, tokens * layer.slots_per_token)]
-        most = tokens * max(layer.capacity_factor or 1.0, self._config.moe.places)
+        most = tokens * max(layer.capacity_factor or 1.0, self._config.moe.max_experts_per_token)
         return [(size, size * padded_size(most / size)) for size in split_hops(expert, most)]
 
 

@@ -205,7 +205,7 @@ class TrainProgram:
     def _row_keys(self, step: jax.Array, batch: Batch) -> jax.Array | None:
         """A key per global row [B], or None where the config has no noise."""
         config = self.config
-        if not (config.model.dropout_rate or (config.sparse and config.moe.noisy)):
+        if not (config.model.dropout_rate or (config.sparse and config.moe.uses_random_numbers)):
             return None
         key = jax.random.fold_in(jax.random.key(config.train.seed), step)
         rows = jnp.arange(batch["decoder_input_tokens"].shape[0])

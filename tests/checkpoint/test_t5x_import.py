@@ -156,8 +156,8 @@ def check_same(path: Path, model: SwitchTransformer) -> SwitchTransformer:
     assert named_parameters(loaded).keys() == expected.keys()
     for name, leaf in named_parameters(loaded).items():
         np.testing.assert_array_equal(leaf[...], expected[name][...], err_msg=name)
-    assert [loaded.config.runs(s) for s in t5x_import.STACKS] == [
-        model.config.runs(s) for s in t5x_import.STACKS
+    assert [loaded.config.block_runs(s) for s in t5x_import.STACKS] == [
+        model.config.block_runs(s) for s in t5x_import.STACKS
     ]
     return loaded
 

@@ -260,7 +260,7 @@ def test_contradictory_routing_says_what_to_change(overrides, words):
     ],
 )
 def test_one_key_is_enough_for_another_router(overrides, choices):
-    assert load_config(SPECS["switch_base"], overrides).moe.choices == choices
+    assert load_config(SPECS["switch_base"], overrides).moe.num_selected == choices
 
 
 @pytest.mark.parametrize(

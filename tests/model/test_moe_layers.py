@@ -81,7 +81,7 @@ def loop_reference(mlp: SwitchMlp, x, mask, capacity: int) -> tuple[np.ndarray, 
         probs = softmax(tokens @ router)
         choice = np.argsort(-probs, -1, kind="stable")
         out, count = np.zeros_like(tokens), np.zeros(E, int)
-        for k in range(moe.choices):
+        for k in range(moe.num_selected):
             for t in np.flatnonzero(real):
                 e = choice[t, k]
                 count[e] += 1
@@ -94,7 +94,7 @@ def loop_reference(mlp: SwitchMlp, x, mask, capacity: int) -> tuple[np.ndarray, 
                 else:
                     gate = tokens[t] @ np.asarray(mlp.experts.gate[...], np.float64)[e]
                     h *= np.asarray(jax.nn.gelu(gate.astype(np.float32)))
-                total = probs[t, choice[t, : moe.choices]].sum() if moe.renormalize else 1
+                total = probs[t, choice[t, : moe.num_selected]].sum() if moe.renormalize else 1
                 out[t] += probs[t, e] / total * (h @ wo[e])
         y.append(out)
     return np.stack(y).reshape(x.shape), dropped
@@ -115,7 +115,7 @@ def test_equals_a_loop_over_tokens(values, factor):
     expected, dropped = loop_reference(mlp, x, mask, capacity)
     y, sums = call(mlp, x, mask, factor)
     assert dropped > 0
-    K = mlp.router.config.choices
+    K = mlp.router.config.num_selected
     np.testing.assert_allclose(sums.dropped * K, dropped, rtol=1e-5)
     assert sums.tokens == mask.sum() == sums.load_E.sum() / K
     np.testing.assert_allclose(y, expected, **CLOSE)

@@ -50,7 +50,7 @@ def x():
 
 def route(made: Router, x, plan=None, keys=None):
     plan = globals()["plan"]() if plan is None else plan
-    rows, factor = plan.rows, plan.factor  # static
+    rows, factor = spec.rows, spec.factor  # static
 
     def run(made, x, token, mask, keys):
         decision = made(x, RoutingSpec(token, mask, rows, factor), keys)

@@ -292,14 +292,14 @@ def by_hand(case: Case) -> list[tuple[int, int, int, float]]:
     choice = np.argsort(-probs, -1, kind="stable")
     if moe.router == "ntlb":
         left = list(tokens)
-        for k in range(moe.choices):
+        for k in range(moe.num_selected):
             left = [t for t in left if not place(t, choice[t, k], probs[t, choice[t, k]])]
         return kept
     if moe.router == "batch_prioritized":
         tokens = tokens[np.argsort(-probs[tokens].max(-1), kind="stable")]
-    for k in range(moe.choices):
+    for k in range(moe.num_selected):
         for t in tokens:
-            total = probs[t, choice[t, : moe.choices]].sum() if moe.renormalize else 1
+            total = probs[t, choice[t, : moe.num_selected]].sum() if moe.renormalize else 1
             gate = probs[t, choice[t, k]] / total
             if k == 0 or moe.second_policy == "all" or gate > moe.second_threshold:
                 place(t, choice[t, k], gate)
@@ -318,7 +318,7 @@ def test_every_router_does_what_is_specified_in_that_order(case):
 @settings(deadline=None, max_examples=100)
 def test_no_expert_is_over_capacity_and_no_token_in_more_places_than_its_own(case):
     kept = case.kept()
-    places = E if case.moe.router == "expert_choice" else case.moe.choices
+    places = E if case.moe.router == "expert_choice" else case.moe.num_selected
     places = 1 if case.moe.router == "ntlb" else places
     for t in range(S):
         experts = [e for token, e, _, _ in kept if token == t]

@@ -132,7 +132,7 @@ def test_what_does_not_fit_names_what_takes_it_and_a_change_that_was_compiled(mo
         tried.append((changed.mesh.fsdp, changed.model.remat, changed.train.accumulate))
         return {"fits": changed.train.accumulate == 2}
 
-    monkeypatch.setattr("switch_jax.performance.compile_step", compile_step)
+    monkeypatch.setattr("switch_jax.performance.compile.compile_step", compile_step)
     sentence = remedy(config, target, result)
     assert "40.00 GiB of a TPU v4's 30.00 GiB, 10.00 GiB too many" in sentence
     assert "parameters 8.00 GiB, optimizer 2.00 GiB, teacher 3.00 GiB" in sentence

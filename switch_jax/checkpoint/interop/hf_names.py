@@ -96,7 +96,7 @@ def _leaf(config: Config, sublayer: list[str], leaf: str) -> str:
 
 def _layer(config: Config, stack: str, run: int, block: int, place: int) -> int:
     """Number of a layer in its stack, from its place in a block of a run."""
-    runs = config.runs(stack)
+    runs = config.block_runs(stack)
     before = sum(r.blocks * r.layers for r in runs[:run])
     return before + block * runs[run].layers + place
 

@@ -87,7 +87,7 @@ def split_hops(devices: int, tokens: float) -> tuple[int, ...]:
 
 
 def make_route(
-    assignment: Assignment, num_experts: int, capacity: int, plan: RoutingSpec
+    assignment: Assignment, num_experts: int, capacity: int, spec: RoutingSpec
 ) -> tuple[Route, Assignment]:
     """The way of every assignment, and the assignment with the slots they got.
 
@@ -96,21 +96,21 @@ def make_route(
         matter.
       num_experts: E.
       capacity: C, of an expert in a whole group.
-      plan: of which `span` and `factor` count.
+      spec: of which `span` and `factor` count.
 
     An assignment whose expert was full, or that found no room on the way, has slot C.
     """
     devices = jax.sharding.get_abstract_mesh().shape["expert"]
-    owned, groups = num_experts // devices, devices // plan.span
+    owned, groups = num_experts // devices, devices // spec.devices_per_group
     bins = owned * groups
-    factor = max(plan.factor or 1.0, 1.0)
+    factor = max(spec.capacity_factor or 1.0, 1.0)
 
     def local(expert_GxSxK):
         _, S, K = expert_GxSxK.shape
         assignments = S * max(factor, K)
         sizes = split_hops(devices, assignments)
         # What an item must know: its owner, expert and group there, and which choice it is.
-        group = axis_index("expert") // plan.span
+        group = axis_index("expert") // spec.devices_per_group
         choice_K = jnp.arange(K, dtype=jnp.int32)
         nobody = num_experts * groups * K
         code_GxSxK = (expert_GxSxK * groups + group) * K + choice_K

@@ -231,7 +231,7 @@ def check_dropless_memory(
     else:
         outputs = {"relu": 1, "geglu": 2}[model.activation] * model.d_ff + model.d_model
     width = model.d_model + outputs // sizes["model"]
-    needed = tokens * moe.places * width * jnp.dtype(model.dtype).itemsize
+    needed = tokens * moe.max_experts_per_token * width * jnp.dtype(model.dtype).itemsize
     if needed > memory:
         raise UserError(
             f"moe.{key}=None may send all {tokens:,} {stack} tokens of slice × data to the experts"

@@ -45,10 +45,10 @@ class SwitchMlp(nnx.Module):
         self.shared = Mlp(shared, shared_key) if d_ff else None
 
     def __call__(
-        self, x_BxLxD: jax.Array, plan: RoutingSpec, keys: RowKeys
+        self, x_BxLxD: jax.Array, spec: RoutingSpec, keys: RowKeys
     ) -> tuple[jax.Array, RoutingResult]:
         """[B, L, D], zero where a token was dropped (or what the shared expert makes of it)."""
-        (y_BxLxD,), routed = moe_forward(self.router, self.experts, x_BxLxD, plan, keys)
+        (y_BxLxD,), routed = moe_forward(self.router, self.experts, x_BxLxD, spec, keys)
         y_BxLxD = constrain(y_BxLxD, "batch", None, "activation")
         if self.shared is not None:
             y_BxLxD += self.shared(x_BxLxD, fold_keys(keys, 2))
@@ -69,35 +69,39 @@ class SwitchAttention(Attention):
         self.experts = ProjectionExperts(config, experts_key)
 
     def project(
-        self, x_BxLxD: jax.Array, plan: RoutingSpec, keys: RowKeys
+        self, x_BxLxD: jax.Array, spec: RoutingSpec, keys: RowKeys
     ) -> tuple[QueryKeyValue, RoutingResult]:
         """Queries, and keys and values, of the same positions."""
-        (query, key_value), routed = moe_forward(self.router, self.experts, x_BxLxD, plan, keys)
+        (query, key_value), routed = moe_forward(self.router, self.experts, x_BxLxD, spec, keys)
         key_value_BxLxHxK = self.heads(key_value)
         return (self.heads(query), (key_value_BxLxHxK, key_value_BxLxHxK)), routed
 
 
 def moe_forward(
-    router: Router, experts: Experts, x_BxLxD: jax.Array, plan: RoutingSpec, keys: RowKeys
+    router: Router, experts: Experts, x_BxLxD: jax.Array, spec: RoutingSpec, keys: RowKeys
 ) -> tuple[tuple[jax.Array, ...], RoutingResult]:
     """Sends the real tokens of a batch through the experts that the router picks.
 
     Args:
       x_BxLxD: normed activations.
-      plan: how they are routed.
+      spec: how they are routed.
       keys: one per row, for exploration and expert dropout; None: neither.
 
     Returns the experts' outputs, [B, L, ..] and zero where a token was dropped, and the routing.
     """
     moe, E, rate = router.config, router.config.num_experts, router.config.expert_dropout_rate
     B, L, _ = x_BxLxD.shape
-    C = moe.capacity(plan.rows * L, plan.factor)
-    decision = router(x_BxLxD, plan, fold_keys(keys, 0))
+    C = moe.capacity(spec.rows_per_group * L, spec.capacity_factor)
+    decision = router(x_BxLxD, spec, fold_keys(keys, 0))
     assignment = decision.assignment
     # A capacity that is not in proportion to the tokens may be far above what experts get: it is
     # not a number of slots to compute, but a limit on what is computed.
-    limited = moe.expert_capacity is not None and plan.factor is not None and plan.span == 1
-    if plan.factor is None or limited:
+    limited = (
+        moe.expert_capacity is not None
+        and spec.capacity_factor is not None
+        and spec.devices_per_group == 1
+    )
+    if spec.capacity_factor is None or limited:
         kept = _within(assignment, C, E) if limited else assignment
         row_assignment = jax.tree.map(lambda leaf: leaf.reshape(B, L, -1), kept)
         outputs = dropless_forward(experts, x_BxLxD, row_assignment, rate, fold_keys(keys, 1))
@@ -105,17 +109,17 @@ def moe_forward(
         x_GxSxD = x_BxLxD.reshape(*assignment.gate_SxK.shape[:2], -1)
         # The gates are cast first: nothing of a token's size is ever float32 (paper §2.4).
         gate_GxSxK = assignment.gate_SxK.astype(x_BxLxD.dtype)
-        group_keys = None if keys is None else fold_keys(keys[:: plan.rows], 1)
-        if plan.span == 1:
+        group_keys = None if keys is None else fold_keys(keys[:: spec.rows_per_group], 1)
+        if spec.devices_per_group == 1:
             indices = make_slot_indices(assignment, E, C)
             slots = _compute(experts, dispatch_to_slots(x_GxSxD, indices), rate, group_keys)
             outputs = tuple(combine_from_slots(y, gate_GxSxK, indices) for y in slots)
         else:
-            route, assignment = make_route(assignment, E, C, plan)
+            route, assignment = make_route(assignment, E, C, spec)
             x_ExGxCxD = dispatch_across_devices(x_GxSxD, route, E, C)
             slots = _compute(experts, x_ExGxCxD, rate, group_keys)
             outputs = tuple(combine_across_devices(y, gate_GxSxK, route) for y in slots)
-    sums = router_stats(decision._replace(assignment=assignment), C, plan.span)
+    sums = router_stats(decision._replace(assignment=assignment), C, spec.devices_per_group)
     return tuple(y.reshape(B, L, -1) for y in outputs), RoutingResult(assignment, sums)
 
 

@@ -28,9 +28,9 @@ class RoutingSpec(NamedTuple):
 
     token_BxL: jax.Array  # their ids, which hash routing looks at
     mask_BxL: jax.Array  # bool, false for padding, which is not routed and takes no slot
-    rows: int  # of a group
-    factor: float | None  # capacity factor; None: nothing is dropped
-    span: int = 1  # devices that a group is spread over, in equal parts of whole rows
+    rows_per_group: int
+    capacity_factor: float | None  # None: nothing is dropped
+    devices_per_group: int = 1  # a group is spread over them in equal parts of whole rows
 
 
 class RouterStats(NamedTuple):
@@ -72,42 +72,45 @@ class Router(nnx.Module):
         # Moved by the train step, not by gradients: it only ranks.
         self.bias = param(jnp.zeros(E), "router") if moe.balance_bias_rate else None
 
-    def __call__(self, x_BxLxD: jax.Array, plan: RoutingSpec, keys: RowKeys) -> RouterOutput:
+    def __call__(self, x_BxLxD: jax.Array, spec: RoutingSpec, keys: RowKeys) -> RouterOutput:
         """Decides about the tokens of a batch.
 
         Args:
           x_BxLxD: normed activations.
-          plan: see there.
+          spec: see there.
           keys: one per row, for exploration; None: none.
         """
         moe = self.config
-        B, L = plan.mask_BxL.shape
-        G, S = B * plan.span // plan.rows, plan.rows * L // plan.span
-        C = moe.capacity(S * plan.span, plan.factor)
+        B, L = spec.mask_BxL.shape
+        G, S = (
+            B * spec.devices_per_group // spec.rows_per_group,
+            spec.rows_per_group * L // spec.devices_per_group,
+        )
+        C = moe.capacity(S * spec.devices_per_group, spec.capacity_factor)
 
         def grouped(x_BxLxE: jax.Array) -> jax.Array:
             return x_BxLxE.reshape(G, S, -1)
 
-        logits_BxLxE = self._logits(x_BxLxD, plan, fold_keys(keys, 0))
+        logits_BxLxE = self._logits(x_BxLxD, spec, fold_keys(keys, 0))
         probs_BxLxE = _rounded(jax.nn.softmax(logits_BxLxE))
         logits_BxLxE = _rounded(logits_BxLxE)
         scores = Scores(
             probs_SxE=grouped(probs_BxLxE),
             rank_SxE=grouped(self._rank(logits_BxLxE, probs_BxLxE, fold_keys(keys, 1))),
-            mask_S=plan.mask_BxL.reshape(G, S),
-            chance_SxK=self._chance((L, moe.choices), (G, S), fold_keys(keys, 2)),
+            mask_S=spec.mask_BxL.reshape(G, S),
+            chance_SxK=self._chance((L, moe.num_selected), (G, S), fold_keys(keys, 2)),
         )
         assignment = jax.vmap(lambda scores: ROUTERS[moe.router](scores, moe, C))(scores)
         return RouterOutput(grouped(logits_BxLxE), scores, assignment)
 
-    def _logits(self, x_BxLxD: jax.Array, plan: RoutingSpec, keys: RowKeys) -> jax.Array:
+    def _logits(self, x_BxLxD: jax.Array, spec: RoutingSpec, keys: RowKeys) -> jax.Array:
         """[B, L, E] in the router's dtype, from a copy of the input in that dtype (trap T5).
 
         Noise multiplies the copy (trap T2), so that the experts never see it.
         """
         moe, dtype = self.config, jnp.dtype(self.config.router_dtype)
         if self.kernel is None:
-            expert_BxL = hash_expert(plan.token_BxL, moe.num_experts)
+            expert_BxL = hash_expert(spec.token_BxL, moe.num_experts)
             return jnp.log(jax.nn.one_hot(expert_BxL, moe.num_experts, dtype=dtype))
         x = x_BxLxD.astype(dtype)
         shape = x.shape[1:]

@@ -123,18 +123,18 @@ def batch_prioritized(scores: Scores, moe: MoEConfig, capacity: int) -> Assignme
 def no_token_left_behind(scores: Scores, moe: MoEConfig, capacity: int) -> Assignment:
     """Switch routing, then dropped tokens try their next best experts (paper, Appendix B).
 
-    `moe.choices` stages; in each, the still unplaced take the places that are left, in token
+    `moe.num_selected` stages; in each, the still unplaced take the places that are left, in token
     order. A token ends in one expert, with that expert's raw probability as its gate.
     """
     probs_SxE, rank_SxE, mask_S, _ = scores
     S, E = probs_SxE.shape
-    choice_SxK = top_k_experts(rank_SxE, moe.choices)
+    choice_SxK = top_k_experts(rank_SxE, moe.num_selected)
     prob_SxK = jnp.take_along_axis(probs_SxE, choice_SxK, -1)
     taken_E = jnp.zeros(E + 1, jnp.int32)
     expert_S = jnp.full(S, E, jnp.int32)
     gate_S = jnp.zeros(S, probs_SxE.dtype)
     slot_S = jnp.zeros(S, jnp.int32)
-    for stage in range(moe.choices):
+    for stage in range(moe.num_selected):
         open_S = mask_S & (expert_S == E)
         try_S = jnp.where(open_S, choice_SxK[:, stage], E)
         place_S = taken_E[try_S] + position_in_expert(try_S[:, None], E)[:, 0]
@@ -186,7 +186,7 @@ def _choose(scores: Scores, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
     The gate is the raw probability, through which the router learns; renormalised over one
     expert it would be 1 whatever the router says.
     """
-    E, K = moe.num_experts, moe.choices
+    E, K = moe.num_experts, moe.num_selected
     expert_SxK = top_k_experts(scores.rank_SxE, K)
     gate_SxK = jnp.take_along_axis(scores.probs_SxE, expert_SxK, -1)
     if moe.renormalize and K > 1:
