@@ -132,7 +132,7 @@ def test_what_finds_no_room_on_the_way_is_dropped_and_nothing_else_changes(monke
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 4096), st.integers(1, 1 << 16))
 def test_one_or_two_hops_reach_every_device_with_the_fewest_places(devices, tokens):
-    def max_experts_per_token(sizes):
+    def places(sizes):
         return sum(size * padded_size(tokens / size) for size in sizes)
 
     sizes = split_hops(devices, tokens)

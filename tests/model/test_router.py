@@ -50,7 +50,7 @@ def x():
 
 def route(made: Router, x, plan=None, keys=None):
     plan = globals()["plan"]() if plan is None else plan
-    rows, factor = spec.rows, spec.factor  # static
+    rows, factor = plan.rows_per_group, plan.capacity_factor  # static
 
     def run(made, x, token, mask, keys):
         decision = made(x, RoutingSpec(token, mask, rows, factor), keys)
@@ -182,7 +182,7 @@ def test_permuting_groups_permutes_results(x, values):
     rows = (2 * order[:, None] + np.arange(2)).reshape(-1)  # of groups of two rows
 
     def grouped(rows):
-        return RoutingSpec(tokens[rows], mask[rows], rows=2, factor=1.0)
+        return RoutingSpec(tokens[rows], mask[rows], rows_per_group=2, capacity_factor=1.0)
 
     one, other = (route(made, x[r], grouped(r)) for r in (np.arange(B), rows))
     for got, want in zip(other.assignment, one.assignment):
