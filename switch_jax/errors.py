@@ -1,9 +1,9 @@
-"""The one exception that means «the user can put this right»."""
+"""UserError, the exception for wrong input."""
 
 
 class UserError(Exception):
-    """Wrong input; the message is one sentence that says what to change.
+    """Wrong input that the user can correct; the message is one sentence that says how.
 
-    The command line prints the message on stderr and exits with code 2. Everything
-    else that is raised is a bug of ours and keeps its traceback.
+    The command line prints the message on stderr and exits with code 2. Every other exception is
+    a bug in this package and keeps its traceback.
     """

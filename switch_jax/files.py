@@ -1,4 +1,8 @@
-"""The cache: things made once on a machine and used by every run after that."""
+"""Atomic writes of files and folders, and the cache that all runs on a machine share.
+
+Content is first written to a hidden sibling of its path, which is renamed when it is complete. So a
+reader sees either the whole content or none of it, even if the writer is killed.
+"""
 
 import errno
 import fcntl
@@ -11,7 +15,8 @@ from pathlib import Path
 
 from switch_jax.errors import UserError
 
-_USER_ERRORS = {
+# Errors of the operating system that the user can correct.
+_USER_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
@@ -24,31 +29,59 @@ _USER_ERRORS = {
 
 
 def cache_root() -> Path:
-    """`$SWITCH_JAX_CACHE`, by default `~/.cache/switch_jax`; need not exist."""
+    """Returns `$SWITCH_JAX_CACHE`, by default `~/.cache/switch_jax`; it need not exist."""
     return Path(os.environ.get("SWITCH_JAX_CACHE") or "~/.cache/switch_jax").expanduser()
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file, or replaces it."""
+    with _renamed_when_complete(_unique_sibling(path), path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def create_folder_atomically(path: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill; it becomes `path` at the end, or is removed on an exception.
+
+    Raises `UserError` if `path` exists or cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; name a folder that does not, or remove it.")
+    with _renamed_when_complete(_unique_sibling(path.absolute()), path) as partial:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be made ({error.strerror}); name another folder."
+            ) from error
+        yield partial
+
+
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:
-    """Makes a file or folder unless it exists; returns `path`.
+    """Builds a file or folder unless it exists; returns `path`.
 
-    `build` writes to the path it is given, a hidden sibling that becomes `path` only when
-    it is complete. Processes that ask for the same path at the same time wait for the
-    first of them and share its result; if that one fails, the next takes over.
+    `build` writes to the path that it is given, which becomes `path` when it is complete. Other
+    processes that call `build_once` with the same path meanwhile wait and use the same result; if
+    the build fails, the next process builds.
 
-    Raises `UserError` where the folder cannot be written or the disk is full.
+    Raises `UserError` if the folder cannot be written or the disk is full.
     """
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The lock file stays: a process may already be waiting on it, and one that came
-        # after its removal would lock another file of the same name.
+        # The lock file is never removed: a process may be waiting on it, and a later process would
+        # then lock a new file of the same name.
         with open(path.with_name(f".{path.name}.lock"), "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                _make(path, build)
+                # A fixed name, so that the remains of a killed build are found and removed.
+                partial = path.with_name(f".{path.name}.partial")
+                _remove(partial)
+                with _renamed_when_complete(partial, path):
+                    build(partial)
     except OSError as error:
-        if error.errno not in _USER_ERRORS:
+        if error.errno not in _USER_ERRNOS:
             raise
         raise UserError(
             f"Cannot write {path}: {os.strerror(error.errno)}; make room for it, or choose"
@@ -57,14 +90,19 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     return path
 
 
-def _make(path: Path, build: Callable[[Path], None]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(partial)  # what a killed process left
+@contextmanager
+def _renamed_when_complete(partial: Path, path: Path) -> Iterator[Path]:
+    """Yields `partial`; renames it to `path` at the end, or removes it on an exception."""
     try:
-        build(partial)
-        partial.rename(path)
+        yield partial
+        partial.replace(path)
     finally:
         _remove(partial)
+
+
+def _unique_sibling(path: Path) -> Path:
+    """Returns a path beside `path` that no other process uses, on this host or another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
 
 
 def _remove(path: Path) -> None:
@@ -72,40 +110,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to a sibling first, which takes the place of `path` when it is complete."""
-    partial = _partial(path)
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    """A sibling that no other process uses, on this host or on another."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-
-
-@contextmanager
-def create_folder_atomically(path: Path) -> Iterator[Path]:
-    """A sibling to fill, which becomes `path` when all went well and otherwise is gone.
-
-    Raises `UserError` where `path` exists or its place cannot be written to.
-    """
-    if path.exists():
-        raise UserError(f"{path} exists; name a folder that does not, or remove it.")
-    partial = _partial(path.absolute())
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be made ({error.strerror}); name another folder."
-        ) from error
-    try:
-        yield partial
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -11,9 +11,9 @@ from switch_jax.data.batch import (
 from switch_jax.data.finetuning.tasks import MIXTURES, Task, get_task
 from switch_jax.data.mixture import find_sources
 from switch_jax.data.peek import examples_text
-from switch_jax.data.readers import open_batches, open_each, open_examples
+from switch_jax.data.readers import open_batches, open_batches_by_source, read_task_examples
 from switch_jax.data.text_batches import text_file_batches
-from switch_jax.data.token_store.build import build_summary, build_token_store
+from switch_jax.data.token_store.build import build_token_store, store_table
 from switch_jax.data.vocabulary import (
     BYTES,
     EOS,
@@ -39,20 +39,20 @@ __all__ = [
     "SyntheticIterator",
     "Task",
     "Vocabulary",
-    "build_summary",
     "build_token_store",
     "examples_text",
     "feature_shapes",
     "find_sources",
     "get_task",
     "open_batches",
-    "open_each",
-    "open_examples",
+    "open_batches_by_source",
     "open_vocabulary",
     "padded_batch",
     "parse_vocabulary",
+    "read_task_examples",
     "read_vocabulary",
     "sample_texts",
+    "store_table",
     "text_file_batches",
     "train_vocabulary",
 ]

@@ -1,14 +1,14 @@
-"""The batch contract between data and model, and batches that need no data.
+"""Batches: their features, which rows a process reads, iterators, and synthetic batches.
 
-A batch is a dict of NumPy arrays with the T5X feature names. B is the number of rows this
-process feeds, S and T the lengths of inputs and targets.
+A batch is a dict of NumPy arrays with the T5X feature names. B is the number of rows that this
+process reads, S and T are the lengths of inputs and targets.
 
 | feature                | shape  | dtype   |                                              |
 |------------------------|--------|---------|----------------------------------------------|
-| encoder_input_tokens   | [B, S] | int32   | 0 is padding (unless segment ids say more)   |
+| encoder_input_tokens   | [B, S] | int32   | unpacked: 0 is padding                       |
 | decoder_input_tokens   | [B, T] | int32   | targets shifted right, start token 0         |
 | decoder_target_tokens  | [B, T] | int32   |                                              |
-| decoder_loss_weights   | [B, T] | float32 | 1 where a target counts                      |
+| decoder_loss_weights   | [B, T] | float32 | 1 where a target counts in the loss, else 0  |
 | *_segment_ids          | [B, ·] | int32   | packed only: 0 is padding, 1, 2, … documents |
 | *_positions            | [B, ·] | int32   | packed only: position within the segment     |
 """
@@ -30,25 +30,28 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ProcessRows:
-    """The rows of each global batch that one process feeds, with the batch cut in `parts`.
+    """The rows of each global batch that one process reads, of a batch split into equal parts.
 
-    Processes whose devices hold the same rows feed the same ones: they are one feed.
+    Processes whose devices hold the same rows read the same rows; they form a group.
     """
 
-    parts: int = 1
-    held: tuple[int, ...] = (0,)  # ascending; a mesh need not give a process neighbours
-    index: int = 0  # of this feed
-    count: int = 1  # of different feeds
-    saves: bool = True  # whether this process is the first of its feed
+    num_parts: int = 1
+    parts: tuple[int, ...] = (0,)  # read by this process; ascending, not always consecutive
+    group: int = 0  # index of this process's group
+    num_groups: int = 1
+    first_in_group: bool = True
 
-    def rows(self, batch_size: int) -> np.ndarray:
-        """Their places in a batch, ascending; raises `UserError`."""
-        if batch_size % self.parts:
+    def indices(self, batch_size: int) -> np.ndarray:
+        """[B] int64 indices of the rows in a global batch, ascending.
+
+        Raises `UserError` where `batch_size` is not a multiple of `num_parts`.
+        """
+        if batch_size % self.num_parts:
             raise UserError(
-                f"data.batch_size={batch_size} does not divide into {self.parts} parts, one for"
-                " each process or device; change one of them."
+                f"data.batch_size={batch_size} does not divide into {self.num_parts} parts, one"
+                " for each process or device; change one of them."
             )
-        return np.arange(batch_size).reshape(self.parts, -1)[list(self.held)].reshape(-1)
+        return np.arange(batch_size).reshape(self.num_parts, -1)[list(self.parts)].reshape(-1)
 
 
 ALL_ROWS = ProcessRows()
@@ -67,14 +70,14 @@ PACKED_FEATURES = (
 
 
 class BatchIterator(Protocol):
-    """An endless stream of this process's rows of each global batch.
+    """An endless iterator over this process's rows of each global batch.
 
-    `save` writes, and `restore` reads, the position after the batch last returned, into
-    a folder that belongs to the iterator alone. After `epoch` rows of all processes together it
-    begins anew; None where that is not known.
+    `save` writes the position after the batch last returned into a folder that only this iterator
+    uses; `restore` reads it. `rows_per_epoch` is the number of rows, of all processes together,
+    after which the data repeats; None where it is not known.
     """
 
-    epoch: int | None
+    rows_per_epoch: int | None
 
     def __iter__(self) -> "BatchIterator": ...
     def __next__(self) -> Batch: ...
@@ -83,42 +86,47 @@ class BatchIterator(Protocol):
 
 
 class RowIterator(abc.ABC):
-    """A `BatchIterator` whose rows are numbered and depend on their number alone.
+    """A `BatchIterator` whose rows are numbered; a row depends on its number alone.
 
     Global batch k holds rows [k·batch_size, (k+1)·batch_size). The only state is the number of
     the next row, so a position can be restored with any number of processes.
+
+    Args:
+      source: identifies the data; `restore` refuses a position in other data.
     """
 
-    def __init__(self, batch_size: int, feed: ProcessRows, source: str):
-        """`source` identifies the data; a position in other data is refused."""
-        self._offsets = feed.rows(batch_size)
+    def __init__(self, batch_size: int, process_rows: ProcessRows, source: str):
+        self._indices = process_rows.indices(batch_size)
         self._batch_size = batch_size
-        self._saves = feed.saves and feed.index == 0
+        self._saves = process_rows.first_in_group and process_rows.group == 0
         self._source = source
         self._next_row = 0
-        self.epoch: int | None = None
+        self.rows_per_epoch: int | None = None
 
     @abc.abstractmethod
-    def rows(self, numbers: np.ndarray) -> Batch:
-        """The rows with the given numbers, [B] int64, as a batch."""
+    def make_rows(self, numbers: np.ndarray) -> Batch:
+        """Makes the rows with the given numbers, [B] int64."""
 
     def __iter__(self) -> "RowIterator":
         return self
 
     def __next__(self) -> Batch:
-        batch = self.rows(self._next_row + self._offsets)
+        batch = self.make_rows(self._next_row + self._indices)
         self._next_row += self._batch_size
         return batch
 
     def save(self, directory: Path) -> None:
-        if self._saves:  # it is the same for all processes
+        """Writes `position.json`; only the first process does, the position is the same in all."""
+        if self._saves:
             directory.mkdir(parents=True, exist_ok=True)
             position = json.dumps({"next_row": self._next_row, "source": self._source})
             (directory / "position.json").write_text(position)
 
     def restore(self, directory: Path) -> None:
-        """Raises `UserError` for a position in other data, and `OSError` or `ValueError` for
-        one that is missing or damaged.
+        """Reads `position.json`.
+
+        Raises `UserError` for a position in other data, and `OSError` or `ValueError` for one that
+        is missing or damaged.
         """
         position = json.loads((directory / "position.json").read_text())
         if position["source"] != self._source:
@@ -131,16 +139,16 @@ class RowIterator(abc.ABC):
 
 
 class SyntheticIterator(RowIterator):
-    """Random tokens without padding; packed, two segments of equal length a row.
+    """Random tokens without padding; with packing, two segments of equal length in a row.
 
     A row is a function of `data.seed` and its number.
     """
 
-    def __init__(self, config: Config, feed: ProcessRows = ALL_ROWS):
-        super().__init__(config.data.batch_size, feed, source="synthetic")
+    def __init__(self, config: Config, process_rows: ProcessRows = ALL_ROWS):
+        super().__init__(config.data.batch_size, process_rows, source="synthetic")
         self._config = config
 
-    def rows(self, numbers: np.ndarray) -> Batch:
+    def make_rows(self, numbers: np.ndarray) -> Batch:
         data, vocab_size = self._config.data, self._config.model.vocab_size
         lengths = (data.inputs_length, data.targets_length)
         bits = random_bits(data.seed, numbers, sum(lengths), stream=0)
@@ -151,8 +159,9 @@ class SyntheticIterator(RowIterator):
         if data.pack:
             for stack, length in zip(("encoder", "decoder"), lengths):
                 segments, positions = np.divmod(np.arange(length), -(-length // 2))
-                for name, row in (("segment_ids", 1 + segments), ("positions", positions)):
-                    batch[f"{stack}_{name}"] = np.tile(row.astype(np.int32), (len(numbers), 1))
+                for name, values in (("segment_ids", 1 + segments), ("positions", positions)):
+                    row = values.astype(np.int32)
+                    batch[f"{stack}_{name}"] = np.tile(row, (len(numbers), 1))
             positions = batch["decoder_positions"]
         batch["decoder_input_tokens"] = shift_right(targets, positions)
         batch["decoder_loss_weights"] = np.ones(targets.shape, np.float32)
@@ -160,7 +169,12 @@ class SyntheticIterator(RowIterator):
 
 
 def shift_right(targets: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
-    """Decoder inputs of targets [B, T]: 0 first, in every segment where `positions` tell them.
+    """Returns the decoder inputs of targets: the targets shifted right, after a start token 0.
+
+    Args:
+      targets: [B, T] integers.
+      positions: [B, T] positions within the segments of packed targets; every segment then begins
+        with a 0.
 
     Returns [B, T] of the same dtype.
     """
@@ -169,28 +183,28 @@ def shift_right(targets: np.ndarray, positions: np.ndarray | None = None) -> np.
 
 
 def padded_batch(inputs: np.ndarray, targets: np.ndarray, data: DataConfig) -> Batch:
-    """Rows of equal length, unpacked, with padding behind them.
+    """Returns an unpacked batch of rows of equal length, padded at the end.
 
     Args:
-      inputs: [B, I] int32, I at most `inputs_length`.
-      targets: [B, J] int32, J at most `targets_length`; all of them count.
+      inputs: [B, I] int32, I at most `data.inputs_length`.
+      targets: [B, J] int32, J at most `data.targets_length`; all of them count in the loss.
     """
     weights = np.ones(targets.shape, np.float32)
-    targets = _padded(targets, data.targets_length)
+    targets = _pad(targets, data.targets_length)
     return {
-        "encoder_input_tokens": _padded(inputs, data.inputs_length),
+        "encoder_input_tokens": _pad(inputs, data.inputs_length),
         "decoder_input_tokens": shift_right(targets),
         "decoder_target_tokens": targets,
-        "decoder_loss_weights": _padded(weights, data.targets_length),
+        "decoder_loss_weights": _pad(weights, data.targets_length),
     }
 
 
-def _padded(rows: np.ndarray, length: int) -> np.ndarray:
+def _pad(rows: np.ndarray, length: int) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, length - rows.shape[1])))
 
 
 def feature_shapes(config: Config) -> dict[str, tuple[tuple[int, int], type]]:
-    """Shape and dtype of every feature of a global batch."""
+    """Returns the shape and dtype of every feature of a global batch."""
     names = FEATURES + (PACKED_FEATURES if config.data.pack else ())
     lengths = {"encoder": config.data.inputs_length, "decoder": config.data.targets_length}
     return {

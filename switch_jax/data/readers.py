@@ -20,7 +20,9 @@ from switch_jax.data.sources.source import Split
 from switch_jax.data.token_store import dataset
 
 
-def open_batches(config: Config, split: Split, feed: ProcessRows = ALL_ROWS) -> BatchIterator:
+def open_batches(
+    config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
+) -> BatchIterator:
     """One process's endless stream of batches of a mixture, as `data.reader` says.
 
     Together the feeds' rows make global batches of `data.batch_size`. What the reader
@@ -32,45 +34,45 @@ def open_batches(config: Config, split: Split, feed: ProcessRows = ALL_ROWS) -> 
     config = _seeded(config, split)
     match config.data.reader:
         case "store":
-            return dataset.open_mixture(config, split, feed)
+            return dataset.open_batches(config, split, process_rows)
         case "synthetic":
-            return SyntheticIterator(config, feed)
+            return SyntheticIterator(config, process_rows)
         case "seqio":
             from switch_jax.data import seqio_reader
 
-            return seqio_reader.open_mixture(config, split, feed)
+            return seqio_reader.open_batches(config, split, process_rows)
 
 
-def open_each(
-    config: Config, split: Split, feed: ProcessRows = ALL_ROWS
+def open_batches_by_source(
+    config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
 ) -> Mapping[str, BatchIterator]:
     """As `open_batches`, each source of the mixture on its own, by name."""
     config = _seeded(config, split)
     match config.data.reader:
         case "store":
-            return dataset.open_sources(config, split, feed)
+            return dataset.open_batches_by_source(config, split, process_rows)
         case "synthetic":
-            return {"synthetic": SyntheticIterator(config, feed)}
+            return {"synthetic": SyntheticIterator(config, process_rows)}
         case "seqio":
             from switch_jax.data import seqio_reader
 
-            return seqio_reader.open_sources(config, split, feed)
+            return seqio_reader.open_batches_by_source(config, split, process_rows)
 
 
-def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
+def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Validation examples of the fine-tuning tasks in a mixture, by task.
 
     Each has `inputs`, `targets` and the `answer` that metrics compare with.
     """
     match config.data.reader:
         case "store":
-            return dataset.open_examples(config)
+            return dataset.read_task_examples(config)
         case "synthetic":
             return {}
         case "seqio":
             from switch_jax.data import seqio_reader
 
-            return seqio_reader.open_examples(config)
+            return seqio_reader.read_task_examples(config)
 
 
 def _seeded(config: Config, split: Split) -> Config:

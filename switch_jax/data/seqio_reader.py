@@ -74,29 +74,33 @@ _JOINED_DOCUMENTS = 128
 Example = dict[str, tf.Tensor]
 
 
-def open_mixture(config: Config, split: Split, feed: ProcessRows = ALL_ROWS) -> "SeqioIterator":
+def open_batches(
+    config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
+) -> "SeqioIterator":
     """Rows of all sources, in their shares; raises `UserError`."""
     sources, words = _opened(config)
     documents = {source.name: source.documents("train") for source in sources}
     specs = {source.name: source.spec for source in sources}
     shares = mixture_rates(config.data, documents, specs)
     drawn = [source for source in sources if source.name in shares]
-    return SeqioIterator(config.data, split, feed, drawn, words, shares)
+    return SeqioIterator(config.data, split, process_rows, drawn, words, shares)
 
 
-def open_sources(
-    config: Config, split: Split, feed: ProcessRows = ALL_ROWS
+def open_batches_by_source(
+    config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
 ) -> dict[str, "SeqioIterator"]:
     """Rows of each source on its own; raises `UserError`."""
     sources, words = _opened(config)
     some = [source for source in sources if source.shards(split)] or sources
     return {
-        source.name: SeqioIterator(config.data, split, feed, [source], words, {source.name: 1.0})
+        source.name: SeqioIterator(
+            config.data, split, process_rows, [source], words, {source.name: 1.0}
+        )
         for source in some
     }
 
 
-def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
+def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Validation examples of the mixture's pairs, by source; raises `UserError`."""
     sources, _ = _opened(config)
     bad = BadRecords("skip")  # whoever reads the batches is told
@@ -131,16 +135,16 @@ class SeqioIterator:
         self,
         data: DataConfig,
         split: Split,
-        feed: ProcessRows,
+        process_rows: ProcessRows,
         sources: list[Source],
         words: Vocabulary,
         shares: Mapping[str, float],
     ):
-        self.epoch: int | None = None
-        self._rows = len(feed.rows(data.batch_size))
+        self.rows_per_epoch: int | None = None
+        self._rows = len(process_rows.indices(data.batch_size))
         self._names = ", ".join(shares)
-        self._folder = f"process_{feed.index}_of_{feed.count}"
-        self._saves = feed.saves
+        self._folder = f"process_{process_rows.group}_of_{process_rows.num_groups}"
+        self._saves = process_rows.first_in_group
         self._bad = ToldRecords(data.on_bad_record)
         made_of = [(source.name, source.fingerprint, shares[source.name]) for source in sources]
         shape = (data.inputs_length, data.targets_length, self._rows, data.pack)
@@ -148,21 +152,23 @@ class SeqioIterator:
         self._identity = hashlib.blake2b(identity, digest_size=16).hexdigest()
         for source in sources:
             documents = source.documents(split)
-            if documents is not None and documents < feed.count:
+            if documents is not None and documents < process_rows.num_groups:
                 raise UserError(
                     f"The {split} split of {source.name} has fewer documents than there are"
-                    f" processes to feed ({feed.count}); set data.reader=store."
+                    f" processes to feed ({process_rows.num_groups}); set data.reader=store."
                 )
             for path in source.missing(split):
                 self._bad.add(MISSING, path)
         self._readers = [BlockReader(source, split, self._bad) for source in sources]
-        self._iterator = iter(self._dataset(data, split, feed, words, list(shares.values())))
+        self._iterator = iter(
+            self._dataset(data, split, process_rows, words, list(shares.values()))
+        )
 
     def _dataset(
         self,
         data: DataConfig,
         split: Split,
-        feed: ProcessRows,
+        process_rows: ProcessRows,
         words: Vocabulary,
         rates: list[float],
     ) -> tf.data.Dataset:
@@ -184,7 +190,7 @@ class SeqioIterator:
             dataset_split=split,
             shuffle=split == "train",
             num_epochs=None,
-            shard_info=seqio.ShardInfo(feed.index, feed.count),
+            shard_info=seqio.ShardInfo(process_rows.group, process_rows.num_groups),
             seed=data.seed,
             verbose=False,
         )

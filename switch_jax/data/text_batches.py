@@ -12,7 +12,7 @@ from switch_jax.errors import UserError
 
 
 def text_file_batches(
-    path: Path, vocabulary: Vocabulary, config: Config, feed: ProcessRows = ALL_ROWS
+    path: Path, vocabulary: Vocabulary, config: Config, process_rows: ProcessRows = ALL_ROWS
 ) -> list[Batch]:
     """One process's rows of the batches that a UTF-8 text makes, span-corrupted.
 
@@ -34,7 +34,7 @@ def text_file_batches(
             examples = number + np.arange(len(part))
             corrupted = corrupt_spans(part, data.seed, examples, vocabulary.sentinel(0))
             rows.append(padded_batch(*corrupted, data))
-    B, offsets = data.batch_size, feed.rows(data.batch_size)
+    B, offsets = data.batch_size, process_rows.indices(data.batch_size)
     joined = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
     count = len(joined["encoder_input_tokens"])
     padded = {name: np.pad(x, ((0, -count % B), (0, 0))) for name, x in joined.items()}

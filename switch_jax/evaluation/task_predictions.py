@@ -25,7 +25,7 @@ class Predictor:
         self._vocabulary = vocabulary
         # As many at once as training has in memory.
         self._rows = sharded.config.data.batch_size // sharded.config.train.accumulate
-        self._feed = process_rows(sharded.mesh).rows(self._rows)
+        self._feed = process_rows(sharded.mesh).indices(self._rows)
         whole = replicated(sharded.mesh)
         self._generate = MeshJit(sharded.mesh, self._write, out_shardings=whole)
         self._score = MeshJit(sharded.mesh, self._likelihood, out_shardings=whole)

@@ -10,7 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from switch_jax.data import MIXTURES, Task, Vocabulary, get_task, open_examples, open_vocabulary
+from switch_jax.data import (
+    MIXTURES,
+    Task,
+    Vocabulary,
+    get_task,
+    open_vocabulary,
+    read_task_examples,
+)
 from switch_jax.distributed import all_gather_int, fail_together
 from switch_jax.errors import UserError
 from switch_jax.evaluation.task_metrics import (
@@ -24,7 +31,7 @@ from switch_jax.evaluation.task_predictions import Predictor
 from switch_jax.files import write_atomically
 from switch_jax.model import ShardedModel
 
-Examples = Sequence[Mapping[str, Any]]  # as `open_examples` gives them
+Examples = Sequence[Mapping[str, Any]]  # as `read_task_examples` gives them
 _FEW = 4  # examples that tell what metrics there will be
 
 
@@ -41,7 +48,7 @@ class TaskScorer:
 
     def __init__(self, sharded: ShardedModel):
         self._config = sharded.config
-        self._examples = open_examples(sharded.config)
+        self._examples = read_task_examples(sharded.config)
         self.names: list[str] = []
         if not self._examples:
             return

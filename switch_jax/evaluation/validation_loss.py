@@ -17,7 +17,7 @@ from switch_jax.data import (
     Batch,
     BatchIterator,
     ProcessRows,
-    open_each,
+    open_batches_by_source,
     open_vocabulary,
     read_vocabulary,
 )
@@ -76,7 +76,7 @@ def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[
     score.agree()
     params = restore_params(folder, sharded.abstract_params)
     metrics = evaluate(sharded, params, batches)
-    mine = itertools.chain(*batches.values()) if feed.saves else []
+    mine = itertools.chain(*batches.values()) if feed.first_in_group else []
     counts_V = sum_over_processes(_token_counts(mine, config))
     metrics["unigram_entropy"] = unigram_entropy(counts_V)
     return metrics | score(params, workdir.predictions / f"eval-{folder.name}")
@@ -98,17 +98,21 @@ def validation_batches(config: Config, feed: ProcessRows) -> Validation:
 
     They are `train.eval_batches`, or as many as have every row of the source once.
     """
-    rows_B, count = feed.rows(config.data.batch_size), config.train.eval_batches
+    rows_B, count = feed.indices(config.data.batch_size), config.train.eval_batches
     return {
         name: list(itertools.islice(_once(stream, rows_B, config.data.batch_size), count))
-        for name, stream in open_each(config, "validation", feed).items()
+        for name, stream in open_batches_by_source(config, "validation", feed).items()
     }
 
 
 def _once(stream: BatchIterator, rows_B: np.ndarray, batch_size: int) -> Iterator[Batch]:
     """Batches until a source begins anew; rows of the last one that would be anew are padding."""
     for number, batch in enumerate(stream):
-        left = math.inf if stream.epoch is None else stream.epoch - number * batch_size
+        left = (
+            math.inf
+            if stream.rows_per_epoch is None
+            else stream.rows_per_epoch - number * batch_size
+        )
         if left <= 0:
             return
         anew_B = rows_B >= left

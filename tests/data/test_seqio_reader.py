@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
-from switch_jax.data import open_batches, open_each, open_vocabulary
+from switch_jax.data import open_batches, open_batches_by_source, open_vocabulary
 from switch_jax.data.batch import feature_shapes
 from switch_jax.data.sources.python_docs import python_documents
 from switch_jax.data.span_corruption import noise_and_spans, span_lengths
@@ -230,7 +230,7 @@ def test_sources_of_a_mixture_come_in_their_shares(tmp_path):
         of_a = (ids == ord("a") + 3).any(1)
         assert not (of_a & (ids == ord("b") + 3).any(1)).any()
         assert abs(of_a.mean() - 0.8) < 0.05, reader
-        each = open_each(c, "train")
+        each = open_batches_by_source(c, "train")
         assert list(each) == ["a", "b"]
         only_b = next(each["b"])["encoder_input_tokens"]
         assert not (only_b == ord("a") + 3).any() and (only_b == ord("b") + 3).any(1).all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
-from switch_jax.data import open_batches, open_each, open_examples
+from switch_jax.data import open_batches, open_batches_by_source, read_task_examples
 from switch_jax.data.catalog import find_source, source_name
 from switch_jax.data.finetuning.tasks import TASKS, custom_task
 from switch_jax.data.sources.bad_records import BadRecords
@@ -95,7 +95,7 @@ def test_ones_own_pairs_are_read_as_they_are(tmp_path, reader):
     miniature.write_tsv(tmp_path / "twice" / "train.tsv", pairs(8))
     miniature.write_tsv(tmp_path / "twice" / "validation.tsv", pairs(3, begin=8))
     spec = config(f"pairs:{tmp_path}/twice/{{split}}.tsv", reader=reader)
-    assert open_examples(spec) == {
+    assert read_task_examples(spec) == {
         "pairs.twice": [{**pair, "answer": pair["targets"]} for pair in pairs(3, begin=8)]
     }
 
@@ -103,7 +103,7 @@ def test_ones_own_pairs_are_read_as_they_are(tmp_path, reader):
     batches, count = open_batches(spec, "train"), 2 if reader == "store" else 32
     seen = [pair for _ in range(count) for pair in texts(next(batches))]
     assert set(seen) == {tuple(pair.values()) for pair in pairs(8)}
-    [(name, validation)] = open_each(spec, "validation").items()
+    [(name, validation)] = open_batches_by_source(spec, "validation").items()
     assert name == "pairs.twice"
     assert set(texts(next(validation))) == {tuple(p.values()) for p in pairs(3, begin=8)}
 
@@ -170,7 +170,7 @@ def test_lines_that_cannot_be_read_are_left_out_or_refused(tmp_path):
     spec = f"pairs:{tmp_path}/{{split}}.jsonl"
     with pytest.raises(UserError, match=r"train\.jsonl, line 5"):
         open_batches(config(spec, on_bad_record="error"), "train")
-    assert len(open_examples(config(spec))[source_name(spec)]) == 4
+    assert len(read_task_examples(config(spec))[source_name(spec)]) == 4
 
 
 @pytest.mark.parametrize("label", ["true", "1", "1.0", '"1"', '"acceptable"'])

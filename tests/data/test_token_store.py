@@ -42,7 +42,7 @@ def mixture(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_file_a_shard(monkeypatch):
-    monkeypatch.setattr("switch_jax.data.sources._SHARD_BYTES", 1)
+    monkeypatch.setattr("switch_jax.data.sources.source._SHARD_BYTES", 1)
 
 
 @pytest.fixture(scope="module")

@@ -178,13 +178,13 @@ def feeds(monkeypatch, owners, shape):
 )
 def test_processes_feed_the_rows_that_their_devices_hold(monkeypatch, owners, shape, held):
     found = feeds(monkeypatch, owners, shape)
-    assert [f.held for f in found] == held
+    assert [f.parts for f in found] == held
     different = sorted(set(held))
-    assert [(f.index, f.count) for f in found] == [
+    assert [(f.group, f.num_groups) for f in found] == [
         (different.index(h), len(different)) for h in held
     ]
     # One process of each feed saves its position, and their rows are those of the batch.
-    rows = [f.rows(8) for f in found if f.saves]
+    rows = [f.indices(8) for f in found if f.first_in_group]
     assert sorted(np.concatenate(rows)) == list(range(8))
 
 

@@ -72,7 +72,7 @@ def run_vocab(args: argparse.Namespace) -> None:
 
 def run_pack(args: argparse.Namespace) -> int:
     """Runs `data pack`."""
-    from switch_jax.data import build_summary, build_token_store, open_vocabulary
+    from switch_jax.data import build_token_store, open_vocabulary, store_table
 
     config, output = load_config_argument(args), Path(args.output)
     try:
@@ -80,7 +80,7 @@ def run_pack(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("Stopped; the same command continues from there.")
         return 130
-    print(build_summary(manifest))
+    print(store_table(manifest))
     names = ",".join(manifest["sources"])
     print(
         f"Train on it with --config.data.reader=store --config.data.data_dir={output}"

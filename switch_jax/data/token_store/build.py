@@ -346,7 +346,7 @@ class _Progress:
             self._console.print(text, highlight=False, soft_wrap=True)
 
 
-def build_summary(manifest: dict[str, Any]) -> str:
+def store_table(manifest: dict[str, Any]) -> str:
     """A table of what a store holds."""
     lines = [f"{'source':16} {'split':10} {'documents':>14} {'tokens':>18} {'left out':>9}"]
     for name, source in manifest["sources"].items():

@@ -36,15 +36,17 @@ from switch_jax.errors import UserError
 _ROUND = 2**20  # rows in which every source comes as often as its share says
 
 
-def open_mixture(config: Config, split: Split, feed: ProcessRows = ALL_ROWS) -> "StoreIterator":
+def open_batches(
+    config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
+) -> "StoreIterator":
     """Rows of all sources, in their shares; raises `UserError`."""
     store, vocabulary = _opened(config)
     shares = mixture_rates(config.data, store.documents(), store.specs())
-    return StoreIterator(config.data, split, feed, store, vocabulary, shares)
+    return StoreIterator(config.data, split, process_rows, store, vocabulary, shares)
 
 
-def open_sources(
-    config: Config, split: Split, feed: ProcessRows = ALL_ROWS
+def open_batches_by_source(
+    config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
 ) -> dict[str, "StoreIterator"]:
     """Rows of each source on its own; raises `UserError`."""
     store, vocabulary = _opened(config)
@@ -54,12 +56,12 @@ def open_sources(
     ]
     some = [name for name in names if documents[name]] or names
     return {
-        name: StoreIterator(config.data, split, feed, store, vocabulary, {name: 1.0})
+        name: StoreIterator(config.data, split, process_rows, store, vocabulary, {name: 1.0})
         for name in some
     }
 
 
-def open_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
+def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Validation examples of the mixture's pairs, by source; raises `UserError`."""
     store, _ = _opened(config)
     documents = store.documents("validation")
@@ -94,7 +96,7 @@ class StoreIterator(RowIterator):
         self,
         data: DataConfig,
         split: Split,
-        feed: ProcessRows,
+        process_rows: ProcessRows,
         store: TokenStore,
         vocabulary: Vocabulary,
         shares: Mapping[str, float],
@@ -102,15 +104,15 @@ class StoreIterator(RowIterator):
         made_of = [(name, share, store.fingerprint(name, split)) for name, share in shares.items()]
         shape = (data.inputs_length, data.targets_length, data.pack, data.seed)
         digest = hashlib.blake2b(repr((made_of, shape)).encode(), digest_size=16)
-        super().__init__(data.batch_size, feed, digest.hexdigest())
+        super().__init__(data.batch_size, process_rows, digest.hexdigest())
         self._data = data
         self._first_sentinel = vocabulary.sentinel(0)
         self._sources = [_Source(data, store, name, split) for name in shares]
         self._quotas = _quotas(np.array(list(shares.values())))
         if len(self._sources) == 1:
-            self.epoch = self._sources[0].size
+            self.rows_per_epoch = self._sources[0].size
 
-    def rows(self, numbers: np.ndarray) -> Batch:
+    def make_rows(self, numbers: np.ndarray) -> Batch:
         source, within = self._drawn(numbers)
         parts = []
         for i in np.unique(source):
