@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
-from switch_jax.data.finetuning.task_source import TaskSource, find_task_sources
+from switch_jax.data.finetuning.task_source import TaskSource, find_task_source
 from switch_jax.data.finetuning.tasks import MIXTURES, TASKS, custom_task, find_task_or_mixture
+from switch_jax.data.sources.python_docs import PythonDocsSource
 from switch_jax.data.sources.record_files import is_record_file
 from switch_jax.data.sources.source import (
     SPLITS,
     File,
-    Files,
-    PythonDocs,
+    FileSource,
     Source,
     Split,
     glob_files,
@@ -62,19 +62,19 @@ def source_name(spec: str) -> str:
     return "files"
 
 
-def find_source(spec: str, data_dir: str | None) -> list[Source]:
+def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
     """The sources that a part of a mixture stands for; several for `mc4`.
 
     Raises `UserError` where there are none, with what to change.
     """
     if spec == "python_docs":
-        return [PythonDocs()]
+        return [PythonDocsSource()]
     if spec.startswith(_PAIRS):
         files = _named_files(spec, is_record_file, ".jsonl, .tsv, .csv, .parquet or .tfrecord")
         return [TaskSource(custom_task(source_name(spec)), files)]
     if is_file_pattern(spec):
         known = ".txt, .json, .jsonl (or these with .gz or .zst), .parquet or .tfrecord"
-        return [Files(source_name(spec), _named_files(spec, is_text_file, known), {})]
+        return [FileSource(source_name(spec), _named_files(spec, is_text_file, known), {})]
     name, _, version = spec.partition(":")
     group, _, language = name.partition(".")
     multilingual = group == "mc4" and (not language or language in MC4_LANGUAGES)
@@ -95,7 +95,7 @@ def find_source(spec: str, data_dir: str | None) -> list[Source]:
     if multilingual:
         found = [_mc4(root, code, version) for code in ([language] if language else MC4_LANGUAGES)]
     elif tasks:
-        return [find_task_sources(root, TASKS[task]) for task in tasks]
+        return [find_task_source(root, TASKS[task]) for task in tasks]
     elif name == "c4":
         found = [_tfds(root, "c4/en", version, "c4", _SPLITS) or _c4_json(root, version)]
     else:
@@ -180,7 +180,7 @@ def _json(
     for place in (root, root / folder, root / "c4" / folder):
         files = {split: glob_files(os.fspath(place / text)) for split, text in patterns.items()}
         if files["train"] and not version:
-            return Files(name, files, {})
+            return FileSource(name, files, {})
     return None
 
 
@@ -210,4 +210,4 @@ def _tfds(
     if not files["train"]:
         return None
     counts = {split: lengths[theirs] for split, theirs in splits.items() if lengths.get(theirs)}
-    return Files(name, files, counts)
+    return FileSource(name, files, counts)

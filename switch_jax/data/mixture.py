@@ -21,7 +21,7 @@ from typing import NamedTuple
 from etils import epath
 
 from switch_jax.config import DataConfig
-from switch_jax.data.catalog import find_source, group_members, is_file_pattern, needs_folder
+from switch_jax.data.catalog import group_members, is_file_pattern, needs_folder, sources_for_spec
 from switch_jax.data.sources.source import Source
 from switch_jax.errors import UserError
 
@@ -71,7 +71,7 @@ def find_sources(data: DataConfig) -> list[Source]:
         )
     sources: dict[str, Source] = {}
     for part in parts:
-        for source in find_source(part.spec, data.data_dir):
+        for source in sources_for_spec(part.spec, data.data_dir):
             if source.name in sources and not is_file_pattern(part.spec):
                 raise UserError(f"data.mixture names {source.name} twice; name it once.")
             source.name, source.spec = _unused(source.name, sources), part.spec

@@ -26,7 +26,7 @@ class BlockReader:
     """
 
     def __init__(self, source: Source, split: Split, bad: BadRecords):
-        self.split, self.pairs = split, source.pairs
+        self.split, self.pairs = split, source.has_targets
         self._source, self._bad = source, bad
         self._shards = source.shards(split)
         self.shards = len(self._shards)

@@ -22,10 +22,10 @@ from absl import logging
 
 from switch_jax.config import Config, DataConfig
 from switch_jax.data.batch import ALL_ROWS, Batch, ProcessRows
-from switch_jax.data.finetuning.task_source import TaskSource, example_to_json
+from switch_jax.data.finetuning.task_source import TaskSource, examples_to_json
 from switch_jax.data.mixture import find_sources, mixture_rates
 from switch_jax.data.seqio_blocks import BLOCK, BlockReader
-from switch_jax.data.sources.bad_records import MISSING, BadRecords, ToldRecords
+from switch_jax.data.sources.bad_records import MISSING, BadRecords, ReportedBadRecords
 from switch_jax.data.sources.source import Source, Split
 from switch_jax.data.span_corruption import MEAN_SPAN, NOISE_DENSITY, span_lengths
 from switch_jax.data.token_store.store import is_store
@@ -79,7 +79,7 @@ def open_batches(
 ) -> "SeqioIterator":
     """Rows of all sources, in their shares; raises `UserError`."""
     sources, words = _opened(config)
-    documents = {source.name: source.documents("train") for source in sources}
+    documents = {source.name: source.num_documents("train") for source in sources}
     specs = {source.name: source.spec for source in sources}
     shares = mixture_rates(config.data, documents, specs)
     drawn = [source for source in sources if source.name in shares]
@@ -107,7 +107,7 @@ def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
     found = {
         s.name: list(s.examples("validation", bad)) for s in sources if isinstance(s, TaskSource)
     }
-    return {name: list(map(json.loads, example_to_json(of))) for name, of in found.items() if of}
+    return {name: list(map(json.loads, examples_to_json(of))) for name, of in found.items() if of}
 
 
 def _opened(config: Config) -> tuple[list[Source], Vocabulary]:
@@ -117,7 +117,7 @@ def _opened(config: Config) -> tuple[list[Source], Vocabulary]:
             f"data.data_dir={data.data_dir!r} is packed text; set data.reader=store to read it."
         )
     sources, words = find_sources(data), open_vocabulary(config)
-    if not all(source.pairs for source in sources):
+    if not all(source.has_targets for source in sources):
         span_lengths(data.inputs_length, data.targets_length)
         check_sentinels(data, words)
     return sources, words
@@ -145,19 +145,19 @@ class SeqioIterator:
         self._names = ", ".join(shares)
         self._folder = f"process_{process_rows.group}_of_{process_rows.num_groups}"
         self._saves = process_rows.first_in_group
-        self._bad = ToldRecords(data.on_bad_record)
+        self._bad = ReportedBadRecords(data.on_bad_record)
         made_of = [(source.name, source.fingerprint, shares[source.name]) for source in sources]
         shape = (data.inputs_length, data.targets_length, self._rows, data.pack)
         identity = repr((made_of, words.fingerprint, shape, data.seed, split)).encode()
         self._identity = hashlib.blake2b(identity, digest_size=16).hexdigest()
         for source in sources:
-            documents = source.documents(split)
+            documents = source.num_documents(split)
             if documents is not None and documents < process_rows.num_groups:
                 raise UserError(
                     f"The {split} split of {source.name} has fewer documents than there are"
                     f" processes to feed ({process_rows.num_groups}); set data.reader=store."
                 )
-            for path in source.missing(split):
+            for path in source.missing_files(split):
                 self._bad.add(MISSING, path)
         self._readers = [BlockReader(source, split, self._bad) for source in sources]
         self._iterator = iter(
@@ -208,7 +208,7 @@ class SeqioIterator:
         for reader in self._readers:
             if reader.failures:
                 raise reader.failures[0]
-        self._bad.tell()
+        self._bad.print_once()
         if tensors is None:
             raise UserError(
                 f"A source of {self._names} has no text for {self._folder}; leave it out of"
@@ -257,7 +257,7 @@ def _task(
             seqio.preprocessors.tokenize,
             # What follows is drawn anew in every epoch.
             seqio.CacheDatasetPlaceholder(),
-            *([] if source.pairs else corrupted),
+            *([] if source.has_targets else corrupted),
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features={"inputs": feature, "targets": feature},

@@ -135,7 +135,7 @@ def sample_texts(data: DataConfig, sources: list[Source], characters: int) -> It
 
     The same every time. Sources that hold less than their share give all they have.
     """
-    documents = {source.name: source.documents("train") for source in sources}
+    documents = {source.name: source.num_documents("train") for source in sources}
     if None in documents.values():  # what comes closest
         documents = {source.name: source.size() for source in sources}
     shares = mixture_rates(data, documents, {source.name: source.spec for source in sources})
@@ -165,7 +165,7 @@ def _of_run(name: str | None) -> Path | None:
 def _own(data: DataConfig, model_vocab_size: int) -> Path:
     size = _UNPADDED.get(model_vocab_size, model_vocab_size)
     sources = find_sources(data)
-    made_of = [(source.name, source.stamp) for source in sources]
+    made_of = [(source.name, source.cache_key) for source in sources]
     described = repr((made_of, data.mixture, data.rate_exponent, data.counts)).encode()
     digest = hashlib.blake2b(described, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}-{size}.model"

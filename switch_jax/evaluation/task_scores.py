@@ -113,7 +113,7 @@ class TaskScorer:
         """Tasks whose means are averaged: of a mixture of the paper's as there, else each alone."""
         mixture = MIXTURES.get(self._config.data.mixture)
         if mixture is not None:
-            return mixture.average
+            return mixture.average_groups
         return [[name] for name, examples in self._examples.items() if _labelled(examples)]
 
     def _notes(self) -> list[str]:
@@ -208,8 +208,8 @@ def _scored(
     said = [predictions[i] for i in known]
     values = score(task.metrics, answers, said, _classes(task))
     counted = (
-        [values[task.reported]]
-        if task.reported
+        [values[task.reported_metric]]
+        if task.reported_metric
         else [value for key, value in values.items() if key != "invalid"]
     )
     return {**values, "score": float(np.mean(counted))}

@@ -65,7 +65,7 @@ def test_tfds_of_any_version_holds_what_was_written(roots):
         (source,) = find_sources(data)
         for split in ORDER:
             assert sorted(texts(source, split)) == sorted(c4[split])
-            assert source.documents(split) == len(c4[split])
+            assert source.num_documents(split) == len(c4[split])
     newest, older = (
         find_sources(DataConfig(mixture=spec, data_dir=roots["tfds"]))[0]
         for spec in ("c4", "c4/en:2.2.0")
@@ -83,10 +83,10 @@ def test_mc4_is_the_languages_that_are_there(roots):
             code = source.name.removeprefix("mc4.")
             assert sorted(texts(source, "train")) == sorted(splits[code])
             assert sorted(texts(source, "validation")) == sorted(splits[f"{code}-validation"])
-    documents = {source.name: source.documents("train") for source in found}
+    documents = {source.name: source.num_documents("train") for source in found}
     assert set(documents.values()) == {None}  # json.gz does not tell
     (one,) = find_sources(DataConfig(mixture="mc4.bg-Latn", data_dir=roots["tfds"]))
-    assert one.documents("train") == corpora.LANGUAGES["bg-Latn"][0]
+    assert one.num_documents("train") == corpora.LANGUAGES["bg-Latn"][0]
 
 
 def config(data_dir, words, **data):

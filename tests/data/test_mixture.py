@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switch_jax.config.schema import DataConfig
-from switch_jax.data.catalog import find_source, source_name
+from switch_jax.data.catalog import source_name, sources_for_spec
 from switch_jax.data.mixture import find_sources, mixture_rates, parse_mixture
 from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.sources.source import File, Files
+from switch_jax.data.sources.source import File, FileSource
 from switch_jax.data.token_store.dataset import _ROUND, _quotas
 from switch_jax.errors import UserError
 from tests.support import runs
@@ -130,7 +130,7 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch, spec, data_dir, words)
     (tmp_path / "here" / "picture.png").write_bytes(b"")
     (tmp_path / "here" / "c4" / "en").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
-        find_source(spec, data_dir)
+        sources_for_spec(spec, data_dir)
     assert words in str(caught.value)
 
 
@@ -142,7 +142,7 @@ def test_c4_as_allenai_hands_it_out_is_found_wherever_it_is_put(tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"text": name}) + "\n")
             os.system(f"gzip {file}")
-        (source,) = find_source("c4", str(folder))
+        (source,) = sources_for_spec("c4", str(folder))
         assert all_texts(source, "train") == ["c4-train.00000-of-00002", "c4-train.00001-of-00002"]
         assert all_texts(source, "validation") == ["c4-validation.00000"]
 
@@ -150,7 +150,7 @@ def test_c4_as_allenai_hands_it_out_is_found_wherever_it_is_put(tmp_path):
 def test_without_a_validation_split_some_documents_are_held_out(tmp_path):
     texts = [f"document {i // 2}" for i in range(4000)]  # each twice
     mixture = runs.write_text(tmp_path, train=texts)
-    (source,) = find_source(mixture.replace("{split}", "train"), None)
+    (source,) = sources_for_spec(mixture.replace("{split}", "train"), None)
     train, validation = (all_texts(source, split) for split in ("train", "validation"))
     assert sorted(train + validation) == sorted(texts)
     assert not set(train) & set(validation)
@@ -162,7 +162,7 @@ def test_small_files_are_read_together(tmp_path, monkeypatch):
     monkeypatch.setattr("switch_jax.data.sources.source._SHARD_BYTES", 100)
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * (150 if i == 4 else 30))
-    (source,) = find_source(f"{tmp_path}/*.txt", None)
+    (source,) = sources_for_spec(f"{tmp_path}/*.txt", None)
     shards = source.shards("train")
     assert [len(shard.paths) for shard in shards] == [3, 1, 1, 3, 2]
     assert source.size() == 9 * 30 + 150
@@ -170,14 +170,16 @@ def test_small_files_are_read_together(tmp_path, monkeypatch):
 
 def test_missing_shards_are_known_by_their_neighbours():
     names = [f"/d/c4-train.{i:05d}-of-00005.json.gz" for i in (0, 2, 3)]
-    source = Files("c4", {"train": [File(name, 1) for name in names]}, {})
-    assert source.missing("train") == [f"/d/c4-train.{i:05d}-of-00005.json.gz" for i in (1, 4)]
+    source = FileSource("c4", {"train": [File(name, 1) for name in names]}, {})
+    assert source.missing_files("train") == [
+        f"/d/c4-train.{i:05d}-of-00005.json.gz" for i in (1, 4)
+    ]
 
 
 def test_the_fingerprint_tells_texts_apart(tmp_path):
     def fingerprint(**splits):
         pattern = runs.write_text(tmp_path, **splits)
-        return find_source(pattern, None)[0].fingerprint
+        return sources_for_spec(pattern, None)[0].fingerprint
 
     prints = {
         fingerprint(train=train, validation=validation)

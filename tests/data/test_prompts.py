@@ -284,7 +284,7 @@ def test_every_mixture_can_be_trained_and_evaluated():
     for mixture in (*MIXTURES.values(), *alone):
         for name, rate in mixture.rates.items():
             assert (rate > 0) == ("train" in TASKS[name].splits)
-        for name in itertools.chain(*mixture.average):
+        for name in itertools.chain(*mixture.average_groups):
             assert "validation" in TASKS[name].splits and TASKS[name].metrics
     for task in TASKS.values():
         assert set(task.metrics) <= set(METRICS)

@@ -7,11 +7,12 @@ import sys
 from switch_jax.data.sources import python_docs
 from switch_jax.data.sources.python_docs import (
     Document,
+    PythonDocsSource,
     _topics,
     is_held_out_path,
     python_documents,
 )
-from switch_jax.data.sources.source import SPLITS, PythonDocs
+from switch_jax.data.sources.source import SPLITS
 
 
 def test_it_is_a_few_megabytes_of_unique_documents():
@@ -26,31 +27,30 @@ def test_it_is_a_few_megabytes_of_unique_documents():
 
 
 def test_the_splits_are_all_of_it_and_have_nothing_in_common():
-    source = PythonDocs()
+    source = PythonDocsSource()
     splits = [list(source.texts(s, shard, None)) for s in SPLITS for shard in source.shards(s)]
     assert sorted(splits[0] + splits[1]) == sorted(d.text for d in python_documents())
-    assert [len(texts) for texts in splits] == [source.documents(split) for split in SPLITS]
+    assert [len(texts) for texts in splits] == [source.num_documents(split) for split in SPLITS]
     assert set(splits[1]) == {d.text for d in python_documents() if is_held_out_path(d.path)}
 
 
 def test_order_and_fingerprint_are_the_same_in_another_process():
     code = (
-        "from switch_jax.data.sources.python_docs import python_documents;"
-        "from switch_jax.data.sources.source import PythonDocs;"
-        "print(PythonDocs().fingerprint, python_documents()[7].path)"
+        "from switch_jax.data.sources.python_docs import PythonDocsSource, python_documents;"
+        "print(PythonDocsSource().fingerprint, python_documents()[7].path)"
     )
     env = {**os.environ, "PYTHONHASHSEED": "12345"}
     output = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     ).stdout
-    assert output.split() == [PythonDocs().fingerprint, python_documents()[7].path]
+    assert output.split() == [PythonDocsSource().fingerprint, python_documents()[7].path]
 
 
 def test_the_fingerprint_changes_with_paths_and_texts(monkeypatch):
     def fingerprint(*documents):
         made = tuple(Document(*document) for document in documents)
         monkeypatch.setattr(python_docs, "python_documents", lambda: made)
-        return PythonDocs().fingerprint
+        return PythonDocsSource().fingerprint
 
     contents = [("a", "b")], [("ab", "")], [("a", "b"), ("ab", "")], [("a", "bab")]
     assert len({fingerprint(*content) for content in contents}) == 4

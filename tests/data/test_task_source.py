@@ -7,7 +7,7 @@ import pytest
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches, open_batches_by_source, read_task_examples
-from switch_jax.data.catalog import find_source, source_name
+from switch_jax.data.catalog import source_name, sources_for_spec
 from switch_jax.data.finetuning.tasks import TASKS, custom_task
 from switch_jax.data.sources.bad_records import BadRecords
 from switch_jax.data.sources.record_files import read_records
@@ -28,7 +28,7 @@ def records_of(task):
 
 
 def examples(spec, data_dir, split):
-    [source] = find_source(spec, str(data_dir))
+    [source] = sources_for_spec(spec, str(data_dir))
     return list(source.examples(split, BadRecords("error")))
 
 

@@ -19,7 +19,7 @@ from switch_jax.data.sources.source import (
     Shard,
     Source,
     Split,
-    file_stamp,
+    files_digest,
     glob_files,
     is_held_out,
     newest_version,
@@ -35,7 +35,7 @@ class TaskSource(Source):
         none for validation though the task has it, a fixed 1 % of training is held out.
     """
 
-    pairs = True
+    has_targets = True
 
     def __init__(self, task: Task, files: Mapping[str, list[File]] | Mapping[Split, list[File]]):
         self.name = task.name
@@ -48,7 +48,7 @@ class TaskSource(Source):
         named = [(os.path.basename(f.path), f.size) for split in files.values() for f in split]
         digest = hashlib.blake2b(repr((named, task.splits)).encode(), digest_size=16)
         self.fingerprint = digest.hexdigest()
-        self.stamp = file_stamp(files.values())
+        self.cache_key = files_digest(files.values())
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         rows = self._task.splits.get(split)
@@ -65,7 +65,7 @@ class TaskSource(Source):
                 yield example.inputs
                 yield example.targets
 
-    def documents(self, split: Split) -> int | None:
+    def num_documents(self, split: Split) -> int | None:
         """In training, pairs as the task counts them; None where it does not."""
         if split != "train":
             return None
@@ -87,12 +87,12 @@ class TaskSource(Source):
                     yield example
 
 
-def example_to_json(examples: Iterable[Example]) -> Iterator[str]:
+def examples_to_json(examples: Iterable[Example]) -> Iterator[str]:
     """A line each, with `inputs`, `targets` and `answer`."""
     return (json.dumps(example._asdict()) for example in examples)
 
 
-def find_task_sources(root: epath.Path, task: Task) -> TaskSource:
+def find_task_source(root: epath.Path, task: Task) -> TaskSource:
     """A task's data below `root`: as TFDS prepared it, or in files called after its splits.
 
         glue/cola/2.0.0/glue-train.tfrecord-00000-of-00001

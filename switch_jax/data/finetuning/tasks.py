@@ -77,7 +77,7 @@ class Task:
     format: Format
     classes: tuple[str, ...]
     metrics: tuple[str, ...]
-    reported: str | None
+    reported_metric: str | None
     inputs_length: int
     targets_length: int
 
@@ -93,7 +93,7 @@ class TaskMixture:
 
     name: str
     rates: Mapping[str, int]
-    average: tuple[tuple[str, ...], ...]
+    average_groups: tuple[tuple[str, ...], ...]
 
 
 _ALL: dict[TaskPart, Rows] = {part: Rows(part) for part in get_args(TaskPart)}
@@ -126,7 +126,7 @@ def custom_task(name: str) -> Task:
         format=pair,
         classes=(),
         metrics=("accuracy",),
-        reported=None,
+        reported_metric=None,
         inputs_length=512,
         targets_length=114,
     )
@@ -156,7 +156,7 @@ def _task(
     classes: tuple[str, ...] = (),
     dataset: str | None = None,
     splits: Mapping[TaskPart, Rows] = _ALL,
-    reported: str | None = None,
+    reported_metric: str | None = None,
 ) -> Task:
     benchmark, _, config = name.partition(".")
     dataset, _, version = (dataset or f"{benchmark}/{config}:{_VERSIONS[benchmark]}").partition(":")
@@ -170,7 +170,7 @@ def _task(
         format=format,
         classes=classes,
         metrics=tuple(metrics.split()),
-        reported=reported,
+        reported_metric=reported_metric,
         inputs_length=_LENGTHS[benchmark][0],
         targets_length=_LENGTHS[benchmark][1],
     )
@@ -252,7 +252,7 @@ def _closed_book(
             "validation": Rows("train", num_examples),
             "test": Rows(test),
         },
-        reported="exact_match",
+        reported_metric="exact_match",
     )
 
 
@@ -344,7 +344,7 @@ _TASKS = (
         {"question": str, "context": str, "answers": {"text": [str]}},
         dataset="squad/v1.1:3.0.0",
         splits={"train": Rows("train"), "validation": Rows("validation")},
-        reported="exact_match",
+        reported_metric="exact_match",
     ),
     _task(
         "cnn_dailymail",
@@ -353,7 +353,7 @@ _TASKS = (
         partial(summarization, document="article", summary="highlights"),
         {"article": str, "highlights": str},
         dataset="cnn_dailymail:3.4.0",
-        reported="rouge2",
+        reported_metric="rouge2",
     ),
     _task(
         "xsum",
@@ -362,7 +362,7 @@ _TASKS = (
         partial(summarization, document="document", summary="summary"),
         {"document": str, "summary": str},
         dataset="xsum:1.1.0",
-        reported="rouge2",
+        reported_metric="rouge2",
     ),
     _anli("anli.r1", 16_946),
     _anli("anli.r2", 45_460),

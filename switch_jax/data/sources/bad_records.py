@@ -7,7 +7,7 @@ from typing import Literal
 
 from switch_jax.errors import UserError
 
-Action = Literal["skip", "error"]
+BadRecordAction = Literal["skip", "error"]
 
 # Each kind completes both «PLACE is …» and «3 records were left out: 3 …».
 EMPTY = "empty"
@@ -27,7 +27,7 @@ class BadRecords:
       first: where the first of each kind is, such as "/data/a.json.gz, line 17".
     """
 
-    def __init__(self, action: Action):
+    def __init__(self, action: BadRecordAction):
         self.counts: dict[str, int] = {}
         self.first: dict[str, str] = {}
         self._action = action
@@ -60,12 +60,12 @@ class BadRecords:
         return f"{total} {'record was' if total == 1 else 'records were'} left out: {listed}."
 
 
-class ToldRecords(BadRecords):
+class ReportedBadRecords(BadRecords):
     """Bad records of a stream: told on stderr when the first is met, and again at the end of the
     process where others followed.
     """
 
-    def __init__(self, action: Action):
+    def __init__(self, action: BadRecordAction):
         super().__init__(action)
         self._told: str | None = None
         self._places: set[tuple[str, str]] = set()  # an epoch meets what the one before met
@@ -76,7 +76,7 @@ class ToldRecords(BadRecords):
             self._places.add((kind, where))
             super().add(kind, where)
 
-    def tell(self) -> None:
+    def print_once(self) -> None:
         """Says what there is, unless something was said before."""
         if self._told is None:
             self._tell()

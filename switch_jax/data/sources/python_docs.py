@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from switch_jax.data.sources.bad_records import BadRecords
+from switch_jax.data.sources.source import Shard, Source, Split
+
 
 class Document(NamedTuple):
     """A text and its path, `/`-separated and unique."""
@@ -33,6 +36,33 @@ def is_held_out_path(path: str) -> bool:
     """Whether a document belongs to the validation split: a fixed 5 % by its path alone."""
     digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 100 < 5
+
+
+class PythonDocsSource(Source):
+    """`python_docs`: the fingerprint is that of the text itself."""
+
+    def __init__(self):
+        self.name = "python_docs"
+        digest = hashlib.blake2b(digest_size=16)
+        for document in python_documents():
+            for part in document:
+                data = part.encode()
+                digest.update(len(data).to_bytes(8, "little") + data)
+        self.fingerprint = self.cache_key = digest.hexdigest()
+
+    def shards(self, split: Split) -> tuple[Shard, ...]:
+        return (Shard((), sum(len(text) for text in self._texts(split))),)
+
+    def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
+        return self._texts(split)
+
+    def num_documents(self, split: Split) -> int | None:
+        return sum(1 for _ in self._texts(split))
+
+    def _texts(self, split: Split) -> Iterator[str]:
+        for document in python_documents():
+            if is_held_out_path(document.path) == (split == "validation"):
+                yield document.text
 
 
 def _topics() -> Iterator[Document]:

@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple, get_args
 from etils import epath
 
 from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.sources.python_docs import is_held_out_path, python_documents
 from switch_jax.data.sources.text_files import read_texts
 
 Split = Literal["train", "validation"]
@@ -44,8 +43,8 @@ class Source(abc.ABC):
     name: str
     spec: str
     fingerprint: str
-    stamp: str
-    pairs = False
+    cache_key: str
+    has_targets = False
 
     @abc.abstractmethod
     def shards(self, split: Split) -> tuple[Shard, ...]:
@@ -55,44 +54,17 @@ class Source(abc.ABC):
     def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
         """The texts of a shard, in order; what cannot be read goes to `bad`."""
 
-    def documents(self, split: Split) -> int | None:
+    def num_documents(self, split: Split) -> int | None:
         """How many documents a split has, where that is known without reading them."""
         return None
 
-    def missing(self, split: Split) -> list[str]:
+    def missing_files(self, split: Split) -> list[str]:
         """Files that the names of others promise and that are not there."""
         return []
 
     def size(self) -> int:
         """Bytes of all splits, as stored."""
         return sum(shard.size for split in SPLITS for shard in self.shards(split))
-
-
-class PythonDocs(Source):
-    """`python_docs`: the fingerprint is that of the text itself."""
-
-    def __init__(self):
-        self.name = "python_docs"
-        digest = hashlib.blake2b(digest_size=16)
-        for document in python_documents():
-            for part in document:
-                data = part.encode()
-                digest.update(len(data).to_bytes(8, "little") + data)
-        self.fingerprint = self.stamp = digest.hexdigest()
-
-    def shards(self, split: Split) -> tuple[Shard, ...]:
-        return (Shard((), sum(len(text) for text in self._texts(split))),)
-
-    def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
-        return self._texts(split)
-
-    def documents(self, split: Split) -> int | None:
-        return sum(1 for _ in self._texts(split))
-
-    def _texts(self, split: Split) -> Iterator[str]:
-        for document in python_documents():
-            if is_held_out_path(document.path) == (split == "validation"):
-                yield document.text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +76,7 @@ class File:
     changed: float = 0.0  # seconds since 1970
 
 
-class Files(Source):
+class FileSource(Source):
     """Text in files, of any format that `formats` knows.
 
     Args:
@@ -127,7 +99,7 @@ class Files(Source):
             for file in self._files[split]:
                 digest.update(repr((split, os.path.basename(file.path), file.size)).encode())
         self.fingerprint = digest.hexdigest()
-        self.stamp = file_stamp(self._files.values())
+        self.cache_key = files_digest(self._files.values())
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         shards: list[Shard] = []
@@ -150,16 +122,16 @@ class Files(Source):
                 if not self._held_out or is_held_out(text) == (split == "validation"):
                     yield text
 
-    def documents(self, split: Split) -> int | None:
+    def num_documents(self, split: Split) -> int | None:
         return self._counts.get(split)
 
-    def missing(self, split: Split) -> list[str]:
+    def missing_files(self, split: Split) -> list[str]:
         if self._held_out and split == "validation":
             return []
         return _missing(file.path for file in self._files[split])
 
 
-def file_stamp(files: Iterable[Iterable[File]]) -> str:
+def files_digest(files: Iterable[Iterable[File]]) -> str:
     """32 hexadecimal digits of the places, sizes and ages of files."""
     return hashlib.blake2b(repr([list(of) for of in files]).encode(), digest_size=16).hexdigest()
 

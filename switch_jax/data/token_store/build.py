@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from switch_jax.config import DataConfig
-from switch_jax.data.finetuning.task_source import TaskSource, example_to_json
+from switch_jax.data.finetuning.task_source import TaskSource, examples_to_json
 from switch_jax.data.mixture import find_sources
-from switch_jax.data.sources.bad_records import MISSING, Action, BadRecords
+from switch_jax.data.sources.bad_records import MISSING, BadRecordAction, BadRecords
 from switch_jax.data.sources.source import SPLITS, Shard, Source, Split
 from switch_jax.data.token_store.store import (
     FORMAT,
@@ -105,7 +105,7 @@ def _pack(
     bad = BadRecords(data.on_bad_record)
     for source in sources:
         for split in SPLITS:
-            for path in source.missing(split):
+            for path in source.missing_files(split):
                 bad.add(MISSING, path)
     (output / FILE_NAME).write_bytes(vocabulary.content)
     todo = []
@@ -190,7 +190,7 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path} is damaged; delete {path.parent} and pack again.") from error
 
 
-def _run(tasks: list[_Task], action: Action, workers: int) -> Iterator[tuple[_Task, int]]:
+def _run(tasks: list[_Task], action: BadRecordAction, workers: int) -> Iterator[tuple[_Task, int]]:
     """Does all tasks, in any order; yields each with its number of tokens when it is done."""
     if min(workers, len(tasks)) <= 1:
         for task in tasks:
@@ -227,7 +227,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _tokenise(task: _Task, action: Action) -> int:
+def _tokenise(task: _Task, action: BadRecordAction) -> int:
     """Writes a shard of tokens; returns how many there are."""
     vocabulary, bad = _vocabulary(task.store / FILE_NAME), BadRecords(action)
     dtype = _dtype(vocabulary)
@@ -236,7 +236,7 @@ def _tokenise(task: _Task, action: Action) -> int:
     offsets = [0]
     if isinstance(task.source, TaskSource) and task.split != "train":
         examples = task.source.examples(task.split, bad)
-        lines = "".join(line + "\n" for line in example_to_json(examples))
+        lines = "".join(line + "\n" for line in examples_to_json(examples))
         write_atomically(examples_path(task.folder), lines.encode())
         bad = BadRecords(action)  # they are counted below
     tokens_file = tokens_path(task.folder, task.number)
@@ -251,7 +251,7 @@ def _tokenise(task: _Task, action: Action) -> int:
     np.save(offsets_path(task.folder, task.number), np.array(offsets, np.int64))
     digest.update(np.array(offsets, np.int64).tobytes())
     done = {
-        "documents": (len(offsets) - 1) // (2 if task.source.pairs else 1),
+        "documents": (len(offsets) - 1) // (2 if task.source.has_targets else 1),
         "tokens": offsets[-1],
         "fingerprint": digest.hexdigest(),
         "left_out": bad.counts,
@@ -298,7 +298,7 @@ def _nothing(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     """What a store holds of a source before anything is packed."""
     empty: dict[str, Any] = {"documents": 0, "tokens": 0, "fingerprint": vocabulary.fingerprint}
     splits: dict[str, Any] = {split: {**empty, "left_out": {}, "shards": []} for split in SPLITS}
-    return {"spec": source.spec, "pairs": source.pairs, **splits}
+    return {"spec": source.spec, "pairs": source.has_targets, **splits}
 
 
 def _sum(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:

@@ -45,7 +45,7 @@ def _cached(data: DataConfig, vocabulary: Vocabulary) -> Path:
             " `switch-jax data pack` and set data.data_dir to what that wrote, or set"
             " data.reader=seqio to read it as it streams."
         )
-    text = [(source.name, source.stamp) for source in sources]
+    text = [(source.name, source.cache_key) for source in sources]
     described = repr((FORMAT, text, vocabulary.fingerprint)).encode()
     digest = hashlib.blake2b(described, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}"
