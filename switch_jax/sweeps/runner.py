@@ -167,11 +167,11 @@ def run_sweep(made: list[Job]) -> JobProgress:
         while not received and (jobs := ready_jobs(made, progress.failed)):
             with _claim(jobs) as claimed:
                 if claimed is None:
-                    display.waiting(len(jobs))
+                    display.show_waiting(len(jobs))
                     time.sleep(_POLL_SECONDS)
                 elif not claimed[0].finished:
                     _train(*claimed, display, received, progress)
-            display.ended({job.key for job in made if job.finished})
+            display.end_run({job.key for job in made if job.finished})
     left = [job.key for job in made if not job.finished]
     progress.finished = len(made) - len(left)
     progress.blocked = [key for key in left if key not in progress.failed]
@@ -201,7 +201,7 @@ def _train(
     progress: JobProgress,
 ) -> None:
     """Trains a job to its end, to its failure, or until a signal is received."""
-    display.started(job.key, job.share)
+    display.start_run(job.key, job.share)
     with job.output.open("a") as output:
         process = subprocess.Popen(
             job.command(),
@@ -214,16 +214,16 @@ def _train(
         told = False
         while process.poll() is None:
             if received and not told:
-                display.say("stopping after a checkpoint …")
+                display.print_line("stopping after a checkpoint …")
                 # Who ends a whole group of processes has sent it SIGTERM already, and a second one
                 # would not wait for the checkpoint.
                 process.send_signal(signal.SIGINT)
                 told = True
-            display.reached(job.share)
+            display.update_run(job.share)
             time.sleep(_POLL_SECONDS)
     if not job.finished and not received:
         progress.failed.append(job.key)
-        display.say(f"{job.key} failed, see {job.output}: {_last_line(job.output)}")
+        display.print_line(f"{job.key} failed, see {job.output}: {_last_line(job.output)}")
 
 
 def _last_line(file: Path) -> str:

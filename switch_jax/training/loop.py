@@ -21,7 +21,7 @@ from switch_jax.model import mfu, process_rows
 from switch_jax.training.distill import check_distillation, teacher_config, teacher_parameters
 from switch_jax.training.idle_experts import IdleExperts
 from switch_jax.training.initial_state import initial_state_report, make_initial_state
-from switch_jax.training.progress import ProgressDisplay
+from switch_jax.training.progress import ProgressDisplay, evaluation_summary, train_status
 from switch_jax.training.state import restore_state, save_state
 from switch_jax.training.step import TrainProgram
 from switch_jax.training.throughput import ThroughputMeter
@@ -85,12 +85,14 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     meter = ThroughputMeter(lambda s: mfu(config, s, device_kind, mesh.devices.size, taught_by))
     writer = MetricsWriter(workdir, first_step, active=first_process)
     idle = IdleExperts(config)
-    display = ProgressDisplay(settings.steps, first_step, active=first_process)
+    display = ProgressDisplay(
+        settings.steps, first_step, status="compiling …", active=first_process
+    )
     with display, writer, stop_requests() as stop_request:
         if first_step:
-            display.say(f"continuing from step {first_step}")
+            display.print_line(f"continuing from step {first_step}")
         if mesh.devices.size < jax.device_count():
-            display.say(f"using {mesh.devices.size} of {jax.device_count()} devices")
+            display.print_line(f"using {mesh.devices.size} of {jax.device_count()} devices")
         batch = program.sharded.shard_batch(next(batches))
         previous = None
         for step in range(first_step + 1, settings.steps + 1):
@@ -103,7 +105,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
                 # One step ahead of the device and no more: what is shown, or asked to stop, is now.
                 jax.block_until_ready(previous)
             previous = metrics["loss"]
-            display.step(step)
+            display.update(step, f"step {step} of {settings.steps}")
             finished = step == settings.steps
             stopped_by = stop_request()
             last = finished or stopped_by is not None
@@ -114,15 +116,15 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
             if finished or step % settings.log_every == 0:
                 values = meter.read(step, metrics)
                 writer.write(step, "train", values)
-                display.status(step, values)
+                display.update(step, status=train_status(values), line=True)
                 for sentence in idle.news():
-                    display.say(f"step {step}  {sentence}")
+                    display.print_line(f"step {step}  {sentence}")
             evaluated = None
             if finished or step % settings.eval_every == 0:
                 evaluated = evaluate(program.sharded, state.params, validation)
                 evaluated |= score(state.params, workdir.predictions / str(step))
                 writer.write(step, "eval", evaluated)
-                display.evaluated(step, evaluated)
+                display.print_line(f"step {step}  {evaluation_summary(evaluated)}")
                 meter.restart(step, metrics)
             if saving:
                 # After its metrics are on disk, and before the next batch is drawn, so that the

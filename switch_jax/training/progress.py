@@ -1,62 +1,109 @@
-"""progress: to be written."""
+"""Progress display: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 
 class ProgressDisplay:
-    """A live bar on a terminal; elsewhere, a plain line whenever there is something new."""
+    """A progress bar on stderr with a description, a status and the time left.
 
-    def __init__(self, total_steps: int, first_step: int, *, active: bool = True):
-        """Of several processes one is `active`; the others show nothing."""
+    The clock starts at the first `update`, so that compilation does not count. The time left is
+    the work left at the mean speed of this process since then. Where stderr is no terminal, only
+    updates with `line=True` and `print_line` show anything.
+    """
+
+    def __init__(
+        self, total: float, done: float = 0.0, *, status: str = "", active: bool = True
+    ) -> None:
+        """`total`, `done`: amounts of work in one unit; one process of several is `active`."""
         self._console = Console(stderr=True, quiet=not active)
-        self._total = total_steps
-        self._start = (first_step, time.time())
-        self._progress = Progress(
+        self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.percentage:.0f} %  {task.fields[status]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task(
-            "train", total=total_steps, completed=first_step, status="compiling …"
-        )
+        self._task = self._bar.add_task("", total=total, status=status)
+        self._bar.update(self._task, completed=done)
+        self._total, self._done = total, done
+        self._base: float | None = None  # `done`, less what this process did since `_start`
+        self._start = 0.0
+        self._description, self._status = "", status
 
     def __enter__(self) -> "ProgressDisplay":
-        self._progress.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        self._bar.stop()
 
-    def step(self, step: int) -> None:
-        """Moves the bar."""
-        self._progress.update(self._task, completed=step)
+    def update(
+        self,
+        done: float,
+        description: str | None = None,
+        status: str | None = None,
+        *,
+        elsewhere: bool = False,
+        line: bool = False,
+    ) -> None:
+        """Moves the bar; texts that are None stay as they are.
 
-    def status(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows loss and speed."""
-        speed = metrics.get("tokens_per_second", 0)
-        text = f"loss {metrics['loss']:.3f}  {speed:,.0f} target tokens/s"
-        self._progress.update(self._task, completed=step, status=text)
-        if not self._console.is_terminal:
-            first, began = self._start
-            left = (time.time() - began) / max(step - first, 1) * (self._total - step)
-            self.say(f"step {step}/{self._total}  {text}  {left:,.0f} s left")
+        Args:
+          done: amount of work done so far, in all.
+          description: text before the bar.
+          status: text behind the bar, before the time left.
+          elsewhere: whether the work since the last update was not done by this process, so that
+            it does not count for its speed.
+          line: whether to print all that as a line where there is no terminal.
+        """
+        if self._base is None:
+            self._base, self._start = done, time.monotonic()
+        elif elsewhere:
+            self._base += done - self._done
+        self._done = done
+        self._description = self._description if description is None else description
+        self._status = self._status if status is None else status
+        texts = [text for text in (self._status, self._time_left()) if text]
+        self._bar.update(
+            self._task, completed=done, description=self._description, status="  ".join(texts)
+        )
+        if line and not self._console.is_terminal:
+            self.print_line("  ".join([self._description, *texts]))
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows the loss of an evaluation and, where tasks were scored, what is their number."""
-        text = f"step {step}  validation cross-entropy {metrics['cross_entropy']:.4f}"
-        scores = [name for name in metrics if name.endswith("/score")]
-        for name in ["average"] if "average" in metrics else scores:
-            text += f"  {name.removesuffix('/score')} {metrics[name]:.2f}"
-        self.say(text)
-
-    def say(self, text: str) -> None:
-        """A line above the bar."""
+    def print_line(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
         self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _time_left(self) -> str:
+        done_here = self._done - (self._base or 0.0)
+        if done_here <= 0:
+            return ""
+        seconds = (time.monotonic() - self._start) / done_here * (self._total - self._done)
+        return f"about {format_duration(seconds)} left"
+
+
+def train_status(metrics: Mapping[str, float]) -> str:
+    """Returns loss and speed of a train step as a short text."""
+    speed = metrics.get("tokens_per_second", 0)
+    return f"loss {metrics['loss']:.3f}  {speed:,.0f} target tokens/s"
+
+
+def evaluation_summary(metrics: Mapping[str, float]) -> str:
+    """Returns the loss of an evaluation and, where tasks were scored, their scores as a text."""
+    text = f"validation cross-entropy {metrics['cross_entropy']:.4f}"
+    scores = [name for name in metrics if name.endswith("/score")]
+    for name in ["average"] if "average" in metrics else scores:
+        text += f"  {name.removesuffix('/score')} {metrics[name]:.2f}"
+    return text
+
+
+def format_duration(seconds: float) -> str:
+    """Returns seconds in the largest unit of which there are at least two, such as "5 min"."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -201,13 +201,13 @@ def test_time_left_goes_by_work(monkeypatch, capfd):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with SweepDisplay({"a": 1.0, "b": 2.0, "c": 4.0}, set()) as display:
-        display.started("a", 0.0)
+        display.start_run("a", 0.0)
         now[0] = 10.0
-        display.ended({"a"})
-        display.started("b", 0.5)  # half of it was done before
+        display.end_run({"a"})
+        display.start_run("b", 0.5)  # half of it was done before
         now[0] = 20.0
-        display.ended({"a", "b"})
-        display.started("c", 0.0)
+        display.end_run({"a", "b"})
+        display.start_run("c", 0.0)
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
         "run 1 of 3: a",
