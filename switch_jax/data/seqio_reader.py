@@ -257,7 +257,7 @@ def _task(
             seqio.preprocessors.tokenize,
             # What follows is drawn anew in every epoch.
             seqio.CacheDatasetPlaceholder(),
-            *([] if source.has_targets else corrupted),
+            *([] if source.pairs else corrupted),
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features={"inputs": feature, "targets": feature},
