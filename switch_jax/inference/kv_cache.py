@@ -15,6 +15,7 @@ from switch_jax.model import (
     RoutingSpec,
     SwitchTransformer,
     assignments_at_least,
+    parameter_metadata,
 )
 
 # Keys and values of a run's blocks, [blocks, layers of a block, rows, positions, H, K].
@@ -111,9 +112,8 @@ class _CachedBlockRun:
     """
 
     def __init__(self, blocks: Any, pool: bool):
-        paths_and_leaves, self._structure = jax.tree.flatten_with_path(blocks)
-        pooled = [pool and "experts" in _names(path) for path, _ in paths_and_leaves]
-        leaves = [leaf for _, leaf in paths_and_leaves]
+        leaves, self._structure = jax.tree.flatten(blocks)
+        pooled = [pool and m.kind == "expert" for m in parameter_metadata(blocks).values()]
         self.cut = [None if p else leaf for p, leaf in zip(pooled, leaves)]
         self._pool = [
             leaf.reshape(-1, *leaf.shape[2:]) if p else None for p, leaf in zip(pooled, leaves)
@@ -164,14 +164,8 @@ def cast_parameters(model: SwitchTransformer, *, experts: bool) -> SwitchTransfo
     Not those that are used in another; `experts` too, of which few are used at a time?
     """
     dtype = model.config.model.dtype
-
-    def one(path, leaf):
-        names = _names(path)
-        kept = any("norm" in name or name in ("router", "relative_bias") for name in names)
-        return leaf if kept or ("experts" in names and not experts) else leaf.astype(dtype)
-
-    return jax.tree.map_with_path(one, model)
-
-
-def _names(path: tuple) -> list[str]:
-    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    kept = {"norm", "relative_bias", "router", "router_bias"} | (set() if experts else {"expert"})
+    kinds = [metadata.kind for metadata in parameter_metadata(model).values()]
+    leaves, structure = jax.tree.flatten(model)
+    cast = [x if kind in kept else x.astype(dtype) for x, kind in zip(leaves, kinds)]
+    return jax.tree.unflatten(structure, cast)

@@ -12,7 +12,7 @@ from switch_jax.model.flops import (
     params_by_group,
     train_flops,
 )
-from switch_jax.model.lora import add_adapter_axes, init_adapters, is_adapter, merge_adapters
+from switch_jax.model.lora import add_adapters, init_adapters, is_adapter, merge_adapters
 from switch_jax.model.loss import (
     LOGITS_BYTES,
     loss_denominators,
@@ -29,11 +29,14 @@ from switch_jax.model.moe.router import Router, RouterOutput, RoutingSpec
 from switch_jax.model.parameters import (
     BATCH_DIMS,
     LayerSlice,
+    ParameterMetadata,
     abstract_model,
     layer_shapes,
     layer_slices,
     logical_axes,
     named_parameters,
+    parameter_metadata,
+    stack_and_sublayer,
     with_parameters,
 )
 from switch_jax.model.sharded import Batch, MeshJit, ShardedModel, process_rows
@@ -54,6 +57,7 @@ __all__ = [
     "LayerSlice",
     "MeshJit",
     "Mlp",
+    "ParameterMetadata",
     "Router",
     "RouterOutput",
     "RouterStatsByStack",
@@ -62,7 +66,7 @@ __all__ = [
     "SwitchMlp",
     "SwitchTransformer",
     "abstract_model",
-    "add_adapter_axes",
+    "add_adapters",
     "assignments_at_least",
     "collect_router_stats",
     "expert_layers",
@@ -80,12 +84,14 @@ __all__ = [
     "mfu",
     "named_parameters",
     "padded_size",
+    "parameter_metadata",
     "params_by_group",
     "process_rows",
     "router_metrics",
     "row_cross_entropy",
     "sparse_layer_names",
     "split_hops",
+    "stack_and_sublayer",
     "token_losses",
     "token_masks",
     "train_flops",

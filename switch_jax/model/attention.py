@@ -17,7 +17,7 @@ class RelativePositionBias(nnx.Module):
         self.bidirectional = bidirectional
         init = jax.nn.initializers.variance_scaling(config.init_scale, "fan_avg", "uniform")
         table = init(key, (config.num_heads, config.relative_buckets))
-        self.table = param(table, "heads", "buckets")
+        self.table = param(table, "heads", "buckets", kind="relative_bias")
 
     def __call__(self, query_T: jax.Array, key_S: jax.Array) -> jax.Array:
         """[H, T, S] float32 to add to the scores, from the positions of queries and keys."""
@@ -71,7 +71,9 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config
         D, inner = config.d_model, config.num_heads * config.head_dim
-        self.out = param(init_kernel(key, (inner, D), config.init_scale), "heads", "embed")
+        self.out = param(
+            init_kernel(key, (inner, D), config.init_scale), "heads", "embed", kind="attention"
+        )
 
     def heads(self, y_BxLxI: jax.Array) -> jax.Array:
         """[B, L, H·K] → [B, L, H, K]."""
@@ -109,9 +111,11 @@ class DenseAttention(Attention):
         s = config.init_scale
         q, k, v, o = jax.random.split(key, 4)
         super().__init__(config, o)
-        self.query = param(init_kernel(q, (D, inner), s) / K**0.5, "embed", "heads")
-        self.key = param(init_kernel(k, (D, inner), s), "embed", "heads")
-        self.value = param(init_kernel(v, (D, inner), s), "embed", "heads")
+        self.query = param(
+            init_kernel(q, (D, inner), s) / K**0.5, "embed", "heads", kind="attention"
+        )
+        self.key = param(init_kernel(k, (D, inner), s), "embed", "heads", kind="attention")
+        self.value = param(init_kernel(v, (D, inner), s), "embed", "heads", kind="attention")
 
     def queries(self, x_BxTxD: jax.Array) -> jax.Array:
         """[B, T, H, K]."""

@@ -26,13 +26,13 @@ class Mlp(nnx.Module):
         self.config = config
         D, F, s = config.d_model, config.d_ff, config.init_scale
         i, g, o = jax.random.split(key, 3)
-        self.wi = param(init_kernel(i, (D, F), s), "embed", "mlp")
+        self.wi = param(init_kernel(i, (D, F), s), "embed", "mlp", kind="feed_forward")
         self.gate = (
-            param(init_kernel(g, (D, F), s), "embed", "mlp")
+            param(init_kernel(g, (D, F), s), "embed", "mlp", kind="feed_forward")
             if config.activation == "geglu"
             else None
         )
-        self.wo = param(init_kernel(o, (F, D), s), "mlp", "embed")
+        self.wo = param(init_kernel(o, (F, D), s), "mlp", "embed", kind="feed_forward")
 
     def __call__(self, x_BxLxD: jax.Array, keys: RowKeys) -> jax.Array:
         """[B, L, D] → [B, L, D]."""

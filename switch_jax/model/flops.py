@@ -2,18 +2,32 @@
 
 import dataclasses
 import math
-import re
 
 import numpy as np
 
 from switch_jax.config import STACKS, Config, MoEConfig
 from switch_jax.distributed import peak_flops
-from switch_jax.model.parameters import abstract_model, logical_axes, named_parameters
+from switch_jax.model.layers import ParameterKind
+from switch_jax.model.parameters import abstract_model, named_parameters, parameter_metadata
 
 CONVENTIONS = {
     "flops_per_sequence": "paper: forward, scores once, no router, no padding",
     "flops_per_sequence_computed": "computed: forward, every matmul, all expert slots",
     "train_flops_per_step": "3 x computed + a teacher's, global batch",
+}
+
+
+# Groups of `params_by_group`, in their order.
+_GROUP_OF_KIND: dict[ParameterKind, str] = {
+    "expert": "experts",
+    "router": "routers",
+    "router_bias": "routers",
+    "feed_forward": "dense_ffn",
+    "attention": "{stack}_attention",
+    "relative_bias": "relative_bias",
+    "norm": "norms",
+    "embedding": "embedding",
+    "head": "head",
 }
 
 
@@ -46,35 +60,14 @@ class ExpertLayer:
 
 
 def params_by_group(config: Config) -> dict[str, int]:
-    """Number of parameters by kind; the sum is the model's. Kinds it lacks are left out."""
+    """Returns the number of parameters by group; groups without parameters are left out."""
     model = abstract_model(config)
-    axes = logical_axes(model)
-    counts = dict.fromkeys(("experts", *_GROUPS), 0)
+    metadata = parameter_metadata(model)
+    counts = {g.format(stack=s): 0 for g in _GROUP_OF_KIND.values() for s in STACKS}
     for name, leaf in named_parameters(model).items():
-        counts[_group(name, axes[name])] += math.prod(leaf.shape)
+        group = _GROUP_OF_KIND[metadata[name].kind].format(stack=name.split("/")[0])
+        counts[group] += math.prod(leaf.shape)
     return {group: count for group, count in counts.items() if count}
-
-
-# Group → names of its parameters; the first that matches counts.
-_GROUPS = {
-    "routers": r"/router/\w+$",
-    "dense_ffn": r"mlp/(shared/)?\w+$",
-    "encoder_attention": r"^encoder/.*attention/\w+$",
-    "decoder_attention": r"^decoder/.*attention/\w+$",
-    "relative_bias": r"relative_bias/table$",
-    "norms": r"norm/scale$",
-    "embedding": r"^embedding$",
-    "head": r"^head$",
-}
-
-
-def _group(name: str, axes: tuple[str, ...]) -> str:
-    if "expert" in axes:
-        return "experts"
-    for group, pattern in _GROUPS.items():
-        if re.search(pattern, name):
-            return group
-    raise KeyError(f"{name} is in no group of parameters")
 
 
 def flops_per_sequence(config: Config) -> int:

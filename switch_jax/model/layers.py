@@ -6,11 +6,25 @@ neither on the mesh nor on gradient accumulation. Axis letters: see `routing.py`
 the lengths of queries and keys, K here is the dimension of a head.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from switch_jax.distributed import constrain
+
+ParameterKind = Literal[
+    "embedding",
+    "head",
+    "attention",  # dense projections
+    "feed_forward",  # dense layers, and the shared one beside experts
+    "expert",
+    "router",
+    "router_bias",
+    "relative_bias",
+    "norm",
+]
 
 # One key per row [B], or None: deterministic.
 RowKeys = jax.Array | None
@@ -33,9 +47,12 @@ def dropout(x_BxLxD: jax.Array, rate: float, keys: RowKeys) -> jax.Array:
     return jnp.where(keep, x_BxLxD / (1 - rate), 0)
 
 
-def param(value: jax.Array, *axes: str) -> nnx.Param:
-    """A parameter with the logical names of its dimensions (stacking adds names in front)."""
-    return nnx.Param(value, axes=axes)
+def param(value: jax.Array, *axes: str, kind: ParameterKind) -> nnx.Param:
+    """Returns a parameter with metadata: the logical axes of `value`, and the kind.
+
+    Stacking layers adds a dimension in front and does not change the metadata.
+    """
+    return nnx.Param(value, axes=axes, kind=kind)
 
 
 def gathered_weight(parameter: nnx.Param, dtype: jnp.dtype) -> jax.Array:
@@ -65,7 +82,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, dim: int):
-        self.scale = param(jnp.ones(dim), "norm")
+        self.scale = param(jnp.ones(dim), "norm", kind="norm")
 
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         x_BxLxD = constrain(x_BxLxD, "batch", None, "activation")

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from switch_jax.config import Config
 from switch_jax.errors import UserError
-from switch_jax.model.parameters import BATCH_DIMS
+from switch_jax.model.parameters import BATCH_DIMS, ParameterMetadata
 
 _A, _B = ".lora_a", ".lora_b"
-Axes = Mapping[str, tuple[str, ...]]
+Metadata = Mapping[str, ParameterMetadata]
 
 
 def is_adapter(name: str) -> bool:
@@ -27,13 +27,15 @@ def is_adapter(name: str) -> bool:
     return name.endswith((_A, _B))
 
 
-def add_adapter_axes(axes: Axes, config: Config) -> dict[str, tuple[str, ...]]:
-    """Logical axes of the model's parameters and, with `lora.rank`, of their adapters.
+def add_adapters(metadata: Metadata, config: Config) -> dict[str, ParameterMetadata]:
+    """Returns the metadata of a model's parameters and, with `lora.rank`, of their adapters.
+
+    An adapter has the kind of its matrix.
 
     Raises `UserError` where `lora.of` cannot be read, or is found in no matrix's path.
     """
     if not config.lora.rank:
-        return dict(axes)
+        return dict(metadata)
     try:
         pattern = re.compile(config.lora.of)
     except re.error as error:
@@ -41,23 +43,23 @@ def add_adapter_axes(axes: Axes, config: Config) -> dict[str, tuple[str, ...]]:
             f"lora.of={config.lora.of!r} is no regular expression ({error}); correct it."
         ) from error
     added = {}
-    for name, names in axes.items():
-        batch = tuple(axis for axis in names if axis in BATCH_DIMS)
-        if len(names) == len(batch) + 2 and pattern.search(name):
-            added[name + _A] = (*batch, names[-2], "lora")
-            added[name + _B] = (*batch, "lora", names[-1])
+    for name, (axes, kind) in metadata.items():
+        batch = tuple(axis for axis in axes if axis in BATCH_DIMS)
+        if len(axes) == len(batch) + 2 and pattern.search(name):
+            added[name + _A] = ParameterMetadata((*batch, axes[-2], "lora"), kind)
+            added[name + _B] = ParameterMetadata((*batch, "lora", axes[-1]), kind)
     if not added:
         raise UserError(f"lora.of={config.lora.of!r} is found in no matrix's path; change it.")
-    return {**axes, **added}
+    return {**metadata, **added}
 
 
 def init_adapters(
-    params: Mapping[str, jax.Array], axes: Axes, config: Config
+    params: Mapping[str, jax.Array], metadata: Metadata, config: Config
 ) -> dict[str, jax.Array]:
     """`params` of the model with fresh adapters: A normal with deviation 1 / rank, B zero."""
     key, rank = jax.random.key(config.train.seed), config.lora.rank
     complete = dict(params)
-    for number, name in enumerate(add_adapter_axes(axes, config)):
+    for number, name in enumerate(add_adapters(metadata, config)):
         if name.endswith(_A):
             shape = (*params[name.removesuffix(_A)].shape[:-1], rank)
             complete[name] = jax.random.normal(jax.random.fold_in(key, number), shape) / rank

@@ -17,10 +17,10 @@ from switch_jax.distributed import (
     replicated,
 )
 from switch_jax.errors import UserError
-from switch_jax.model.lora import add_adapter_axes, init_adapters, merge_adapters
+from switch_jax.model.lora import add_adapters, init_adapters, merge_adapters
 from switch_jax.model.loss import LossSums, token_losses
 from switch_jax.model.moe.dropless import check_dropless_memory
-from switch_jax.model.parameters import logical_axes, with_parameters
+from switch_jax.model.parameters import abstract_model, parameter_metadata, with_parameters
 from switch_jax.model.transformer import (
     RouterStatsByStack,
     SwitchTransformer,
@@ -68,7 +68,8 @@ class ShardedModel:
       mesh: as from `make_mesh`.
 
     Attributes:
-      axes: logical axes of every parameter, LoRA adapters included, by path.
+      metadata: axes and kind of every parameter, LoRA adapters included, by path.
+      axes: the axes alone.
       abstract_params: shapes, dtypes and shardings of these parameters, by path.
       abstract_batch: those of the features of a global batch.
       eval_step: jitted `(params, batch) → (LossSums, number of targets, router statistics)`.
@@ -80,8 +81,9 @@ class ShardedModel:
         check_dropless_memory(config, dict(mesh.shape), list(mesh.devices.flat))
         self.config = config
         self.mesh = mesh
-        self._model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-        self.axes = add_adapter_axes(logical_axes(self._model), config)
+        self._model = abstract_model(config)
+        self.metadata = add_adapters(parameter_metadata(self._model), config)
+        self.axes = {name: metadata.axes for name, metadata in self.metadata.items()}
         self.abstract_params: dict[str, jax.ShapeDtypeStruct] = {
             name: jax.ShapeDtypeStruct(
                 leaf.shape,
@@ -102,8 +104,8 @@ class ShardedModel:
     def init_params(self) -> dict[str, jax.Array]:
         """Returns fresh parameters by path; they depend on `train.seed` and not on the mesh."""
         model = SwitchTransformer(self.config, jax.random.key(self.config.train.seed))
-        axes = logical_axes(self._model)
-        return init_adapters(dict(zip(axes, jax.tree.leaves(model))), axes, self.config)
+        metadata = parameter_metadata(self._model)
+        return init_adapters(dict(zip(metadata, jax.tree.leaves(model))), metadata, self.config)
 
     def model(self, params: Mapping[str, Any]) -> SwitchTransformer:
         """Returns the model with these parameters, adapters merged."""

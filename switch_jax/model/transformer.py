@@ -170,13 +170,17 @@ class SwitchTransformer(nnx.Module):
         model = config.model
         embed_key, encoder_key, decoder_key, head_key = jax.random.split(key, 4)
         V, D = model.vocab_size, model.d_model
-        self.embedding = param(jax.random.normal(embed_key, (V, D)), "vocab", "embed")
+        self.embedding = param(
+            jax.random.normal(embed_key, (V, D)), "vocab", "embed", kind="embedding"
+        )
         self.encoder = Stack(config, encoder_key, decoder=False)
         self.decoder = Stack(config, decoder_key, decoder=True)
         self.head = (
             None
             if model.tied_embeddings
-            else param(init_kernel(head_key, (D, V), model.init_scale), "embed", "vocab")
+            else param(
+                init_kernel(head_key, (D, V), model.init_scale), "embed", "vocab", kind="head"
+            )
         )
 
     def __call__(

@@ -26,14 +26,14 @@ from switch_jax.config import Config
 from switch_jax.model import (
     CONVENTIONS,
     abstract_model,
-    add_adapter_axes,
+    add_adapters,
     expert_layers,
     flops_by_part,
     flops_per_sequence,
     format_si,
     init_adapters,
-    logical_axes,
     named_parameters,
+    parameter_metadata,
     params_by_group,
 )
 from switch_jax.training import make_optimizer
@@ -42,13 +42,13 @@ from switch_jax.training import make_optimizer
 def state_bytes(config: Config) -> dict[str, int]:
     """Bytes of the float32 `parameters` and of the `optimizer` state, over all devices."""
     model = abstract_model(config)
-    axes = logical_axes(model)
+    metadata = parameter_metadata(model)
     params = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for name, leaf in named_parameters(model).items()
     }
-    params = jax.eval_shape(lambda params: init_adapters(params, axes, config), params)
-    optimizer = make_optimizer(config, add_adapter_axes(axes, config))
+    params = jax.eval_shape(lambda params: init_adapters(params, metadata, config), params)
+    optimizer = make_optimizer(config, add_adapters(metadata, config))
     parts = {"parameters": params, "optimizer": jax.eval_shape(optimizer.init, params)}
     return {
         part: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -26,8 +26,8 @@ from switch_jax.model import (
     LayerSlice,
     SwitchTransformer,
     init_adapters,
-    logical_axes,
     named_parameters,
+    parameter_metadata,
 )
 from switch_jax.training.state import TrainState
 from switch_jax.training.step import TrainProgram
@@ -91,7 +91,8 @@ def initial_state_report(config: Config) -> str:
     _moved_ids(source, config)
     model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
     params = jax.eval_shape(
-        lambda params: init_adapters(params, logical_axes(model), config), named_parameters(model)
+        lambda params: init_adapters(params, parameter_metadata(model), config),
+        named_parameters(model),
     )
     table = transfer_report(_shapes(params), config, source.shapes, source.config)
     return "\n".join([*source.notes, table])

@@ -13,10 +13,11 @@ import optax
 
 from switch_jax.config import Config, OptimizerConfig, TrainConfig
 from switch_jax.errors import UserError
-from switch_jax.model import BATCH_DIMS, is_adapter
+from switch_jax.model import BATCH_DIMS, ParameterMetadata, is_adapter
 
 Axes = Mapping[str, tuple[str, ...]]
-_NOT_DECAYED = re.compile(r"(norm/scale|relative_bias/table|router/bias)$")
+Metadata = Mapping[str, ParameterMetadata]
+_NOT_DECAYED = ("norm", "relative_bias", "router_bias")
 _GROUPS = {
     "all": "",
     "experts": "/experts/",
@@ -54,13 +55,13 @@ def trained_parameters(config: Config, names: Iterable[str]) -> frozenset[str]:
     return trained
 
 
-def make_optimizer(config: Config, axes: Axes) -> optax.GradientTransformation:
-    """The optimizer of a config for parameters with these logical axes.
+def make_optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformation:
+    """The optimizer of a config for parameters with these axes and kinds.
 
     Its state and its updates are of the trained parameters alone.
     """
-    trained = trained_parameters(config, axes)
-    inner = _optimizer(config, {name: axes[name] for name in axes if name in trained})
+    trained = trained_parameters(config, metadata)
+    inner = _optimizer(config, {name: metadata[name] for name in metadata if name in trained})
 
     def of_trained(tree):
         return {name: tree[name] for name in tree if name in trained}
@@ -74,13 +75,16 @@ def make_optimizer(config: Config, axes: Axes) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _optimizer(config: Config, axes: Axes) -> optax.GradientTransformation:
+def _optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformation:
     optimizer = config.optimizer
     rate = learning_rate_schedule(optimizer, config.train)
-    decayed = {name: not _NOT_DECAYED.search(name) for name in axes}
+    # Adapters decay, whatever the kind of their matrix.
+    decayed = {
+        name: kind not in _NOT_DECAYED or is_adapter(name) for name, (_, kind) in metadata.items()
+    }
     if optimizer.name == "adafactor":
         batch_dims = {
-            name: sum(axis in BATCH_DIMS for axis in names) for name, names in axes.items()
+            name: sum(axis in BATCH_DIMS for axis in axes) for name, (axes, _) in metadata.items()
         }
         core = [
             per_slice(_adafactor(), batch_dims),

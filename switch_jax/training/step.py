@@ -24,6 +24,7 @@ from switch_jax.model import (
     loss_denominators,
     loss_terms,
     router_metrics,
+    stack_and_sublayer,
     token_losses,
 )
 from switch_jax.training.optimizer import (
@@ -63,9 +64,8 @@ class TrainProgram:
         self.teacher = None if teacher is None else ShardedModel(teacher, mesh)
         self.abstract_teacher = {} if self.teacher is None else self.teacher.abstract_params
         self.abstract_batch = self.sharded.abstract_batch
-        axes = self.sharded.axes
-        self._optimizer = make_optimizer(config, axes)
-        self._trained = trained_parameters(config, axes)
+        self._optimizer = make_optimizer(config, self.sharded.metadata)
+        self._trained = trained_parameters(config, self.sharded.metadata)
         self._schedule = learning_rate_schedule(config.optimizer, config.train)
         self.abstract_state = self._abstract_state()
         self.state_sharding = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
@@ -195,10 +195,9 @@ class TrainProgram:
         than its share of the batch, down where it had more (Wang et al. 2024).
         """
         rate, moved = self.config.moe.balance_bias_rate, dict(params)
-        for name in params:
-            if name.endswith("/router/bias"):
-                stack, *_, sublayer, _, _ = name.split("/")
-                load_xE = stats[f"{stack}/{sublayer}"].load_E
+        for name, metadata in self.sharded.metadata.items():
+            if metadata.kind == "router_bias":
+                load_xE = stats[stack_and_sublayer(name)].load_E
                 moved[name] += rate * jnp.sign(load_xE.mean(-1, keepdims=True) - load_xE)
         return moved
 

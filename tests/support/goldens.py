@@ -18,8 +18,8 @@ import numpy as np
 import switch_jax
 from switch_jax.config.schema import Config
 from switch_jax.distributed.mesh import make_mesh
-from switch_jax.model.lora import add_adapter_axes, init_adapters
-from switch_jax.model.parameters import logical_axes
+from switch_jax.model.lora import add_adapters, init_adapters
+from switch_jax.model.parameters import abstract_model, parameter_metadata
 from switch_jax.model.transformer import SwitchTransformer
 from switch_jax.training.step import TrainProgram
 from tests.support import runs
@@ -131,19 +131,17 @@ def trace(name: str) -> dict[str, Any]:
 
 def parameters(config: Config) -> str:
     """A line for each parameter, adapters included: name, shape and logical axes."""
-    model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    axes = logical_axes(model)
-    names = list(axes)
+    metadata = parameter_metadata(abstract_model(config))
 
     def values() -> dict[str, jax.Array]:
         leaves = jax.tree.leaves(SwitchTransformer(config, jax.random.key(0)))
-        return init_adapters(dict(zip(names, leaves)), axes, config)
+        return init_adapters(dict(zip(metadata, leaves)), metadata, config)
 
     shapes = jax.eval_shape(values)
-    all_axes = add_adapter_axes(axes, config)
-    assert shapes.keys() == all_axes.keys()
+    complete = add_adapters(metadata, config)
+    assert shapes.keys() == complete.keys()
     return "".join(
-        f"{name}  {'×'.join(map(str, shapes[name].shape))}  {' '.join(map(str, all_axes[name]))}\n"
+        f"{name}  {'×'.join(map(str, shapes[name].shape))}  {' '.join(complete[name].axes)}\n"
         for name in sorted(shapes)
     )
 

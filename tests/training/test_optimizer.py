@@ -8,6 +8,7 @@ import pytest
 from switch_jax.config.schema import OptimizerConfig, TrainConfig
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.distributed.sharding import partition_spec
+from switch_jax.model.parameters import ParameterMetadata
 from switch_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tests.support.configs import tiny
 
@@ -17,6 +18,8 @@ AXES = {
     "embedding": ("vocab", "embed"),
     "norm/scale": ("layers", "norm"),
 }
+KINDS = {"wi": "expert", "square": "attention", "embedding": "embedding", "norm/scale": "norm"}
+METADATA = {name: ParameterMetadata(axes, KINDS[name]) for name, axes in AXES.items()}
 SHAPES = {"wi": (2, 4, 128, 256), "square": (2, 128, 128), "embedding": (160, 128)}
 SHAPES |= {"norm/scale": (2, 128)}
 
@@ -55,7 +58,7 @@ def by_itself(name: str, index: tuple[int, ...], params, gradients):
 @pytest.fixture(scope="module")
 def adafactor():
     values = {"learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0}
-    return make_optimizer(tiny(**{f"optimizer.{k}": v for k, v in values.items()}), AXES)
+    return make_optimizer(tiny(**{f"optimizer.{k}": v for k, v in values.items()}), METADATA)
 
 
 def test_adafactor_treats_every_layer_and_expert_as_if_it_were_not_stacked(adafactor):
@@ -116,17 +119,18 @@ def test_schedules_at_given_steps(values, expected):
 @pytest.mark.parametrize("name, shrink", [("adamw", 0.5 * 0.1), ("adafactor", 0.1)])
 def test_weight_decay_leaves_norms_and_biases_alone(name, shrink):
     """Adafactor's decay is not scaled by the learning rate, as in optax and T5X."""
-    axes = {
-        "encoder/runs/0/layers/0/self_norm/scale": ("layers", "norm"),
-        "encoder/final_norm/scale": ("norm",),
-        "encoder/relative_bias/table": ("heads", "buckets"),
-        "encoder/runs/0/layers/0/self_attention/out": ("layers", "heads", "embed"),
-        "embedding": ("vocab", "embed"),
+    metadata = {
+        "encoder/runs/0/layers/0/self_norm/scale": (("layers", "norm"), "norm"),
+        "encoder/final_norm/scale": (("norm",), "norm"),
+        "encoder/relative_bias/table": (("heads", "buckets"), "relative_bias"),
+        "encoder/runs/0/layers/0/self_attention/out": (("layers", "heads", "embed"), "attention"),
+        "embedding": (("vocab", "embed"), "embedding"),
     }
+    metadata = {path: ParameterMetadata(*m) for path, m in metadata.items()}
     values = {"name": name, "learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0}
     values["weight_decay"] = 0.1
-    optimizer = make_optimizer(tiny(**{f"optimizer.{k}": v for k, v in values.items()}), axes)
-    params = {path: np.ones((2,) * len(names), np.float32) for path, names in axes.items()}
+    optimizer = make_optimizer(tiny(**{f"optimizer.{k}": v for k, v in values.items()}), metadata)
+    params = {path: np.ones((2,) * len(m.axes), np.float32) for path, m in metadata.items()}
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     for path, update in updates.items():
@@ -137,7 +141,7 @@ def test_weight_decay_leaves_norms_and_biases_alone(name, shrink):
 def test_gradients_are_clipped_by_their_global_norm():
     values = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0}
     values["max_grad_norm"] = 1.0
-    optimizer = make_optimizer(tiny(**{f"optimizer.{k}": v for k, v in values.items()}), AXES)
+    optimizer = make_optimizer(tiny(**{f"optimizer.{k}": v for k, v in values.items()}), METADATA)
     params = random_tree(0)
     updates, _ = optimizer.update(random_tree(1), optimizer.init(params), params)
     np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-5)

@@ -31,13 +31,17 @@ class FeedForwardExperts(nnx.Module):
         model, E = config.model, config.moe.num_experts
         D, F, s = model.d_model, model.d_ff, model.init_scale
         i, g, o = jax.random.split(key, 3)
-        self.wi = param(init_stacked_kernel(i, E, (D, F), s), "expert", "embed", "mlp")
+        self.wi = param(
+            init_stacked_kernel(i, E, (D, F), s), "expert", "embed", "mlp", kind="expert"
+        )
         self.gate = (
-            param(init_stacked_kernel(g, E, (D, F), s), "expert", "embed", "mlp")
+            param(init_stacked_kernel(g, E, (D, F), s), "expert", "embed", "mlp", kind="expert")
             if model.activation == "geglu"
             else None
         )
-        self.wo = param(init_stacked_kernel(o, E, (F, D), s), "expert", "mlp", "embed")
+        self.wo = param(
+            init_stacked_kernel(o, E, (F, D), s), "expert", "mlp", "embed", kind="expert"
+        )
 
     def __call__(self, x: jax.Array, matmul: MatMul, drop: Dropout) -> tuple[jax.Array, ...]:
         """[.., D] → ([.., D],); dropout on the hidden activations (paper §2.4)."""
@@ -54,9 +58,9 @@ class ProjectionExperts(nnx.Module):
         D, inner, s = model.d_model, model.num_heads * model.head_dim, model.init_scale
         q, kv = jax.random.split(key)
         query = init_stacked_kernel(q, E, (D, inner), s) / model.head_dim**0.5
-        self.query = param(query, "expert", "embed", "heads")
+        self.query = param(query, "expert", "embed", "heads", kind="expert")
         self.key_value = param(
-            init_stacked_kernel(kv, E, (D, inner), s), "expert", "embed", "heads"
+            init_stacked_kernel(kv, E, (D, inner), s), "expert", "embed", "heads", kind="expert"
         )
 
     def __call__(self, x: jax.Array, matmul: MatMul, drop: Dropout) -> tuple[jax.Array, ...]:

@@ -68,9 +68,13 @@ class Router(nnx.Module):
         E = moe.num_experts
         # normal(0.02) did slightly better in flaxformer's Switch configs than σ = sqrt(0.1 / D).
         draw = 0.02 * jax.random.normal(key, (d_model, E))
-        self.kernel = None if moe.router == "hash" else param(draw, "embed", "router")
+        self.kernel = (
+            None if moe.router == "hash" else param(draw, "embed", "router", kind="router")
+        )
         # Moved by the train step, not by gradients: it only ranks.
-        self.bias = param(jnp.zeros(E), "router") if moe.balance_bias_rate else None
+        self.bias = (
+            param(jnp.zeros(E), "router", kind="router_bias") if moe.balance_bias_rate else None
+        )
 
     def __call__(self, x_BxLxD: jax.Array, spec: RoutingSpec, keys: RowKeys) -> RouterOutput:
         """Decides about the tokens of a batch.
