@@ -1,7 +1,8 @@
-"""Who started this process: as which of how many, and on which hosts.
+"""Launch of this process: process index, process count, coordinator address and host names.
 
-JAX knows the launchers (TPU pods and several of their slices, GKE, Kubernetes, Slurm, Open MPI);
-what is here says when to ask it, and reads names of hosts for messages.
+They come from flags, or from JAX, which detects launchers: TPU pods with one or several slices,
+GKE, Kubernetes, Slurm and Open MPI. This module decides when JAX detects them correctly, and reads
+host names, for messages, from the launchers' environment variables.
 """
 
 import dataclasses
@@ -10,30 +11,33 @@ import re
 
 from switch_jax.errors import UserError
 
-# How many processes were started together with this one. (SLURM_NTASKS is how many the job may
-# have, also in the shell of an allocation.)
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# Number of processes of a job step. (SLURM_NTASKS is the number that an allocation allows, and is
+# set in the allocation's shell, too.)
+_COUNT_VARIABLES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _GIVE_FLAGS = "give --coordinator, --num_processes and --process_id"
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One process among several."""
+    """Index and count of the processes of a run, and where they meet."""
 
-    coordinator: str  # host:port of process 0
+    coordinator: str  # HOST:PORT of process 0
     count: int
     index: int
-    hosts: tuple[str, ...] = ()  # of all processes in order, where the launcher tells
+    hosts: tuple[str, ...] = ()  # of all processes, by index; empty: not known
 
     def name(self, index: int) -> str:
-        """A process as a message calls it."""
+        """Returns the name of a process for messages, with its host if that is known."""
         return f"process {index}" + (f" ({self.hosts[index]})" if self.hosts else "")
 
 
 def launch_from_flags(
     coordinator: str | None, count: int | None, index: int | None
 ) -> Launch | None:
-    """What the flags say, None where there are none; raises `UserError`."""
+    """Returns the launch that the flags describe; None without flags.
+
+    Raises `UserError` where a flag is missing or wrong.
+    """
     if coordinator is None and count is None and index is None:
         return None
     if coordinator is None or count is None or index is None:
@@ -47,17 +51,17 @@ def launch_from_flags(
 
 
 def detect_launch(seconds: float) -> Launch | None:
-    """What the launcher says, None where this process was started alone.
+    """Returns the launch that JAX detects, within some seconds; None for a single process.
 
-    Raises `UserError` where it is one of several and how to find the others is not known.
+    Raises `UserError` where there are several processes and JAX cannot connect them.
     """
-    counts = [os.environ[name] for name in _COUNTS if name in os.environ]
+    counts = [os.environ[name] for name in _COUNT_VARIABLES if name in os.environ]
     if counts and set(counts) == {"1"}:
-        # JAX would still give it one GPU of all and, in the shell of a Slurm allocation, wait for
-        # as many processes as the job may have.
+        # JAX would still assign one GPU to this process and, in the shell of a Slurm allocation,
+        # wait for as many processes as the allocation allows.
         return None
     try:
-        coordinator, count, index = _ask_jax(seconds)
+        coordinator, count, index = _detect_with_jax(seconds)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise UserError(
             f"The launcher does not tell where the other processes are ({error}); {_GIVE_FLAGS}."
@@ -72,25 +76,25 @@ def detect_launch(seconds: float) -> Launch | None:
     return None
 
 
-def _ask_jax(seconds: float) -> tuple[str | None, int | None, int | None]:
-    """Address of process 0, number of processes and number of this one."""
+def _detect_with_jax(seconds: float) -> tuple[str | None, int | None, int | None]:
+    """Returns address of process 0, process count and process index; None where not known."""
     tpu = any(f"TPU_{name}" in os.environ for name in ("WORKER_HOSTNAMES", "PROCESS_ADDRESSES"))
     pod = "KUBERNETES_SERVICE_HOST" in os.environ and not tpu
     if pod and "JOB_COMPLETION_INDEX" not in os.environ:
-        return None, None, None  # not part of a job, and JAX would fail to find one
-    # JAX has no public name for this, and the processes must meet before they are initialized,
-    # for then JAX ends a process whose others are missing without saying which.
+        return None, None, None  # no job: JAX would raise an error
+    # A private module: the public `jax.distributed.initialize` also connects, and where a process
+    # is missing it ends this one without naming the missing one; see `rendezvous.py`.
     from jax._src.clusters import ClusterEnv
 
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    found = ClusterEnv.auto_detect_unset_distributed_params(
+    coordinator, count, index, *_ = ClusterEnv.auto_detect_unset_distributed_params(
         address, None, None, None, None, int(seconds)
     )
-    return found[0], found[1], found[2]
+    return coordinator, count, index
 
 
 def _hosts(count: int) -> tuple[str, ...]:
-    """Hosts of the processes in order; empty where the environment does not tell."""
+    """Returns the hosts of all processes by index; empty where the environment has no such list."""
     workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     if workers:
         hosts = [worker.split(":")[0] for worker in workers.split(",")]
@@ -99,28 +103,29 @@ def _hosts(count: int) -> tuple[str, ...]:
         hosts = expand_hostlist(nodes)
         tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
         if tasks and os.environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
-            hosts = [host for host, n in zip(hosts, _tasks(tasks)) for _ in range(n)]
+            hosts = [host for host, n in zip(hosts, _tasks_per_node(tasks)) for _ in range(n)]
     return tuple(hosts) if len(hosts) == count else ()
 
 
 def expand_hostlist(nodes: str) -> list[str]:
-    """The names in a Slurm list of nodes such as `a,node[01-03,7]-x`."""
+    """Returns the host names of a Slurm node list such as `a,node[01-03,7]-x`."""
     names = []
-    for word in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
-        made = [""]
-        for text, ranges in re.findall(r"([^\[]+)|\[([^\]]*)\]", word):
-            endings = [text] if text else [n for r in ranges.split(",") for n in _numbers(r)]
-            made = [name + ending for name in made for ending in endings]
-        names += made
+    for pattern in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        expanded = [""]
+        for text, ranges in re.findall(r"([^\[]+)|\[([^\]]*)\]", pattern):
+            endings = [text] if text else [n for r in ranges.split(",") for n in _expand_range(r)]
+            expanded = [name + ending for name in expanded for ending in endings]
+        names += expanded
     return names
 
 
-def _numbers(text: str) -> list[str]:
+def _expand_range(text: str) -> list[str]:
+    """Returns the numbers of `01-03` or `7`, as long as the first one."""
     first, _, last = text.partition("-")
     return [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
 
 
-def _tasks(text: str) -> list[int]:
-    """Tasks of each node in Slurm's `2(x3),1`."""
+def _tasks_per_node(text: str) -> list[int]:
+    """Returns the number of tasks of each node; Slurm writes `2(x3),1` for [2, 2, 2, 1]."""
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]

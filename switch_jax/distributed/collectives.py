@@ -1,4 +1,10 @@
-"""collectives: to be written."""
+"""Collectives along mesh axes, which become the identity where there is no mesh.
+
+The same model code runs inside a `shard_map` over a mesh and on one device without a mesh. Without
+a mesh every function here returns its input unchanged, `axis_index` returns 0, and `axis_size`
+returns 1. With a mesh they are the functions of `jax` and `jax.lax` of the same name
+(`reduce_scatter` is `jax.lax.psum_scatter`).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,40 +12,48 @@ from typing import Any
 import jax
 
 
+def no_mesh() -> bool:
+    """Whether there is no mesh in context."""
+    return jax.sharding.get_abstract_mesh().empty
+
+
 def shard_map(local: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
-    """`local` as a `shard_map` over the mesh in context, or as it is where there is none."""
+    """Returns `local` mapped over the shards of the mesh in context; without a mesh, `local`."""
     if no_mesh():
         return local
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)
 
 
 def pvary(x: jax.Array, axis_names: str | tuple[str, ...]) -> jax.Array:
-    """`x` in a `shard_map`, the same along these axes, marked as one that may differ."""
+    """Marks `x`, equal along these axes, as varying along them; without a mesh, returns `x`."""
     if no_mesh():
         return x
     return jax.lax.pcast(x, axis_names, to="varying")
 
 
-# In a `shard_map`, along mesh axes; where there is no mesh, there is one device.
-
-
 def psum(x: jax.Array, axis_names: str | tuple[str, ...]) -> jax.Array:
-    """Σ over the devices."""
+    """Sums `x` over the devices along these axes; without a mesh, returns `x`."""
     return x if no_mesh() else jax.lax.psum(x, axis_names)
 
 
 def pmax(x: jax.Array, axis_names: str | tuple[str, ...]) -> jax.Array:
-    """The largest of the devices'; without a derivative."""
+    """Maximum of `x` over the devices along these axes; without a mesh, returns `x`.
+
+    It has no derivative.
+    """
     return x if no_mesh() else jax.lax.pmax(x, axis_names)
 
 
 def all_gather(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
-    """All devices' parts, one after the other along an array axis."""
+    """Concatenates the devices' `x` along an array axis; without a mesh, returns `x`."""
     return x if no_mesh() else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
 
 def reduce_scatter(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
-    """Σ over the devices, of which each keeps its part of an array axis."""
+    """Sums `x` over the devices and splits the sum along an array axis, a part for each device.
+
+    Without a mesh, returns `x`.
+    """
     if no_mesh():
         return x
     return jax.lax.psum_scatter(x, axis_name, scatter_dimension=axis, tiled=True)
@@ -52,7 +66,17 @@ def all_to_all(
     concat_axis: int,
     groups: list[list[int]] | None = None,
 ) -> jax.Array:
-    """All-to-all, among all devices or within groups of them."""
+    """Splits `x` along one array axis, sends part i to device i, and concatenates what arrives.
+
+    Without a mesh, returns `x`.
+
+    Args:
+      axis_name: mesh axis.
+      split_axis: array axis along which `x` is split.
+      concat_axis: array axis along which the received parts are concatenated.
+      groups: indices along `axis_name` of the devices of each group that exchanges; None: all
+        devices in one group.
+    """
     if no_mesh():
         return x
     return jax.lax.all_to_all(
@@ -61,15 +85,10 @@ def all_to_all(
 
 
 def axis_index(axis_name: str) -> Any:
-    """The device's number."""
+    """Index of this device along a mesh axis, an int32 scalar; without a mesh, 0."""
     return 0 if no_mesh() else jax.lax.axis_index(axis_name)
 
 
 def axis_size(axis_name: str) -> int:
-    """How many devices there are."""
+    """Number of devices along a mesh axis; without a mesh, 1."""
     return 1 if no_mesh() else jax.lax.axis_size(axis_name)
-
-
-def no_mesh() -> bool:
-    """Whether there is no mesh in context."""
-    return jax.sharding.get_abstract_mesh().empty

@@ -1,4 +1,4 @@
-"""What accelerators can do, as published by their makers."""
+"""Hardware: published rates of accelerators, and memory of the devices that are attached."""
 
 import dataclasses
 import math
@@ -14,23 +14,29 @@ from switch_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device; rates in units a second, sizes in bytes; None: not known to us."""
+    """Rates and sizes of one JAX device; None where they are not known."""
 
-    flops: float  # dense bfloat16
-    memory_rate: float | None = None
-    link_rate: float | None = None  # all links to chips of the same slice or box, one way
-    torus: int = 0  # dimensions of the network of a slice; 0: every chip reaches every other
-    slice_rate: float | None = None  # to other slices or boxes, a chip's share
-    memory: int | None = None  # of a TPU, what its compiler lets a program use
+    flops: float  # dense bfloat16, FLOP/s
+    memory_rate: float | None = None  # main memory (HBM), bytes/s
+    link_rate: float | None = None  # all links within a slice or box together, one way, bytes/s
+    torus: int = 0  # dimensions of a slice's network; 0: every chip has a link to every other
+    slice_rate: float | None = None  # a chip's share of the network between slices, bytes/s
+    memory: int | None = None  # bytes a program may use; of a TPU, as its compiler says
 
 
 def _gib(value: float) -> int:
+    """Bytes of `value` GiB; 1.074 GB are one GiB."""
     return int(value * 2**30)
 
 
 # By `jax.Device.device_kind`. Exact names: a fraction of a GPU (MIG) or another board of the same
 # family is another device. TPU v2, v3 and 7x chips are two devices each, with half of the chip's
-# figures. Data-centre rates of v4 and v5p are 200 Gb/s for a host of four chips.
+# figures.
+#
+# Sources. TPU: Google's pages (cloud.google.com/tpu/docs/v4, …). Their HBM rates are rounded by now
+# (v4 1200, v5e 800, v6e 1600 GB/s); JAX's own table (`tpu_info`) has 1230, 820 and 1640 GB/s, and
+# for v5p 2460 GB/s, 11 % below Google's page. Memory is what the TPU's compiler lets a program use.
+# `slice_rate` of v4 and v5p is 200 Gb/s for a host of four chips. GPU: NVIDIA's data sheets.
 CHIPS = {
     "TPU v2": Chip(22.5e12),
     "TPU v3": Chip(61.5e12),
@@ -49,18 +55,15 @@ CHIPS = {
     "NVIDIA B200": Chip(2250e12, 8000e9, 900e9, memory=_gib(192 / 1.074)),
     "NVIDIA GB200": Chip(2500e12, 8000e9, 900e9),
 }
-
-
-# Other names of the same device.
+# Other names of the same devices.
 CHIPS |= {
     "TPU v5e": CHIPS["TPU v5 lite"],
     "TPU v5p": CHIPS["TPU v5"],
     "TPU v6e": CHIPS["TPU v6 lite"],
 }
 
-
-# What `--topology` calls them.
-NAMES = {
+# Name in `--topology` → `jax.Device.device_kind`.
+_TOPOLOGY_KINDS = {
     "v4": "TPU v4",
     "v5e": "TPU v5 lite",
     "v5p": "TPU v5",
@@ -72,53 +75,61 @@ NAMES = {
 }
 
 
-def chip_of_topology(topology: str) -> tuple[Chip, int]:
-    """Chip and how many of them `v5p:8x16x16` or `h100:64` means; raises `UserError`."""
-    name, _, shape = topology.partition(":")
-    if name not in NAMES or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise UserError(
-            f"--topology {topology} must be one of {', '.join(NAMES)} with its number or shape,"
-            " such as v5p:8x16x16 or h100:64."
-        )
-    return CHIPS[NAMES[name]], math.prod(int(size) for size in shape.split("x"))
-
-
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a `jax.Device.device_kind`; None where we know none."""
+    """Dense bfloat16 FLOP/s of a `jax.Device.device_kind`; None where it is not known."""
     chip = CHIPS.get(device_kind)
     return None if chip is None else chip.flops
 
 
-def all_to_all_seconds(chip: Chip, size: float, devices: int) -> float:
-    """Least time of an all-to-all in which each of `devices` sends `size` bytes to the others.
+def chip_of_topology(topology: str) -> tuple[Chip, int]:
+    """Returns the chip and the number of chips of a topology such as `v5p:8x16x16` or `h100:64`.
 
-    What a chip's links carry, or what crosses the middle of the torus: there n·size/4 bytes go one
-    way through 2·n/k links, k chips long, each with its share of the chip's rate.
+    Raises `UserError` where the topology is not of this form or its chip is not known.
+    """
+    name, _, shape = topology.partition(":")
+    if name not in _TOPOLOGY_KINDS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise UserError(
+            f"--topology {topology} must be one of {', '.join(_TOPOLOGY_KINDS)} with its number or"
+            " shape, such as v5p:8x16x16 or h100:64."
+        )
+    return CHIPS[_TOPOLOGY_KINDS[name]], math.prod(int(size) for size in shape.split("x"))
+
+
+def all_to_all_seconds(chip: Chip, size: float, devices: int) -> float:
+    """Least seconds of an all-to-all in which each of `devices` sends `size` bytes to the others.
+
+    The larger of two bounds: `size` through a chip's links, and the traffic through the middle of
+    the torus. There n·size/4 bytes go one way through 2·n/k links, for n devices in a torus of k
+    chips along each dimension; each link has its share of the chip's rate. NaN where the chip's
+    link rate is not known.
     """
     if chip.link_rate is None:
         return math.nan
     seconds = size / chip.link_rate
     if chip.torus:
-        longest = devices ** (1 / chip.torus)
-        seconds = max(seconds, size * longest / 8 / (chip.link_rate / (2 * chip.torus)))
+        length = devices ** (1 / chip.torus)
+        seconds = max(seconds, size * length / 8 / (chip.link_rate / (2 * chip.torus)))
     return seconds
 
 
 def device_memory_bytes(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that one device may use; None where nobody says."""
-    # Others do not tell; the devices of a mesh are alike.
+    """Bytes that a program may use on one of `devices`, which are alike; None where not known.
+
+    A CPU device has an equal part of the host's memory.
+    """
+    # Only a device of this process has statistics.
     device = next(d for d in devices if d.process_index == jax.process_index())
     if device.platform == "cpu":
         local = max(1, len(jax.local_devices(backend="cpu")))
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
-    except (AttributeError, jax.errors.JaxRuntimeError):  # a described device, not a real one
+    except (AttributeError, jax.errors.JaxRuntimeError):  # of a topology, not an attached device
         return None
 
 
 def host_memory_kind(mesh: Mesh) -> str:
-    """The memory kind of the devices' host; raises `UserError` where there is none."""
+    """Returns the JAX memory kind of the devices' host; raises `UserError` where there is none."""
     device = mesh.devices.flat[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
     if "pinned_host" not in kinds or device.platform == "cpu":

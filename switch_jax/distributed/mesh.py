@@ -1,4 +1,4 @@
-"""mesh: to be written."""
+"""Device mesh: sizes of the mesh axes, the mesh, and whether it divides the model and the batch."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ from switch_jax.errors import UserError
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes, -1 replaced by what is left of `num_devices`.
+    """Returns the size of each mesh axis; a size of -1 becomes the quotient of `num_devices`.
 
-    Raises `UserError` when the mesh needs more devices than there are.
+    Raises `UserError` where the mesh needs more devices than there are.
     """
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -35,12 +35,14 @@ def make_mesh(
     *,
     teacher: Config | None = None,
 ) -> Mesh:
-    """The mesh of a config over `devices` (default: all), after checking that it divides, and that
-    the teacher's model, if there is one, fits it as well.
+    """Returns the mesh of a config over `devices` (default: all).
 
-    A product below the number of devices uses the first ones. An axis of size -1 takes as many
-    devices as divide the model and its batch; several processes must all take part, so there
-    it takes all or none will do.
+    A product of sizes below the number of devices uses the first devices. An axis of size -1 gets
+    the largest size that divides the model and its batch; with several processes it gets all
+    devices, because every process must take part.
+
+    Raises `UserError` where the mesh does not divide the model, the teacher's model (if there is
+    one) or the batch, and where it does not match the TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = _largest_fitting(config, teacher, len(devices))
@@ -50,9 +52,9 @@ def make_mesh(
     if len(slices) == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif sizes["slice"] == len(slices):
-        inside, between = (1, *shape[1:]), (len(slices), 1, 1, 1)
+        within_slice, across_slices = (1, *shape[1:]), (len(slices), 1, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(
-            inside, between, devices, allow_split_physical_axes=True
+            within_slice, across_slices, devices, allow_split_physical_axes=True
         )
     else:
         raise UserError(
@@ -63,7 +65,7 @@ def make_mesh(
 
 
 def _largest_fitting(config: Config, teacher: Config | None, num_devices: int) -> dict[str, int]:
-    """Sizes of the axes that pass `check`, the free axis as large as it can be."""
+    """Returns axis sizes that pass `check_mesh`, the axis of size -1 as large as possible."""
     sizes = resolve_mesh(config.mesh, num_devices)
     free = [axis for axis in MESH_AXES if getattr(config.mesh, axis) == -1]
     if free and jax.process_count() == 1:
@@ -80,7 +82,7 @@ def _largest_fitting(config: Config, teacher: Config | None, num_devices: int) -
 
 
 def check_mesh(config: Config, sizes: dict[str, int], teacher: Config | None = None) -> None:
-    """Raises `UserError` where a mesh of these sizes does not divide a model or its batch."""
+    """Raises `UserError` where axes of these sizes do not divide a model or its batch."""
     _check_divides(config, sizes)
     if teacher is not None:
         try:
@@ -109,7 +111,7 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
             common = math.gcd(*(v for _, v, a in divided if a == axis))
             raise UserError(
                 f"{key}={value} does not divide over mesh.{axis}={sizes[axis]};"
-                f" mesh.{axis} can be {_words(_divisors(common))}."
+                f" mesh.{axis} can be {_join_first(_divisors(common))}."
             )
     microbatch = config.data.batch_size // config.train.accumulate
     if microbatch % shards:
@@ -123,8 +125,10 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
 
 
 def _check_groups(config: Config, sizes: dict[str, int], microbatch: int) -> None:
-    """Raises `UserError` where a group is neither within the rows of a device nor spread evenly
-    over devices that have all experts between them, or not within a microbatch.
+    """Checks how routing groups lie on the devices of the batch axes.
+
+    Raises `UserError` unless each group is either within the rows of one device or spread evenly
+    over devices that hold all experts together, and within one microbatch.
     """
     moe, batch, experts = config.moe, config.data.batch_size, sizes["expert"]
     shards = math.prod(sizes[axis] for axis in BATCH_AXES)
@@ -136,8 +140,8 @@ def _check_groups(config: Config, sizes: dict[str, int], microbatch: int) -> Non
     def fits(length: int, group_size: int) -> bool:
         group = rows(length, group_size)
         for local_rows in (microbatch // shards, batch // shards):  # training, evaluation
-            spread = moe.in_token_order and group % local_rows == 0 == microbatch % group
-            if local_rows % group and not (spread and experts % (group // local_rows) == 0):
+            may_span = moe.in_token_order and group % local_rows == 0 == microbatch % group
+            if local_rows % group and not (may_span and experts % (group // local_rows) == 0):
                 return False
         return True
 
@@ -147,21 +151,23 @@ def _check_groups(config: Config, sizes: dict[str, int], microbatch: int) -> Non
     if all_fit(moe.group_size):
         return
     candidates = (r * length for r in _divisors(microbatch) for length in lengths.values())
-    works = max((c for c in candidates if c <= moe.group_size and all_fit(c)), default=1)
+    suggestion = max((c for c in candidates if c <= moe.group_size and all_fit(c)), default=1)
     stack, length = next((s, n) for s, n in lengths.items() if not fits(n, moe.group_size))
-    why = "" if moe.in_token_order else f" (moe.router={moe.router} must see all of a group)"
+    reason = "" if moe.in_token_order else f" (moe.router={moe.router} must see all of a group)"
     raise UserError(
         f"A {stack} group of {rows(length, moe.group_size)} rows × {length} tokens is neither"
         f" within the {microbatch // shards} rows that a device has of a microbatch nor spread"
-        f" evenly over mesh.expert={experts} devices{why}; set moe.group_size to {works}, or make"
-        " data.batch_size or mesh.expert larger, or slice × data or train.accumulate smaller."
+        f" evenly over mesh.expert={experts} devices{reason}; set moe.group_size to {suggestion}, or"
+        " make data.batch_size or mesh.expert larger, or slice × data or train.accumulate smaller."
     )
 
 
 def _divisors(n: int) -> list[int]:
+    """Returns the divisors of `n` up to 4096."""
     return [i for i in range(1, min(n, 4096) + 1) if n % i == 0]
 
 
-def _words(numbers: list[int]) -> str:
+def _join_first(numbers: list[int]) -> str:
+    """Returns the first 12 numbers as a text."""
     shown = [str(n) for n in numbers[:12]]
     return ", ".join(shown) + (" …" if len(numbers) > 12 else "")

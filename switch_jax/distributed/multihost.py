@@ -1,4 +1,7 @@
-"""Several processes as one run: how they start, agree, stop and end together."""
+"""Multi-process runs: connecting, barriers, sums over processes, and failing together.
+
+All functions are no-ops, or act on one process, where there is only one.
+"""
 
 import os
 import sys
@@ -11,83 +14,90 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from switch_jax.distributed.cluster import Launch, detect_launch
-from switch_jax.distributed.rendezvous import meet_processes
+from switch_jax.distributed.rendezvous import wait_for_processes
 from switch_jax.errors import UserError
 
-# Seconds that processes wait for each other at the start.
-_START = "SWITCH_JAX_START_TIMEOUT"
+# Environment variable: seconds that processes wait for each other at the start.
+_START_TIMEOUT = "SWITCH_JAX_START_TIMEOUT"
 
-# Seconds without a sign of life after which a process counts as dead and JAX ends the others. They
-# come from a thread of JAX's own, so that a long compilation does not keep them up.
-_HEARTBEAT = 60
-_DAY = 24 * 60 * 60 * 1000  # milliseconds
+# A process without a heartbeat for this long counts as dead, and JAX ends the other processes. A
+# thread of JAX sends heartbeats, so that a long compilation does not delay them.
+_HEARTBEAT_SECONDS = 60
+_BARRIER_MILLISECONDS = 24 * 60 * 60 * 1000
 
 
 def connect(flags: Launch | None, facts: Mapping[str, Any]) -> None:
-    """Connects this process with the others of its run; does nothing where it is alone.
+    """Connects the processes of a run; does nothing for a single process.
 
     Args:
-      flags: what the command line says; None asks the launcher.
-      facts: what must be the same in all of them.
+      flags: the launch that flags describe; None: JAX detects it.
+      facts: JSON values that must be equal in all processes, by name.
 
-    Raises `UserError` where processes are missing, or do not fit together.
+    Raises `UserError` where processes are missing, or differ in their facts.
     """
-    seconds = float(os.environ.get(_START, "120"))
-    found = flags or detect_launch(seconds)
-    if found is None or found.count == 1:
+    seconds = float(os.environ.get(_START_TIMEOUT, "120"))
+    launch = flags or detect_launch(seconds)
+    if launch is None or launch.count == 1:
         return
-    meet_processes(found, facts, seconds)
-    # Gloo, which connects CPUs, tells of itself on stdout, where only results belong.
+    wait_for_processes(launch, facts, seconds)
+    # Gloo, which connects CPUs, logs to file descriptor 1. Its lines go to stderr, because stdout
+    # is for results only.
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", 1, sys.stdout.encoding)
     os.dup2(2, 1)
-    # It would take SIGTERM over, also from programs that never ask it, and is not told which
-    # steps are ours and which Orbax asks about in its threads.
+    # JAX's preemption service replaces the SIGTERM handler, also in programs that do not use it,
+    # and cannot distinguish our steps from those that Orbax's threads ask it about.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        found.coordinator, found.count, found.index, heartbeat_timeout_seconds=_HEARTBEAT
+        launch.coordinator,
+        launch.count,
+        launch.index,
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
 
 
 def barrier() -> None:
-    """Returns when all processes are here, however long that takes. All must call it.
+    """Waits until all processes call it, for up to a day. All processes must call it.
 
-    For before they first compute together: Gloo, which connects CPUs, gives up after 30 seconds,
-    and one process may have found in a cache what another takes minutes to make.
+    Necessary before a first collective: Gloo, which connects CPUs, fails after 30 seconds, and one
+    process may take minutes to build what another one reads from a cache.
     """
     if jax.process_count() > 1:
-        import orbax.checkpoint as ocp  # the only public way to a barrier that is no computation
+        import orbax.checkpoint as ocp  # the only public barrier that runs no computation
 
-        ocp.multihost.get_barrier_sync_fn()(key="switch_jax", timeout_ms=_DAY)
+        ocp.multihost.get_barrier_sync_fn()(key="switch_jax", timeout_ms=_BARRIER_MILLISECONDS)
 
 
 def all_gather_int(value: int) -> list[int]:
-    """The values of all processes, in order. All must call it."""
+    """Returns the int32 values of all processes, by index. All processes must call it."""
     barrier()
     return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()
 
 
 def sum_over_processes(counts: np.ndarray) -> np.ndarray:
-    """The sum of the processes' integers, of one shape. All must call it."""
+    """Sums int32 arrays of one shape over the processes, in int64. All processes must call it."""
     barrier()
     return multihost_utils.process_allgather(counts.astype(np.int32)).sum(0, dtype=np.int64)
 
 
 def raise_if_any_failed(failure: Exception | None) -> None:
-    """Raises in all processes where one of them comes with a failure. All must call it."""
+    """Raises in all processes if one of them passes a failure. All processes must call it.
+
+    A process with a failure raises it; the other processes raise `UserError`.
+    """
     failed = [index for index, bad in enumerate(all_gather_int(failure is not None)) if bad]
     if not failed:
         return
     if jax.process_count() > 1:
-        jax.distributed.shutdown()  # all are here: each may end by itself now
+        jax.distributed.shutdown()  # while all processes are here, so that each can exit alone
     raise failure or UserError(f"Process {failed[0]} cannot go on; its own message says why.")
 
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Around what each process does by itself: where it fails in one, it fails in all.
+    """Context manager for work of each process by itself: if it fails in one, it fails in all.
 
-    Nothing in it may wait for other processes.
+    Nothing inside may wait for other processes. All processes must enter it.
     """
     try:
         yield
@@ -98,9 +108,9 @@ def fail_together() -> Iterator[None]:
 
 
 def exit_after_failure(code: int) -> None:
-    """Ends a process that has failed among others that have not; does nothing where it is alone.
+    """Exits at once after a failure in one of several processes; does nothing for a single one.
 
-    At its end, a process waits for the others; they may be waiting for this one by then.
+    A normal exit waits for the other processes, which may be waiting for this one.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Being asked to stop: the first SIGTERM or SIGINT is noted, a second one acts as usual."""
+"""Preemption: records the first SIGTERM or SIGINT; a second one has its default effect."""
 
 import signal
 import threading
@@ -12,22 +12,22 @@ import numpy as np
 
 @contextmanager
 def record_signals() -> Iterator[list[signal.Signals]]:
-    """Yields a list to which the first SIGTERM and the first SIGINT are added when they come.
+    """Yields a list to which the first SIGTERM and the first SIGINT are added on arrival.
 
-    Outside the main thread, signals are left alone.
+    Outside the main thread no handler is installed, and the list stays empty.
     """
-    found: list[signal.Signals] = []
+    received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
-        yield found
+        yield received
         return
 
     def handle(number, frame):
-        found.append(signal.Signals(number))
+        received.append(signal.Signals(number))
         signal.signal(number, previous[number])
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield found
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -35,40 +35,38 @@ def record_signals() -> Iterator[list[signal.Signals]]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Yields a function to call after every step: the signal to stop for, None to go on.
+    """Yields a function to call after every step: returns the signal to stop for, None to go on.
 
-    The first SIGTERM or SIGINT asks to stop, a second one acts as it usually does. Of several
-    processes one that is asked is enough: a step later all know of it, and stop; those that had
-    no signal of their own stop for SIGTERM.
-
-    Outside the main thread, signals are left alone.
+    Signals are recorded as in `record_signals`. With several processes, a signal to one of them
+    stops all, one step later; a process without a signal of its own stops for SIGTERM. All
+    processes must call the function after every step.
     """
     with record_signals() as received:
-        ask = _any_process() if jax.process_count() > 1 else None
-        known: jax.Array | None = None  # whether any process had been asked a step ago
+        any_process = _make_any_process() if jax.process_count() > 1 else None
+        pending: jax.Array | None = None  # whether any process had a signal one step ago
 
-        def stop() -> signal.Signals | None:
-            nonlocal known
-            if ask is None:
+        def stop_request() -> signal.Signals | None:
+            nonlocal pending
+            if any_process is None:
                 return received[0] if received else None
-            # Read a step later, for by then the devices have long answered.
-            before, known = known, ask(bool(received))
-            if before is None or not before:
+            # The value is read one step later, when it has been computed, so as not to wait.
+            previous, pending = pending, any_process(bool(received))
+            if previous is None or not previous:
                 return None
             return received[0] if received else signal.SIGTERM
 
-        yield stop
+        yield stop_request
 
 
-def _any_process() -> Callable[[bool], jax.Array]:
-    """A function that tells from one process whether it is so in any; its value may come later."""
+def _make_any_process() -> Callable[[bool], jax.Array]:
+    """Returns a function that computes, asynchronously, whether a flag is set in any process."""
     shape = jax.process_count(), jax.local_device_count()
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), ("process", "device"))
-    split, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("process",), ()))
-    combine = jax.jit(jnp.any, out_shardings=whole)
+    per_process, replicated = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("process",), ()))
+    reduce_any = jax.jit(jnp.any, out_shardings=replicated)
 
-    def ask(mine: bool) -> jax.Array:
-        flags = np.array([mine])
-        return combine(jax.make_array_from_process_local_data(split, flags, shape[:1]))
+    def any_process(flag: bool) -> jax.Array:
+        local = np.array([flag])
+        return reduce_any(jax.make_array_from_process_local_data(per_process, local, shape[:1]))
 
-    return ask
+    return any_process

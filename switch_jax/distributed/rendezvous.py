@@ -1,8 +1,11 @@
-"""The processes of a run meet before JAX connects them.
+"""Rendezvous: the processes of a run wait for each other before JAX connects them.
 
-JAX waits minutes for a process that does not come and then ends all of them without saying which.
-So process 0 first listens for the others on the port that JAX will use, and tells each of them
-that all are there, or what is wrong: one sentence, the same for all.
+JAX waits minutes for a missing process and then aborts all processes without naming it. So process
+0 first runs a small server on the port that JAX will use. Every other process is a client: it
+connects, sends its index and facts, and waits. The server answers all clients with the same
+message: no fault once all processes are there, or one sentence that says what is wrong.
+
+A message is one line of JSON: the hello message of a client, then the server's {"fault": …}.
 """
 
 import contextlib
@@ -18,20 +21,23 @@ from typing import Any
 from switch_jax.distributed.cluster import Launch
 from switch_jax.errors import UserError
 
-_NOTICE = 10.0  # seconds after which one line tells who is waited for
-_TALK = 5.0  # seconds that a message may take
-_SHOWN = 8  # processes named in a message
-_LARGEST = 1 << 20  # bytes of a message
-_HELLO = {"process", "count", "host", "facts"}  # keys of a first message
-_Guest = tuple[socket.socket, dict[str, Any]]  # connection and first message of one that waits
+_NOTICE_SECONDS = 10.0  # after which one line names the missing processes
+_MESSAGE_SECONDS = 5.0  # time limit for sending or receiving a message
+_POLL_SECONDS = 0.2
+_MAX_NAMES = 8  # processes named in a message
+_MAX_MESSAGE_BYTES = 1 << 20
+_HELLO_KEYS = {"process", "count", "host", "facts"}
+
+_Hello = dict[str, Any]
+_Client = tuple[socket.socket, _Hello]  # an open connection and the hello message from it
 
 
-def meet_processes(launch: Launch, facts: Mapping[str, Any], seconds: float) -> None:
-    """Returns once all processes are there, with the same `facts` (JSON values).
+def wait_for_processes(launch: Launch, facts: Mapping[str, Any], seconds: float) -> None:
+    """Returns once all processes have called it, with equal `facts` (JSON values by name).
 
-    Raises `UserError`, in every process that is there, after `seconds` without some of them, and
-    at once where two are the same process or differ in a fact. Process 0 counts from its own
-    start, so that the others may wait twice as long.
+    Raises `UserError`, in every process that has called it, if some are missing after `seconds`,
+    and at once if two have the same index or differ in a fact. Process 0 counts the seconds from
+    its own start, so that other processes may wait twice as long.
     """
     hello = {
         "process": launch.index,
@@ -39,105 +45,104 @@ def meet_processes(launch: Launch, facts: Mapping[str, Any], seconds: float) -> 
         "host": socket.gethostname(),
         "facts": json.loads(json.dumps(facts)),
     }
-    side = _receive_all if launch.index == 0 else _visit
-    fault = side(launch, hello, seconds)
+    role = _serve if launch.index == 0 else _connect_to_server
+    fault = role(launch, hello, seconds)
     if fault:
         raise UserError(fault)
 
 
-def _receive_all(launch: Launch, hello: dict[str, Any], seconds: float) -> str | None:
-    """Process 0: waits for the others and tells them what it returns, the fault if any."""
-    began = time.monotonic()
-    guests: dict[int, _Guest] = {}
-    fault, told = None, False
-    with _listen(launch) as door:
-        while len(guests) < launch.count - 1 and fault is None:
-            passed = time.monotonic() - began
-            if passed > seconds:
+def _serve(launch: Launch, hello: _Hello, seconds: float) -> str | None:
+    """Process 0: waits for all clients and answers them; returns the fault, None without one."""
+    start = time.monotonic()
+    clients: dict[int, _Client] = {}  # by process index
+    fault, noticed = None, False
+    with _listen(launch) as server:
+        while len(clients) < launch.count - 1 and fault is None:
+            elapsed = time.monotonic() - start
+            if elapsed > seconds:
                 fault = (
-                    f"{launch.count - 1 - len(guests)} of {launch.count} processes did not start"
-                    f" within {seconds:.0f} s: {_missing(launch, guests)}; see there why, or start"
-                    " fewer."
+                    f"{launch.count - 1 - len(clients)} of {launch.count} processes did not start"
+                    f" within {seconds:.0f} s: {_missing_names(launch, clients)}; see there why,"
+                    " or start fewer."
                 )
                 break
-            if passed > _NOTICE and not told:
-                told = True
-                print(f"Waiting for {_missing(launch, guests)}.", file=sys.stderr, flush=True)
-            arrived = _welcome(door)
-            # Only now: one that has left may be the one that has arrived, started again.
-            for index in _gone(guests):
-                guests.pop(index)[0].close()
-            if arrived:
-                fault = _fault(launch, hello, arrived[1], guests)
+            if elapsed > _NOTICE_SECONDS and not noticed:
+                noticed = True
+                print(
+                    f"Waiting for {_missing_names(launch, clients)}.", file=sys.stderr, flush=True
+                )
+            client = _accept(server)
+            # After `_accept`: the new client may be a process that had left and started again.
+            for index in _disconnected(clients):
+                clients.pop(index)[0].close()
+            if client:
+                fault = _find_fault(launch, hello, client[1], clients)
                 if fault is None:
-                    guests[arrived[1]["process"]] = arrived
+                    clients[client[1]["process"]] = client
                 else:
-                    _tell(arrived[0], fault)
-    for guest, _ in guests.values():  # now that the port is free for JAX
-        _tell(guest, fault)
+                    _answer(client[0], fault)
+    for connection, _ in clients.values():  # after the server has freed the port for JAX
+        _answer(connection, fault)
     return fault
 
 
-def _visit(launch: Launch, hello: dict[str, Any], seconds: float) -> str | None:
-    """The other processes: what process 0 says, None if all is well."""
+def _connect_to_server(launch: Launch, hello: _Hello, seconds: float) -> str | None:
+    """The other processes: sends `hello` to the server and returns the fault that it answers."""
     host, _, port = launch.coordinator.rpartition(":")
-    began = time.monotonic()
-    told, why = False, ""
-    while (passed := time.monotonic() - began) <= seconds:
-        if passed > _NOTICE and not told:
-            told = True
+    start = time.monotonic()
+    noticed, reason = False, ""
+    while (elapsed := time.monotonic() - start) <= seconds:
+        if elapsed > _NOTICE_SECONDS and not noticed:
+            noticed = True
             print(f"Waiting for process 0 at {launch.coordinator}.", file=sys.stderr, flush=True)
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=_TALK) as talk:
-                _write(talk, hello)
-                talk.settimeout(seconds + _TALK)  # it waits for others no longer than that
-                answer = _read(talk)
-            return answer["fault"]
+            address = host.strip("[]"), int(port)
+            with socket.create_connection(address, timeout=_MESSAGE_SECONDS) as connection:
+                _send(connection, hello)
+                connection.settimeout(seconds + _MESSAGE_SECONDS)  # the server waits no longer
+                return _receive(connection)["fault"]
         except OSError as error:
-            why = error.strerror or "no answer"
+            reason = error.strerror or "no answer"
         except (ValueError, KeyError):
-            why = "something else answers"
-        time.sleep(0.2)
+            reason = "something else answers"
+        time.sleep(_POLL_SECONDS)
     return (
-        f"Process 0 cannot be reached at {launch.coordinator} ({why}) for {seconds:.0f} s; start it"
-        " there, or correct --coordinator."
+        f"Process 0 cannot be reached at {launch.coordinator} ({reason}) for {seconds:.0f} s; start"
+        " it there, or correct --coordinator."
     )
 
 
-def _fault(
-    launch: Launch,
-    hello: dict[str, Any],
-    other: dict[str, Any],
-    guests: Mapping[int, _Guest],
+def _find_fault(
+    launch: Launch, server_hello: _Hello, hello: _Hello, clients: Mapping[int, _Client]
 ) -> str | None:
-    """What is wrong with one that came."""
-    index, host = other["process"], other["host"]
-    if other["count"] != launch.count:
+    """Returns what is wrong with the hello message of a new client, None where nothing is."""
+    index, host = hello["process"], hello["host"]
+    if hello["count"] != launch.count:
         return (
-            f"Process {index} on {host} was started as one of {other['count']} processes and"
+            f"Process {index} on {host} was started as one of {hello['count']} processes and"
             f" process 0 as one of {launch.count}; give all the same --num_processes."
         )
-    twin = hello if index == 0 else guests[index][1] if index in guests else None
-    if twin:
+    hellos = {0: server_hello} | {i: client_hello for i, (_, client_hello) in clients.items()}
+    if index in hellos:
         return (
-            f"Two processes, on {twin['host']} and {host}, were started as process {index}; give"
-            " each its own --process_id."
+            f"Two processes, on {hellos[index]['host']} and {host}, were started as process"
+            f" {index}; give each its own --process_id."
         )
-    mine, theirs = hello["facts"], other["facts"]
-    for name in (*mine, *theirs):
-        if mine.get(name) != theirs.get(name):
+    server_facts, facts = server_hello["facts"], hello["facts"]
+    for name in (*server_facts, *facts):
+        if server_facts.get(name) != facts.get(name):
             return (
-                f"Process {index} on {host} has {name} = {theirs.get(name)!r} and process 0 has"
-                f" {mine.get(name)!r}; start all processes alike."
+                f"Process {index} on {host} has {name} = {facts.get(name)!r} and process 0 has"
+                f" {server_facts.get(name)!r}; start all processes alike."
             )
     return None
 
 
 def _listen(launch: Launch) -> socket.socket:
-    """Where JAX will listen; raises `UserError` where that is taken."""
+    """Opens a server on JAX's port; raises `UserError` where the port is taken."""
     address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", launch.coordinator)
     port = int(address.rpartition(":")[2])
-    # On every interface, as JAX does: the name of the host may be that of another one here.
+    # On every interface, as JAX does: the coordinator's name may resolve to another one here.
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -151,48 +156,53 @@ def _listen(launch: Launch) -> socket.socket:
         ) from error
 
 
-def _welcome(door: socket.socket) -> _Guest | None:
-    """The next process of a run that comes within a moment; others are sent away."""
-    door.settimeout(0.2)
+def _accept(server: socket.socket) -> _Client | None:
+    """Returns the next client; None if there is none for a moment, or if it is no process."""
+    server.settimeout(_POLL_SECONDS)
     try:
-        guest = door.accept()[0]
+        connection = server.accept()[0]
     except OSError:
         return None
-    guest.settimeout(_TALK)
+    connection.settimeout(_MESSAGE_SECONDS)
     try:
-        hello = _read(guest)
-        if hello.keys() == _HELLO and isinstance(hello["process"], int):
-            return guest, hello
+        hello = _receive(connection)
+        if hello.keys() == _HELLO_KEYS and isinstance(hello["process"], int):
+            return connection, hello
     except (OSError, ValueError, AttributeError):
-        pass  # it speaks another language, or has gone again
-    guest.close()
+        pass  # another protocol, or a closed connection
+    connection.close()
     return None
 
 
-def _gone(guests: Mapping[int, _Guest]) -> list[int]:
-    """Those who have closed their connection; as long as all is well they say nothing more."""
+def _disconnected(clients: Mapping[int, _Client]) -> list[int]:
+    """Returns the indices of clients that closed their connection.
+
+    A client sends nothing after its hello message, so anything to read means a closed connection.
+    """
     poll = select.poll()
-    index_of = {guest.fileno(): index for index, (guest, _) in guests.items()}
+    index_of = {connection.fileno(): index for index, (connection, _) in clients.items()}
     for number in index_of:
         poll.register(number, select.POLLIN)
     return [index_of[number] for number, _ in poll.poll(0)]
 
 
-def _tell(guest: socket.socket, fault: str | None) -> None:
-    with guest, contextlib.suppress(OSError):  # one that has left JAX will miss
-        _write(guest, {"fault": fault})
+def _answer(connection: socket.socket, fault: str | None) -> None:
+    """Sends the server's answer and closes the connection."""
+    with connection, contextlib.suppress(OSError):  # JAX notices a client that has left
+        _send(connection, {"fault": fault})
 
 
-def _write(talk: socket.socket, message: Mapping[str, Any]) -> None:
-    talk.sendall(json.dumps(message).encode() + b"\n")
+def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _read(talk: socket.socket) -> dict[str, Any]:
-    """A message; `ValueError` for anything else, `OSError` where nothing comes."""
-    with talk.makefile("rb") as file:
-        return json.loads(file.readline(_LARGEST))
+def _receive(connection: socket.socket) -> dict[str, Any]:
+    """Returns the next message; raises `ValueError` if it is none, `OSError` if none comes."""
+    with connection.makefile("rb") as file:
+        return json.loads(file.readline(_MAX_MESSAGE_BYTES))
 
 
-def _missing(launch: Launch, guests: Mapping[int, _Guest]) -> str:
-    names = [launch.name(index) for index in range(1, launch.count) if index not in guests]
-    return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+def _missing_names(launch: Launch, clients: Mapping[int, _Client]) -> str:
+    """Returns the names of the missing processes, the first eight of them."""
+    names = [launch.name(index) for index in range(1, launch.count) if index not in clients]
+    return ", ".join(names[:_MAX_NAMES]) + (" …" if len(names) > _MAX_NAMES else "")

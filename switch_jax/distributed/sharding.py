@@ -1,4 +1,4 @@
-"""The device mesh, and the one table from logical axis names to mesh axes.
+"""Shardings: the table from logical axis names to mesh axes, and partition specs made with it.
 
 Mesh axes: `slice` (across pod slices, data only), `data`, `expert`, `model`. The batch is
 split over slice × data × expert; experts over `expert`; heads, d_ff and vocabulary over
@@ -17,13 +17,13 @@ from switch_jax.distributed.collectives import no_mesh
 MESH_AXES = ("slice", "data", "expert", "model")
 BATCH_AXES = ("slice", "data", "expert")
 
-# Logical axis → mesh axis or axes. `fsdp` stands for `data` where mesh.fsdp is set.
-RULES: dict[str, str | tuple[str, ...] | None] = {
+# Logical axis → mesh axis or axes; None: not split. `fsdp`: `data` if mesh.fsdp is set, else None.
+LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": BATCH_AXES,  # rows, and groups of whole rows
-    "expert_group": ("slice", "data"),  # groups, while the expert axis holds experts
+    "expert_group": ("slice", "data"),  # groups, where `expert` splits the experts
     "activation": None,
-    "activation_split": "model",  # d_model, cut so that slots are not sent once per model shard
+    "activation_split": "model",  # d_model, split so that each slot is sent once, not per shard
     # parameters
     "layers": None,
     "embed": "fsdp",
@@ -38,40 +38,41 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def devices_per_group(group_rows: int, batch_rows: int) -> int:
-    """Over how many devices each group of a (micro)batch is spread, by the mesh in context."""
-    if no_mesh():
-        return 1
-    shards = num_batch_shards(jax.sharding.get_abstract_mesh())
-    return max(1, group_rows * shards // batch_rows)
-
-
 def partition_spec(axes: Sequence[str | None], *, fsdp: bool = False) -> P:
-    """The partition of an array whose dimensions have these logical names.
+    """Returns the partition spec of an array whose dimensions have these logical axes.
 
-    A name without a rule raises `KeyError`: a misspelt axis must not mean «replicated».
+    None: a dimension that is not split. Raises `KeyError` for a name without a rule, so that a
+    misspelt axis does not silently mean "replicated".
     """
-    mesh_axes = [None if axis is None else RULES[axis] for axis in axes]
+    mesh_axes = [None if axis is None else LOGICAL_AXIS_RULES[axis] for axis in axes]
     return P(*(("data" if fsdp else None) if a == "fsdp" else a for a in mesh_axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins the sharding of `x` by logical names; does nothing outside a mesh."""
+    """Constrains the sharding of `x` by logical axes; without a mesh, returns `x`."""
     if no_mesh():
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How every feature of a batch lies on the mesh: rows split, the rest whole."""
+    """Returns the sharding of every feature [B, …] of a batch: only rows are split."""
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Returns the sharding of an array that is whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Among how many devices the rows of a batch are divided."""
+    """Number of parts into which the rows of a batch are split: slice × data × expert."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def devices_per_group(group_rows: int, batch_rows: int) -> int:
+    """Number of devices over which each group of a (micro)batch is spread; without a mesh, 1."""
+    if no_mesh():
+        return 1
+    shards = num_batch_shards(jax.sharding.get_abstract_mesh())
+    return max(1, group_rows * shards // batch_rows)

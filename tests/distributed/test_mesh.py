@@ -11,7 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from switch_jax.config.schema import MeshConfig
 from switch_jax.distributed.mesh import check_mesh, make_mesh, resolve_mesh
-from switch_jax.distributed.sharding import MESH_AXES, RULES, num_batch_shards, partition_spec
+from switch_jax.distributed.sharding import (
+    LOGICAL_AXIS_RULES,
+    MESH_AXES,
+    num_batch_shards,
+    partition_spec,
+)
 from switch_jax.errors import UserError
 from switch_jax.model.sharded import process_rows
 from switch_jax.training.step import TrainProgram
@@ -133,7 +138,9 @@ def test_every_logical_axis_has_a_rule_and_others_raise():
     )
     assert partition_spec(("batch", None)) == P(("slice", "data", "expert"), None)
     used = {
-        a for rule in RULES.values() for a in ((rule,) if isinstance(rule, str) else rule or ())
+        a
+        for rule in LOGICAL_AXIS_RULES.values()
+        for a in ((rule,) if isinstance(rule, str) else rule or ())
     }
     assert used == {*MESH_AXES, "fsdp"}
     with pytest.raises(KeyError, match="embedd"):

@@ -19,7 +19,7 @@ from switch_jax.config.load import override_config
 from switch_jax.data import open_batches
 from switch_jax.distributed.cluster import Launch
 from switch_jax.distributed.mesh import make_mesh
-from switch_jax.distributed.rendezvous import meet_processes
+from switch_jax.distributed.rendezvous import wait_for_processes
 from switch_jax.errors import UserError
 from switch_jax.training.state import restore_state
 from switch_jax.training.step import TrainProgram
@@ -259,7 +259,7 @@ def meet(count, come, seconds=5.0, facts=None):
 
     def run(place):
         try:
-            meet_processes(Launch(address, count, come[place]), facts[place], seconds)
+            wait_for_processes(Launch(address, count, come[place]), facts[place], seconds)
         except UserError as error:
             said[place] = str(error)
 
@@ -305,7 +305,7 @@ def test_strangers_and_those_who_left_are_no_processes():
 
     def run(index):
         try:
-            meet_processes(Launch(address, 3, index), {}, 20)
+            wait_for_processes(Launch(address, 3, index), {}, 20)
         except UserError as error:
             failures.append(str(error))
 
@@ -334,4 +334,4 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on port {port}"):
-            meet_processes(Launch(f"localhost:{port}", 2, 0), {}, 1)
+            wait_for_processes(Launch(f"localhost:{port}", 2, 0), {}, 1)
