@@ -157,8 +157,9 @@ def _check_groups(config: Config, sizes: dict[str, int], microbatch: int) -> Non
     raise UserError(
         f"A {stack} group of {rows(length, moe.group_size)} rows × {length} tokens is neither"
         f" within the {microbatch // shards} rows that a device has of a microbatch nor spread"
-        f" evenly over mesh.expert={experts} devices{reason}; set moe.group_size to {suggestion}, or"
-        " make data.batch_size or mesh.expert larger, or slice × data or train.accumulate smaller."
+        f" evenly over mesh.expert={experts} devices{reason}; set moe.group_size to {suggestion},"
+        " or make data.batch_size or mesh.expert larger, or slice × data or train.accumulate"
+        " smaller."
     )
 
 
