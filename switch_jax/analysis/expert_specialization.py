@@ -117,7 +117,9 @@ def count_assignments(
     names = [f"{stack}_{name}" for stack in STACKS for name in ("input_tokens", "segment_ids")]
 
     def run(params, batch):
-        _, routes = sharded.model(params).route(batch, factor=config.moe.eval_capacity_factor)
+        _, routes = sharded.model(params).route(
+            batch, capacity_factor=config.moe.eval_capacity_factor
+        )
         assignments = {
             f"{stack}/{sublayer}": (routed.assignment.expert_SxK, routed.assignment.gate_SxK)
             for stack, of_stack in routes.items()

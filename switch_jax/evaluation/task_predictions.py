@@ -73,8 +73,8 @@ class Predictor:
 
     def _likelihood(self, params, batch):
         model = self._sharded.model(params)
-        decoded, _ = model.route(batch, factor=None)
-        return -row_cross_entropy(*model.factors(decoded), batch)
+        decoded, _ = model.route(batch, capacity_factor=None)
+        return -row_cross_entropy(*model.logit_factors(decoded), batch)
 
     def _sources(self, inputs: Sequence[str]) -> Iterator[tuple[np.ndarray, jax.Array]]:
         """Batches of inputs of similar lengths, as global arrays, and which ones they are."""

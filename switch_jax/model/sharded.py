@@ -127,9 +127,9 @@ class ShardedModel:
     ) -> tuple[LossSums, jax.Array, RouterStatsByStack]:
         """Returns sums over a batch without dropout, at the evaluation capacity."""
         model = self.model(params)
-        decoded, routes = model.route(batch, factor=self.config.moe.eval_capacity_factor)
+        decoded, routes = model.route(batch, capacity_factor=self.config.moe.eval_capacity_factor)
         return (
-            token_losses(*model.factors(decoded), batch),
+            token_losses(*model.logit_factors(decoded), batch),
             jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32),
             collect_router_stats(routes),
         )

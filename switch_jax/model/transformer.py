@@ -1,8 +1,8 @@
-"""The encoder-decoder: T5 layers, some of them with experts.
+"""Encoder-decoder transformer: T5 layers, some of them with experts.
 
-Layers come in blocks of `moe.every`, of which the last is sparse; the blocks of a run are alike,
-so their parameters are stacked and the run is one `lax.scan`: compile time does not grow with
-depth. Axis letters: see `routing.py`.
+The layers of a stack are grouped into blocks of `moe.every`, and the last layer of a block is
+sparse. The blocks of a run are equal, so their parameters are stacked and a run is one `lax.scan`:
+compile time does not grow with depth. Axis letters: see README.md.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,14 @@ from switch_jax.model.layers import (
 from switch_jax.model.moe.layers import SwitchAttention, SwitchMlp
 from switch_jax.model.moe.router import RouterStats, RoutingResult, RoutingSpec
 
-# By sub-layer of a stack ("mlp", "self_attention"): leaves with a leading axis of sparse layers.
+# Routing by sub-layer of a stack ("mlp", "self_attention"): leaves have a leading axis of sparse
+# layers.
 RoutingBySublayer = dict[str, RoutingResult]
 
-# Router sums of a whole model, by "<stack>/<sub-layer>".
+# Router statistics by "<stack>/<sub-layer>": leaves have a leading axis of sparse layers.
 RouterStatsByStack = dict[str, RouterStats]
+
+# By `model.remat`, which values of a block the backward pass does not compute again.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -40,25 +43,37 @@ REMAT_POLICIES = {
 
 
 class Layer(nnx.Module):
-    """Pre-norm sub-layers: self-attention, cross-attention (decoder only), feed-forward."""
+    """Pre-norm transformer layer: self-attention, cross-attention (decoder only), feed-forward.
+
+    Args:
+      config: of the model.
+      key: for the initial parameters.
+      decoder: whether the layer has cross-attention.
+      sparse: whether the sub-layers that `moe.sublayer` names have experts.
+    """
 
     def __init__(self, config: Config, key: jax.Array, *, decoder: bool, sparse: bool):
         self.config = config
-        model, where = config.model, config.moe.sublayer if sparse else None
+        model, expert_sublayer = config.model, config.moe.sublayer if sparse else None
         self_key, cross_key, mlp_key = jax.random.split(key, 3)
         self.self_norm = RMSNorm(model.d_model)
         self.self_attention = (
             SwitchAttention(config, self_key)
-            if where in ("attention", "both")
+            if expert_sublayer in ("attention", "both")
             else DenseAttention(model, self_key)
         )
         self.cross_norm = RMSNorm(model.d_model) if decoder else None
         self.cross_attention = DenseAttention(model, cross_key) if decoder else None
         self.mlp_norm = RMSNorm(model.d_model)
-        self.mlp = SwitchMlp(config, mlp_key) if where in ("ff", "both") else Mlp(model, mlp_key)
+        self.mlp = (
+            SwitchMlp(config, mlp_key) if expert_sublayer in ("ff", "both") else Mlp(model, mlp_key)
+        )
 
     def project(self, x, spec, keys) -> tuple[QueryKeyValue, RoutingBySublayer]:
-        """What self-attention asks for, and offers, at the positions `x`."""
+        """Returns queries, keys and values of self-attention at positions `x` [B, L, D].
+
+        The second result is their routing, empty where self-attention has no experts.
+        """
         normed = self.self_norm(x)
         if isinstance(self.self_attention, SwitchAttention):
             projected, routed = self.self_attention.project(normed, spec, fold_keys(keys, 6))
@@ -67,19 +82,22 @@ class Layer(nnx.Module):
         return (attention.queries(normed), attention.keys_values(normed)), {}
 
     def attend(self, x, query, kv, mask, bias, keys):
-        """Self-attention over the keys and values `kv`, with its residual."""
+        """Returns [B, L, D]: self-attention over the keys and values `kv`, plus `x`."""
         y = self.self_attention(query, kv, mask, bias, fold_keys(keys, 0))
         return x + dropout(y, self.config.model.dropout_rate, fold_keys(keys, 1))
 
     def attend_encoder(self, x, kv, mask, keys):
-        """Cross-attention over the encoder's keys and values, with its residual."""
+        """Returns [B, L, D]: cross-attention over the encoder's keys and values, plus `x`."""
         assert self.cross_norm is not None and self.cross_attention is not None
         query = self.cross_attention.queries(self.cross_norm(x))
         y = self.cross_attention(query, kv, mask, None, fold_keys(keys, 2))
         return x + dropout(y, self.config.model.dropout_rate, fold_keys(keys, 3))
 
     def feed_forward(self, x, spec, keys) -> tuple[jax.Array, RoutingBySublayer]:
-        """The feed-forward layer with its residual, which is all a dropped token gets."""
+        """Returns [B, L, D], the feed-forward layer plus the residual `x`, and its routing.
+
+        A dropped token has the residual alone.
+        """
         normed, mlp_keys, routes = self.mlp_norm(x), fold_keys(keys, 4), {}
         if isinstance(self.mlp, SwitchMlp):
             y, routes["mlp"] = self.mlp(normed, spec, mlp_keys)
@@ -89,7 +107,7 @@ class Layer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """The layers of a `Run`'s block, of which the last may be sparse."""
+    """Block of a `BlockRun`: consecutive layers, of which the last may be sparse."""
 
     def __init__(self, config: Config, key: jax.Array, run: BlockRun, *, decoder: bool):
         self.layers = nnx.List(
@@ -99,7 +117,7 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Encoder or decoder: runs of blocks over embedded tokens, then the final norm."""
+    """Encoder or decoder: runs of blocks, then the final norm."""
 
     def __init__(self, config: Config, key: jax.Array, *, decoder: bool):
         self.config = config
@@ -125,12 +143,21 @@ class Stack(nnx.Module):
         cross_mask_BxLxS: jax.Array | None,
         keys: RowKeys,
     ) -> tuple[jax.Array, RoutingBySublayer]:
-        """[B, L, D] normed states, and the routing of the sparse layers."""
+        """Computes normed states [B, L, D] and the routing of the sparse layers.
+
+        Args:
+          x_BxLxD: embedded tokens.
+          spec: routing of the expert layers.
+          mask_BxLxL: bool, true where a query may attend to a key.
+          encoded_BxSxD: encoder states, for a decoder.
+          cross_mask_BxLxS: bool, for cross-attention.
+          keys: one per row for dropout and exploration; None: deterministic.
+        """
         rate = self.config.model.dropout_rate
         position_L = jnp.arange(x_BxLxD.shape[1])
         bias_HxLxL = self.relative_bias(position_L, position_L)
 
-        def body(x, numbered_block):
+        def run_block(x, numbered_block):
             number, block = numbered_block
             routes: RoutingBySublayer = {}
             for i, layer in enumerate(block.layers):
@@ -147,22 +174,22 @@ class Stack(nnx.Module):
 
         if self.config.model.remat != "none":
             policy = REMAT_POLICIES[self.config.model.remat]
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+            run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
         x = dropout(x_BxLxD, rate, fold_keys(keys, 0))
         routes: RoutingBySublayer = {}
         first = 0
         for run, blocks in zip(self.layer_runs, self.runs):
             numbers = first + run.layers * jnp.arange(run.blocks)
-            x, routed = jax.lax.scan(body, x, (numbers, blocks))
+            x, routed = jax.lax.scan(run_block, x, (numbers, blocks))
             routes |= routed
             first += run.layers * run.blocks
         return dropout(self.final_norm(x), rate, fold_keys(keys, 1)), routes
 
 
 class SwitchTransformer(nnx.Module):
-    """A Switch Transformer, or with `moe.num_experts=0` a T5.
+    """Switch Transformer, or T5 where `moe.num_experts` is 0.
 
-    Its leaves are exactly the parameters, float32.
+    It is a pytree whose leaves are exactly the parameters, float32.
     """
 
     def __init__(self, config: Config, key: jax.Array):
@@ -186,11 +213,11 @@ class SwitchTransformer(nnx.Module):
     def __call__(
         self, encoder_input_tokens: jax.Array, decoder_input_tokens: jax.Array
     ) -> jax.Array:
-        """Logits without dropout, at the evaluation capacity.
+        """Computes logits without dropout, at the evaluation capacity factor.
 
         Args:
-          encoder_input_tokens: [B, S] int32, 0 is padding.
-          decoder_input_tokens: [B, T] int32, targets shifted right, beginning with 0.
+          encoder_input_tokens: [B, S] int32; 0 is padding.
+          decoder_input_tokens: [B, T] int32; targets shifted right, beginning with 0.
 
         Returns [B, T, V] float32.
         """
@@ -198,50 +225,52 @@ class SwitchTransformer(nnx.Module):
             "encoder_input_tokens": encoder_input_tokens,
             "decoder_input_tokens": decoder_input_tokens,
         }
-        return self.forward(batch, factor=self.config.moe.eval_capacity_factor)[0]
+        return self.forward(batch, capacity_factor=self.config.moe.eval_capacity_factor)[0]
 
     def forward(
         self,
         batch: Mapping[str, jax.Array],
         *,
-        factor: float | None,
+        capacity_factor: float | None,
         keys: RowKeys = None,
         batch_size: int | None = None,
     ) -> tuple[jax.Array, RouterStatsByStack]:
-        """Logits [B, T, V] float32 and router sums of a batch, packed or not.
+        """Computes logits [B, T, V] float32 and router statistics of a batch, packed or not.
 
         Args:
           batch: features as in `switch_jax.data.batch`; targets are not needed.
-          factor: capacity factor of the expert layers; None drops nothing.
+          capacity_factor: of the expert layers; None: dropless.
           keys: one per row for dropout and exploration; None: deterministic.
-          batch_size: rows of the global batch, where `batch` is a microbatch of it.
+          batch_size: rows of the global batch, where `batch` is a microbatch.
         """
-        decoded, routes = self.route(batch, factor=factor, keys=keys, batch_size=batch_size)
+        decoded, routes = self.route(
+            batch, capacity_factor=capacity_factor, keys=keys, batch_size=batch_size
+        )
         return self.logits(decoded), collect_router_stats(routes)
 
     def route(
         self,
         batch: Mapping[str, jax.Array],
         *,
-        factor: float | None,
+        capacity_factor: float | None,
         keys: RowKeys = None,
         batch_size: int | None = None,
     ) -> tuple[jax.Array, dict[str, RoutingBySublayer]]:
-        """Decoder states [B, T, D], and where every token of either stack went.
+        """Computes decoder states [B, T, D] and the routing of both stacks.
 
-        Arguments as of `forward`.
+        The arguments are the same as those of `forward`.
         """
         encoder_mask, decoder_mask = token_masks(batch)
         encoder_ids = batch.get("encoder_segment_ids", encoder_mask.astype(jnp.int32))
         decoder_ids = batch.get("decoder_segment_ids", jnp.ones(decoder_mask.shape, jnp.int32))
         rows = batch_size or encoder_mask.shape[0]
         encoded, encoder_routes = self.encode(
-            batch["encoder_input_tokens"], encoder_ids, factor, fold_keys(keys, 0), rows
+            batch["encoder_input_tokens"], encoder_ids, capacity_factor, fold_keys(keys, 0), rows
         )
         tokens = batch["decoder_input_tokens"]
         decoded, decoder_routes = self.decoder(
             self.embed(tokens),
-            self._routing_spec(tokens, decoder_mask, rows, factor),
+            self._routing_spec(tokens, decoder_mask, rows, capacity_factor),
             jnp.tril(_same_segment(decoder_ids, decoder_ids)),
             encoded,
             _same_segment(decoder_ids, encoder_ids),
@@ -253,15 +282,23 @@ class SwitchTransformer(nnx.Module):
         self,
         tokens_BxS: jax.Array,
         segment_ids_BxS: jax.Array,
-        factor: float | None,
+        capacity_factor: float | None,
         keys: RowKeys = None,
         batch_size: int | None = None,
     ) -> tuple[jax.Array, RoutingBySublayer]:
-        """Encoder states [B, S, D] and the routing of the encoder's expert layers."""
+        """Computes encoder states [B, S, D] and the routing of the encoder's expert layers.
+
+        Args:
+          tokens_BxS: int32.
+          segment_ids_BxS: int32, 0 for padding; positions attend within their segment.
+          capacity_factor: of the expert layers; None: dropless.
+          keys: one per row for dropout and exploration; None: deterministic.
+          batch_size: rows of the global batch, where the tokens are a part; it sets the groups.
+        """
         rows = batch_size or tokens_BxS.shape[0]
         return self.encoder(
             self.embed(tokens_BxS),
-            self._routing_spec(tokens_BxS, segment_ids_BxS > 0, rows, factor),
+            self._routing_spec(tokens_BxS, segment_ids_BxS > 0, rows, capacity_factor),
             _same_segment(segment_ids_BxS, segment_ids_BxS),
             None,
             None,
@@ -269,20 +306,20 @@ class SwitchTransformer(nnx.Module):
         )
 
     def embed(self, tokens_BxL: jax.Array) -> jax.Array:
-        """[B, L, D] in the activation dtype."""
+        """Returns embeddings [B, L, D] in the activation dtype."""
         dtype = jnp.dtype(self.config.model.dtype)
         x_BxLxD = gathered_weight(self.embedding, dtype)[tokens_BxL]
         return constrain(x_BxLxD, "batch", None, "activation")
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
-        """[B, T, V] float32 of decoder states."""
-        logits = jnp.dot(*self.factors(x_BxTxD), preferred_element_type=jnp.float32)
+        """Computes logits [B, T, V] float32 of decoder states."""
+        logits = jnp.dot(*self.logit_factors(x_BxTxD), preferred_element_type=jnp.float32)
         return constrain(logits, "batch", None, "vocab")
 
-    def factors(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """States [B, T, D] and head [D, V] whose product the logits are.
+    def logit_factors(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns states [B, T, D] and head [D, V]; the logits are their product.
 
-        A tied head scales the states by D^-0.5, an untied one does not.
+        With a tied head the states are scaled by D^-0.5.
         """
         if self.head is not None:
             return x_BxTxD, gathered_weight(self.head, x_BxTxD.dtype)
@@ -291,29 +328,30 @@ class SwitchTransformer(nnx.Module):
         ).T
 
     def _routing_spec(
-        self, token_BxL, mask_BxL, batch_size: int, factor: float | None
+        self, token_BxL, mask_BxL, batch_size: int, capacity_factor: float | None
     ) -> RoutingSpec:
+        """Returns the routing of a batch whose real positions are `mask_BxL`."""
         rows = self.config.moe.group_rows(batch_size, token_BxL.shape[1])
         mask_BxL = routed_mask(mask_BxL, self.config)
         return RoutingSpec(
-            token_BxL, mask_BxL, rows, factor, devices_per_group(rows, token_BxL.shape[0])
+            token_BxL, mask_BxL, rows, capacity_factor, devices_per_group(rows, token_BxL.shape[0])
         )
 
 
 def collect_router_stats(routes: Mapping[str, RoutingBySublayer]) -> RouterStatsByStack:
-    """The router sums of what `SwitchTransformer.route` returned."""
+    """Returns the router statistics in the routing that `SwitchTransformer.route` returns."""
     return {
         f"{stack}/{sublayer}": routed.sums
-        for stack, of_stack in routes.items()
-        for sublayer, routed in of_stack.items()
+        for stack, by_sublayer in routes.items()
+        for sublayer, routed in by_sublayer.items()
     }
 
 
 def token_masks(batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Which positions are real: bool [B, S] and [B, T].
+    """Returns bool masks [B, S] and [B, T] of the positions that are not padding.
 
-    Padding is position, not token: the decoder's start token has the id of padding and is
-    real, so the decoder's mask comes from segment ids or loss weights.
+    Padding is a property of the position, not of the token id: the decoder's start token has the id
+    of padding and is no padding. So the decoder's mask comes from segment ids or loss weights.
     """
     if "encoder_segment_ids" in batch:
         return batch["encoder_segment_ids"] > 0, batch["decoder_segment_ids"] > 0
@@ -324,10 +362,10 @@ def token_masks(batch: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def routed_mask(mask_BxL: jax.Array, config: Config) -> jax.Array:
-    """Which positions go to experts: bool [B, L], from which are real."""
+    """Returns the bool mask [B, L] of routed positions, from the mask without padding."""
     return jnp.ones_like(mask_BxL) if config.moe.padding == "routed" else mask_BxL
 
 
 def _same_segment(query_BxT: jax.Array, key_BxS: jax.Array) -> jax.Array:
-    """[B, T, S] bool: the key is no padding and belongs to the query's document."""
+    """[B, T, S] bool: whether the key is no padding and in the same segment as the query."""
     return (query_BxT[:, :, None] == key_BxS[:, None, :]) & (key_BxS > 0)[:, None, :]

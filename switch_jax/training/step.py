@@ -130,12 +130,12 @@ class TrainProgram:
             model = self.sharded.model(state.params | trained)
             decoded, routes = model.route(
                 microbatch,
-                factor=config.moe.capacity_factor,
+                capacity_factor=config.moe.capacity_factor,
                 keys=keys,
                 batch_size=config.data.batch_size,
             )
             sums = token_losses(
-                *model.factors(decoded),
+                *model.logit_factors(decoded),
                 microbatch,
                 self._teacher_factors(teacher or {}, microbatch),
                 config.distill.temperature,
@@ -184,9 +184,11 @@ class TrainProgram:
             return None
         model, config = self.teacher.model(params), self.teacher.config
         decoded, _ = model.route(
-            microbatch, factor=config.moe.capacity_factor, batch_size=config.data.batch_size
+            microbatch,
+            capacity_factor=config.moe.capacity_factor,
+            batch_size=config.data.batch_size,
         )
-        return model.factors(decoded)
+        return model.logit_factors(decoded)
 
     def _balanced(
         self, params: Mapping[str, jax.Array], stats: RouterStatsByStack

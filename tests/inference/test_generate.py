@@ -63,7 +63,7 @@ def forced_logits(model, source, target, num_sequences: int = 1):
 def whole_logits(model, source, target):
     """Logits [N, T, V] without a cache, dropless."""
     batch = {"encoder_input_tokens": source, "decoder_input_tokens": target}
-    return model.forward(batch, factor=None)[0]
+    return model.forward(batch, capacity_factor=None)[0]
 
 
 def check_cached_steps_equal_the_whole_decoder(model, rows: int, num_sequences: int = 1):
@@ -118,7 +118,7 @@ def test_greedy_takes_the_best_token_and_stops_at_eos(model):
     output = np.asarray(generate(model, source, max_length=6))
     shifted = np.pad(output, ((0, 0), (1, 0)))[:, :-1]
     batch = {"encoder_input_tokens": source, "decoder_input_tokens": jnp.asarray(shifted)}
-    logits, _ = jax.jit(lambda m, b: m.forward(b, factor=None))(model, batch)
+    logits, _ = jax.jit(lambda m, b: m.forward(b, capacity_factor=None))(model, batch)
     ended = np.cumsum(shifted == EOS, axis=1) > 0
     row = output.all(-1).argmax()
     assert output[row].all() and ended.any()

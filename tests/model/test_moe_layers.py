@@ -389,6 +389,6 @@ def test_one_expert_with_room_is_the_dense_model():
     dense = with_parameters(dense, {n: of_dense[n].reshape(shape) for n, shape in shapes.items()})
 
     batch = make_batch(sparse_config)
-    run = jax.jit(lambda model: model.forward(batch, factor=1.0)[0])
+    run = jax.jit(lambda model: model.forward(batch, capacity_factor=1.0)[0])
     real = batch["decoder_loss_weights"] > 0  # padding passes a dense layer, and no expert
     np.testing.assert_allclose(run(sparse)[real], run(dense)[real], rtol=1e-4, atol=1e-5)

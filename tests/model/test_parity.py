@@ -43,8 +43,8 @@ def run(model, batch):
     def loss(model):
         factor, source = model.config.moe.capacity_factor, batch["encoder_input_tokens"]
         encoded, _ = model.encode(source, (source > 0).astype(jnp.int32), factor)
-        decoded, routes = model.route(batch, factor=factor)
-        sums = token_losses(*model.factors(decoded), batch)
+        decoded, routes = model.route(batch, capacity_factor=factor)
+        sums = token_losses(*model.logit_factors(decoded), batch)
         mean = sums.cross_entropy / batch["decoder_loss_weights"].sum()
         return mean, (encoded, model.logits(decoded), routes)
 
@@ -127,13 +127,13 @@ def test_generation_equals_hugging_face(stored_and_model):
     check_generation(model, stored)
 
 
-def test_drops_where_hugging_face_does(tmp_path):
+def test_drops_the_tokens_that_hugging_face_drops(tmp_path):
     """Without its capacity, the model that drops is another one."""
     stored = reference("switch_dropping")
     model = switch_jax.load(write_folder(tmp_path / "model", stored))
-    logits, stats = jax.jit(lambda m: m.forward(batch(stored), factor=None))(model)
+    logits, stats = jax.jit(lambda m: m.forward(batch(stored), capacity_factor=None))(model)
     assert np.abs(logits - stored["logits"]).max() > 0.1
-    _, stats = jax.jit(lambda m: m.forward(batch(stored), factor=1.0))(model)
+    _, stats = jax.jit(lambda m: m.forward(batch(stored), capacity_factor=1.0))(model)
     for stack in ("encoder", "decoder"):
         chosen = stored[f"router/{stack}"].argmax(-1)
         load = (chosen[..., None] == np.arange(4)).sum(2)

@@ -157,7 +157,9 @@ def logits(workdir: Path) -> list:
     """Some logits of the model in a WORKDIR, dropless, as `bits`."""
     model = switch_jax.load(workdir)
     batch = make_batch(tiny(**{"data.batch_size": 2}))
-    all_logits = jax.jit(lambda model, batch: model.forward(batch, factor=None)[0])(model, batch)
+    all_logits = jax.jit(lambda model, batch: model.forward(batch, capacity_factor=None)[0])(
+        model, batch
+    )
     return bits(all_logits[..., ::40])
 
 

@@ -200,14 +200,14 @@ def test_the_step_adds_what_the_teacher_says_in_evaluation(runs, taught_by):
     # Without dropout in the student, what it adds is known.
     program = made(STUDENT | {"distill.teacher": taught_by} | OPEN)
     batch, params = make_batch(program.config), start.params
-    student = program.sharded.model(params).forward(batch, factor=None)[0]
+    student = program.sharded.model(params).forward(batch, capacity_factor=None)[0]
     answering = load(taught_by)
     grouped = dataclasses.replace(answering.config.moe, group_size=32)
     config = dataclasses.replace(answering.config, moe=grouped)
     answering = with_parameters(
         SwitchTransformer(config, jax.random.key(0)), named_parameters(answering)
     )
-    teacher = answering.forward(batch, factor=0.75)[0]
+    teacher = answering.forward(batch, capacity_factor=0.75)[0]
     _, m, _ = program.train_step(
         jax.device_put(start, program.state_sharding),
         program.sharded.shard_batch(batch),
@@ -216,7 +216,7 @@ def test_the_step_adds_what_the_teacher_says_in_evaluation(runs, taught_by):
     weights = batch["decoder_loss_weights"]
     expected = 0.4 * 2.0**2 * soft_sum(student, teacher, weights, 2.0) / weights.sum()
     np.testing.assert_allclose(m["distillation"], expected, rtol=1e-5)
-    other = answering.forward(batch, factor=0.25)[0]
+    other = answering.forward(batch, capacity_factor=0.25)[0]
     wrong = 0.4 * 2.0**2 * soft_sum(student, other, weights, 2.0) / weights.sum()
     assert abs(wrong - expected) > 1e-4
 
@@ -385,10 +385,12 @@ def test_a_teacher_may_have_been_adapted():
 
     @jax.jit
     def answer(params):
-        return teacher.model(params).forward(batch, factor=config.moe.capacity_factor)[0]
+        return teacher.model(params).forward(batch, capacity_factor=config.moe.capacity_factor)[0]
 
     logits = [answer(of) for of in (params, fresh)]
-    expected, _ = program.sharded.model(params).forward(batch, factor=config.moe.capacity_factor)
+    expected, _ = program.sharded.model(params).forward(
+        batch, capacity_factor=config.moe.capacity_factor
+    )
     np.testing.assert_allclose(logits[0], expected, rtol=1e-4, atol=1e-4)
     assert np.abs(logits[1] - expected).max() > 0.01
 

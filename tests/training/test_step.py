@@ -260,7 +260,7 @@ def packed():
     """
     config = tiny(**{"data.pack": True, "data.batch_size": 4, "model.init_scale": 1.0})
     model = SwitchTransformer(config, jax.random.key(0))
-    forward = jax.jit(lambda model, batch: model.forward(batch, factor=None)[0])
+    forward = jax.jit(lambda model, batch: model.forward(batch, capacity_factor=None)[0])
     return make_batch(config, seed=3), lambda batch: np.asarray(forward(model, batch))
 
 
