@@ -1,4 +1,7 @@
-"""attention: to be written."""
+"""Multi-head attention with the relative position bias of T5.
+
+T and S are the lengths of queries and keys. Other axis letters: see README.md.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from switch_jax.model.layers import RowKeys, dropout, gathered_weight, init_kern
 
 
 class RelativePositionBias(nnx.Module):
-    """T5's relative position bias: one table a stack, shared by its layers."""
+    """Relative position bias of T5: one table per stack, shared by its layers."""
 
     def __init__(self, config: ModelConfig, key: jax.Array, *, bidirectional: bool):
         self.config = config
@@ -20,7 +23,7 @@ class RelativePositionBias(nnx.Module):
         self.table = param(table, "heads", "buckets", kind="relative_bias")
 
     def __call__(self, query_T: jax.Array, key_S: jax.Array) -> jax.Array:
-        """[H, T, S] float32 to add to the scores, from the positions of queries and keys."""
+        """[H, T, S] float32, the bias of the scores, from positions of queries and keys."""
         distance_TxS = key_S[None, :] - query_T[:, None]
         bucket_TxS = relative_position_buckets(
             distance_TxS,
@@ -34,11 +37,12 @@ class RelativePositionBias(nnx.Module):
 def relative_position_buckets(
     distance: jax.Array, num_buckets: int, max_distance: int, *, bidirectional: bool
 ) -> jax.Array:
-    """Bucket of each distance key - query, int32 of the same shape.
+    """Returns the bucket of each distance (key position - query position), int32, same shape.
 
-    Half of the buckets hold one near distance each, the others grow logarithmically up to
-    `max_distance` and the last one holds all beyond. An encoder gives half of them to
-    either side; a decoder looks only back.
+    Half of the buckets hold one small distance each. The others grow logarithmically up to
+    `max_distance`, and the last one holds all larger distances. With `bidirectional` (encoder) half
+    of the buckets are for keys behind the query and half for keys ahead; otherwise (decoder) all
+    are for keys behind.
     """
     offset = jnp.zeros((), jnp.int32)
     if bidirectional:
@@ -55,17 +59,17 @@ def relative_position_buckets(
     return offset + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))
 
 
-# Keys and values of a row's positions, two arrays [B, S, H, K].
+# Keys and values, two arrays [B, S, H, K].
 KeysValues = tuple[jax.Array, jax.Array]
 
-# Queries [B, T, H, K] of positions, with their keys and values.
+# Queries [B, T, H, K], and keys and values of the same positions.
 QueryKeyValue = tuple[jax.Array, KeysValues]
 
 
 class Attention(nnx.Module):
-    """Multi-head attention over given queries, keys and values, and its output projection.
+    """Multi-head attention over given queries, keys and values, with its output projection.
 
-    Scores are not divided by sqrt(K): the query's initialiser holds that factor, as in T5.
+    Scores are not divided by sqrt(K): the initialiser of the query has that factor, as in T5.
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -88,7 +92,15 @@ class Attention(nnx.Module):
         bias_HxTxS: jax.Array | None,
         keys: RowKeys,
     ) -> jax.Array:
-        """[B, T, D]: attends where `mask_BxTxS` is true; softmax in float32."""
+        """Returns [B, T, D]; the softmax is in float32.
+
+        Args:
+          query_BxTxHxK: queries.
+          keys_values: keys and values, [B, S, H, K] each.
+          mask_BxTxS: bool, true where a query attends to a key; its B and T may be 1.
+          bias_HxTxS: float32, added to the scores.
+          keys: one random key per row, for dropout of the attention weights.
+        """
         key_BxSxHxK, value_BxSxHxK = keys_values
         scores = jnp.einsum(
             "BTHK,BSHK->BHTS", query_BxTxHxK, key_BxSxHxK, preferred_element_type=jnp.float32
@@ -104,7 +116,7 @@ class Attention(nnx.Module):
 
 
 class DenseAttention(Attention):
-    """Attention with T5's linear projections, without biases."""
+    """Attention with dense projections to queries, keys and values, without biases."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         D, K, inner = config.d_model, config.head_dim, config.num_heads * config.head_dim
@@ -118,10 +130,10 @@ class DenseAttention(Attention):
         self.value = param(init_kernel(v, (D, inner), s), "embed", "heads", kind="attention")
 
     def queries(self, x_BxTxD: jax.Array) -> jax.Array:
-        """[B, T, H, K]."""
+        """[B, T, D] → [B, T, H, K]."""
         return self.heads(x_BxTxD @ gathered_weight(self.query, x_BxTxD.dtype))
 
     def keys_values(self, x_BxSxD: jax.Array) -> KeysValues:
-        """What the attended positions offer."""
+        """Returns keys and values, [B, S, H, K] each, of positions [B, S, D]."""
         key, value = (x_BxSxD @ gathered_weight(w, x_BxSxD.dtype) for w in (self.key, self.value))
         return self.heads(key), self.heads(value)

@@ -1,4 +1,4 @@
-"""feed_forward: to be written."""
+"""Dense feed-forward layer, and the activation that dense layers and experts share."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,13 @@ from switch_jax.model.layers import RowKeys, dropout, gathered_weight, init_kern
 
 
 def activate(name: str, x_wi: jax.Array, x_gate: jax.Array | None) -> jax.Array:
-    """ReLU(x W_i), or GELU(x W_gate) · (x W_i) with the tanh form of GELU that T5 uses."""
+    """Returns ReLU(x W_i), or GELU(x W_gate) · (x W_i) with the tanh form of GELU, as in T5.
+
+    Args:
+      name: "relu" or "geglu".
+      x_wi: x W_i.
+      x_gate: x W_gate, for "geglu".
+    """
     functions: dict[str, Callable[[jax.Array], jax.Array]] = {
         "relu": jax.nn.relu,
         "geglu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -20,7 +26,7 @@ def activate(name: str, x_wi: jax.Array, x_gate: jax.Array | None) -> jax.Array:
 
 
 class Mlp(nnx.Module):
-    """The dense feed-forward layer, ReLU or GEGLU."""
+    """Dense feed-forward layer, ReLU or GEGLU, with dropout of the hidden activations."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config

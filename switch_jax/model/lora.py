@@ -1,10 +1,10 @@
-"""Low-rank adaptation: frozen matrices with a trained product of two thin ones added to each.
+"""LoRA: trained low-rank adapters of frozen matrices (Hu et al. 2021).
 
     W' = W + alpha / rank · A B        A [.., in, rank]    B [.., rank, out], 0 at first
 
-after Hu et al. (2021). The model knows nothing of it: a step merges the matrices, runs the model
-with the sums, and the gradient of W' gives those of A and B. Stacked layers and experts have a
-pair each.
+The modules of the model have no adapters. A train step merges them into the matrices and runs the
+model with W'; the gradients of A and B follow from the gradient of W'. Every stacked layer and
+every expert has its own A and B. Their paths are `<path of W>.lora_a` and `<path of W>.lora_b`.
 """
 
 import re
@@ -23,16 +23,16 @@ Metadata = Mapping[str, ParameterMetadata]
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter is an A or a B."""
+    """Whether the parameter of this path is an adapter (A or B)."""
     return name.endswith((_A, _B))
 
 
 def add_adapters(metadata: Metadata, config: Config) -> dict[str, ParameterMetadata]:
     """Returns the metadata of a model's parameters and, with `lora.rank`, of their adapters.
 
-    An adapter has the kind of its matrix.
+    An adapter has the kind and the batch dimensions of its matrix.
 
-    Raises `UserError` where `lora.of` cannot be read, or is found in no matrix's path.
+    Raises `UserError` where `lora.of` is no regular expression, or matches no matrix's path.
     """
     if not config.lora.rank:
         return dict(metadata)
@@ -56,24 +56,24 @@ def add_adapters(metadata: Metadata, config: Config) -> dict[str, ParameterMetad
 def init_adapters(
     params: Mapping[str, jax.Array], metadata: Metadata, config: Config
 ) -> dict[str, jax.Array]:
-    """`params` of the model with fresh adapters: A normal with deviation 1 / rank, B zero."""
+    """Returns `params` with new adapters: A normal with standard deviation 1 / rank, B zero."""
     key, rank = jax.random.key(config.train.seed), config.lora.rank
-    complete = dict(params)
+    with_adapters = dict(params)
     for number, name in enumerate(add_adapters(metadata, config)):
         if name.endswith(_A):
             shape = (*params[name.removesuffix(_A)].shape[:-1], rank)
-            complete[name] = jax.random.normal(jax.random.fold_in(key, number), shape) / rank
+            with_adapters[name] = jax.random.normal(jax.random.fold_in(key, number), shape) / rank
         elif name.endswith(_B):
             *batch, _, out = params[name.removesuffix(_B)].shape
-            complete[name] = jnp.zeros((*batch, rank, out))
-    return complete
+            with_adapters[name] = jnp.zeros((*batch, rank, out))
+    return with_adapters
 
 
 def merge_adapters(params: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """Parameters of the model alone, with what their adapters add."""
-    whole = {name: value for name, value in params.items() if not is_adapter(name)}
+    """Returns the parameters of the model, W + alpha / rank · A B where W has adapters."""
+    merged = {name: value for name, value in params.items() if not is_adapter(name)}
     scale = config.lora.alpha / max(config.lora.rank, 1)
-    for name in whole:
+    for name in merged:
         if name + _A in params:
-            whole[name] = whole[name] + scale * (params[name + _A] @ params[name + _B])
-    return whole
+            merged[name] = merged[name] + scale * (params[name + _A] @ params[name + _B])
+    return merged

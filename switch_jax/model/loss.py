@@ -1,7 +1,7 @@
-"""Loss terms as sums over what they average: they add up over microbatches.
+"""Loss terms and router metrics, as sums that add up over microbatches.
 
-Every denominator (`Totals`) comes from the global batch before the first microbatch is
-computed, so that neither loss nor metrics change with gradient accumulation.
+Every denominator (`LossDenominators`) is computed from the global batch before the first
+microbatch, so that loss and metrics do not change with gradient accumulation.
 """
 
 import math
@@ -24,12 +24,12 @@ from switch_jax.distributed import (
 from switch_jax.model.moe.router import RouterStats
 from switch_jax.model.transformer import RouterStatsByStack, routed_mask, token_masks
 
-# Logits of more than that are made in parts.
+# Logits above this size are computed in chunks of positions.
 LOGITS_BYTES = 2**29
 
 
 class LossDenominators(NamedTuple):
-    """What the sums of a global batch are divided by; float32 scalars."""
+    """Denominators of the loss terms of a global batch; float32 scalars."""
 
     targets: jax.Array  # Σ of loss weights
     tokens: dict[str, jax.Array]  # routed tokens, by stack
@@ -37,19 +37,19 @@ class LossDenominators(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Sums over the target tokens of a batch; float32 scalars."""
+    """Sums over the target tokens of a batch, weighted by loss weights; float32 scalars."""
 
     cross_entropy: jax.Array  # nats
     z: jax.Array  # logsumexp(logits)²
-    correct: jax.Array
-    soft: jax.Array | None = None  # cross-entropy with a teacher's distribution, nats
+    correct: jax.Array  # 1 where the target has the largest logit
+    soft: jax.Array | None = None  # cross-entropy with the teacher's distribution, nats
 
 
 def loss_denominators(batch: Mapping[str, jax.Array], config: Config) -> LossDenominators:
-    """Denominators of a global batch."""
+    """Computes the denominators of a global batch."""
     groups, tokens = {}, {}
-    for stack, real_BxL in zip(STACKS, token_masks(batch)):
-        mask_BxL = routed_mask(real_BxL, config)
+    for stack, token_mask_BxL in zip(STACKS, token_masks(batch)):
+        mask_BxL = routed_mask(token_mask_BxL, config)
         B, L = mask_BxL.shape
         rows = config.moe.group_rows(B, L)
         tokens[stack] = jnp.sum(mask_BxL, dtype=jnp.float32)
@@ -66,16 +66,20 @@ def token_losses(
     teacher: tuple[jax.Array, jax.Array] | None = None,
     temperature: float = 1.0,
 ) -> LossSums:
-    """Cross-entropy, z and accuracy of the targets, weighted by their loss weights.
+    """Computes cross-entropy, z and accuracy of the targets, weighted by their loss weights.
 
-    The logits are states @ head, in float32. A device makes those of its own rows and part of the
-    vocabulary alone, and of so many positions at a time that they take LOGITS_BYTES at the most;
-    the backward pass makes them again.
+    The logits are states @ head, in float32. A device computes the logits of its rows and its part
+    of the vocabulary, in chunks of positions that take at most LOGITS_BYTES. The backward pass
+    computes them again.
 
     Args:
-      teacher: states and head of another model, of any width, for the soft cross-entropy, whose
-        gradient is the student's alone.
-      temperature: of both models' probabilities there, softmax(logits / temperature).
+      states_BxTxD: decoder states.
+      head_DxV: output projection.
+      batch: has decoder_target_tokens and decoder_loss_weights, [B, T].
+      teacher: states and head of the teacher, of any width, for the soft cross-entropy; it has no
+        gradient.
+      temperature: of both models' probabilities in the soft cross-entropy,
+        softmax(logits / temperature).
     """
     models = [(states_BxTxD, head_DxV), *([teacher] if teacher else [])]
 
@@ -83,10 +87,10 @@ def token_losses(
         (B, T, _), V = states[0].shape, heads[0].shape[1]
         chunks = min(math.ceil(len(states) * B * T * V * 4 / LOGITS_BYTES), T)
         states = [pvary(states_BxTxD, "model") for states_BxTxD in states]
-        # Marked here and not in the loop: its gradient is then summed over devices once.
+        # pvary is outside the loop, so that the gradient is summed over devices once.
         heads = [pvary(head_DxV, BATCH_AXES) for head_DxV in heads]
 
-        def sums_of(states, target_BxT, weight_BxT) -> LossSums:
+        def chunk_sums(states, target_BxT, weight_BxT) -> LossSums:
             logits = [
                 jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32)
                 for states_BxTxD, head_DxV in zip(states, heads)
@@ -97,18 +101,18 @@ def token_losses(
             soft_BxT = _soft_cross_entropy(*(logits_BxTxV / temperature for logits_BxTxV in logits))
             return sums._replace(soft=jnp.sum(weight_BxT * soft_BxT))
 
-        def chunk(total: LossSums, arrays: tuple) -> tuple[LossSums, None]:
-            return jax.tree.map(jnp.add, total, sums_of(*arrays)), None
+        def add_chunk(total: LossSums, arrays: tuple) -> tuple[LossSums, None]:
+            return jax.tree.map(jnp.add, total, chunk_sums(*arrays)), None
 
         if chunks == 1:
-            sums = sums_of(states, target_BxT, weight_BxT)
+            sums = chunk_sums(states, target_BxT, weight_BxT)
         else:
             zero = pvary(jnp.zeros(()), BATCH_AXES)
             zeros = LossSums(zero, zero, zero, None if teacher is None else zero)
             parts = jax.tree.map(
                 lambda x: _split_chunks(x, chunks), (states, target_BxT, weight_BxT)
             )
-            sums, _ = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), zeros, parts)
+            sums, _ = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), zeros, parts)
         return jax.tree.map(lambda x: psum(x, BATCH_AXES), sums)
 
     rows, whole = partition_spec(("batch",)), partition_spec(())
@@ -121,7 +125,7 @@ def token_losses(
 def row_cross_entropy(
     states_BxTxD: jax.Array, head_DxV: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """Cross-entropy of each row's targets, [B] float32 nats, weighted by their loss weights."""
+    """[B] float32, nats: sum of each row's cross-entropy, weighted by loss weights."""
 
     def local(states_BxTxD, head_DxV, target_BxT, weight_BxT):
         states_BxTxD = pvary(states_BxTxD, "model")
@@ -137,7 +141,7 @@ def row_cross_entropy(
 
 
 def _sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array) -> LossSums:
-    """Sums over a device's rows, from its part V of the vocabulary."""
+    """Computes sums over a device's rows; V is its part of the vocabulary."""
     log_z_BxT, largest_BxT, target_logit_BxT = _terms(logits_BxTxV, target_BxT)
     return LossSums(
         cross_entropy=jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT)),
@@ -149,11 +153,11 @@ def _sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array)
 def _terms(
     logits_BxTxV: jax.Array, target_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log Σ exp of the logits, the largest one, and the target's, [B, T] each."""
+    """Returns logsumexp of the logits, the largest logit and the target's logit, [B, T] each."""
     V = logits_BxTxV.shape[-1]
     _, z_BxT, largest_BxT = _shifted_exp(logits_BxTxV)
     log_z_BxT = jnp.log(z_BxT) + largest_BxT
-    # A masked sum instead of an index: only one device has the target's logit.
+    # A masked sum instead of an index, because only one device has the target's logit.
     vocabulary_V = V * axis_index("model") + jnp.arange(V, dtype=target_BxT.dtype)
     at_target = vocabulary_V == target_BxT[..., None]
     target_logit_BxT = psum(jnp.sum(jnp.where(at_target, logits_BxTxV, 0), -1), "model")
@@ -161,8 +165,9 @@ def _terms(
 
 
 def _soft_cross_entropy(student_BxTxV: jax.Array, teacher_BxTxV: jax.Array) -> jax.Array:
-    """-Σ p log q over the vocabulary, [B, T] nats: p softmax of the teacher's logits, q of the
-    student's. No gradient reaches the teacher.
+    """[B, T] nats: -Σ p log q over the vocabulary, p = softmax(teacher), q = softmax(student).
+
+    The gradient is with respect to the student's logits only.
     """
     p_BxTxV, p_z_BxT, _ = _shifted_exp(jax.lax.stop_gradient(teacher_BxTxV))
     _, q_z_BxT, q_largest_BxT = _shifted_exp(student_BxTxV)
@@ -172,14 +177,14 @@ def _soft_cross_entropy(student_BxTxV: jax.Array, teacher_BxTxV: jax.Array) -> j
 
 
 def _shifted_exp(logits_BxTxV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """exp(logits - largest), its sum over the whole vocabulary, and the largest logit."""
+    """Returns exp(logits - largest), its sum over the whole vocabulary, and the largest logit."""
     largest_BxT = pmax(jax.lax.stop_gradient(logits_BxTxV.max(-1)), "model")
-    scaled_BxTxV = jnp.exp(logits_BxTxV - largest_BxT[..., None])
-    return scaled_BxTxV, psum(scaled_BxTxV.sum(-1), "model"), largest_BxT
+    exp_BxTxV = jnp.exp(logits_BxTxV - largest_BxT[..., None])
+    return exp_BxTxV, psum(exp_BxTxV.sum(-1), "model"), largest_BxT
 
 
 def _split_chunks(x_BxT: jax.Array, chunks: int) -> jax.Array:
-    """[chunks, B, ⌈T / chunks⌉, ..], with zeros behind the end."""
+    """[B, T, ..] → [chunks, B, ⌈T / chunks⌉, ..], padded with zeros."""
     B, T, *rest = x_BxT.shape
     padding = [(0, 0), (0, -T % chunks), *[(0, 0)] * len(rest)]
     return jnp.pad(x_BxT, padding).reshape(B, chunks, -1, *rest).swapaxes(0, 1)
@@ -188,21 +193,21 @@ def _split_chunks(x_BxT: jax.Array, chunks: int) -> jax.Array:
 def loss_terms(
     sums: LossSums,
     stats: RouterStatsByStack,
-    totals: LossDenominators,
+    denominators: LossDenominators,
     config: Config,
     soft_weight: jax.Array | float = 0.0,
 ) -> dict[str, jax.Array]:
-    """The terms of the training loss, weights included; their sum is the loss.
+    """Computes the terms of the training loss, weights included; their sum is the loss.
 
-    Distillation: soft_weight · T² · soft cross-entropy, and `cross_entropy` counts 1 - soft_weight.
-    The gradient of the soft one shrinks as 1 / T², which the factor T² undoes, so that the
-    temperature does not change the balance of the two (Hinton et al. 2015, §2, and
-    `StudentTeacher` of Mesh TensorFlow).
+    `distillation` is soft_weight · T² · soft cross-entropy (T: temperature), and `cross_entropy`
+    has the weight 1 - soft_weight. The gradient of the soft cross-entropy shrinks as 1 / T²; the
+    factor T² compensates it, so that the temperature does not change the balance of the two terms
+    (Hinton et al. 2015, §2, and `StudentTeacher` of Mesh TensorFlow).
 
-    Auxiliary: α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4). Routers that
-    are balanced by construction, or learn nothing, have none.
+    `aux_loss` is α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4). It is 0 for
+    expert choice, which is balanced by construction, and for hash routing, which is not trained.
     """
-    moe, targets = config.moe, jnp.maximum(totals.targets, 1)
+    moe, targets = config.moe, jnp.maximum(denominators.targets, 1)
     terms = {
         "cross_entropy": sums.cross_entropy / targets,
         "z_loss": config.train.z_loss_weight * sums.z / targets,
@@ -216,53 +221,58 @@ def loss_terms(
     scale = 1 / layers if moe.aux_loss_reduction == "mean" else 1.0
     alpha = 0.0 if moe.router in ("expert_choice", "hash") else moe.aux_loss_weight
 
-    def over_layers(name: str, denominators: dict[str, jax.Array]) -> jax.Array:
+    def over_layers(name: str, by_stack: dict[str, jax.Array]) -> jax.Array:
         parts = [
-            jnp.sum(getattr(s, name)) / jnp.maximum(denominators[key.split("/")[0]], 1)
+            jnp.sum(getattr(s, name)) / jnp.maximum(by_stack[key.split("/")[0]], 1)
             for key, s in stats.items()
         ]
         return jnp.sum(jnp.stack(parts))
 
-    terms["aux_loss"] = scale * alpha * over_layers("balance", totals.groups)
-    terms["router_z_loss"] = scale * moe.z_loss_weight * over_layers("z", totals.tokens)
+    terms["aux_loss"] = scale * alpha * over_layers("balance", denominators.groups)
+    terms["router_z_loss"] = scale * moe.z_loss_weight * over_layers("z", denominators.tokens)
     return terms
 
 
 def router_metrics(stats: RouterStatsByStack, config: Config) -> dict[str, jax.Array]:
-    """`router/<stack>/<layer>/<name>`, layers counted from 0 over the whole stack, and means
-    over layers: of a stack, `router/<stack>/<name>`, and of both, `router/<name>`.
+    """Computes metrics of every sparse layer and their means over layers.
 
-    Experts in self-attention are `router/<stack>/<layer>/attention/<name>`. Loads are in units
-    of a fair share: 1 everywhere is perfect balance.
+    In `router/<stack>/<layer>/<name>` all layers of the stack are counted from 0; experts in
+    self-attention have `router/<stack>/<layer>/attention/<name>`. `router/<stack>/<name>` are means
+    over the layers of a stack, and `router/<name>` over all layers. Loads are in units of a fair
+    share: 1 everywhere is perfect balance.
     """
     metrics: dict[str, jax.Array] = {}
-    collected: dict[str, list[jax.Array]] = {}
+    values_of_mean: dict[str, list[jax.Array]] = {}
     for key, stacked in stats.items():
         stack = key.split("/")[0]
-        for i, place in enumerate(sparse_layer_names(key, config)):
+        for i, layer in enumerate(sparse_layer_names(key, config)):
             for name, value in _layer_metrics(jax.tree.map(lambda x: x[i], stacked)).items():  # noqa: B023
-                metrics[f"router/{place}/{name}"] = value
+                metrics[f"router/{layer}/{name}"] = value
                 for mean in (f"router/{name}", f"router/{stack}/{name}"):
-                    collected.setdefault(mean, []).append(value)
-    return metrics | {name: jnp.mean(jnp.stack(values)) for name, values in collected.items()}
+                    values_of_mean.setdefault(mean, []).append(value)
+    return metrics | {name: jnp.mean(jnp.stack(values)) for name, values in values_of_mean.items()}
 
 
 def sparse_layer_names(key: str, config: Config) -> list[str]:
-    """`<stack>/<layer>`, or `<stack>/<layer>/attention`, of the layers stacked in `Stats[key]`."""
+    """Returns the names of the layers that are stacked under a key of `RouterStatsByStack`.
+
+    A name is `<stack>/<layer>`, or `<stack>/<layer>/attention` for experts in self-attention.
+    """
     stack, sublayer = key.split("/")
     suffix = {"mlp": "", "self_attention": "/attention"}[sublayer]
     return [f"{stack}/{layer}{suffix}" for layer in config.sparse_layers(stack)]
 
 
-def _layer_metrics(sums: RouterStats) -> dict[str, jax.Array]:
-    tokens = jnp.maximum(sums.tokens, 1)
-    load_E = sums.load_E * sums.load_E.shape[0] / jnp.maximum(sums.load_E.sum(), 1)
+def _layer_metrics(stats: RouterStats) -> dict[str, jax.Array]:
+    """Computes the metrics of one layer: means over its tokens, and its loads."""
+    tokens = jnp.maximum(stats.tokens, 1)
+    load_E = stats.load_E * stats.load_E.shape[0] / jnp.maximum(stats.load_E.sum(), 1)
     return {
         "load_max": load_E.max(),
         "load_min": load_E.min(),
         "load_cv": load_E.std(),  # coefficient of variation: the mean is 1
-        "dropped_fraction": sums.dropped / tokens,
-        "entropy": sums.entropy / tokens,
-        "confidence": sums.confidence / tokens,
-        "z": sums.z / tokens,
+        "dropped_fraction": stats.dropped / tokens,
+        "entropy": stats.entropy / tokens,
+        "confidence": stats.confidence / tokens,
+        "z": stats.z / tokens,
     }
