@@ -30,38 +30,8 @@ from switch_jax.model.transformer import (
 Batch = Mapping[str, jax.Array]
 
 
-class MeshJit:
-    """A jitted function, traced, lowered and called with its mesh in context.
-
-    Several processes wait for each other between compiling and the first call, which decides on
-    the shapes.
-    """
-
-    def __init__(self, mesh: Mesh, function: Callable, **options: Any):
-        self._mesh = mesh
-        self._jitted = jax.jit(function, **options)
-        self._call: Callable | None = self._jitted if jax.process_count() == 1 else None
-
-    def __call__(self, *args: Any) -> Any:
-        if self._call is None:
-            self._call = self.lower(*args).compile()
-            barrier()
-        with jax.set_mesh(self._mesh):
-            return self._call(*args)
-
-    def trace(self, *args: Any) -> jax.stages.Traced:
-        """Traces for (abstract) arguments."""
-        with jax.set_mesh(self._mesh):
-            return self._jitted.trace(*args)
-
-    def lower(self, *args: Any) -> jax.stages.Lowered:
-        """Lowers for (abstract) arguments; `.compile()` it ahead of time."""
-        with jax.set_mesh(self._mesh):
-            return self._jitted.lower(*args)
-
-
 class ShardedModel:
-    """A model on a mesh, without an optimizer.
+    """Model on a mesh, without an optimizer.
 
     Args:
       config: of the model.
@@ -70,11 +40,11 @@ class ShardedModel:
     Attributes:
       metadata: axes and kind of every parameter, LoRA adapters included, by path.
       axes: the axes alone.
-      abstract_params: shapes, dtypes and shardings of these parameters, by path.
-      abstract_batch: those of the features of a global batch.
-      eval_step: jitted `(params, batch) → (LossSums, number of targets, router statistics)`.
+      abstract_params: shape, dtype and sharding of every parameter, by path.
+      abstract_batch: shape, dtype and sharding of every feature of a global batch.
+      eval_step: jitted `(params, batch) → (LossSums, sum of loss weights, router statistics)`.
 
-    Raises `UserError` where a device cannot hold the buffers of a dropless expert layer.
+    Raises `UserError` where a device has too little memory for the buffers of a dropless layer.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -102,20 +72,20 @@ class ShardedModel:
         self.eval_step = MeshJit(mesh, self._eval_step, out_shardings=replicated(mesh))
 
     def init_params(self) -> dict[str, jax.Array]:
-        """Returns fresh parameters by path; they depend on `train.seed` and not on the mesh."""
+        """Returns initial parameters by path; they depend on `train.seed`, not on the mesh."""
         model = SwitchTransformer(self.config, jax.random.key(self.config.train.seed))
         metadata = parameter_metadata(self._model)
         return init_adapters(dict(zip(metadata, jax.tree.leaves(model))), metadata, self.config)
 
     def model(self, params: Mapping[str, Any]) -> SwitchTransformer:
-        """Returns the model with these parameters, adapters merged."""
+        """Returns the model with these parameters, LoRA adapters merged."""
         return with_parameters(self._model, merge_adapters(params, self.config))
 
     def shard_batch(self, batch: Mapping[str, Any]) -> Batch:
         """Places this process's rows of a global batch on the mesh, as global arrays."""
         rows = batch_sharding(self.mesh)
         return {
-            # The shape is given, not inferred: processes that feed a row twice must fail.
+            # The global shape is an argument, so that it fails if two processes read the same row.
             name: jax.make_array_from_process_local_data(
                 rows, values, self.abstract_batch[name].shape
             )
@@ -125,7 +95,7 @@ class ShardedModel:
     def _eval_step(
         self, params: Mapping[str, jax.Array], batch: Batch
     ) -> tuple[LossSums, jax.Array, RouterStatsByStack]:
-        """Returns sums over a batch without dropout, at the evaluation capacity."""
+        """Returns sums over a batch, without dropout, at the evaluation capacity factor."""
         model = self.model(params)
         decoded, routes = model.route(batch, capacity_factor=self.config.moe.eval_capacity_factor)
         return (
@@ -136,28 +106,68 @@ class ShardedModel:
 
 
 def process_rows(mesh: Mesh) -> ProcessRows:
-    """The rows of every batch that this process feeds: those that its devices hold.
+    """Returns the rows of each global batch that this process reads: the rows of its devices.
 
-    Raises `UserError` for a mesh that leaves a process out or cuts the batch within processes.
+    Raises `UserError` for a mesh without devices of a process, and for a mesh that splits the batch
+    so that two processes have some of their rows in common.
     """
-    parts = num_batch_shards(mesh)
-    held: dict[int, set[int]] = {index: set() for index in range(jax.process_count())}
-    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((parts,))
-    for device, (rows,) in places.items():
-        held[device.process_index].add(rows.indices(parts)[0])
-    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
-    if len({len(share) for share in shares}) > 1:
+    num_parts = num_batch_shards(mesh)
+    parts_of_process: dict[int, set[int]] = {i: set() for i in range(jax.process_count())}
+    slices: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((num_parts,))
+    for device, (part,) in slices.items():
+        parts_of_process[device.process_index].add(part.indices(num_parts)[0])
+    groups = sorted({tuple(sorted(parts)) for parts in parts_of_process.values()})
+    if len({len(parts) for parts in groups}) > 1:
         raise UserError(
-            f"A mesh of {mesh.devices.size} devices gives the {len(held)} processes unequal parts"
-            f" of the batch; make the product of mesh.* {jax.device_count()}, all there are."
+            f"A mesh of {mesh.devices.size} devices gives the {len(parts_of_process)} processes"
+            " unequal parts of the batch; make the product of mesh.*"
+            f" {jax.device_count()}, all there are."
         )
-    if sum(map(len, shares)) != parts:
+    if sum(map(len, groups)) != num_parts:
         raise UserError(
             f"mesh.model={mesh.shape['model']} lets processes share some of their rows and not"
             f" others; make it a divisor or a multiple of {jax.local_device_count()}, the devices"
             " of a process."
         )
-    mine = tuple(sorted(held[jax.process_index()]))
-    first = next(index for index, rows in held.items() if tuple(sorted(rows)) == mine)
-    saves = first == jax.process_index()
-    return ProcessRows(parts, mine, shares.index(mine), len(shares), saves)
+    parts = parts_of_process[jax.process_index()]
+    group = groups.index(tuple(sorted(parts)))
+    first = next(i for i, others in parts_of_process.items() if others == parts)
+    return ProcessRows(
+        num_parts, groups[group], group, len(groups), first_in_group=first == jax.process_index()
+    )
+
+
+class MeshJit:
+    """Jitted function that is traced, lowered and called with its mesh in context.
+
+    With several processes, the first call compiles for the shapes of its arguments, then waits at a
+    barrier, so that no process begins to run while another one still compiles.
+
+    Args:
+      mesh: as from `make_mesh`.
+      function: to jit.
+      options: of `jax.jit`.
+    """
+
+    def __init__(self, mesh: Mesh, function: Callable, **options: Any):
+        self._mesh = mesh
+        self._jitted = jax.jit(function, **options)
+        self._call: Callable | None = self._jitted if jax.process_count() == 1 else None
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the function."""
+        if self._call is None:
+            self._call = self.lower(*args).compile()
+            barrier()
+        with jax.set_mesh(self._mesh):
+            return self._call(*args)
+
+    def trace(self, *args: Any) -> jax.stages.Traced:
+        """Traces the function for (abstract) arguments."""
+        with jax.set_mesh(self._mesh):
+            return self._jitted.trace(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lowers the function for (abstract) arguments, to compile it ahead of time."""
+        with jax.set_mesh(self._mesh):
+            return self._jitted.lower(*args)
