@@ -1,21 +1,20 @@
-"""T5-Base, taught SuperGLUE by a Switch-Base that was fine-tuned on it (the paper's Table 8).
+"""Distillation of a fine-tuned Switch-Base into T5-Base on SuperGLUE (paper, Table 8).
 
     switch-jax train --workdir runs/superglue_distilled --config.data.data_dir=DIR \\
         --config configs/distill/superglue_to_t5_base.py:teacher=runs/superglue/checkpoints/9800
 
-The teacher is the checkpoint that `configs/finetune/superglue.py` ends by naming as its best one.
-The student begins as a pretrained T5-Base, `student`; of how it began in the paper nothing is told.
+The teacher is the best checkpoint of `configs/finetune.py:task=superglue`, which prints its path.
+The student starts from a pretrained T5-Base, `student`; the paper does not give its initialisation.
 """
 
 from ml_collections import ConfigDict
 
-from switch_jax.config import fine_tuning, parse_arg
+from switch_jax.config import parse_arg, read_config_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`teacher` ('runs/superglue'), `student` ('runs/t5_base'): WORKDIRs, or checkpoints."""
+    """`teacher` (runs/superglue) and `student` (runs/t5_base): WORKDIRs or checkpoints."""
     args = parse_arg(arg, teacher="runs/superglue", student="runs/t5_base")
-    config = fine_tuning(num_experts=0)
+    config = read_config_file("finetune:task=superglue,num_experts=0")
     config.init_from, config.distill.teacher = args.student, args.teacher
-    config.data.update(mixture="super_glue", inputs_length=512, targets_length=62, batch_size=2048)
     return config

@@ -125,12 +125,12 @@ def find_size(name: str) -> Size:
 
 
 def finetuned_run(upstream: str, run: SweepRun, size: Size, task: str) -> SweepRun:
-    """Fine-tuning of a run called `upstream` on a task, a file in configs/finetune.
+    """Returns the fine-tuning of a run called `upstream` on a task of `finetune.py`.
 
     The model is that of `run`; dropout, data and schedule are the task's.
     """
     made = load_config(run.config, run.texts())
-    spec = f"finetune/{task}:num_experts={made.moe.num_experts}"
+    spec = f"finetune:task={task},num_experts={made.moe.num_experts}"
     ours, theirs = flatten_config(made), flatten_config(load_config(spec))
     model = {
         key: value

@@ -16,17 +16,15 @@ import subprocess
 from pathlib import Path
 
 from switch_jax import __version__
-from switch_jax.config import Config, config_differences, config_from_dict, config_to_dict
+from switch_jax.config import (
+    Config,
+    change_effect,
+    config_differences,
+    config_from_dict,
+    config_to_dict,
+)
 from switch_jax.errors import UserError
 from switch_jax.files import write_atomically
-
-# What a checkpoint cannot be continued with once it differs. The rest (steps, intervals, mesh,
-# learning rate, …) may change between two runs of the same WORKDIR.
-_FIXED = (
-    *("model", "moe", "lora", "optimizer.name", "optimizer.trained"),
-    *("data.mixture", "data.reader"),
-)
-_FREE = ("model.remat",)
 
 
 class Workdir:
@@ -66,9 +64,10 @@ class Workdir:
     def check(self, config: Config) -> None:
         """Raises `UserError` where the folder holds a run of another model; writes nothing."""
         if self.config_file.exists():
-            found = config_differences(self.config(), config).items()
             differences = [
-                text for key, text in found if key.startswith(_FIXED) and key not in _FREE
+                text
+                for key, text in config_differences(self.config(), config).items()
+                if change_effect(key) == "checkpoint"
             ]
             if differences:
                 raise UserError(

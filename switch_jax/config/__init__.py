@@ -6,7 +6,6 @@ from switch_jax.config.load import (
     config_from_dict,
     config_to_dict,
     defaults,
-    fine_tuning,
     flatten_config,
     load_config,
     override_config,
@@ -24,6 +23,7 @@ from switch_jax.config.schema import (
     MoEConfig,
     OptimizerConfig,
     TrainConfig,
+    change_effect,
 )
 from switch_jax.config.validation import validate
 
@@ -39,11 +39,11 @@ __all__ = [
     "OptimizerConfig",
     "TrainConfig",
     "call_config_function",
+    "change_effect",
     "config_differences",
     "config_from_dict",
     "config_to_dict",
     "defaults",
-    "fine_tuning",
     "flatten_config",
     "load_config",
     "override_config",

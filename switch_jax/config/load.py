@@ -1,8 +1,8 @@
-"""Configuration: frozen dataclasses, made once from a `ConfigDict` and its overrides.
+"""Config files: loading, overrides, and conversion to a frozen `Config`.
 
-`configs/*.py` start from `defaults()`, a `ConfigDict` with every key there is, and change
-what they need. `load()` runs such a file, applies the command line's overrides and
-converts the result, strictly, to a frozen `Config`. Nothing behind it sees a `ConfigDict`.
+A config file starts from `defaults()`, a `ConfigDict` with every key, and changes some of them.
+`load_config` runs the file, applies the overrides of the command line, and converts the result
+to a validated `Config`. Only config files and this module handle a `ConfigDict`.
 """
 
 import ast
@@ -23,31 +23,19 @@ from switch_jax.errors import UserError
 
 
 def defaults() -> ConfigDict:
-    """A `ConfigDict` that holds every key with its default; what `configs/*.py` start from."""
-    # Neither locked nor type-safe: `from_dict` checks keys and types, and says it better.
+    """Returns a `ConfigDict` with every key and its default, for a config file to change."""
+    # Neither locked nor type-safe: `config_from_dict` checks keys and types with better messages.
     return ConfigDict(dataclasses.asdict(Config()), type_safe=False)
 
 
-def fine_tuning(num_experts: int) -> ConfigDict:
-    """`defaults()` with the paper's recipe for fine-tuning Switch-Base (sections 4.1 and 5.6).
-
-    16k steps, of which every 200th is evaluated and the best one counts, with more dropout in
-    experts than elsewhere; T5's constant learning rate. Batches are to have 2^20 tokens.
-    """
-    config = defaults()
-    config.model.dropout_rate = 0.1
-    config.moe.update(num_experts=num_experts, expert_dropout_rate=0.4 * (num_experts > 0))
-    config.data.pack = True
-    config.optimizer.update(schedule="constant", learning_rate=1e-3, warmup_steps=0)
-    config.train.update(steps=16_000, eval_every=200, checkpoint_every=200, keep_best="average")
-    return config
-
-
 def parse_arg(arg: str, **known: Any) -> types.SimpleNamespace:
-    """Reads `name=value,…`, the part of `--config file.py:…` behind the colon.
+    """Parses `name=value,…`, the part of `--config FILE:…` after the colon.
 
-    `known` gives the names that exist with their defaults, whose type a value must have.
-    Raises `UserError` for any other name or type.
+    Args:
+      arg: the text.
+      known: names and their defaults; a value must have the type of its default.
+
+    Raises `UserError` for another name or type.
     """
     values = dict(known)
     for item in filter(None, arg.split(",")):
@@ -60,15 +48,15 @@ def parse_arg(arg: str, **known: Any) -> types.SimpleNamespace:
 
 
 def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
-    """Runs a config file and applies overrides.
+    """Returns the config of a file or preset, with overrides.
 
     Args:
       spec: `FILE` or `FILE:name=value,…`, where FILE is a path or the name of a preset.
-      overrides: dotted key → text of its value, as on the command line.
+      overrides: text of the value by dotted key, as on the command line.
 
-    Raises `UserError` for a missing file, an unknown key, or a value that cannot be.
+    Raises `UserError` for a missing file, an unknown key, or an invalid value.
     """
-    return config_from_dict(_overridden(read_config_file(spec).to_dict(), overrides or {}))
+    return config_from_dict(_with_overrides(read_config_file(spec).to_dict(), overrides or {}))
 
 
 def read_config_file(spec: str) -> ConfigDict:
@@ -76,7 +64,7 @@ def read_config_file(spec: str) -> ConfigDict:
     config = call_config_function(spec, "get_config", "Config")
     if not isinstance(config, ConfigDict):
         path = spec.partition(":")[0]
-        raise UserError(f"get_config in {path!r} must return what it made of defaults().")
+        raise UserError(f"get_config in {path!r} must return the ConfigDict of defaults().")
     return config
 
 
@@ -99,8 +87,8 @@ def call_config_function(spec: str, function: str, kind: str, folder: str = "") 
 
 
 def override_config(config: Config, overrides: Mapping[str, str]) -> Config:
-    """`config` with dotted keys changed to the values of their texts; raises `UserError`."""
-    return config_from_dict(_overridden(config_to_dict(config), overrides))
+    """Returns `config` with other values, given as text by dotted key; raises `UserError`."""
+    return config_from_dict(_with_overrides(config_to_dict(config), overrides))
 
 
 def config_from_dict(raw: dict[str, Any]) -> Config:
@@ -111,17 +99,17 @@ def config_from_dict(raw: dict[str, Any]) -> Config:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, the inverse of `from_dict`."""
+    """Returns nested plain values, the inverse of `config_from_dict`."""
     return dataclasses.asdict(config)
 
 
 def flatten_config(config: Config) -> dict[str, Any]:
-    """Plain values by dotted key."""
-    return dict(_flat(config_to_dict(config), ""))
+    """Returns plain values by dotted key."""
+    return dict(_flatten(config_to_dict(config), ""))
 
 
 def config_differences(old: Config, new: Config) -> dict[str, str]:
-    """How two configs differ, in words by dotted key."""
+    """Returns a description of each value that differs, by dotted key."""
     before = flatten_config(old)
     return {
         key: f"{key} is {before[key]!r} there and {value!r} here"
@@ -130,10 +118,10 @@ def config_differences(old: Config, new: Config) -> dict[str, str]:
     }
 
 
-def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -145,26 +133,28 @@ def _literal(text: str) -> Any:
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
-def _overridden(raw: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+def _with_overrides(raw: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
     for key, text in overrides.items():
         *parents, last = key.split(".")
         node: Any = raw
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node:
-            raise _unknown(key, _dotted(raw))
+            raise _unknown_key(key, _dotted_keys(raw))
         node[last] = _literal(text)
     return raw
 
 
-def _dotted(raw: dict[str, Any], prefix: str = "") -> list[str]:
+def _dotted_keys(raw: dict[str, Any], prefix: str = "") -> list[str]:
     keys = []
     for name, value in raw.items():
-        keys += _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        keys += (
+            _dotted_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        )
     return keys
 
 
-def _unknown(key: str, known: list[str]) -> UserError:
+def _unknown_key(key: str, known: list[str]) -> UserError:
     by_last_part = {k.split(".")[-1]: k for k in known}
     close = difflib.get_close_matches(key, known, n=1) or [
         by_last_part[k] for k in difflib.get_close_matches(key.split(".")[-1], by_last_part, n=1)
@@ -177,7 +167,7 @@ def _convert(cls: type, raw: dict[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for name in raw:
         if name not in hints:
-            raise _unknown(prefix + name, [prefix + k for k in hints])
+            raise _unknown_key(prefix + name, [prefix + k for k in hints])
     values = {}
     for name, value in raw.items():
         key, kind = prefix + name, hints[name]
@@ -191,14 +181,14 @@ def _convert(cls: type, raw: dict[str, Any], prefix: str) -> Any:
 
 
 def _check(key: str, value: Any, kind: Any) -> Any:
-    """`value` as a `kind` (a plain type, a `Literal`, or either `| None`)."""
+    """Returns `value` as a `kind`: a plain type, a `Literal`, or one of both `| None`."""
     if isinstance(kind, types.UnionType):
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        if value is None and "none" in choices:  # how the command line reads `none`
+        if value is None and "none" in choices:  # `_literal` reads none as None
             return "none"
         if value not in choices:
             raise UserError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
@@ -206,8 +196,8 @@ def _check(key: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{key} must be {_NAMES[kind]}, not {value!r}.")
+        raise UserError(f"{key} must be {_TYPE_NAMES[kind]}, not {value!r}.")
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}

@@ -1,6 +1,7 @@
 """Presets: lookup of the config files that ship with the package."""
 
 import contextlib
+import difflib
 import runpy
 import sys
 from collections.abc import Iterator
@@ -45,9 +46,12 @@ def find_config_file(name: str, kind: str, folder: str = "") -> Path:
     if not path.is_absolute() and preset.is_file():
         return preset
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    names = preset_names(folder)
+    close = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean {close[0]}? Presets" if close else "name a file, or a preset; presets"
     raise UserError(
-        f"{kind} file {name!r} does not exist{where}, and no preset has that name; name a file or"
-        f" one of {', '.join(preset_names(folder))}."
+        f"{kind} file {name!r} does not exist{where}, and no preset has that name; {hint} are"
+        f" {', '.join(names)}."
     )
 
 

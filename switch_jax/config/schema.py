@@ -1,15 +1,30 @@
-"""Everything there is to set, as frozen dataclasses, and the arithmetic that follows from it."""
+"""Schema of the configuration: every key with its type and default, as frozen dataclasses.
+
+A key says what a change of it affects in a run that has begun (`ChangeEffect`), where that
+differs from its group's effect.
+"""
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from dataclasses import field
+from typing import Any, Literal, NamedTuple
 
 STACKS = ("encoder", "decoder")
+
+# checkpoint: the run's checkpoints no longer fit, so the run cannot be continued.
+# results: the run can be continued, but its numbers are those of two configurations.
+# none: no number depends on the key.
+ChangeEffect = Literal["checkpoint", "results", "none"]
+
+
+def _key(default: Any, change: ChangeEffect) -> Any:
+    """Returns a field with a default and the effect of a change; without it, the group's holds."""
+    return field(default=default, metadata={"change": change})
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The T5 encoder-decoder backbone; the defaults are T5-Base as the paper counts it."""
+    """T5 encoder-decoder; the defaults are T5-Base as the paper counts it."""
 
     vocab_size: int = 32128
     d_model: int = 768
@@ -22,98 +37,107 @@ class ModelConfig:
     tied_embeddings: bool = True
     dropout_rate: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; parameters are float32
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    # Which activations the backward pass recomputes: none, all but matmuls, or all.
+    remat: Literal["none", "dots", "full"] = _key("none", change="none")
     relative_buckets: int = 32
     relative_max_distance: int = 128
-    init_scale: float = 0.1  # s of the paper's §2.4; 1.0 is the usual Transformer
+    init_scale: float = 0.1  # s of paper §2.4; 1.0 is the usual Transformer initialisation
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """The expert layers: how many experts, where, and how tokens find them."""
+    """Mixture-of-experts layers: number and placement of experts, routing, capacity, losses."""
 
     num_experts: int = 0  # 0: a dense T5
-    every: int = 2  # the last of every so many layers is sparse
-    first: int | None = None  # only among the first so many layers of a stack
-    last: int | None = None  # only among the last so many
+    every: int = 2  # every n-th layer has experts
+    first: int | None = None  # experts only in the first n layers of a stack; None: in all
+    last: int | None = None  # experts only in the last n layers of a stack; None: in all
     stacks: Literal["both", "encoder", "decoder"] = "both"
-    # attention: one set of experts for queries, one for shared keys and values (Appendix A)
+    # attention: experts project queries, and shared keys and values (paper, Appendix A)
     sublayer: Literal["ff", "attention", "both"] = "ff"
-    shared_d_ff: int = 0  # width of a feed-forward expert that takes every token; 0: none
+    shared_d_ff: int = 0  # width of a feed-forward expert that receives every token; 0: none
     router: Literal["switch", "top_k", "ntlb", "batch_prioritized", "expert_choice", "hash"] = (
         "switch"
     )
-    # Experts a token goes to, for ntlb those it may try; None: 4 for ntlb, 2 for top_k, else 1.
+    # Experts per token (ntlb: experts a token may try); None: 4 for ntlb, 2 for top_k, else 1.
     top_k: int | None = None
     renormalize: bool = False  # divide a token's gates by their sum (Mesh TensorFlow)
-    # Whether experts after a token's first take it: always, never, if their gate is above
+    # Use of a token's second and later experts: always, never, where their gate is above
     # second_threshold, or with probability gate / second_threshold (Mesh TensorFlow's default).
     second_policy: Literal["all", "none", "threshold", "random"] = "all"
     second_threshold: float = 0.2
-    # Exploration, in training: noise on the router's input, or experts drawn at random.
+    # Exploration during training: noise on the router's input, or sampled experts.
     jitter: float = 0.0  # the input is multiplied by uniform(1 - jitter, 1 + jitter)
     input_dropout_rate: float = 0.0
-    sampling_temperature: float = 0.0  # draw from softmax(logits / temperature); 0: the best
+    sampling_temperature: float = 0.0  # sample from softmax(logits / temperature); 0: argmax
     router_dtype: Literal["float32", "bfloat16"] = "float32"
     capacity_factor: float | None = 1.25  # None: dropless
     eval_capacity_factor: float | None = 2.0
-    # Slots of an expert in a group, in place of both factors (Hugging Face: 64 for each sequence).
+    # Slots per expert and group, instead of both factors (Hugging Face: 64 per sequence).
     expert_capacity: int | None = None
     capacity_rounding: Literal["ceil", "floor"] = "ceil"  # floor: Mesh TensorFlow
     min_capacity: int = 4
-    group_size: int = 8192  # tokens that compete for the same slots, at the most
-    # routed: padding goes to experts and counts as any token (Hugging Face)
+    group_size: int = 8192  # maximum number of tokens that share the slots of the experts
+    # routed: padding is routed and counted as any token (Hugging Face)
     padding: Literal["skipped", "routed"] = "skipped"
     aux_loss_weight: float = 0.01
     aux_loss_reduction: Literal["sum", "mean"] = "sum"  # over layers; mean: T5X
     z_loss_weight: float = 0.0  # of the router's logits
-    # Balance without a loss: step of a bias that ranks idle experts up (DeepSeek-V3: 0.001).
+    # Balance without a loss: update rate of a bias added to the ranking (DeepSeek-V3: 0.001).
     balance_bias_rate: float = 0.0
     expert_dropout_rate: float = 0.0
 
     @property
     def num_selected(self) -> int:
-        """`top_k`, or where it is None what is usual for the router."""
+        """Number of experts selected per token: `top_k`, or the router's default."""
         if self.top_k is not None:
             return self.top_k
         return min({"top_k": 2, "ntlb": 4}.get(self.router, 1), self.num_experts)
 
     @property
     def max_experts_per_token(self) -> int:
-        """Experts a token is in at the most: ntlb tries several and takes one."""
+        """Maximum number of experts that process a token (ntlb tries several and uses one)."""
         return {"ntlb": 1, "expert_choice": self.num_experts}.get(self.router, self.num_selected)
 
     @property
     def in_token_order(self) -> bool:
-        """Whether experts take tokens in order, so that a group need not be seen as a whole."""
+        """Whether slots are assigned in token order, so that a group may span devices."""
         return self.router in ("switch", "top_k", "hash")
 
     @property
     def uses_random_numbers(self) -> bool:
-        """Whether training draws random numbers for the router or the experts."""
+        """Whether the router or the experts use random numbers during training."""
         rates = self.jitter, self.input_dropout_rate, self.sampling_temperature
         return any(rates) or self.expert_dropout_rate > 0 or self.second_policy == "random"
 
     def capacity(self, tokens: int, factor: float | None) -> int:
-        """Slots of one expert in a group of `tokens` (paper, eq. 3, without a factor k).
+        """Slots per expert in a group (paper, eq. 3, without a factor k).
 
-        `factor` None is dropless: a slot for every token. Otherwise `expert_capacity`, or where
-        that is None what the factor gives, and at least `min_capacity`; never more than `tokens`.
+        Args:
+          tokens: in the group.
+          factor: capacity factor; None is dropless, one slot per token.
+
+        Otherwise `expert_capacity` or, where it is None, factor · tokens / num_experts, rounded
+        and at least `min_capacity`; never more than `tokens`.
         """
         if factor is None:
             return tokens
         if self.expert_capacity is not None:
             return min(self.expert_capacity, tokens)
         rounded = {"ceil": math.ceil, "floor": math.floor}[self.capacity_rounding]
-        # Rounded first: 1.1 × 320 / 32 must be 11 slots, not 12 for an error in the last bit.
+        # Rounded to 9 digits first: 1.1 × 320 / 32 must be 11 slots, not 12 by a rounding error.
         share = rounded(round(factor * tokens / self.num_experts, 9))
         return min(max(share, self.min_capacity), tokens)
 
     def group_rows(self, batch_size: int, length: int) -> int:
-        """Rows of a group: the largest divisor of the global batch that keeps it small enough.
+        """Rows per group: the largest divisor of the global batch that fits `group_size`.
 
-        A group is a whole number of rows with at most max(group_size, length) tokens. It
+        A group is a whole number of rows with at most max(group_size, length) tokens. The number
         depends on the config alone, so that the loss is the same on every mesh.
+
+        Args:
+          batch_size: rows of the global batch.
+          length: tokens per row.
         """
         most = max(self.group_size, length) // length
         return max(r for r in range(1, min(most, batch_size) + 1) if batch_size % r == 0)
@@ -121,140 +145,141 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it becomes batches."""
+    """Training data: sources, reader, vocabulary and shape of the batches."""
 
-    mixture: str = "python_docs"  # sources: data/catalog.py; with or without rates: data/mixture.py
-    # store: tokens that `data pack` wrote, or that are packed into the cache on first use;
-    # seqio: text as it streams
-    reader: Literal["store", "seqio", "synthetic"] = "store"
-    data_dir: str | None = None  # folder or bucket of the sources, or of what `data pack` wrote
-    rate_exponent: float = 1.0  # sources without a rate are drawn as (documents)^rate_exponent
-    counts: str | None = None  # a JSON file of documents by source, where these do not tell
-    on_bad_record: Literal["skip", "error"] = "skip"  # both say what and where
-    vocabulary: str | None = None  # a SentencePiece model, or bytes; None: trained on the mixture
+    # Sources with or without rates (data/mixture.py); data/catalog.py has the names of sources.
+    mixture: str = _key("python_docs", change="checkpoint")
+    # store: a token store written by `data pack`, or packed into the cache on first use;
+    # seqio: text, tokenised while training
+    reader: Literal["store", "seqio", "synthetic"] = _key("store", change="checkpoint")
+    data_dir: str | None = None  # folder or bucket of the sources or of the token store
+    rate_exponent: float = 1.0  # a source without a rate has rate (documents)^rate_exponent
+    counts: str | None = None  # JSON file of documents by source, for sources without counts
+    on_bad_record: Literal["skip", "error"] = "skip"  # both report file and line
+    vocabulary: str | None = None  # SentencePiece model, or bytes; None: trained on the mixture
     inputs_length: int = 512
     targets_length: int = 114
-    batch_size: int = 2048  # sequences, over all devices
-    pack: bool = False  # keep documents apart, as segments of one row
-    seed: int = 0  # of the rows to train on; those of validation do not depend on it
+    batch_size: int = 2048  # sequences of the global batch
+    pack: bool = False  # several examples per row, as separate segments
+    seed: int = 0  # of the order of training rows; validation rows do not depend on it
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer and its learning rate schedule."""
+    """Optimizer and learning-rate schedule."""
 
-    name: Literal["adafactor", "adamw", "lion", "sgd"] = "adafactor"
+    name: Literal["adafactor", "adamw", "lion", "sgd"] = _key("adafactor", change="checkpoint")
     learning_rate: float = 1.0
     schedule: Literal["rsqrt", "constant", "linear", "cosine"] = "rsqrt"
     warmup_steps: int = 10_000
-    cooldown_steps: int = 0  # linear descent to zero at the end of training
-    weight_decay: float = 0.0  # not of norms and relative biases
-    memory: Literal["device", "host"] = "device"  # where its state lies between two steps
-    # Which parameters are trained: all, experts, non_experts, attention, or those whose path a
-    # regular expression is found in. The others stay as they are, and have no state.
-    trained: str = "all"
+    cooldown_steps: int = 0  # linear decay to zero at the end of training
+    weight_decay: float = 0.0  # norms and biases excluded
+    memory: Literal["device", "host"] = "device"  # of the optimizer state between two steps
+    # Trained parameters: all, experts, non_experts, attention, or a regular expression that is
+    # searched in their paths. The other parameters are constant and have no optimizer state.
+    trained: str = _key("all", change="checkpoint")
     max_grad_norm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop: how long, and what happens how often (in steps)."""
+    """Training loop; intervals are in steps."""
 
     steps: int = 550_000
     seed: int = 0
-    accumulate: int = 1  # microbatches a step
+    accumulate: int = _key(1, change="none")  # microbatches per step
     z_loss_weight: float = 1e-4  # of the output logits
-    log_every: int = 100
+    log_every: int = _key(100, change="none")
     eval_every: int = 1000
     eval_batches: int = 20
-    checkpoint_every: int = 5000
-    keep_checkpoints: int = 3
-    keep_best: str | None = None  # and the one that is best by this metric of evaluations
-    idle_expert_steps: int = 1000  # without a token, after which an expert is reported
+    checkpoint_every: int = _key(5000, change="none")
+    keep_checkpoints: int = _key(3, change="none")  # newest ones
+    keep_best: str | None = None  # the best one by this evaluation metric is kept, too
+    idle_expert_steps: int = 1000  # an expert without tokens for so long is reported
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """How fine-tuning tasks are evaluated, beside their loss."""
+    """Evaluation of fine-tuning tasks."""
 
-    # What is compared with the answers: the text that the model writes or, where there are
-    # classes, the one whose text is the most likely.
+    # Prediction of an example: the generated text or, for tasks with classes, the class whose
+    # text has the highest likelihood.
     method: Literal["generate", "rank"] = "generate"
     beam_size: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Device mesh: sizes of its axes; -1 stands for whatever devices are left."""
+    """Device mesh: sizes of its axes; -1: all devices that are left."""
 
     slice: int = 1
     data: int = -1
     expert: int = 1
     model: int = 1
-    fsdp: bool = False  # parameters and optimizer state are split over `data` too
+    fsdp: bool = False  # split parameters and optimizer state over `data`, too
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adaptation: of some matrices, a thin product is trained and nothing else."""
+    """Low-rank adaptation: only low-rank products added to some matrices are trained."""
 
     rank: int = 0  # 0: none
-    alpha: float = 16.0  # the product counts alpha / rank
-    of: str = "attention/|experts/"  # a regular expression found in the paths of the matrices
+    alpha: float = 16.0  # the product is scaled by alpha / rank
+    of: str = "attention/|experts/"  # regular expression, searched in the paths of matrices
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """Distillation: a trained model's probabilities are targets beside the data's own.
+    """Distillation: the teacher's probabilities are targets in addition to the data's.
 
     loss = (1 - soft_weight) · cross-entropy + soft_weight · T² · soft cross-entropy + …
     """
 
-    teacher: str | None = None  # a WORKDIR, a checkpoint, or a foreign one's folder; None: none
-    soft_weight: float = 0.25  # the paper's §4.2; 0: no teacher
-    temperature: float = 1.0  # T, of both models' probabilities; the paper tells none
-    start_step: int = 0  # after how many steps; until then the data's targets count alone
+    teacher: str | None = None  # WORKDIR, checkpoint, or foreign checkpoint; None: none
+    soft_weight: float = 0.25  # paper §4.2; 0: no teacher
+    temperature: float = 1.0  # T of both models' probabilities; the paper does not give one
+    start_step: int = 0  # soft_weight is 0 before this step
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run depends on."""
+    """Configuration of a run."""
 
-    model: ModelConfig = ModelConfig()
-    moe: MoEConfig = MoEConfig()
+    model: ModelConfig = field(default=ModelConfig(), metadata={"change": "checkpoint"})
+    moe: MoEConfig = field(default=MoEConfig(), metadata={"change": "checkpoint"})
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
-    lora: LoRAConfig = LoRAConfig()
+    lora: LoRAConfig = field(default=LoRAConfig(), metadata={"change": "checkpoint"})
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
-    mesh: MeshConfig = MeshConfig()
-    init_from: str | None = None  # checkpoint whose parameters training starts from
-    init_rules: str = ""  # which is taken from where, PATTERN -> NAME; …: see transfer.py
-    # The optimizer's statistics: fresh, or those of init_from. Steps are counted from 0 either way.
+    mesh: MeshConfig = field(default=MeshConfig(), metadata={"change": "none"})
+    init_from: str | None = None  # checkpoint of the initial parameters; None: random ones
+    init_rules: str = ""  # which parameter is read from which, PATTERN -> NAME; …: transfer.py
+    # Optimizer state: fresh, or that of init_from. Steps are counted from 0 in both cases.
     init_optimizer: Literal["fresh", "loaded"] = "fresh"
 
     @property
     def sparse(self) -> bool:
-        """Whether the model has expert layers at all."""
+        """Whether the model has expert layers."""
         return self.moe.num_experts > 0
 
     @property
     def distilled(self) -> bool:
-        """Whether a teacher takes part in training."""
+        """Whether training uses a teacher."""
         return self.distill.teacher is not None and self.distill.soft_weight > 0
 
     def num_layers(self, stack: str) -> int:
-        """Layers of the encoder or the decoder."""
+        """Returns the number of layers of the encoder or the decoder."""
         model = self.model
         return {"encoder": model.num_encoder_layers, "decoder": model.num_decoder_layers}[stack]
 
     def length(self, stack: str) -> int:
-        """Tokens of a row of the encoder or the decoder."""
+        """Returns the tokens per row of the encoder or the decoder."""
         return {"encoder": self.data.inputs_length, "decoder": self.data.targets_length}[stack]
 
     def block_runs(self, stack: str) -> tuple["BlockRun", ...]:
-        """The layers of a stack in order, as runs of blocks that are alike."""
+        """Returns the layers of a stack in order, as runs of equal blocks."""
         moe, layers = self.moe, self.num_layers(stack)
         if not self.sparse or moe.stacks not in ("both", stack):
             return (BlockRun(layers, 1, False),)
@@ -267,7 +292,7 @@ class Config:
         return tuple(run for run in runs if run.blocks)
 
     def sparse_layers(self, stack: str) -> tuple[int, ...]:
-        """Numbers of the layers with experts, from 0."""
+        """Returns the indices of the layers with experts, from 0."""
         numbers: list[int] = []
         start = 0
         for run in self.block_runs(stack):
@@ -279,8 +304,22 @@ class Config:
 
 
 class BlockRun(NamedTuple):
-    """Equal blocks of layers, one after the other; of a sparse block the last layer is sparse."""
+    """Consecutive equal blocks of layers; the last layer of a sparse block has experts."""
 
     blocks: int
-    layers: int  # of a block
+    layers: int  # per block
     sparse: bool
+
+
+def change_effect(key: str) -> ChangeEffect:
+    """Returns what a change of a dotted key affects in a run that has begun.
+
+    Raises `KeyError` for a key that does not exist.
+    """
+    effect: ChangeEffect = "results"
+    group: Any = Config()
+    for name in key.split("."):
+        fields = {one.name: one for one in dataclasses.fields(group)}
+        effect = fields[name].metadata.get("change", effect)
+        group = getattr(group, name)
+    return effect

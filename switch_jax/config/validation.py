@@ -1,4 +1,4 @@
-"""Which combinations of values are impossible, each with the sentence that says what to change."""
+"""Validation of a config: ranges of values and contradictions between them."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from switch_jax.errors import UserError
 
 
 def validate(config: Config) -> None:
-    """Raises `UserError` for a config that cannot be; its types are right already."""
+    """Raises `UserError` for values out of range or in contradiction; types are checked before."""
     _check_ranges(config)
     if config.sparse:
         _check_placement(config)
@@ -65,7 +65,7 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-_LEAST = {
+_MINIMUMS = {
     "model": {
         1: "vocab_size d_model d_ff num_heads head_dim num_encoder_layers num_decoder_layers"
         " relative_max_distance",
@@ -89,7 +89,7 @@ _LEAST = {
 
 
 def _check_ranges(config: Config) -> None:
-    for group, by_minimum in _LEAST.items():
+    for group, by_minimum in _MINIMUMS.items():
         for minimum, names in by_minimum.items():
             for name in names.split():
                 value = getattr(getattr(config, group), name)

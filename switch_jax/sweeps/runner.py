@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from switch_jax.checkpoint import Workdir, last_logged_step
-from switch_jax.config import Config, config_differences, load_config
+from switch_jax.config import Config, change_effect, config_differences, load_config
 from switch_jax.distributed import record_signals
 from switch_jax.errors import UserError
 from switch_jax.model import train_flops
@@ -235,17 +235,13 @@ def _seeds(seed: int) -> dict[str, str]:
     return {"train.seed": str(seed), "data.seed": str(seed)}
 
 
-# What changes no number, and so may change in a run that has begun.
-_FREE = (
-    *("mesh.", "train.accumulate", "model.remat"),
-    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
-)
-
-
 def _changes(old: Config, new: Config) -> list[str]:
-    """What a run that has begun would do otherwise, in words; paths of other runs may differ."""
+    """Returns up to three changes that affect the results of a run that has begun.
+
+    Paths of other runs may differ.
+    """
     return [
         text
         for key, text in config_differences(old, new).items()
-        if not key.startswith(_FREE) and "{run:" not in text
+        if change_effect(key) != "none" and "{run:" not in text
     ][:3]

@@ -1,35 +1,54 @@
-"""configs/*.py resolve to what was reviewed, and bad input ends in one sentence.
+"""Presets resolve to the reviewed configs, and wrong input gives one sentence.
 
-`python tests/test_configs.py` writes the golden files anew; review their diff.
+`python scripts/golden/make_configs.py` writes the reviewed configs again; review their diff.
 """
 
+import configparser
 import json
 import math
 import re
 import shlex
+import sys
 
 import pytest
 
-from switch_jax.config.load import config_from_dict, config_to_dict, load_config
+from switch_jax.config import (
+    Config,
+    change_effect,
+    config_from_dict,
+    config_to_dict,
+    flatten_config,
+    load_config,
+)
 from switch_jax.distributed.mesh import check_mesh, resolve_mesh
 from switch_jax.errors import UserError
 from switch_jax.model.flops import format_si, params_by_group
 from switch_jax.performance.cost_model import cost_summary
-from tests.support.paths import CONFIGS, GOLDEN
+from switch_jax.sweeps.spec import load_sweep
+from tests.support.paths import CONFIGS, GOLDEN, ROOT
 
 GOLDEN_CONFIGS = GOLDEN / "configs"
 WITH_TABLE9 = ("switch_base", "switch_large", "switch_xxl", "switch_c", "t5_base", "t5_large")
 PAPER = (*WITH_TABLE9, "t5_xxl", "moe_base", "mt5_base", "mswitch_base")
 
-# Golden file → config spec: every preset there is, and every variant.
+FINETUNING_TASKS = (
+    *("glue", "superglue", "squad", "cnn_dailymail", "xsum", "winogrande"),
+    *("anli", "arc", "closed_book_qa", "pairs"),
+)
+
+# Config spec by golden file: every preset and every variant.
 SPECS = {
     path.stem: str(path)
     for path in sorted(CONFIGS.rglob("*.py"))
-    if path.parent.name != "sweeps"  # test_sweep.py has those
-} | {f"{name}-table9": f"{CONFIGS / name}.py:variant=table9" for name in WITH_TABLE9}
+    if path.parent.name != "sweeps"  # tests/sweeps/test_spec.py has the sweeps
+    if path.name != "finetune.py"
+}
+SPECS |= {task: f"{CONFIGS / 'finetune.py'}:task={task}" for task in FINETUNING_TASKS}
+SPECS |= {f"{name}-table9": f"{CONFIGS / name}.py:variant=table9" for name in WITH_TABLE9}
 
 
 def resolved(spec: str) -> dict:
+    """Returns the number of parameters and all values of a config."""
     config = load_config(spec)
     params = sum(params_by_group(config).values())
     return {"params": params, "config": config_to_dict(config)}
@@ -37,11 +56,11 @@ def resolved(spec: str) -> dict:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_resolves_as_reviewed(name):
-    assert resolved(SPECS[name]) == json.loads((GOLDEN / f"{name}.json").read_text())
+    assert resolved(SPECS[name]) == json.loads((GOLDEN_CONFIGS / f"{name}.json").read_text())
 
 
 def test_no_golden_file_is_left_over():
-    assert {path.stem for path in GOLDEN.glob("*.json")} == set(SPECS)
+    assert {path.stem for path in GOLDEN_CONFIGS.glob("*.json")} == set(SPECS)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -127,7 +146,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
         ("switch_base.py:num_experts", ["'num_experts'", "num_experts=…"]),
         ("switch_base.py:variant=7", ["variant", "text", "7"]),
         *[(f"{name}.py:variant=tabel9", ["'tabel9'", "'table9'"]) for name in WITH_TABLE9],
-        ("switch_bass.py", ["switch_bass.py", "does not exist", "configs/switch_mini.py"]),
+        ("switch_bass.py", ["switch_bass.py", "does not exist", "did you mean switch_base?"]),
     ],
 )
 def test_bad_config_argument(spec, words):
@@ -291,10 +310,75 @@ def test_config_file_without_get_config(tmp_path):
     assert "get_config" in one_sentence(error)
 
 
-if __name__ == "__main__":
-    GOLDEN.mkdir(exist_ok=True)
-    for name, spec in SPECS.items():
-        (GOLDEN / f"{name}.json").write_text(json.dumps(resolved(spec), indent=2) + "\n")
-    for path in GOLDEN.glob("*.json"):
-        if path.stem not in SPECS:
-            path.unlink()
+def test_change_effects_are_those_of_the_contract():
+    keys = flatten_config(Config())
+    fixed = ("model.", "moe.", "lora.", "optimizer.name", "optimizer.trained")
+    fixed += ("data.mixture", "data.reader")
+    neutral = ("mesh.", "train.accumulate", "model.remat", "train.log_every")
+    neutral += ("train.checkpoint_every", "train.keep_checkpoints")
+    for key in keys:
+        expected = "checkpoint" if key.startswith(fixed) else "results"
+        assert change_effect(key) == ("none" if key.startswith(neutral) else expected), key
+    with pytest.raises(KeyError):
+        change_effect("model.no_such_key")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["switch_mini", "distill/mini"])
+def test_a_bare_name_is_a_preset(elsewhere, name):
+    assert load_config(name) == load_config(str(CONFIGS / f"{name}.py"))
+
+
+def test_a_preset_takes_arguments_and_overrides(elsewhere):
+    config = load_config("switch_base:num_experts=64", {"train.steps": "7"})
+    assert (config.moe.num_experts, config.train.steps) == (64, 7)
+
+
+def test_a_file_comes_before_a_preset_of_its_name(elsewhere):
+    code = (CONFIGS / "switch_mini.py").read_text().replace("d_ff=512", "d_ff=256")
+    (elsewhere / "switch_mini").write_text(code)
+    assert load_config("switch_mini").model.d_ff == 256
+
+
+@pytest.mark.parametrize("name", ["switch_mega", "configs/switch_mini.py", "/x/switch_mini"])
+def test_an_unknown_name_lists_the_presets(elsewhere, name):
+    with pytest.raises(UserError) as error:
+        load_config(name)
+    message = one_sentence(error)
+    assert name in message and "switch_mini, " in message and "t5_base" in message
+
+
+def test_an_unknown_sweep_lists_the_sweeps(elsewhere):
+    with pytest.raises(UserError) as error:
+        load_sweep("sweeps/no_such")
+    assert "sweeps/experts_mini" in one_sentence(error) and "_sizes" not in one_sentence(error)
+
+
+def test_a_config_file_may_import_its_neighbours(elsewhere):
+    for folder, steps in (("a", 3), ("b", 4)):
+        (elsewhere / folder).mkdir()
+        (elsewhere / folder / "shared.py").write_text(f"STEPS = {steps}\n")
+        (elsewhere / folder / "mine.py").write_text(
+            "from shared import STEPS\nfrom switch_jax.config import defaults\n"
+            "def get_config(arg=''):\n    config = defaults()\n    config.train.steps = STEPS\n"
+            "    return config\n"
+        )
+        assert load_config(f"{folder}/mine.py").train.steps == steps
+    assert "shared" not in sys.modules
+
+
+def test_the_wheel_lists_every_package_and_the_presets():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    folders = {path.parent for path in (ROOT / "switch_jax").rglob("*.py")}
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    presets = {path.parent.relative_to(CONFIGS).parts for path in CONFIGS.rglob("*.py")}
+    assert listed == packages | {".".join(("switch_jax", "presets", *parts)) for parts in presets}
+    assert setup["options"]["package_dir"].strip() == "switch_jax.presets = configs"

@@ -14,7 +14,7 @@ from switch_jax.data.vocabulary_builder import train_vocabulary
 from tests.support import tasks
 from tests.support.paths import CONFIGS
 
-FINETUNE = CONFIGS / "finetune"
+FINETUNE = CONFIGS / "finetune.py"
 
 # Without a validation split.
 UNSCORED = {"glue.mnli", "super_glue.dpr"}
@@ -63,7 +63,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize(
-    "config, method",
+    "task, method",
     [
         ("glue", "generate"),
         ("superglue", "rank"),
@@ -71,12 +71,12 @@ SMALL = [
         *((name, "generate") for name in ("cnn_dailymail", "closed_book_qa")),
     ],
 )
-def test_tasks_run_from_files_to_metrics(data_dir, words, tmp_path, monkeypatch, config, method):
+def test_tasks_run_from_files_to_metrics(data_dir, words, tmp_path, monkeypatch, task, method):
     monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
-    spec, workdir = CONFIGS / f"{config}.py", tmp_path / "run"
+    spec, workdir = f"{FINETUNE}:task={task}", tmp_path / "run"
     settings = [f"--config.data.data_dir={data_dir}", f"--config.data.vocabulary={words}"]
     settings.append(f"--config.eval.method={method}")
-    arguments = ["train", "--config", str(spec), *SMALL, *settings, "--workdir", str(workdir)]
+    arguments = ["train", "--config", spec, *SMALL, *settings, "--workdir", str(workdir)]
     assert main(arguments) == 0
     mixture = json.loads((workdir / "config.json").read_text())["config"]["data"]["mixture"]
     [*_, evaluated] = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())

@@ -1,0 +1,54 @@
+"""Fine-tuning of Switch-Base on a task, with the recipe of the paper (§4.1, §5.6).
+
+    switch-jax train --config configs/finetune.py:task=glue,num_experts=64 --workdir runs/glue \\
+        --config.init_from=runs/switch_base --config.data.data_dir=DIR
+
+DIR has the data as TFDS prepares it, or in files: see docs/finetune.md. The model is Switch-Base;
+set model.* and moe.* to those of init_from. Your own pairs of inputs and targets:
+
+    switch-jax train --config configs/finetune.py:task=pairs,num_experts=64 --workdir runs/mine \\
+        --config.init_from=runs/switch_base --config.data.mixture='pairs:/mine/{split}.jsonl'
+"""
+
+from ml_collections import ConfigDict
+
+from switch_jax.config import defaults, parse_arg
+from switch_jax.errors import UserError
+
+# By task: mixture, tokens of inputs and targets, sequences per batch (2^20 input tokens).
+TASKS = {
+    "glue": ("glue", 512, 84, 2048),  # eight tasks in proportion to their examples, without WNLI
+    "superglue": ("super_glue", 512, 62, 2048),  # and Definite Pronoun Resolution for WSC
+    "squad": ("squad", 512, 97, 2048),  # SQuAD 1.1
+    "cnn_dailymail": ("cnn_dailymail", 512, 512, 2048),
+    "xsum": ("xsum", 512, 128, 2048),
+    "winogrande": ("winogrande.xl", 128, 32, 8192),
+    "anli": ("anli", 512, 84, 2048),  # three rounds; the paper reports the third
+    "arc": ("arc", 512, 128, 2048),  # easy and challenge
+    # Natural Questions, WebQuestions and TriviaQA without a context.
+    "closed_book_qa": ("closed_book", 128, 32, 8192),
+    "pairs": ("pairs:./{split}.jsonl", 512, 114, 2048),
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`task` (glue), `num_experts` (128; 0 for T5-Base)."""
+    args = parse_arg(arg, task="glue", num_experts=128)
+    if args.task not in TASKS:
+        raise UserError(f"There is no task {args.task!r}; use one of {', '.join(TASKS)}.")
+    mixture, inputs_length, targets_length, batch_size = TASKS[args.task]
+    config = defaults()
+    config.model.dropout_rate = 0.1
+    config.moe.update(
+        num_experts=args.num_experts, expert_dropout_rate=0.4 * (args.num_experts > 0)
+    )
+    config.data.update(
+        mixture=mixture,
+        inputs_length=inputs_length,
+        targets_length=targets_length,
+        batch_size=batch_size,
+        pack=True,
+    )
+    config.optimizer.update(schedule="constant", learning_rate=1e-3, warmup_steps=0)
+    config.train.update(steps=16_000, eval_every=200, checkpoint_every=200, keep_best="average")
+    return config
