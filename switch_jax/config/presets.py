@@ -48,10 +48,12 @@ def find_config_file(name: str, kind: str, folder: str = "") -> Path:
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
     names = preset_names(folder)
     close = difflib.get_close_matches(path.stem, names, n=1)
-    hint = f"did you mean {close[0]}? Presets" if close else "name a file, or a preset; presets"
+    listed = ", ".join(names)
+    hint = (
+        f"did you mean {close[0]} (of {listed})?" if close else f"name a file or one of {listed}."
+    )
     raise UserError(
-        f"{kind} file {name!r} does not exist{where}, and no preset has that name; {hint} are"
-        f" {', '.join(names)}."
+        f"{kind} file {name!r} does not exist{where}, and no preset has that name; {hint}"
     )
 
 

@@ -146,7 +146,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
         ("switch_base.py:num_experts", ["'num_experts'", "num_experts=…"]),
         ("switch_base.py:variant=7", ["variant", "text", "7"]),
         *[(f"{name}.py:variant=tabel9", ["'tabel9'", "'table9'"]) for name in WITH_TABLE9],
-        ("switch_bass.py", ["switch_bass.py", "does not exist", "did you mean switch_base?"]),
+        ("switch_bass.py", ["switch_bass.py", "does not exist", "did you mean switch_base "]),
     ],
 )
 def test_bad_config_argument(spec, words):
