@@ -1,7 +1,7 @@
-"""The teacher of a run: which model it is, whether it suits the student, and its parameters.
+"""Teacher of a distillation run: its config, checks against the student, and its parameters.
 
-What a step does with it is in `teacher.py` and `losses.py`. The weights that a student begins with
-are `init_from`'s business, as in any other run (`transfer.py`).
+The train step runs the teacher (`TrainProgram`), and the loss is in `model/loss.py`. Initial
+parameters of the student come from `init_from`, as in any other run.
 """
 
 import dataclasses
@@ -19,44 +19,45 @@ _CONFIG_FILE = re.compile(r".+\.py(:.*)?")
 
 
 def teacher_config(config: Config) -> Config | None:
-    """A run's config with its teacher as the model; None where no teacher takes part.
+    """Returns the run's config with the teacher's model; None where the run has no teacher.
 
-    `distill.teacher` may be a config file as well, of a teacher that is yet to be trained: enough
-    to compile and to inspect. The teacher routes as in evaluation, without noise and at its
-    evaluation capacity, because its best answers are wanted; what its groups are made of follows
-    from the run's batches, and so from the run's `moe.group_size`.
+    `distill.teacher` is a model or, for compiling and inspecting, the config file of a teacher
+    that is not trained yet. The teacher routes as in evaluation: without noise, and its
+    `moe.eval_capacity_factor` becomes `moe.capacity_factor`. Its groups are made of the run's
+    batches, and so have the run's `moe.group_size`.
 
-    Raises `UserError` where there is no such model, or it writes in other ids than the student.
+    Raises `UserError` where there is no such model, where its vocabulary has another size than the
+    student's, or where it does not fit the run's batches.
     """
     if not config.distilled:
         return None
-    path = _path(config)
-    described = _CONFIG_FILE.fullmatch(path)
-    made_with = load_config(path) if described else find_pretrained(path).config
-    theirs, ours = made_with.model.vocab_size, config.model.vocab_size
-    if theirs != ours:
+    path = _teacher_path(config)
+    is_config_file = _CONFIG_FILE.fullmatch(path)
+    source = load_config(path) if is_config_file else find_pretrained(path).config
+    teacher_size, student_size = source.model.vocab_size, config.model.vocab_size
+    if teacher_size != student_size:
         raise UserError(
-            f"The teacher {path} has {theirs} logits and the student {ours}; set"
-            f" model.vocab_size={theirs}, or take a teacher of the same vocabulary."
+            f"The teacher {path} has {teacher_size} logits and the student {student_size}; set"
+            f" model.vocab_size={teacher_size}, or take a teacher of the same vocabulary."
         )
     moe = dataclasses.replace(
-        made_with.moe,
-        capacity_factor=made_with.moe.eval_capacity_factor,
+        source.moe,
+        capacity_factor=source.moe.eval_capacity_factor,
         group_size=config.moe.group_size,
     )
-    made = dataclasses.replace(config, model=made_with.model, moe=moe, lora=made_with.lora)
+    teacher = dataclasses.replace(config, model=source.model, moe=moe, lora=source.lora)
     try:
-        validate(made)
+        validate(teacher)
     except UserError as error:
         raise UserError(f"The teacher {path} cannot answer this run's batches: {error}") from error
-    return made
+    return teacher
 
 
 def check_distillation(config: Config) -> None:
-    """Raises `UserError` where a teacher has no parameters yet, or was trained on other ids."""
+    """Raises `UserError` where a teacher is not trained yet, or has another vocabulary."""
     if not config.distilled:
         return
-    path = _path(config)
+    path = _teacher_path(config)
     if _CONFIG_FILE.fullmatch(path):
         raise UserError(
             f"The teacher {path} is a config and cannot answer; train it, and set distill.teacher"
@@ -74,16 +75,16 @@ def check_distillation(config: Config) -> None:
 
 
 def teacher_parameters(program: TrainProgram) -> dict[str, jax.Array]:
-    """The teacher's parameters on the mesh, for `train_step`; none without a teacher.
+    """Returns the teacher's parameters on the mesh, by path; empty without a teacher.
 
-    All processes must call it. Raises `UserError` where they cannot be read.
+    All processes must call it. Raises `UserError` where the parameters cannot be read.
     """
     if not program.abstract_teacher:
         return {}
-    source = find_pretrained(_path(program.config), together=True)
+    source = find_pretrained(_teacher_path(program.config), together=True)
     return source.restore(program.abstract_teacher)
 
 
-def _path(config: Config) -> str:
+def _teacher_path(config: Config) -> str:
     assert config.distill.teacher is not None
     return config.distill.teacher

@@ -1,4 +1,4 @@
-"""What training starts from: fresh parameters, or those that `transfer.py` takes from a model."""
+"""Initial state of training: fresh, or with parameters transferred from another model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from switch_jax.data import NUM_SENTINELS, open_vocabulary, parse_vocabulary
 from switch_jax.errors import UserError
 from switch_jax.model import (
     LayerSlice,
-    SwitchTransformer,
+    abstract_model,
     init_adapters,
     named_parameters,
     parameter_metadata,
@@ -33,39 +33,87 @@ from switch_jax.training.state import TrainState
 from switch_jax.training.step import TrainProgram
 
 
-def make_initial_state(program: TrainProgram) -> TrainState:
-    """A fresh state, with parameters of `init_from` where the config names it.
+class VocabularyGrowth(NamedTuple):
+    """Sizes of a vocabulary that has grown: ids of pieces stay, sentinels move to the end."""
 
-    Steps are counted from 0 and, with `init_optimizer` fresh, the optimizer begins anew too. All
-    processes must call it. Raises `UserError` as `transfer.plan` does, and where the optimizer of
-    the checkpoint is another.
+    num_pieces: int  # of the old vocabulary, without sentinels
+    old_size: int
+    new_size: int
+
+
+def make_initial_state(program: TrainProgram) -> TrainState:
+    """Returns a fresh state, with parameters of the model `init_from` if the config names one.
+
+    Steps are counted from 0. With `init_optimizer=loaded` the optimizer's statistics come from the
+    checkpoint, too. All processes must call it.
+
+    Raises `UserError` where there is no such model, or its parameters, vocabulary or optimizer do
+    not fit.
     """
     state, config = program.init(), program.config
     if config.init_from is None:
         return state
     source = find_pretrained(config.init_from, together=True)
     source.say_notes()
-    ids = _moved_ids(source, config)
+    growth = _vocabulary_growth(source, config)
     params = dict(state.params)
     origins = parameter_origins(_shapes(params), config, source.shapes, source.config)
     abstract = {}
     for name, slices in origins.items():
-        for theirs in {part.name for part in slices.values()}:
-            shape = source.shapes[theirs]
-            where = _alike(params[name], shape)
-            abstract[theirs] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        for source_name in {origin.name for origin in slices.values()}:
+            shape = source.shapes[source_name]
+            sharding = _source_sharding(params[name], shape)
+            abstract[source_name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     restored = source.restore(abstract)
     for name, slices in origins.items():
-        params[name] = _filled(params[name], slices, restored, ids)
+        params[name] = _fill(params[name], slices, restored, growth)
     state = dataclasses.replace(state, params=params)
     if config.init_optimizer == "loaded":
-        opt_state = _optimizer_of(source, program, state.opt_state)
+        opt_state = _restore_optimizer(source, program, state.opt_state)
         state = dataclasses.replace(state, opt_state=opt_state)
     return state
 
 
-def _optimizer_of(source: PretrainedModel, program: TrainProgram, fresh: Any) -> Any:
-    """The optimizer's statistics in a checkpoint, with a schedule that begins anew."""
+def initial_state_report(config: Config) -> str:
+    """Returns a table of the parameters that `init_from` gives; needs no accelerator and no data.
+
+    Raises `UserError` where the model or its vocabulary does not fit.
+    """
+    source = find_pretrained(config.init_from or "")
+    _vocabulary_growth(source, config)
+    model = abstract_model(config)
+    params = jax.eval_shape(
+        lambda params: init_adapters(params, parameter_metadata(model), config),
+        named_parameters(model),
+    )
+    table = transfer_report(_shapes(params), config, source.shapes, source.config)
+    return "\n".join([*source.notes, table])
+
+
+def _vocabulary_growth(source: PretrainedModel, config: Config) -> VocabularyGrowth | None:
+    """Compares the vocabularies of the source and of a config; returns None where they are equal.
+
+    Raises `UserError` where a piece has another id in the config's vocabulary.
+    """
+    if source.vocabulary is None or config.data.reader == "synthetic":
+        return None
+    old, new = parse_vocabulary("init_from", source.vocabulary), open_vocabulary(config)
+    if old.fingerprint == new.fingerprint:
+        return None
+    num_pieces = old.size - NUM_SENTINELS
+    if new.size < old.size or any(old.piece(i) != new.piece(i) for i in range(num_pieces)):
+        raise UserError(
+            f"The vocabulary {new.name!r} is another than that of init_from={config.init_from}; set"
+            " data.vocabulary to that one, or to one that only adds pieces behind its own."
+        )
+    return VocabularyGrowth(num_pieces, old.size, new.size)
+
+
+def _restore_optimizer(source: PretrainedModel, program: TrainProgram, fresh: Any) -> Any:
+    """Returns the optimizer's state in a checkpoint, with the schedule's step count of `fresh`.
+
+    Raises `UserError` where the checkpoint has no optimizer, or another one.
+    """
     path = program.config.init_from
     if source.restore_optimizer is None:
         raise UserError(f"{path} has no optimizer of ours; set init_optimizer=fresh.")
@@ -85,105 +133,79 @@ def _optimizer_of(source: PretrainedModel, program: TrainProgram, fresh: Any) ->
     )
 
 
-def initial_state_report(config: Config) -> str:
-    """What training would begin with, without an accelerator or data; raises `UserError`."""
-    source = find_pretrained(config.init_from or "")
-    _moved_ids(source, config)
-    model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    params = jax.eval_shape(
-        lambda params: init_adapters(params, parameter_metadata(model), config),
-        named_parameters(model),
-    )
-    table = transfer_report(_shapes(params), config, source.shapes, source.config)
-    return "\n".join([*source.notes, table])
-
-
-class MovedIds(NamedTuple):
-    """Ids of a vocabulary that has grown: pieces stay in front, sentinels at the end."""
-
-    pieces: int
-    old_size: int
-    new_size: int
-
-
-def _moved_ids(source: PretrainedModel, config: Config) -> MovedIds | None:
-    """How ids of the source became those of a config; None where they are the same.
-
-    Raises `UserError` where an id means another piece.
-    """
-    if source.vocabulary is None or config.data.reader == "synthetic":
-        return None
-    old, new = parse_vocabulary("init_from", source.vocabulary), open_vocabulary(config)
-    if old.fingerprint == new.fingerprint:
-        return None
-    pieces = old.size - NUM_SENTINELS
-    grown = new.size >= old.size and all(old.piece(i) == new.piece(i) for i in range(pieces))
-    if not grown:
-        raise UserError(
-            f"The vocabulary {new.name!r} is another than that of init_from={config.init_from}; set"
-            " data.vocabulary to that one, or to one that only adds pieces behind its own."
-        )
-    return MovedIds(pieces, old.size, new.size)
-
-
 def _shapes(parameters: Mapping[str, Any]) -> Shapes:
     return {name: tuple(array.shape) for name, array in parameters.items()}
 
 
-def _alike(fresh: jax.Array, shape: Shape) -> NamedSharding:
-    """How an array of the source lies on the mesh: as `fresh`, which is made from it."""
+def _source_sharding(fresh: jax.Array, shape: Shape) -> NamedSharding:
+    """Returns the sharding for a source array of `shape`: that of `fresh`, which it fills.
+
+    Dimensions of another size than in `fresh` are not split.
+    """
     assert isinstance(fresh.sharding, NamedSharding)
     sizes, axes = list(fresh.shape), list(fresh.sharding.spec)
     axes += [None] * (len(sizes) - len(axes))
-    if len(shape) < len(sizes):  # dense weights of experts
+    if len(shape) < len(sizes):  # dense weights for experts: no expert dimension
         del sizes[1], axes[1]
-    kept = (axis if size == old else None for axis, size, old in zip(axes, sizes, shape))
-    return NamedSharding(fresh.sharding.mesh, PartitionSpec(*kept))
+    spec = (axis if size == old else None for axis, size, old in zip(axes, sizes, shape))
+    return NamedSharding(fresh.sharding.mesh, PartitionSpec(*spec))
 
 
-def _filled(
+def _fill(
     fresh: jax.Array,
     slices: Mapping[int | None, LayerSlice],
     restored: Mapping[str, jax.Array],
-    ids: MovedIds | None,
+    growth: VocabularyGrowth | None,
 ) -> jax.Array:
-    """`fresh` with what its blocks are taken from, sharded as it was."""
+    """Returns `fresh` with source parameters in its blocks, with the sharding of `fresh`.
+
+    Args:
+      fresh: a parameter of a fresh state.
+      slices: origin of each block of the parameter; key None: of the whole parameter.
+      restored: parameters of the source, by path.
+      growth: of the vocabulary; None where it is the same.
+    """
     name = next(iter(slices.values())).name
     old = restored[name]
-    if ids is not None and name in VOCABULARY_AXES:
-        move = partial(_with_ids, axis=VOCABULARY_AXES[name], ids=ids)
+    if growth is not None and name in VOCABULARY_AXES:
+        move = partial(_move_ids, axis=VOCABULARY_AXES[name], growth=growth)
         return jax.jit(move, out_shardings=fresh.sharding)(fresh, old)
-    same = all(part == LayerSlice(name, block) for block, part in slices.items())
-    whole = None in slices or len(slices) == len(fresh)
-    if same and whole and (fresh.shape, fresh.sharding) == (old.shape, old.sharding):
+    in_order = all(origin == LayerSlice(name, block) for block, origin in slices.items())
+    complete = None in slices or len(slices) == len(fresh)
+    if in_order and complete and (fresh.shape, fresh.sharding) == (old.shape, old.sharding):
         return old
 
-    def fill(fresh, olds):
-        for block, part in slices.items():
-            old = olds[part.name] if part.block is None else olds[part.name][part.block]
+    def fill(fresh, restored):
+        for block, origin in slices.items():
+            old = restored[origin.name]
+            if origin.block is not None:
+                old = old[origin.block]
             if block is None:
-                fresh = _over(fresh, old)
+                fresh = _overwrite(fresh, old)
             else:
-                fresh = fresh.at[block].set(_over(fresh[block], old))
+                fresh = fresh.at[block].set(_overwrite(fresh[block], old))
         return fresh
 
-    olds = {part.name: restored[part.name] for part in slices.values()}
-    return jax.jit(fill, donate_argnums=0, out_shardings=fresh.sharding)(fresh, olds)
+    needed = {origin.name: restored[origin.name] for origin in slices.values()}
+    return jax.jit(fill, donate_argnums=0, out_shardings=fresh.sharding)(fresh, needed)
 
 
-def _with_ids(fresh: jax.Array, old: jax.Array, axis: int, ids: MovedIds) -> jax.Array:
-    """`fresh` with `old` where its ids are now."""
+def _move_ids(fresh: jax.Array, old: jax.Array, axis: int, growth: VocabularyGrowth) -> jax.Array:
+    """Returns `fresh` with the rows of `old` at the new ids of its pieces and sentinels.
+
+    `axis` is the vocabulary's dimension in both arrays.
+    """
     pieces, sentinels = (
-        jax.lax.slice_in_dim(old, *ends, axis=axis)
-        for ends in ((0, ids.pieces), (ids.pieces, ids.old_size))
+        jax.lax.slice_in_dim(old, start, end, axis=axis)
+        for start, end in ((0, growth.num_pieces), (growth.num_pieces, growth.old_size))
     )
     fresh = jax.lax.dynamic_update_slice_in_dim(fresh, pieces, 0, axis)
-    place = ids.new_size - NUM_SENTINELS
-    return jax.lax.dynamic_update_slice_in_dim(fresh, sentinels, place, axis)
+    first_sentinel = growth.new_size - NUM_SENTINELS
+    return jax.lax.dynamic_update_slice_in_dim(fresh, sentinels, first_sentinel, axis)
 
 
-def _over(fresh: jax.Array, old: jax.Array) -> jax.Array:
-    """`fresh` with `old` in its first places, or in the place of every expert."""
+def _overwrite(fresh: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns `fresh` with `old` at its first indices, or for every expert if `old` has none."""
     if old.ndim < fresh.ndim:
         return jnp.broadcast_to(old, fresh.shape)
     return jax.lax.dynamic_update_slice(fresh, old, [0] * fresh.ndim)

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Training loop: prepares a run, trains, logs, evaluates and saves checkpoints."""
 
 import functools
 import signal
@@ -28,112 +28,113 @@ from switch_jax.training.throughput import ThroughputMeter
 
 
 def train(config: Config, workdir: Workdir) -> signal.Signals | None:
-    """Trains to `train.steps`, from the newest good checkpoint in `workdir` if there is one.
+    """Trains to `train.steps`, from the newest readable checkpoint in `workdir` if there is one.
 
-    A run that was stopped, at whatever moment, and continued ends with the same bits as one
-    that was not: parameters, optimizer, random numbers and data follow from the checkpoint.
-    SIGTERM and SIGINT end the loop after the current step, with a checkpoint; of several
-    processes one that receives it is enough.
+    An interrupted and continued run ends with the same bits as an uninterrupted one, because
+    parameters, optimizer, random numbers and data follow from the checkpoint. SIGTERM or SIGINT in
+    any process ends the loop after the current step, with a checkpoint.
 
-    Returns the signal that ended the run early, or None when it is finished.
+    Returns the signal that ended the run early; None when the run is finished. Raises `UserError`
+    where the config does not fit the devices, the data, the models that it names or `workdir`.
     """
     settings = config.train
     first_process = jax.process_index() == 0
     with fail_together():
         workdir.check(config)
 
-        # Mesh and data
-        taught_by = teacher_config(config)
-        mesh = make_mesh(config, teacher=taught_by)
+        # Mesh, model, data and evaluation
+        teacher = teacher_config(config)
+        mesh = make_mesh(config, teacher=teacher)
         device_kind = mesh.devices.flat[0].device_kind
-        program, feed = TrainProgram(config, mesh, taught_by), process_rows(mesh)
-        batches = open_batches(config, "train", feed)
-        validation = validation_batches(config, feed)
-        score = TaskScorer(program.sharded)
-        rank = None
+        program, rows = TrainProgram(config, mesh, teacher), process_rows(mesh)
+        batches = open_batches(config, "train", rows)
+        validation = validation_batches(config, rows)
+        scorer = TaskScorer(program.sharded)
+        best_key = None
         if settings.keep_best is not None:
-            check_metric(settings.keep_best, validation, score.names)
-            rank = functools.partial(sort_key, settings.keep_best)
+            check_metric(settings.keep_best, validation, scorer.names)
+            best_key = functools.partial(sort_key, settings.keep_best)
 
-        # What cannot be: say so before anything is written.
+        # Errors in the config are raised before anything is written.
         check_distillation(config)
         if config.init_from is not None and not workdir.checkpoints.exists():
             initial_state_report(config)
-    score.agree()
+    scorer.agree()
     with fail_together():
         if first_process:
             synthetic = config.data.reader == "synthetic"
             vocabulary = None if synthetic else open_vocabulary(config).content
             workdir.prepare(config, vocabulary, f"{mesh.devices.size} × {device_kind}")
 
-    # State
-    checkpoints = Checkpointer(workdir, settings.keep_checkpoints, rank)
-    state = restore_state(checkpoints, program.abstract_state, batches) or make_initial_state(
-        program
-    )
-    first_step = int(state.step)
-    if first_step >= settings.steps:
+    # State, and position in the data
+    checkpoints = Checkpointer(workdir, settings.keep_checkpoints, best_key)
+    state = restore_state(checkpoints, program.abstract_state, batches)
+    if state is None:
+        state = make_initial_state(program)
+    start_step = int(state.step)
+    if start_step >= settings.steps:
         best = checkpoints.best()
         checkpoints.close()
         if first_process:
-            print(f"{workdir.path} is finished: step {first_step} of {settings.steps}.")
-            _conclude(config, workdir, best, {})
+            print(f"{workdir.path} is finished: step {start_step} of {settings.steps}.")
+            _print_results(config, workdir, best, {})
         return None
 
     # Steps
-    teacher = teacher_parameters(program)
-    meter = ThroughputMeter(lambda s: mfu(config, s, device_kind, mesh.devices.size, taught_by))
-    writer = MetricsWriter(workdir, first_step, active=first_process)
-    idle = IdleExperts(config)
+    teacher_params = teacher_parameters(program)
+    meter = ThroughputMeter(lambda s: mfu(config, s, device_kind, mesh.devices.size, teacher))
+    writer = MetricsWriter(workdir, start_step, active=first_process)
+    idle_experts = IdleExperts(config)
     display = ProgressDisplay(
-        settings.steps, first_step, status="compiling …", active=first_process
+        settings.steps, start_step, status="compiling …", active=first_process
     )
     with display, writer, stop_requests() as stop_request:
-        if first_step:
-            display.print_line(f"continuing from step {first_step}")
+        if start_step:
+            display.print_line(f"continuing from step {start_step}")
         if mesh.devices.size < jax.device_count():
             display.print_line(f"using {mesh.devices.size} of {jax.device_count()} devices")
         batch = program.sharded.shard_batch(next(batches))
-        previous = None
-        for step in range(first_step + 1, settings.steps + 1):
-            state, metrics, load = program.train_step(state, batch, teacher)
-            idle.update(load)
-            if previous is None:
-                jax.block_until_ready(state)  # compilation is not a step
+        previous_loss = None
+        for step in range(start_step + 1, settings.steps + 1):
+            state, metrics, load = program.train_step(state, batch, teacher_params)
+            idle_experts.update(load)
+            if previous_loss is None:
+                jax.block_until_ready(state)  # so that compilation does not count as a step
                 meter.restart(step, metrics)
             else:
-                # One step ahead of the device and no more: what is shown, or asked to stop, is now.
-                jax.block_until_ready(previous)
-            previous = metrics["loss"]
+                # At most one step ahead of the device, so that the display is up to date and a
+                # signal takes effect at once.
+                jax.block_until_ready(previous_loss)
+            previous_loss = metrics["loss"]
             display.update(step, f"step {step} of {settings.steps}")
             finished = step == settings.steps
-            stopped_by = stop_request()
-            last = finished or stopped_by is not None
+            stop_signal = stop_request()
+            last = finished or stop_signal is not None
             saving = last or step % settings.checkpoint_every == 0
             if not saving:
-                with meter.waiting(metrics):  # the device is computing this step meanwhile
+                with meter.loading_batch(metrics):  # while the device computes this step
                     batch = program.sharded.shard_batch(next(batches))
             if finished or step % settings.log_every == 0:
-                values = meter.read(step, metrics)
+                values = meter.read_metrics(step, metrics)
                 writer.write(step, "train", values)
                 display.update(step, status=train_status(values), line=True)
-                for sentence in idle.news():
-                    display.print_line(f"step {step}  {sentence}")
+                for warning in idle_experts.new_warnings():
+                    display.print_line(f"step {step}  {warning}")
             evaluated = None
             if finished or step % settings.eval_every == 0:
                 evaluated = evaluate(program.sharded, state.params, validation)
-                evaluated |= score(state.params, workdir.predictions / str(step))
+                evaluated |= scorer(state.params, workdir.predictions / str(step))
                 writer.write(step, "eval", evaluated)
                 display.print_line(f"step {step}  {evaluation_summary(evaluated)}")
                 meter.restart(step, metrics)
             if saving:
-                # After its metrics are on disk, and before the next batch is drawn, so that the
-                # position saved is of the batch consumed.
+                # After the step's metrics are on disk, and before the next batch is read, so that
+                # the saved position follows the batches that are trained on.
                 save_state(checkpoints, state, batches, evaluated)
             if last:
                 break
             if saving:
-                with meter.waiting(metrics):
+                with meter.loading_batch(metrics):
                     batch = program.sharded.shard_batch(next(batches))
         best = checkpoints.best()
         checkpoints.close()
@@ -141,17 +142,17 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         if not finished:
             print(f"Stopped at step {step}; the same command continues from there.")
         else:
-            _conclude(config, workdir, best, evaluated or {})
-    return None if finished else stopped_by
+            _print_results(config, workdir, best, evaluated or {})
+    return None if finished else stop_signal
 
 
-def _conclude(
+def _print_results(
     config: Config,
     workdir: Workdir,
     best: tuple[int, dict[str, float]] | None,
     last: dict[str, float],
 ) -> None:
-    """Shows scores of tasks: of the best checkpoint, if one is known, and where it is."""
+    """Prints the scores of tasks, of the best checkpoint or else the last, and the best's path."""
     print(scores_table(last if best is None else best[1]), end="")
     if best is not None:
         print(f"Best by {config.train.keep_best}: {workdir.checkpoints / str(best[0])}")

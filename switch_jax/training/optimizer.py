@@ -1,6 +1,6 @@
-"""Optimizers and schedules, all from optax; Adafactor as T5X uses it.
+"""Adafactor and other optimizers, and learning-rate schedules, from optax.
 
-Parameters come as a flat dict name → array, with the logical names of their dimensions.
+Parameters are a flat dict path → array; their metadata (logical axes and kind) is by path, too.
 """
 
 import re
@@ -17,7 +17,9 @@ from switch_jax.model import BATCH_DIMS, ParameterMetadata, is_adapter
 
 Axes = Mapping[str, tuple[str, ...]]
 Metadata = Mapping[str, ParameterMetadata]
-_NOT_DECAYED = ("norm", "relative_bias", "router_bias")
+_KINDS_WITHOUT_DECAY = ("norm", "relative_bias", "router_bias")
+
+# Name of a group in `optimizer.trained` → regular expression found in the paths of its parameters.
 _GROUPS = {
     "all": "",
     "experts": "/experts/",
@@ -27,9 +29,9 @@ _GROUPS = {
 
 
 def trained_parameters(config: Config, names: Iterable[str]) -> frozenset[str]:
-    """Those of the parameters that `optimizer.trained` lets change; with LoRA, its adapters.
+    """Returns the paths of the trained parameters: those that match `optimizer.trained`.
 
-    Raises `UserError` where there are none.
+    With LoRA these are the adapters. Raises `UserError` where no parameter matches.
     """
     given = config.optimizer.trained
     if config.lora.rank:
@@ -56,31 +58,37 @@ def trained_parameters(config: Config, names: Iterable[str]) -> frozenset[str]:
 
 
 def make_optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformation:
-    """The optimizer of a config for parameters with these axes and kinds.
+    """Returns the optimizer of a config for parameters with this metadata.
 
-    Its state and its updates are of the trained parameters alone.
+    It takes gradients and parameters by path. Its state and its updates hold only the trained
+    parameters.
     """
     trained = trained_parameters(config, metadata)
     inner = _optimizer(config, {name: metadata[name] for name in metadata if name in trained})
 
-    def of_trained(tree):
+    def select_trained(tree):
         return {name: tree[name] for name in tree if name in trained}
 
     def init(params):
-        return inner.init(of_trained(params))
+        return inner.init(select_trained(params))
 
     def update(updates, state, params):
-        return inner.update(of_trained(updates), state, of_trained(params))
+        return inner.update(select_trained(updates), state, select_trained(params))
 
     return optax.GradientTransformation(init, update)
 
 
 def _optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformation:
+    """Returns clipping, the update rule, the learning rate and weight decay, in optax's order.
+
+    Adafactor's weight decay is not scaled by the learning rate, as in T5X.
+    """
     optimizer = config.optimizer
     rate = learning_rate_schedule(optimizer, config.train)
-    # Adapters decay, whatever the kind of their matrix.
+    # Adapters decay, whatever the kind of the matrix they adapt.
     decayed = {
-        name: kind not in _NOT_DECAYED or is_adapter(name) for name, (_, kind) in metadata.items()
+        name: kind not in _KINDS_WITHOUT_DECAY or is_adapter(name)
+        for name, (_, kind) in metadata.items()
     }
     if optimizer.name == "adafactor":
         batch_dims = {
@@ -93,17 +101,17 @@ def _optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformati
         ]
     else:
         core = [
-            _DIRECTIONS[optimizer.name](),
+            _UPDATE_RULES[optimizer.name](),
             optax.add_decayed_weights(optimizer.weight_decay, decayed),
             optax.scale_by_learning_rate(rate),
         ]
-    limit = optimizer.max_grad_norm
-    # The state has the same shape either way, so that a run may change its mind.
-    clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
+    max_norm = optimizer.max_grad_norm
+    # Both have an empty state, so that a continued run may change `optimizer.max_grad_norm`.
+    clip = optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)
     return optax.chain(clip, *core)
 
 
-_DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
+_UPDATE_RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.scale_by_adam(b1=0.9, b2=0.98),
     "lion": optax.scale_by_lion,
     "sgd": optax.identity,
@@ -111,8 +119,10 @@ _DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 def _adafactor() -> optax.GradientTransformation:
-    """T5X's Adafactor for one matrix: decay 1 - (t+1)^-0.8, factored from 128, update clipped
-    at RMS 1, scaled by the parameter's own RMS (at least 1e-3), no momentum.
+    """Returns T5X's Adafactor for one matrix, without the learning rate.
+
+    Second-moment decay 1 - (t+1)^-0.8, factored where both dimensions are at least 128; the update
+    is clipped at RMS 1 and scaled by the parameter's own RMS (at least 1e-3); no momentum.
     """
     return optax.chain(
         optax.scale_by_factored_rms(
@@ -126,22 +136,26 @@ def _adafactor() -> optax.GradientTransformation:
 def per_slice(
     inner: optax.GradientTransformation, batch_dims: Mapping[str, int]
 ) -> optax.GradientTransformation:
-    """Applies `inner` to every parameter alone, once per index of its leading batch dims.
+    """Applies `inner` to every parameter separately, vmapped over its leading batch dimensions.
 
-    The state is a dict name → state of `inner`, whose arrays have those dims in front.
+    The state is a dict path → state of `inner`, whose arrays have the batch dimensions in front.
+
+    Args:
+      inner: optimizer of one matrix or vector.
+      batch_dims: number of leading batch dimensions (`BATCH_DIMS`) of every parameter, by path.
     """
 
-    def mapped(function: Callable, name: str) -> Callable:
+    def vmapped(function: Callable, name: str) -> Callable:
         for _ in range(batch_dims[name]):
             function = jax.vmap(function)
         return function
 
     def init(params):
-        return {name: mapped(inner.init, name)(p) for name, p in params.items()}
+        return {name: vmapped(inner.init, name)(p) for name, p in params.items()}
 
     def update(updates, state, params):
         pairs = {
-            name: mapped(inner.update, name)(updates[name], state[name], params[name])
+            name: vmapped(inner.update, name)(updates[name], state[name], params[name])
             for name in updates
         }
         return {n: pair[0] for n, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
@@ -152,55 +166,56 @@ def per_slice(
 def opt_state_axes(
     optimizer: optax.GradientTransformation, params: Mapping[str, Any], axes: Axes
 ) -> Any:
-    """Logical axes of every array of the optimizer's state, as a tree of its structure.
+    """Returns the logical axes of every array of the optimizer's state, in the state's structure.
 
-    Every dict in the state is keyed by parameter. An array of the parameter's shape has its
-    axes. Adafactor's row and column statistics lack a dimension: they keep the batch dimensions
-    and are whole otherwise, which costs little.
+    Every dict in the state has parameter paths as keys. An array of the parameter's shape has the
+    parameter's axes. Adafactor's row and column statistics lack a dimension: they have the
+    parameter's batch dimensions and are not split otherwise, which costs little memory.
 
     Args:
       optimizer: as from `make_optimizer`.
       params: shapes of the parameters, by path.
-      axes: their logical axes.
+      axes: logical axes of the parameters, by path.
     """
 
-    def of_parameter(name: str, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+    def array_axes(name: str, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
         if leaf.shape == params[name].shape:
             return axes[name]
         batch = [axis for axis in axes[name] if axis in BATCH_DIMS][: leaf.ndim]
         return (*batch, *[None] * (leaf.ndim - len(batch)))
 
-    def of_node(node: Any) -> Any:
+    def node_axes(node: Any) -> Any:
         if not isinstance(node, dict):
             return ()
         return {
-            name: jax.tree.map(lambda leaf, name=name: of_parameter(name, leaf), value)
+            name: jax.tree.map(lambda leaf, name=name: array_axes(name, leaf), value)
             for name, value in node.items()
         }
 
     state = jax.eval_shape(optimizer.init, params)
-    return jax.tree.map(of_node, state, is_leaf=lambda node: isinstance(node, dict))
+    return jax.tree.map(node_axes, state, is_leaf=lambda node: isinstance(node, dict))
 
 
 def learning_rate_schedule(optimizer: OptimizerConfig, train: TrainConfig) -> optax.Schedule:
-    """Learning rate by step, counted from 0.
+    """Returns the learning rate as a function of the step, counted from 0.
 
-    rsqrt is T5's: learning_rate / sqrt(max(step, warmup_steps)), flat during warm-up. The
-    others rise linearly during warm-up, from learning_rate / warmup_steps to learning_rate.
-    `cooldown_steps` before the end every schedule begins to fall linearly to 0.
+    `rsqrt` is T5's: learning_rate / sqrt(max(step, warmup_steps)), constant during warm-up. The
+    other schedules rise linearly during warm-up, from learning_rate / warmup_steps to
+    learning_rate. In the last `cooldown_steps` every schedule is multiplied by a factor that
+    falls linearly to 0.
     """
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
     length = max(train.steps - warmup, 1)
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((step - warmup) / length, 0, 1)
-        rise = jnp.minimum((step + 1) / warmup, 1) if warmup else 1.0
+        progress = jnp.clip((step - warmup) / length, 0, 1)
+        ramp = jnp.minimum((step + 1) / warmup, 1) if warmup else 1.0
         value = {
             "rsqrt": lambda: peak / jnp.sqrt(jnp.maximum(step, max(warmup, 1))),
-            "constant": lambda: peak * rise,
-            "linear": lambda: peak * rise * (1 - done),
-            "cosine": lambda: peak * rise * 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "constant": lambda: peak * ramp,
+            "linear": lambda: peak * ramp * (1 - progress),
+            "cosine": lambda: peak * ramp * 0.5 * (1 + jnp.cos(jnp.pi * progress)),
         }[optimizer.schedule]()
         if optimizer.cooldown_steps:
             value *= jnp.clip((train.steps - step) / optimizer.cooldown_steps, 0, 1)

@@ -1,4 +1,4 @@
-"""Training state, and its form in a checkpoint."""
+"""TrainState: parameters, optimizer state and counters; saving and restoring it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,18 +12,15 @@ from switch_jax.checkpoint import Checkpointer, DataPosition
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes during training.
+    """Arrays that training changes; an abstract state has shapes or shardings in their place."""
 
-    Its leaves are arrays or, in their place, shapes or shardings.
-    """
-
-    step: Any  # int32: train steps done
-    tokens: Any  # uint32 [2]: target tokens seen, low and high word
-    params: dict[str, Any]  # by path, float32
-    opt_state: Any
+    step: Any  # int32 scalar: number of train steps done
+    tokens: Any  # uint32 [2]: number of target tokens seen, low and high word
+    params: dict[str, Any]  # float32, by path
+    opt_state: Any  # of optax
 
     def without_params(self) -> dict[str, Any]:
-        """Returns the other fields by name, as a checkpoint stores them."""
+        """Returns the fields except `params` by name, as a checkpoint stores them."""
         return {"step": self.step, "tokens": self.tokens, "opt_state": self.opt_state}
 
 
@@ -33,17 +30,17 @@ def save_state(
     position: DataPosition,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Starts writing a checkpoint; arguments as of `Checkpointer.save`."""
+    """Starts to write a checkpoint of the state; other arguments as in `Checkpointer.save`."""
     checkpoints.save(int(state.step), state.params, state.without_params(), position, metrics)
 
 
 def restore_state(
     checkpoints: Checkpointer, abstract: TrainState, position: DataPosition
 ) -> TrainState | None:
-    """Returns the state in the newest good checkpoint, and moves `position` to the data's there.
+    """Returns the state of the newest readable checkpoint; None where there is no checkpoint.
 
-    All processes must call it. Returns None where there is no checkpoint; raises `UserError` where
-    none can be read.
+    Moves `position` (of the training data) to the position in that checkpoint. All processes must
+    call it. Raises `UserError` where there are checkpoints and none can be read.
     """
     restored = checkpoints.restore(abstract.params, abstract.without_params(), position)
     return None if restored is None else TrainState(params=restored[0], **restored[1])

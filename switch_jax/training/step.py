@@ -1,7 +1,7 @@
-"""Initialisation, train step and eval step, and their abstract forms.
+"""TrainProgram: initial state and train step of a config on a mesh, jitted.
 
-Training, distillation, ahead-of-time compilation and benchmarks all lower what is here, so
-that what is compiled is what runs.
+Training, distillation, ahead-of-time compilation and benchmarks all use these functions, so that
+compilation reports describe the program that trains.
 """
 
 import dataclasses
@@ -39,22 +39,29 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainProgram:
-    """Initialisation, train step and evaluation step of a config on a mesh.
+    """Jitted initial state and train step of a config on a mesh.
+
+    Two functions are compiled: `init` and `train_step`. Both have fixed output shardings, and
+    `train_step` donates its state. To compile them ahead of time, lower them for `abstract_state`,
+    `abstract_batch` and `abstract_teacher`. The evaluation step is `sharded.eval_step`.
 
     Args:
-      config: of the run.
+      config: config of the run.
       mesh: as from `make_mesh`.
-      teacher: config of the teacher; needed where `config` distils one.
+      teacher: as from `teacher_config`; required if `config` distils a teacher.
 
     Attributes:
-      sharded: the model on the mesh; evaluation needs no more than that.
-      teacher: the teacher's model on the same mesh, or None.
+      sharded: the model on the mesh, without an optimizer.
+      teacher: the teacher's model on the same mesh; None without a teacher.
       abstract_state: shapes, dtypes and shardings of a `TrainState`.
-      state_sharding: the shardings alone.
-      abstract_batch: those of the features of a global batch.
-      abstract_teacher: those of the teacher's parameters; empty without a teacher.
-      init: jitted `() → TrainState`.
-      train_step: jitted `(state, batch, teacher's parameters) → (state, metrics, load)`.
+      state_sharding: shardings of a `TrainState`.
+      abstract_batch: shapes, dtypes and shardings of the features of a global batch, by name.
+      abstract_teacher: shapes, dtypes and shardings of the teacher's parameters, by path; empty
+        without a teacher.
+      init: `() → TrainState`; depends on `train.seed` and not on the mesh.
+      train_step: `(state, batch, teacher's parameters) → (state, metrics, load)`; `metrics` are
+        scalars by name (`tokens`: uint32 [2]), `load` the number of assignments of every expert,
+        [layers, E] by key of `RouterStatsByStack`.
     """
 
     def __init__(self, config: Config, mesh: Mesh, teacher: Config | None = None):
@@ -65,10 +72,21 @@ class TrainProgram:
         self.abstract_teacher = {} if self.teacher is None else self.teacher.abstract_params
         self.abstract_batch = self.sharded.abstract_batch
         self._optimizer = make_optimizer(config, self.sharded.metadata)
-        self._trained = trained_parameters(config, self.sharded.metadata)
+        self._trained_names = trained_parameters(config, self.sharded.metadata)
         self._schedule = learning_rate_schedule(config.optimizer, config.train)
-        self.abstract_state = self._abstract_state()
-        self.state_sharding = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        shapes = jax.eval_shape(self._init)
+        shardings = self._shardings(shapes)
+        self._opt_state_on_device = shardings.opt_state  # for updates, also if stored on the host
+        if config.optimizer.memory == "host":
+            host = host_memory_kind(mesh)
+            on_host = jax.tree.map(lambda s: s.with_memory_kind(host), shardings.opt_state)
+            shardings = dataclasses.replace(shardings, opt_state=on_host)
+        self.state_sharding = shardings
+        self.abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
         self.init = MeshJit(mesh, self._init, out_shardings=self.state_sharding)
         self.train_step = MeshJit(
             mesh,
@@ -77,57 +95,43 @@ class TrainProgram:
             out_shardings=(self.state_sharding, replicated(mesh), replicated(mesh)),
         )
 
-    def _abstract_state(self) -> TrainState:
-        """Returns shapes, dtypes and shardings of the state."""
-        shapes, fsdp = jax.eval_shape(self._init), self.config.mesh.fsdp
-        of_optimizer = opt_state_axes(self._optimizer, shapes.params, self.sharded.axes)
-        axes = TrainState((), (None,), self.sharded.axes, of_optimizer)
-        shardings = jax.tree.map(
-            lambda leaf, names: NamedSharding(self.mesh, partition_spec(names, fsdp=fsdp)),
-            shapes,
-            axes,
-        )
-        # Where the optimizer's state is computed with, wherever it is kept.
-        self._opt_state_on_device = shardings.opt_state
-        if self.config.optimizer.memory == "host":
-            host = host_memory_kind(self.mesh)
-            kept = jax.tree.map(lambda s: s.with_memory_kind(host), shardings.opt_state)
-            shardings = dataclasses.replace(shardings, opt_state=kept)
+    def _shardings(self, shapes: TrainState) -> TrainState:
+        """Returns the shardings of a state with these shapes, all of it in device memory."""
+        optimizer_axes = opt_state_axes(self._optimizer, shapes.params, self.sharded.axes)
+        state_axes = TrainState((), (None,), self.sharded.axes, optimizer_axes)
+        fsdp = self.config.mesh.fsdp
         return jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            lambda leaf, axes: NamedSharding(self.mesh, partition_spec(axes, fsdp=fsdp)),
             shapes,
-            shardings,
+            state_axes,
         )
 
     def _init(self) -> TrainState:
-        """Returns a fresh state; it depends on `train.seed` and not on the mesh."""
+        """Returns a fresh state."""
         params = self.sharded.init_params()
         step, tokens = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
         return TrainState(step, tokens, params, self._optimizer.init(params))
 
     def _train_step(
-        self, state: TrainState, batch: Batch, teacher: Mapping[str, jax.Array] | None = None
+        self, state: TrainState, batch: Batch, teacher_params: Mapping[str, jax.Array] | None = None
     ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
-        """One optimizer step over a global batch, in `train.accumulate` microbatches.
+        """Runs one optimizer step over a global batch, in `train.accumulate` microbatches.
 
-        `teacher`: its parameters, as `abstract_teacher`; an argument, for a constant would be
-        compiled into the program.
-
-        Returns the state, metrics, and how many assignments each expert had: [layers, E] by
-        `Stats` key.
+        `teacher_params` is an argument and not a constant, because a constant would be compiled
+        into the program.
         """
         config = self.config
         assert config.distilled == (self.teacher is not None), "a TrainProgram without its teacher"
-        totals = loss_denominators(batch, config)
+        denominators = loss_denominators(batch, config)
         soft_weight = jnp.where(
             state.step < config.distill.start_step, 0.0, config.distill.soft_weight
         )
         keys = self._row_keys(state.step, batch)
 
-        trained = {n: p for n, p in state.params.items() if n in self._trained}
+        trained_params = {n: p for n, p in state.params.items() if n in self._trained_names}
 
-        def loss(trained, microbatch, keys):
-            model = self.sharded.model(state.params | trained)
+        def loss(trained_params, microbatch, keys):
+            model = self.sharded.model(state.params | trained_params)
             decoded, routes = model.route(
                 microbatch,
                 capacity_factor=config.moe.capacity_factor,
@@ -137,33 +141,33 @@ class TrainProgram:
             sums = token_losses(
                 *model.logit_factors(decoded),
                 microbatch,
-                self._teacher_factors(teacher or {}, microbatch),
+                self._teacher_factors(teacher_params or {}, microbatch),
                 config.distill.temperature,
             )
             stats = collect_router_stats(routes)
-            terms = loss_terms(sums, stats, totals, config, soft_weight)
+            terms = loss_terms(sums, stats, denominators, config, soft_weight)
             return sum(terms.values()), (terms, sums, stats)
 
-        gradients = jax.grad(loss, has_aux=True)
+        gradients = functools.partial(jax.grad(loss, has_aux=True), trained_params)
         if config.train.accumulate == 1:
-            grads, (terms, sums, stats) = gradients(trained, batch, keys)
+            grads, (terms, sums, stats) = gradients(batch, keys)
         else:
-            grads, (terms, sums, stats) = self._accumulate(
-                functools.partial(gradients, trained), (batch, keys)
-            )
+            grads, (terms, sums, stats) = self._accumulate(gradients, (batch, keys))
+
         opt_state = state.opt_state
         if config.optimizer.memory == "host":
             opt_state = jax.device_put(opt_state, self._opt_state_on_device)
         updates, opt_state = self._optimizer.update(grads, opt_state, state.params)
-        trained = optax.apply_updates(trained, updates)
-        params = self._balanced(state.params | trained, stats)
-        tokens = _add_words(state.tokens, jnp.sum(batch["decoder_loss_weights"] > 0))
+        trained_params = optax.apply_updates(trained_params, updates)
+        params = self._update_balance_biases(state.params | trained_params, stats)
+        tokens = _add_to_uint64(state.tokens, jnp.sum(batch["decoder_loss_weights"] > 0))
+
         metrics = {
             "loss": sum(terms.values()),
             **terms,
-            # Of distillation as of any other training, so that runs can be compared.
-            "cross_entropy": sums.cross_entropy / jnp.maximum(totals.targets, 1),
-            "accuracy": sums.correct / jnp.maximum(totals.targets, 1),
+            # Without the soft weight of distillation, so that runs can be compared.
+            "cross_entropy": sums.cross_entropy / jnp.maximum(denominators.targets, 1),
+            "accuracy": sums.correct / jnp.maximum(denominators.targets, 1),
             "tokens": tokens,
             "learning_rate": self._schedule(state.step),
             "grad_norm": optax.global_norm(grads),
@@ -176,9 +180,10 @@ class TrainProgram:
     def _teacher_factors(
         self, params: Mapping[str, jax.Array], microbatch: Batch
     ) -> tuple[jax.Array, jax.Array] | None:
-        """Returns states [B, T, D] and head [D, V] whose product the teacher's logits are.
+        """Returns decoder states [B, T, D] and head [D, V]; their product is the teacher's logits.
 
-        The teacher runs without noise, at its training capacity; None without a teacher.
+        Returns None without a teacher. The teacher runs without noise, with the capacity factor
+        `moe.capacity_factor` of its config; see `teacher_config`.
         """
         if self.teacher is None:
             return None
@@ -190,21 +195,23 @@ class TrainProgram:
         )
         return model.logit_factors(decoded)
 
-    def _balanced(
+    def _update_balance_biases(
         self, params: Mapping[str, jax.Array], stats: RouterStatsByStack
     ) -> dict[str, jax.Array]:
-        """`params` with routers' biases a step towards balance: up where an expert had less
-        than its share of the batch, down where it had more (Wang et al. 2024).
+        """Moves the routers' biases by `moe.balance_bias_rate` (Wang et al. 2024).
+
+        The bias of an expert rises if the expert had less than its share of the batch, and falls
+        if it had more.
         """
-        rate, moved = self.config.moe.balance_bias_rate, dict(params)
+        rate, updated = self.config.moe.balance_bias_rate, dict(params)
         for name, metadata in self.sharded.metadata.items():
             if metadata.kind == "router_bias":
                 load_xE = stats[stack_and_sublayer(name)].load_E
-                moved[name] += rate * jnp.sign(load_xE.mean(-1, keepdims=True) - load_xE)
-        return moved
+                updated[name] += rate * jnp.sign(load_xE.mean(-1, keepdims=True) - load_xE)
+        return updated
 
     def _row_keys(self, step: jax.Array, batch: Batch) -> jax.Array | None:
-        """A key per global row [B], or None where the config has no noise."""
+        """Returns a random key for each global row, [B]; None where the config uses no noise."""
         config = self.config
         if not (config.model.dropout_rate or (config.sparse and config.moe.uses_random_numbers)):
             return None
@@ -213,34 +220,38 @@ class TrainProgram:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
     def _accumulate(self, function, inputs):
-        """Σ of `function(*microbatch)` over the microbatches of `inputs`, in float32.
+        """Returns Σ of `function(*microbatch)` over the microbatches of `inputs`, in float32.
 
-        A microbatch is consecutive rows, so that its groups are whole, also where they span
-        devices. Its rows come from few devices and go to all; a row is a few kilobytes of ids.
+        `function` returns gradients and other sums. A microbatch is a range of consecutive rows,
+        so that routing groups stay whole, also where they span devices. Its rows lie on few
+        devices and are sent to all; a row is a few kilobytes of ids.
         """
-        parts = self.config.train.accumulate
+        num_microbatches = self.config.train.accumulate
 
-        def cut(x):
-            x = constrain(x, None)  # in two steps: XLA splits what is whole anywhere
-            x = x.reshape(parts, -1, *x.shape[1:])
+        def split(x):
+            x = constrain(x, None)  # gathered first: XLA can split a replicated array anywhere
+            x = x.reshape(num_microbatches, -1, *x.shape[1:])
             return constrain(x, None, "batch")
 
-        microbatches = jax.tree.map(cut, inputs)
+        microbatches = jax.tree.map(split, inputs)
         shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], microbatches))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
 
         def add(total, microbatch):
             total = jax.tree.map(jnp.add, total, function(*microbatch))
-            grads, rest = total
-            # Sharded like the parameters: an unsharded accumulator would not fit.
-            where = {name: self.state_sharding.params[name] for name in grads}
-            grads = jax.lax.with_sharding_constraint(grads, where)
-            return (grads, rest), None
+            grads, other_sums = total
+            # Sharded like the parameters: a replicated accumulator would not fit.
+            shardings = {name: self.state_sharding.params[name] for name in grads}
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+            return (grads, other_sums), None
 
         return jax.lax.scan(add, zeros, microbatches)[0]
 
 
-def _add_words(words: jax.Array, number: jax.Array) -> jax.Array:
-    """A 64-bit sum without 64-bit types: the paper's runs see 10^11 targets."""
+def _add_to_uint64(words: jax.Array, number: jax.Array) -> jax.Array:
+    """Adds a number to a 64-bit integer, given as two uint32 words [2], low and high.
+
+    JAX's 64-bit types are off, and the paper's runs see 10^11 target tokens.
+    """
     low = words[0] + number.astype(jnp.uint32)
     return jnp.stack([low, words[1] + (low < words[0])])

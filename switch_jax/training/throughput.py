@@ -1,4 +1,4 @@
-"""throughput: to be written."""
+"""ThroughputMeter: tokens per second, seconds per step, share of waiting for data, and MFU."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -7,45 +7,56 @@ from typing import Any
 
 
 class ThroughputMeter:
-    """Speed between two readings, from the metrics of a train step."""
+    """Measures throughput between two readings.
+
+    It takes the metrics of a train step while they are still being computed; reading their values
+    waits for the step.
+    """
 
     def __init__(self, mfu: Callable[[float], float | None]):
-        """`mfu`: share of the devices' peak from seconds a step, None where it is not known."""
+        """`mfu`: returns MFU (from 0 to 1) for seconds per step; None where it is not known."""
         self._mfu = mfu
 
     def restart(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Begins to measure after `step`; waits for it first."""
-        self._step, self._tokens = step, _tokens(metrics)
-        self._wait, self._began = 0.0, time.perf_counter()
+        """Waits for `step`, whose metrics are given, and starts to measure after it."""
+        self._step, self._tokens = step, _token_count(metrics)
+        self._wait_seconds, self._start = 0.0, time.perf_counter()
 
     @contextmanager
-    def waiting(self, metrics: Mapping[str, Any]) -> Iterator[None]:
-        """Around drawing a batch: counts the time if the step was done before the batch was
-        there, so that the device may have had nothing to do.
+    def loading_batch(self, metrics: Mapping[str, Any]) -> Iterator[None]:
+        """Context manager for loading the next batch during the step with these metrics.
+
+        Counts its time as waiting if the step is done before the batch is there, because then the
+        device may have been idle.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         yield
         if metrics["loss"].is_ready():
-            self._wait += time.perf_counter() - began
+            self._wait_seconds += time.perf_counter() - start
 
-    def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """The metrics as numbers, with the speed since the last reading; restarts."""
+    def read_metrics(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Returns the metrics as numbers, with throughput since the last reading; restarts.
+
+        Adds `tokens_per_second` (target tokens), `step_seconds`, `data_wait_fraction` and, where it
+        is known, `mfu`.
+        """
         values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
-        values["tokens"] = _tokens(metrics)
-        seconds, steps = time.perf_counter() - self._began, step - self._step
+        values["tokens"] = _token_count(metrics)
+        seconds, steps = time.perf_counter() - self._start, step - self._step
         if steps:
             values |= {
                 "tokens_per_second": (values["tokens"] - self._tokens) / seconds,
                 "step_seconds": seconds / steps,
-                "data_wait_fraction": self._wait / seconds,
+                "data_wait_fraction": self._wait_seconds / seconds,
             }
-            share = self._mfu(seconds / steps)
-            if share is not None:
-                values["mfu"] = share
+            mfu = self._mfu(seconds / steps)
+            if mfu is not None:
+                values["mfu"] = mfu
         self.restart(step, metrics)
         return values
 
 
-def _tokens(metrics: Mapping[str, Any]) -> int:
+def _token_count(metrics: Mapping[str, Any]) -> int:
+    """Returns the 64-bit count of target tokens from its low and high word."""
     low, high = (int(word) for word in metrics["tokens"])
     return low + (high << 32)

@@ -254,17 +254,17 @@ def test_a_dead_expert_is_reported_once_by_name():
     news = []
     for load in [busy, starved, starved, busy, starved, starved, starved, starved, busy, starved]:
         idle.update({"encoder/mlp": jnp.asarray(load)})
-        news.append(idle.news())
+        news.append(idle.new_warnings())
     told = "encoder/1: expert 1 received no token for 3 steps"
     assert news == [[]] * 6 + [[told]] + [[]] * 3
     # Asked only later, when it has tokens again: it was idle nevertheless.
     late = IdleExperts(config)
     for load in [starved, starved, starved, busy]:
         late.update({"encoder/mlp": jnp.asarray(load)})
-    assert late.news() == [told]
+    assert late.new_warnings() == [told]
     dense = IdleExperts(tiny(**{"moe.num_experts": 0}))
     dense.update({})
-    assert dense.news() == []
+    assert dense.new_warnings() == []
 
 
 def test_a_shared_expert_takes_every_token_even_dropped_ones(x):

@@ -16,7 +16,7 @@ from switch_jax.model.parameters import logical_axes, named_parameters
 from switch_jax.model.transformer import SwitchTransformer
 from switch_jax.performance.hlo import HloProgram
 from switch_jax.training.state import TrainState
-from switch_jax.training.step import TrainProgram, _add_words
+from switch_jax.training.step import TrainProgram, _add_to_uint64
 from tests.support.configs import make_batch, tiny
 
 STEPS = 5
@@ -123,7 +123,7 @@ def test_the_run_that_others_are_compared_with_has_it_all(runs):
 
 
 def test_the_count_of_tokens_has_64_bits():
-    words = _add_words(jnp.array([2**32 - 2, 7], jnp.uint32), jnp.array(5))
+    words = _add_to_uint64(jnp.array([2**32 - 2, 7], jnp.uint32), jnp.array(5))
     assert words.tolist() == [3, 8]
 
 
