@@ -1,4 +1,4 @@
-"""What the model gets to see: training examples as text, and how fast they come."""
+"""Decoded examples of every source, with the share of padding and the speed of the reader."""
 
 import textwrap
 import time
@@ -20,48 +20,50 @@ _TIMED_SECONDS = 1.0
 
 
 def examples_text(config: Config, count: int, split: Split = "train") -> str:
-    """The first `count` rows of every source, decoded, with padding and speed of the mixture.
+    """Returns the first `count` rows of every source as text, then padding and reading speed.
 
     Raises `UserError` as `open_batches` does.
     """
     vocabulary = open_vocabulary(config)
     lines: list[str] = []
     for source, batches in open_batches_by_source(config, split).items():
-        for number, row in enumerate(islice(_rows(batches), count), start=1):
-            lines += [f"{source}, example {number}", *_describe(row, vocabulary), ""]
+        for number, row in enumerate(islice(_split_rows(batches), count), start=1):
+            lines += [f"{source}, example {number}", *_describe_row(row, vocabulary), ""]
     batches = open_batches(config, split)
-    first = next(batches)  # pays for starting the pipeline
-    padding = {side: 1 - _real(first, side).mean() for side in _STACKS}
-    seen, seconds = 0, 0.0
+    first = next(batches)  # not timed: it starts the pipeline
+    padding = {side: 1 - _token_mask(first, side).mean() for side in _STACKS}
+    tokens, seconds = 0, 0.0
     start = time.perf_counter()
     while seconds < _TIMED_SECONDS:
-        seen += sum(int(_real(next(batches), side).sum()) for side in _STACKS)
+        batch = next(batches)
+        tokens += sum(int(_token_mask(batch, side).sum()) for side in _STACKS)
         seconds = time.perf_counter() - start
     lines += [
         f"Padding: {padding['inputs']:.1%} of the inputs, {padding['targets']:.1%} of the targets.",
-        f"Speed: {seen / seconds:,.0f} tokens per second (reader {config.data.reader}).",
+        f"Speed: {tokens / seconds:,.0f} tokens per second (reader {config.data.reader}).",
     ]
     return "\n".join(lines)
 
 
-def _rows(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Single rows, [·] without the batch axis."""
+def _split_rows(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yields single rows, without the batch axis."""
     for batch in batches:
         for i in range(len(batch["encoder_input_tokens"])):
             yield {name: values[i] for name, values in batch.items()}
 
 
-def _real(batch: Batch, side: str) -> np.ndarray:
-    """Where tokens are not padding, in the shape of the tokens."""
+def _token_mask(batch: Batch, side: str) -> np.ndarray:
+    """Bool of the shape of the tokens: True where a token is not padding."""
     segments = batch.get(f"{_STACKS[side]}_segment_ids", batch[_TOKENS[side]])
     return segments > 0
 
 
-def _describe(row: Batch, vocabulary: Vocabulary) -> list[str]:
+def _describe_row(row: Batch, vocabulary: Vocabulary) -> list[str]:
+    """Returns the lines of a row: one or more for each segment of inputs and targets."""
     lines = []
     for side, stack in _STACKS.items():
-        tokens, real = row[_TOKENS[side]], _real(row, side)
-        segments = row.get(f"{stack}_segment_ids", real.astype(np.int32))
+        tokens, mask = row[_TOKENS[side]], _token_mask(row, side)
+        segments = row.get(f"{stack}_segment_ids", mask.astype(np.int32))
         for segment in range(1, segments.max(initial=0) + 1):
             name = f"{side} {segment}" if f"{stack}_segment_ids" in row else side
             ids = tokens[segments == segment]

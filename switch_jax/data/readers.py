@@ -1,13 +1,6 @@
-"""From a mixture of texts to batches.
+"""Chooses the reader that `data.reader` names: token store, synthetic batches, or seqio.
 
-    formats  python_docs → sources → catalog → mixture   where text lies, how often it is drawn
-    vocabulary → vocabularies                            ids of its pieces
-    pack → store → rows                                  packed records, without TensorFlow
-    blocks → tasks                                       text as it streams, through seqio
-    spans  packing  counter                              pure functions of rows
-    batch                                                the contract with the model
-
-Only `tasks` uses TensorFlow; it is loaded when asked for.
+Only the seqio reader uses TensorFlow, which is imported when the reader is chosen.
 """
 
 import dataclasses
@@ -23,15 +16,15 @@ from switch_jax.data.token_store import dataset
 def open_batches(
     config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
 ) -> BatchIterator:
-    """One process's endless stream of batches of a mixture, as `data.reader` says.
+    """Returns an endless iterator over one process's batches of the mixture.
 
-    Together the feeds' rows make global batches of `data.batch_size`. What the reader
-    needs and the config does not name is made on first use, in the cache. Validation does not
-    depend on `data.seed`, so that runs of several seeds are measured alike.
+    The rows of all groups of processes together make global batches of `data.batch_size` rows. A
+    vocabulary or token store that the config does not name is built in the cache on first use.
+    Validation batches do not depend on `data.seed`, so that runs with different seeds compare.
 
-    Raises `UserError` for anything missing or impossible.
+    Raises `UserError` for missing data and for settings that contradict each other.
     """
-    config = _seeded(config, split)
+    config = _fix_validation_seed(config, split)
     match config.data.reader:
         case "store":
             return dataset.open_batches(config, split, process_rows)
@@ -46,8 +39,8 @@ def open_batches(
 def open_batches_by_source(
     config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
 ) -> Mapping[str, BatchIterator]:
-    """As `open_batches`, each source of the mixture on its own, by name."""
-    config = _seeded(config, split)
+    """Returns an iterator like that of `open_batches` for each source of the mixture, by name."""
+    config = _fix_validation_seed(config, split)
     match config.data.reader:
         case "store":
             return dataset.open_batches_by_source(config, split, process_rows)
@@ -60,9 +53,9 @@ def open_batches_by_source(
 
 
 def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """Validation examples of the fine-tuning tasks in a mixture, by task.
+    """Returns the validation examples of the fine-tuning tasks in the mixture, by task.
 
-    Each has `inputs`, `targets` and the `answer` that metrics compare with.
+    Each example has `inputs`, `targets`, and the `answer` that metrics compare predictions with.
     """
     match config.data.reader:
         case "store":
@@ -75,7 +68,8 @@ def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
             return seqio_reader.read_task_examples(config)
 
 
-def _seeded(config: Config, split: Split) -> Config:
+def _fix_validation_seed(config: Config, split: Split) -> Config:
+    """Returns the config with `data.seed=0` for validation, unchanged for training."""
     if split == "train":
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, seed=0))

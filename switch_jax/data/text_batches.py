@@ -1,4 +1,4 @@
-"""A text file as batches: all of it, in order, as training would see it."""
+"""Span-corrupted batches of a whole text file, in order."""
 
 from pathlib import Path
 
@@ -14,35 +14,37 @@ from switch_jax.errors import UserError
 def text_file_batches(
     path: Path, vocabulary: Vocabulary, config: Config, process_rows: ProcessRows = ALL_ROWS
 ) -> list[Batch]:
-    """One process's rows of the batches that a UTF-8 text makes, span-corrupted.
+    """Returns one process's rows of the batches of a UTF-8 text file, span-corrupted.
 
-    The text is cut to the length that fills a row; what is left at its end is a shorter row, and
-    rows of padding fill the last batch. Rows are not packed, whatever `data.pack` says: packed,
-    they would be the same segments, alone in their rows.
+    The text is cut into pieces that fill a row each; the remainder is a shorter row, and rows of
+    padding fill the last batch. Rows are never packed, whatever `data.pack` is: every piece but the
+    last fills its row, so packing would change nothing but the features.
 
     Raises `UserError` for a file that cannot be read, is empty, or is not UTF-8.
     """
-    data, tokens = config.data, np.array(vocabulary.encode(_read(path)), np.int64)
+    data, tokens = config.data, np.array(vocabulary.encode(_read_utf8(path)), np.int64)
     if not len(tokens):
         raise UserError(f"{path} is empty; name a file with text.")
     length = span_lengths(data.inputs_length, data.targets_length).tokens
-    whole = len(tokens) // length
-    parts = [tokens[: whole * length].reshape(whole, length), tokens[None, whole * length :]]
-    rows = []
-    for number, part in zip((0, whole), parts):
-        if part.size:
-            examples = number + np.arange(len(part))
-            corrupted = corrupt_spans(part, data.seed, examples, vocabulary.sentinel(0))
-            rows.append(padded_batch(*corrupted, data))
-    B, offsets = data.batch_size, process_rows.indices(data.batch_size)
-    joined = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
-    count = len(joined["encoder_input_tokens"])
-    padded = {name: np.pad(x, ((0, -count % B), (0, 0))) for name, x in joined.items()}
-    starts = range(0, count, B)
-    return [{name: x[start + offsets] for name, x in padded.items()} for start in starts]
+    full_rows = len(tokens) // length
+    end = full_rows * length
+    full, rest = tokens[:end].reshape(full_rows, length), tokens[None, end:]
+    parts = []
+    for first, pieces in ((0, full), (full_rows, rest)):
+        if pieces.size:
+            examples = first + np.arange(len(pieces))
+            corrupted = corrupt_spans(pieces, data.seed, examples, vocabulary.sentinel(0))
+            parts.append(padded_batch(*corrupted, data))
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    count, B = len(rows["encoder_input_tokens"]), data.batch_size
+    padded = {name: np.pad(x, ((0, -count % B), (0, 0))) for name, x in rows.items()}
+    indices = process_rows.indices(B)
+    return [
+        {name: x[start + indices] for name, x in padded.items()} for start in range(0, count, B)
+    ]
 
 
-def _read(path: Path) -> str:
+def _read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
