@@ -17,7 +17,7 @@ from switch_jax.data.token_store.build import build_token_store, store_table
 from switch_jax.data.vocabulary import (
     BYTES,
     EOS,
-    HUGGING_FACE_NAME,
+    HUGGING_FACE_VOCABULARY_FILE,
     NUM_SENTINELS,
     PAD,
     Vocabulary,
@@ -29,7 +29,7 @@ from switch_jax.data.vocabulary_builder import open_vocabulary, sample_texts, tr
 __all__ = [
     "BYTES",
     "EOS",
-    "HUGGING_FACE_NAME",
+    "HUGGING_FACE_VOCABULARY_FILE",
     "MIXTURES",
     "NUM_SENTINELS",
     "PAD",

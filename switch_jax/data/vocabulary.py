@@ -1,7 +1,7 @@
 """Vocabularies with T5's ids: 0 padding, 1 EOS, 2 unknown, 100 sentinels at the end.
 
-A file holds a vocabulary: a SentencePiece model, or the word `bytes`. Packed text and every
-WORKDIR keep one, so that what was trained can be read anywhere.
+A vocabulary's file is a SentencePiece model, or the word `bytes`. Every token store and every
+WORKDIR contains its own copy, so that it can be moved to another machine.
 """
 
 import abc
@@ -16,11 +16,11 @@ from etils import epath
 
 from switch_jax.errors import UserError
 
-PAD, UNK = 0, 2
+PAD, EOS, UNK = 0, 1, 2
 NUM_SENTINELS = 100
-FILE_NAME = "vocabulary.model"  # in a WORKDIR and in a folder of packed text
-HUGGING_FACE_NAME = "spiece.model"  # the same in a folder of theirs
-BYTES = "bytes"  # what a config, and a file, call the vocabulary of bytes
+VOCABULARY_FILE = "vocabulary.model"  # in a WORKDIR and in a token store
+HUGGING_FACE_VOCABULARY_FILE = "spiece.model"  # in a Hugging Face folder
+BYTES = "bytes"  # the byte vocabulary: value of `data.vocabulary` and content of its file
 _SENTINEL = re.compile(r"<extra_id_(\d{1,2})>")
 
 
@@ -28,10 +28,10 @@ class Vocabulary(abc.ABC):
     """Pieces of text and their ids, followed by 100 sentinels in descending order.
 
     Attributes:
-      name: what messages call it.
+      name: path or `bytes`, for messages.
       content: the bytes of its file.
-      size: pieces and sentinels; every id is below it.
-      fingerprint: 32 hexadecimal digits that change with the content.
+      size: number of pieces and sentinels; every id is smaller.
+      fingerprint: hash of the content, 32 hexadecimal digits.
     """
 
     def __init__(self, name: str, content: bytes, pieces: int):
@@ -42,16 +42,16 @@ class Vocabulary(abc.ABC):
 
     @property
     def padded_size(self) -> int:
-        """The size that a model should have: a multiple of 128, as T5's and mT5's."""
+        """The recommended `model.vocab_size`: `size` rounded up to a multiple of 128, as in T5."""
         return -(-self.size // 128) * 128
 
     def sentinel(self, number: int) -> int:
-        """The id of `<extra_id_NUMBER>`, counting down from the last."""
+        """Returns the id of `<extra_id_NUMBER>`; sentinel 0 has the last id."""
         return self.size - 1 - number
 
     def piece(self, token: int) -> str:
-        """How an id is written: `▁the` with `▁` for a space, `</s>`, `<0x0A>`, `<extra_id_0>`;
-        `#900` past the end.
+        """Returns an id as text: `▁the` with `▁` for a space, `</s>`, `<0x0A>`, `<extra_id_0>`;
+        `#900` for an id past the end.
         """
         if token >= self.size:
             return f"#{token}"
@@ -60,7 +60,7 @@ class Vocabulary(abc.ABC):
         return self._piece(token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids without EOS; `<extra_id_0>` … `<extra_id_99>` in the text become sentinels."""
+        """Returns ids without EOS; `<extra_id_0>` to `<extra_id_99>` become sentinels."""
         ids: list[int] = []
         for i, part in enumerate(_SENTINEL.split(text)):
             if i % 2:
@@ -70,13 +70,13 @@ class Vocabulary(abc.ABC):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text with sentinels written out; padding, EOS and ids past the end say nothing."""
+        """Returns text with sentinels as `<extra_id_0>`; ignores padding, EOS and ids past the end."""
         parts = []
-        for is_piece, run in groupby(map(int, ids), lambda i: i < self.size - NUM_SENTINELS):
-            if is_piece:
-                parts.append(self._decode(list(run)).strip())
+        for are_pieces, group in groupby(map(int, ids), lambda i: i < self.size - NUM_SENTINELS):
+            if are_pieces:
+                parts.append(self._decode(list(group)).strip())
             else:
-                parts += [f"<extra_id_{self.size - 1 - i}>" for i in run if i < self.size]
+                parts += [f"<extra_id_{self.size - 1 - i}>" for i in group if i < self.size]
         return " ".join(filter(None, parts))
 
     @abc.abstractmethod
@@ -88,36 +88,39 @@ class Vocabulary(abc.ABC):
 
 
 class SentencePieceVocabulary(Vocabulary):
-    """A SentencePiece model's pieces; raises `UserError` where it is none, or has other ids."""
+    """A SentencePiece model.
+
+    Raises `UserError` if the content is no such model, or its special ids differ from T5's.
+    """
 
     def __init__(self, name: str, content: bytes):
-        self._pieces = sentencepiece.SentencePieceProcessor()
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._pieces.LoadFromSerializedProto(content)
+            self._processor.LoadFromSerializedProto(content)
         except RuntimeError as error:
             raise UserError(
                 f"Vocabulary {name!r} is not a SentencePiece model; set data.vocabulary to one."
             ) from error
-        ids = (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id())
+        ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
         if ids != (PAD, EOS, UNK):
             raise UserError(
                 f"Vocabulary {name!r} has pad, EOS and unknown at {ids}, not at (0, 1, 2) as"
                 " T5's; train one with `switch-jax data vocab`."
             )
-        super().__init__(name, content, self._pieces.get_piece_size())
+        super().__init__(name, content, self._processor.get_piece_size())
 
     def _piece(self, token: int) -> str:
-        return self._pieces.id_to_piece(token)
+        return self._processor.id_to_piece(token)
 
     def _encode(self, text: str) -> list[int]:
-        return self._pieces.encode(text)
+        return self._processor.encode(text)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._pieces.decode(ids)
+        return self._processor.decode(ids)
 
 
 class ByteVocabulary(Vocabulary):
-    """The 256 bytes of UTF-8, from id 3 on, as ByT5 has them."""
+    """The byte vocabulary of ByT5: the 256 bytes of UTF-8, from id 3 on."""
 
     _FIRST = 3
 
@@ -139,9 +142,9 @@ class ByteVocabulary(Vocabulary):
 
 
 def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
-    """The vocabulary that a file holds; `bytes` is the one without a file.
+    """Reads a vocabulary file; the path `bytes` means the byte vocabulary.
 
-    Raises `UserError` for a file that is missing or holds none.
+    Raises `UserError` for a file that is missing or contains no vocabulary.
     """
     if str(path) == BYTES:
         return ByteVocabulary()
@@ -158,8 +161,5 @@ def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
 
 
 def parse_vocabulary(name: str, content: bytes) -> Vocabulary:
-    """The vocabulary of a file's content; raises `UserError` where it is none."""
+    """Returns the vocabulary of a file's content; raises `UserError` if it is not a vocabulary."""
     return ByteVocabulary() if content == BYTES.encode() else SentencePieceVocabulary(name, content)
-
-
-EOS = 1

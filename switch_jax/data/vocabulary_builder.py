@@ -1,4 +1,4 @@
-"""Which vocabulary a config reads text with, and training one on a mixture."""
+"""Opens the vocabulary of a config, and trains a SentencePiece vocabulary on a mixture."""
 
 import hashlib
 import io
@@ -16,36 +16,38 @@ from switch_jax.data.sources.source import Source
 from switch_jax.data.span_corruption import noise_and_spans, span_lengths
 from switch_jax.data.vocabulary import (
     EOS,
-    FILE_NAME,
-    HUGGING_FACE_NAME,
+    HUGGING_FACE_VOCABULARY_FILE,
     NUM_SENTINELS,
     PAD,
     UNK,
+    VOCABULARY_FILE,
     Vocabulary,
     read_vocabulary,
 )
 from switch_jax.errors import UserError
 from switch_jax.files import build_once, cache_root
 
-# T5 and mT5 pad their embeddings to a multiple of 128; ours use every id there is, but at
-# these sizes the sentinels shall be where those models expect them.
-_UNPADDED = {32128: 32100, 250112: 250100}
-_LINE = 1000  # characters
-SAMPLE = 20_000_000  # characters that a vocabulary of a mixture's own is trained on
+# Sizes of `model.vocab_size` whose vocabulary is smaller: T5 and mT5 pad their embeddings to a
+# multiple of 128, and their sentinels come before the padding.
+_UNPADDED_SIZES = {32128: 32100, 250112: 250100}
+_LINE_LENGTH = 1000  # characters
+_SAMPLE_LENGTH = 20_000_000  # characters of text to train the vocabulary of a mixture on
 
 
 def open_vocabulary(config: Config) -> Vocabulary:
-    """The vocabulary that a config reads and writes text with.
+    """Returns the vocabulary that a config reads and writes text with.
 
-    It is `data.vocabulary` where that names one, else the one that `data.data_dir` was packed
-    with, else that of what `init_from` or `distill.teacher` names, else the mixture's own, which
-    is trained on first use.
+    It is `data.vocabulary` if set; else the vocabulary in `data.data_dir`, if that is a token
+    store; else the vocabulary of the checkpoint `init_from` or `distill.teacher`; else one that is
+    trained on the mixture on first use and kept in the cache.
 
-    Raises `UserError` where it cannot be read or has more ids than `model.vocab_size`.
+    Raises `UserError` if it cannot be read or has more ids than `model.vocab_size`.
     """
     data = config.data
-    inherited = _of_run(config.init_from) or _of_run(config.distill.teacher)
-    packed = None if data.data_dir is None else Path(data.data_dir, FILE_NAME)
+    inherited = _checkpoint_vocabulary(config.init_from) or _checkpoint_vocabulary(
+        config.distill.teacher
+    )
+    packed = None if data.data_dir is None else Path(data.data_dir, VOCABULARY_FILE)
     if data.vocabulary is not None:
         vocabulary = read_vocabulary(data.vocabulary)
     elif packed is not None and packed.is_file():
@@ -53,7 +55,7 @@ def open_vocabulary(config: Config) -> Vocabulary:
     elif inherited is not None:
         vocabulary = read_vocabulary(inherited)
     else:
-        vocabulary = read_vocabulary(_own(data, config.model.vocab_size))
+        vocabulary = read_vocabulary(_trained_vocabulary(data, config.model.vocab_size))
     if vocabulary.size > config.model.vocab_size:
         raise UserError(
             f"Vocabulary {vocabulary.name!r} has {vocabulary.size} ids, sentinels included, and"
@@ -63,7 +65,7 @@ def open_vocabulary(config: Config) -> Vocabulary:
 
 
 def check_sentinels(data: DataConfig, vocabulary: Vocabulary) -> None:
-    """Raises `UserError` where a row has more spans than there are ids to mark them."""
+    """Raises `UserError` if a row has more spans than the vocabulary has ids for sentinels."""
     length = span_lengths(data.inputs_length, data.targets_length).tokens
     spans = noise_and_spans(max(length, 2))[1]
     if vocabulary.sentinel(spans - 1) <= UNK:
@@ -77,11 +79,11 @@ def train_vocabulary(texts: Iterable[str], path: Path, size: int, coverage: floa
     """Trains a SentencePiece vocabulary and writes it to `path`.
 
     Args:
-      size: ids, sentinels included. Text that holds fewer different pieces gives fewer.
-      coverage: share of the text's characters that are pieces of their own; the others are
-        written as bytes. mT5 has 0.99999.
+      size: number of ids, sentinels included. Text with fewer different pieces gives fewer ids.
+      coverage: share of the text's characters that become pieces; the other characters are
+        encoded as bytes. mT5 has 0.99999.
 
-    The same texts give the same file. Raises `UserError` where `size` has no room for the
+    The same texts give the same file. Raises `UserError` if `size` is too small for the
     characters, or there is no text.
     """
     if not 0.98 <= coverage <= 1:
@@ -89,11 +91,11 @@ def train_vocabulary(texts: Iterable[str], path: Path, size: int, coverage: floa
     if size < 2 * NUM_SENTINELS:
         raise UserError(f"model.vocab_size must be at least {2 * NUM_SENTINELS}, not {size}.")
     lines = (
-        line[begin : begin + _LINE]  # SentencePiece leaves longer ones out
+        line[begin : begin + _LINE_LENGTH]  # SentencePiece ignores longer lines
         for text in texts
         for line in text.splitlines()
         if line.strip()
-        for begin in range(0, len(line), _LINE)
+        for begin in range(0, len(line), _LINE_LENGTH)
     )
     model = io.BytesIO()
     try:
@@ -110,10 +112,10 @@ def train_vocabulary(texts: Iterable[str], path: Path, size: int, coverage: floa
             eos_id=EOS,
             unk_id=UNK,
             bos_id=-1,
-            # A third of the defaults' time; the pieces code text within 0.1 % as well.
+            # A third of the time that the defaults take; encoded text is at most 0.1 % longer.
             num_sub_iterations=1,
             shrinking_factor=0.5,
-            num_threads=1,  # the pieces depend on it
+            num_threads=1,  # the pieces depend on the number of threads
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -131,47 +133,52 @@ def train_vocabulary(texts: Iterable[str], path: Path, size: int, coverage: floa
 
 
 def sample_texts(data: DataConfig, sources: list[Source], characters: int) -> Iterator[str]:
-    """Training text of a mixture, each source in its share, from all over each of them.
+    """Yields training texts of a mixture: of each source its share, taken from all its shards.
 
-    The same every time. Sources that hold less than their share give all they have.
+    The result is deterministic. A source with less text than its share is taken whole.
     """
-    documents = {source.name: source.num_documents("train") for source in sources}
-    if None in documents.values():  # what comes closest
+    documents = {source.name: source.documents("train") for source in sources}
+    if None in documents.values():  # unknown numbers: bytes are the best estimate
         documents = {source.name: source.size() for source in sources}
     shares = mixture_rates(data, documents, {source.name: source.spec for source in sources})
-    bad = BadRecords("skip")  # whoever packs or trains on these will be told of them
+    bad = BadRecords("skip")  # reported when the text is packed or trained on
     for source in sources:
         shards = source.shards("train")
-        left = shares[source.name] * characters
+        source_quota = shares[source.name] * characters
         for number, shard in enumerate(shards):
-            here = left / (len(shards) - number)
+            shard_quota = source_quota / (len(shards) - number)
             for text in source.texts("train", shard, bad):
-                if here <= 0:
+                if shard_quota <= 0:
                     break
                 yield text
-                here -= len(text)
-                left -= len(text)
+                shard_quota -= len(text)
+                source_quota -= len(text)
 
 
-def _of_run(name: str | None) -> Path | None:
-    """The vocabulary in the WORKDIR or foreign folder that a path is, or is a checkpoint of."""
+def _checkpoint_vocabulary(name: str | None) -> Path | None:
+    """Returns the vocabulary file of a WORKDIR, a Hugging Face folder or a WORKDIR's checkpoint."""
     if name is None:
         return None
     path = Path(name).expanduser().absolute()
-    files = [path / FILE_NAME, path / HUGGING_FACE_NAME, path.parent.parent / FILE_NAME]
+    files = [
+        path / VOCABULARY_FILE,
+        path / HUGGING_FACE_VOCABULARY_FILE,
+        path.parent.parent / VOCABULARY_FILE,
+    ]
     return next((file for file in files if file.is_file()), None)
 
 
-def _own(data: DataConfig, model_vocab_size: int) -> Path:
-    size = _UNPADDED.get(model_vocab_size, model_vocab_size)
+def _trained_vocabulary(data: DataConfig, model_vocab_size: int) -> Path:
+    """Returns a vocabulary file in the cache, trained on the mixture on first use."""
+    size = _UNPADDED_SIZES.get(model_vocab_size, model_vocab_size)
     sources = find_sources(data)
-    made_of = [(source.name, source.cache_key) for source in sources]
-    described = repr((made_of, data.mixture, data.rate_exponent, data.counts)).encode()
-    digest = hashlib.blake2b(described, digest_size=8).hexdigest()
+    stamps = [(source.name, source.stamp) for source in sources]
+    text = repr((stamps, data.mixture, data.rate_exponent, data.counts)).encode()
+    digest = hashlib.blake2b(text, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}-{size}.model"
 
     def build(path: Path) -> None:
-        texts = list(sample_texts(data, sources, SAMPLE))
+        texts = list(sample_texts(data, sources, _SAMPLE_LENGTH))
         megabytes = sum(len(text) for text in texts) / 1e6
         print(
             f"Training a vocabulary of {size:,} pieces on {megabytes:.1f} MB of text"

@@ -11,7 +11,7 @@ from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_vocabulary, vocabulary, vocabulary_builder
 from switch_jax.data.mixture import find_sources
 from switch_jax.data.sources.python_docs import python_documents
-from switch_jax.data.vocabulary import FILE_NAME, PAD, UNK, ByteVocabulary, read_vocabulary
+from switch_jax.data.vocabulary import PAD, UNK, VOCABULARY_FILE, ByteVocabulary, read_vocabulary
 from switch_jax.data.vocabulary_builder import sample_texts, train_vocabulary
 from switch_jax.errors import UserError
 from tests.support import runs
@@ -151,7 +151,7 @@ def test_files_that_will_not_do_are_named(tmp_path, texts):
 
 def test_packed_text_brings_its_vocabulary(tmp_path):
     own = open_vocabulary(config())
-    (tmp_path / FILE_NAME).write_bytes(own.content)
+    (tmp_path / VOCABULARY_FILE).write_bytes(own.content)
     packed = dataclasses.replace(config().data, mixture="elsewhere", data_dir=str(tmp_path))
     opened = open_vocabulary(dataclasses.replace(config(), data=packed))
     assert opened.fingerprint == own.fingerprint

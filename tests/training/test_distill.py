@@ -17,7 +17,7 @@ from switch_jax.checkpoint.pretrained import load
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config.load import config_to_dict, override_config
 from switch_jax.data import open_batches
-from switch_jax.data.vocabulary import BYTES, FILE_NAME
+from switch_jax.data.vocabulary import BYTES, VOCABULARY_FILE
 from switch_jax.data.vocabulary_builder import open_vocabulary
 from switch_jax.distributed.hardware import CHIPS
 from switch_jax.distributed.mesh import make_mesh
@@ -370,7 +370,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(taught_by, monkeypatch):
 
 
 def test_without_a_vocabulary_of_its_own_a_student_has_the_teachers(tmp_path):
-    (tmp_path / FILE_NAME).write_bytes(BYTES.encode())
+    (tmp_path / VOCABULARY_FILE).write_bytes(BYTES.encode())
     settings = {"distill.teacher": str(tmp_path), "data.reader": "store", "model.vocab_size": 512}
     assert open_vocabulary(tiny(**settings)).name == BYTES
 

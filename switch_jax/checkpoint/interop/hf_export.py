@@ -19,7 +19,7 @@ from switch_jax.checkpoint.interop.hf_names import ALIASES, HEAD, SHARED, name_t
 from switch_jax.checkpoint.interop.hf_tensors import DTYPES, INDEX, safetensors
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config import Config
-from switch_jax.data import BYTES, HUGGING_FACE_NAME
+from switch_jax.data import BYTES, HUGGING_FACE_VOCABULARY_FILE
 from switch_jax.files import create_folder_atomically
 from switch_jax.model import is_adapter, merge_adapters
 
@@ -68,7 +68,7 @@ def _source(workdir: Workdir) -> _Source:
     leftover = files.pop(LEFTOVER, None)
     config, types = (json.loads(files.pop(name, b"{}")) for name in (CONFIG, RECORD))
     if workdir.vocabulary.is_file() and workdir.vocabulary.read_bytes() != BYTES.encode():
-        files[HUGGING_FACE_NAME] = workdir.vocabulary.read_bytes()
+        files[HUGGING_FACE_VOCABULARY_FILE] = workdir.vocabulary.read_bytes()
     unused = {} if leftover is None else safetensors().numpy.load(leftover)
     return _Source(config, types, unused, files)
 

@@ -21,7 +21,7 @@ from switch_jax.checkpoint.interop.hf_names import (
 )
 from switch_jax.checkpoint.interop.hf_tensors import Tensors, safetensors
 from switch_jax.config import Config
-from switch_jax.data import HUGGING_FACE_NAME
+from switch_jax.data import HUGGING_FACE_VOCABULARY_FILE
 from switch_jax.errors import UserError
 
 # Where a WORKDIR keeps what came with the weights, and is written out again.
@@ -59,7 +59,7 @@ def read_hugging_face(path: Path) -> ForeignCheckpoint:
     return ForeignCheckpoint(
         config,
         functools.partial(_slice, tensors, table, stored),
-        vocabulary=_content(path / HUGGING_FACE_NAME),
+        vocabulary=_content(path / HUGGING_FACE_VOCABULARY_FILE),
         carried=_carried(path, tensors),
         notes=notes,
     )

@@ -38,7 +38,7 @@ from switch_jax.data.token_store.store import (
     offsets_path,
     tokens_path,
 )
-from switch_jax.data.vocabulary import FILE_NAME, Vocabulary, read_vocabulary
+from switch_jax.data.vocabulary import VOCABULARY_FILE, Vocabulary, read_vocabulary
 from switch_jax.errors import UserError
 from switch_jax.files import write_atomically
 
@@ -107,7 +107,7 @@ def _pack(
         for split in SPLITS:
             for path in source.missing_files(split):
                 bad.add(MISSING, path)
-    (output / FILE_NAME).write_bytes(vocabulary.content)
+    (output / VOCABULARY_FILE).write_bytes(vocabulary.content)
     todo = []
     with _Progress(sum(task.shard.size for task in tasks)) as progress:
         for task in tasks:
@@ -229,7 +229,7 @@ def _end_with_parent() -> None:
 
 def _tokenise(task: _Task, action: BadRecordAction) -> int:
     """Writes a shard of tokens; returns how many there are."""
-    vocabulary, bad = _vocabulary(task.store / FILE_NAME), BadRecords(action)
+    vocabulary, bad = _vocabulary(task.store / VOCABULARY_FILE), BadRecords(action)
     dtype = _dtype(vocabulary)
     task.folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.blake2b(digest_size=16)
