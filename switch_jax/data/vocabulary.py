@@ -70,7 +70,7 @@ class Vocabulary(abc.ABC):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns text with sentinels as `<extra_id_0>`; ignores padding, EOS and ids past the end."""
+        """Returns text with sentinels as `<extra_id_0>`, without padding, EOS, ids past the end."""
         parts = []
         for are_pieces, group in groupby(map(int, ids), lambda i: i < self.size - NUM_SENTINELS):
             if are_pieces:

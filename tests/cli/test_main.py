@@ -19,7 +19,8 @@ for name in ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio"):
     sys.modules[name] = None
 import importlib, pkgutil, switch_jax
 for module in pkgutil.walk_packages(switch_jax.__path__, "switch_jax."):
-    if module.name not in ("switch_jax.__main__", "switch_jax.data.seqio_reader"):
+    name = module.name
+    if name != "switch_jax.__main__" and not name.startswith("switch_jax.data.seqio_"):
         importlib.import_module(module.name)
 from switch_jax.cli import main
 sys.exit(main(sys.argv[1:]))

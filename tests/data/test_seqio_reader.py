@@ -63,7 +63,7 @@ def as_dataset(documents):
 
 
 def test_masks_are_t5s_to_the_bit():
-    from switch_jax.data.seqio_reader import noise_mask
+    from switch_jax.data.seqio_preprocessors import noise_mask
 
     masks = golden("spans/masks")
     assert len(masks) > 50
@@ -73,13 +73,13 @@ def test_masks_are_t5s_to_the_bit():
 
 @pytest.mark.parametrize("case, seed", [("spans", 0), ("chain", 7)])
 def test_corruption_is_t5s_to_the_token(case, seed):
-    from switch_jax.data.seqio_reader import corrupt
+    from switch_jax.data.seqio_preprocessors import corrupt_example
 
     feature = seqio.Feature(seqio.PassThroughVocabulary(32_100))
     features = {"inputs": feature, "targets": feature}
     with seqio.map_seed_manager(seed):
         source = golden("spans/tokens" if case == "spans" else "chain/segments")
-        examples = list(corrupt(as_dataset(source), output_features=features))
+        examples = list(corrupt_example(as_dataset(source), output_features=features))
     assert len(examples) == len(source) > 50
     for example, inputs, targets in zip(
         examples, golden(f"{case}/inputs"), golden(f"{case}/targets")
@@ -89,14 +89,18 @@ def test_corruption_is_t5s_to_the_token(case, seed):
 
 
 def test_documents_are_cut_as_t5_does():
-    from switch_jax.data.seqio_reader import cut, join, select_random_chunk
+    from switch_jax.data.seqio_preprocessors import (
+        concatenate_documents,
+        select_random_chunk,
+        split_into_rows,
+    )
 
     documents = golden("chain/documents")
     assert max(map(len, documents)) > 65_536 and min(map(len, documents)) == 0
     with seqio.map_seed_manager(3):
         chunks = select_random_chunk(as_dataset(documents))
     lengths = {"inputs": 512, "targets": 114}
-    pieces = list(cut(join(chunks), lengths))
+    pieces = list(split_into_rows(concatenate_documents(chunks), lengths))
     expected = golden("chain/segments")
     assert len(pieces) == len(expected)
     for piece, row in zip(pieces, expected):
