@@ -173,8 +173,8 @@ def _trained_vocabulary(data: DataConfig, model_vocab_size: int) -> Path:
     size = _UNPADDED_SIZES.get(model_vocab_size, model_vocab_size)
     sources = find_sources(data)
     stamps = [(source.name, source.stamp) for source in sources]
-    text = repr((stamps, data.mixture, data.rate_exponent, data.counts)).encode()
-    digest = hashlib.blake2b(text, digest_size=8).hexdigest()
+    identity = repr((stamps, data.mixture, data.rate_exponent, data.counts)).encode()
+    digest = hashlib.blake2b(identity, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}-{size}.model"
 
     def build(path: Path) -> None:

@@ -10,7 +10,7 @@ from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches
 from switch_jax.data.mixture import find_sources
 from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.token_store.open import open_store
+from switch_jax.data.token_store.open_store import open_store
 from switch_jax.data.token_store.store import TokenStore
 from switch_jax.data.vocabulary import read_vocabulary
 from switch_jax.data.vocabulary_builder import sample_texts, train_vocabulary

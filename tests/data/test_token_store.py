@@ -15,9 +15,9 @@ import pytest
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.data.sources.python_docs import python_documents
-from switch_jax.data.token_store import open
+from switch_jax.data.token_store import open_store as open_store_module
 from switch_jax.data.token_store.build import build_token_store
-from switch_jax.data.token_store.open import open_store
+from switch_jax.data.token_store.open_store import open_store
 from switch_jax.data.token_store.store import TokenStore
 from switch_jax.data.vocabulary import ByteVocabulary
 from switch_jax.errors import UserError
@@ -98,7 +98,7 @@ from switch_jax.cli import main
 from switch_jax.data.sources import source
 from switch_jax.data.token_store import build
 
-def stalling(task, action, real=build._tokenise, done=[]):
+def stalling(task, action, real=build._tokenise_shard, done=[]):
     if len(done) == 2:
         time.sleep(600)
     done.append(task)
@@ -106,7 +106,7 @@ def stalling(task, action, real=build._tokenise, done=[]):
 
 source._SHARD_BYTES = 1
 if sys.argv.pop(1) == "stall":
-    build._tokenise = stalling
+    build._tokenise_shard = stalling
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -286,7 +286,7 @@ def test_a_named_store_must_be_there_and_of_the_vocabulary(packed, tmp_path):
 
 
 def test_too_much_text_is_not_packed_unasked(mixture, words, monkeypatch):
-    monkeypatch.setattr(open, "_PACKED_UNASKED", 1000)
+    monkeypatch.setattr(open_store_module, "_MAX_AUTOMATIC", 1000)
     with pytest.raises(UserError, match=r"GiB of text; pack it once with `switch-jax data pack`"):
         open_store(DataConfig(mixture=mixture), words)
 

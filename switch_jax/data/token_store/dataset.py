@@ -1,10 +1,10 @@
-"""Training rows from packed records: pure functions of their numbers.
+"""Rows of a token store: each training row is a function of its number.
 
-    row of the run → source, by the mixture's rates → row of the source → epoch and place in it
-                   → pieces of documents → corrupted, side by side
+    row number → source (by the mixture's rates) → row of the source → epoch and position in it
+               → pieces of documents → span corruption → [B, S] and [B, T] arrays
 
-Every step is arithmetic on the number, so a batch depends on (`data.seed`, step) and on nothing
-that came before: any process can make any part of it, and resuming is free.
+Each step is arithmetic on the number. So a batch depends only on `data.seed` and the step: any
+process can make any rows of it, and a run resumes without replaying earlier batches.
 """
 
 import hashlib
@@ -26,51 +26,52 @@ from switch_jax.data.counter_rng import derived_seed, permute
 from switch_jax.data.mixture import mixture_rates, select_sources
 from switch_jax.data.sources.source import Split
 from switch_jax.data.span_corruption import corrupt_spans, span_lengths
-from switch_jax.data.token_store.open import open_store
-from switch_jax.data.token_store.sequence_packing import plan_pairs, plan_rows, planned
+from switch_jax.data.token_store.open_store import open_store
+from switch_jax.data.token_store.sequence_packing import cached_row_plan, plan_pairs, plan_rows
 from switch_jax.data.token_store.store import TokenStore
 from switch_jax.data.vocabulary import EOS, Vocabulary
 from switch_jax.data.vocabulary_builder import check_sentinels, open_vocabulary
 from switch_jax.errors import UserError
 
-_ROUND = 2**20  # rows in which every source comes as often as its share says
+_ROUND = 2**20  # rows, of which every source has exactly its share
 
 
 def open_batches(
     config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
 ) -> "StoreIterator":
-    """Rows of all sources, in their shares; raises `UserError`."""
-    store, vocabulary = _opened(config)
-    shares = mixture_rates(config.data, store.documents(), store.specs())
-    return StoreIterator(config.data, split, process_rows, store, vocabulary, shares)
+    """Returns an iterator over all sources, mixed at their rates; raises `UserError`."""
+    store, vocabulary = _open_checked(config)
+    rates = mixture_rates(config.data, store.documents(), store.specs())
+    return StoreIterator(config.data, split, process_rows, store, vocabulary, rates)
 
 
 def open_batches_by_source(
     config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
 ) -> dict[str, "StoreIterator"]:
-    """Rows of each source on its own; raises `UserError`."""
-    store, vocabulary = _opened(config)
+    """Returns an iterator over each source, by name; raises `UserError`."""
+    store, vocabulary = _open_checked(config)
     documents = store.documents(split)
     names = [
         name for _, names in select_sources(config.data, documents, store.specs()) for name in names
     ]
-    some = [name for name in names if documents[name]] or names
+    used = [name for name in names if documents[name]] or names
     return {
         name: StoreIterator(config.data, split, process_rows, store, vocabulary, {name: 1.0})
-        for name in some
+        for name in used
     }
 
 
 def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """Validation examples of the mixture's pairs, by source; raises `UserError`."""
-    store, _ = _opened(config)
+    """Returns the validation examples of the mixture's tasks, by task; raises `UserError`."""
+    store, _ = _open_checked(config)
     documents = store.documents("validation")
     selected = select_sources(config.data, documents, store.specs())
     pairs = [name for _, names in selected for name in names if store.pairs(name)]
     return {name: examples for name in pairs if (examples := store.examples(name))}
 
 
-def _opened(config: Config) -> tuple[TokenStore, Vocabulary]:
+def _open_checked(config: Config) -> tuple[TokenStore, Vocabulary]:
+    """Returns the store and the vocabulary; raises `UserError` if the vocabulary is too small."""
     vocabulary = open_vocabulary(config)
     store = open_store(config.data, vocabulary)
     if not all(map(store.pairs, store.documents())):
@@ -79,17 +80,17 @@ def _opened(config: Config) -> tuple[TokenStore, Vocabulary]:
 
 
 class StoreIterator(RowIterator):
-    """Span-corrupted rows of a store, those of a source shuffled globally, each once per epoch.
+    """Span-corrupted rows of a store; the rows of a source are shuffled as a whole in every epoch.
 
-    Without packing, documents are joined and cut to the length that fills a row, as T5
-    does; the last, incomplete cut is left out. With packing, documents are kept apart: each
-    is cut where it is too long, each piece is corrupted on its own, and pieces share rows
-    as segments. Pairs of inputs and targets are rows, or segments, as they are.
+    Without packing, documents are concatenated and cut into pieces that fill a row each, as in T5;
+    the last, incomplete piece is left out. With packing, each document is cut if it is too long for
+    a row, each piece is corrupted separately, and pieces share rows as segments. Pairs of inputs
+    and targets become rows or segments without corruption.
 
     Args:
-      shares: of the sources among the rows.
+      rates: of each source, its share of the rows, by name.
 
-    Raises `UserError` where the lengths do not fit each other, or a source has no text.
+    Raises `UserError` if the lengths do not fit each other, or a source has no text.
     """
 
     def __init__(
@@ -99,73 +100,77 @@ class StoreIterator(RowIterator):
         process_rows: ProcessRows,
         store: TokenStore,
         vocabulary: Vocabulary,
-        shares: Mapping[str, float],
+        rates: Mapping[str, float],
     ):
-        made_of = [(name, share, store.fingerprint(name, split)) for name, share in shares.items()]
+        contents = [(name, rate, store.fingerprint(name, split)) for name, rate in rates.items()]
         shape = (data.inputs_length, data.targets_length, data.pack, data.seed)
-        digest = hashlib.blake2b(repr((made_of, shape)).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((contents, shape)).encode(), digest_size=16)
         super().__init__(data.batch_size, process_rows, digest.hexdigest())
         self._data = data
         self._first_sentinel = vocabulary.sentinel(0)
-        self._sources = [_Source(data, store, name, split) for name in shares]
-        self._quotas = _quotas(np.array(list(shares.values())))
+        self._sources = [_SourceRows(data, store, name, split) for name in rates]
+        self._quotas = _quotas(np.array(list(rates.values())))
         if len(self._sources) == 1:
-            self.rows_per_epoch = self._sources[0].size
+            self.rows_per_epoch = self._sources[0].rows_per_epoch
 
     def make_rows(self, numbers: np.ndarray) -> Batch:
-        source, within = self._drawn(numbers)
+        sources, source_rows = self._choose_sources(numbers)
         parts = []
-        for i in np.unique(source):
-            rows = np.flatnonzero(source == i)
-            pieces = self._sources[i].pieces(within[rows])
-            parts.append(pieces._replace(row=rows[pieces.row], source=np.full(len(pieces.row), i)))
+        for i in np.unique(sources):
+            rows = np.flatnonzero(sources == i)
+            pieces = self._sources[i].pieces(source_rows[rows])
+            source = np.full(len(pieces.row), i)
+            parts.append(pieces._replace(row=rows[pieces.row], source=source))
         pieces = parts[0]
         if len(parts) > 1:
             pieces = _Pieces(*map(np.concatenate, zip(*parts)))
-        return self._packed(pieces) if self._data.pack else self._joined(pieces)
+        return self._packed_batch(pieces) if self._data.pack else self._unpacked_batch(pieces)
 
-    def _drawn(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which source each row is of, and which of that source's rows it is.
+    def _choose_sources(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns each row's source, and its row number within the source; both [B].
 
-        A round is an urn with as many lots of a source as its quota, drawn without putting back:
-        the order is random, and the lot itself says how many of its source came before.
+        Rows come in rounds of `_ROUND`. A random permutation of range(_ROUND) gives each row of a
+        round a place, and source i owns the next quotas[i] places after those of source i - 1. So
+        the order of sources is random, a round has exactly quotas[i] rows of source i, and the
+        place determines the row number within the source.
         """
         if len(self._sources) == 1:
             return np.zeros_like(numbers), numbers
-        rounds, draws = np.divmod(numbers, _ROUND)
-        lots = np.empty_like(numbers)
+        rounds, positions = np.divmod(numbers, _ROUND)
+        places = np.empty_like(numbers)
         for number in np.unique(rounds):
-            now = rounds == number
+            in_round = rounds == number
             seed = derived_seed(self._data.seed, "mixture")
-            lots[now] = permute(draws[now], _ROUND, seed, int(number))
+            places[in_round] = permute(positions[in_round], _ROUND, seed, int(number))
         ends = np.cumsum(self._quotas)
-        source = np.searchsorted(ends, lots, side="right")
-        first = ends - self._quotas
-        return source, rounds * self._quotas[source] + lots - first[source]
+        sources = np.searchsorted(ends, places, side="right")
+        first_places = ends - self._quotas
+        return sources, rounds * self._quotas[sources] + places - first_places[sources]
 
-    def _joined(self, pieces: "_Pieces") -> Batch:
+    def _unpacked_batch(self, pieces: "_Pieces") -> Batch:
         batch: Batch = {}
-        for same, inputs, targets in self._sequences(pieces):
+        for indices, inputs, targets in self._inputs_and_targets(pieces):
             for name, values in padded_batch(inputs, targets, self._data).items():
                 if name not in batch:
                     batch[name] = np.empty((len(pieces.row), values.shape[1]), values.dtype)
-                batch[name][pieces.row[same]] = values
+                batch[name][pieces.row[indices]] = values
         return batch
 
-    def _packed(self, pieces: "_Pieces") -> Batch:
+    def _packed_batch(self, pieces: "_Pieces") -> Batch:
         inputs: list[np.ndarray] = [np.zeros(0)] * len(pieces.row)
         targets = inputs.copy()
-        for same, of_inputs, of_targets in self._sequences(pieces):
-            for i, x, y in zip(same, of_inputs, of_targets):
-                inputs[i], targets[i] = x, y
+        for group in self._inputs_and_targets(pieces):
+            for i, piece_inputs, piece_targets in zip(*group):
+                inputs[i], targets[i] = piece_inputs, piece_targets
         order = np.lexsort((pieces.segment, pieces.row))
         row, segment = pieces.row[order], pieces.segment[order]
         batch: Batch = {}
-        for stack, texts, length in (
+        for stack, sequences, length in (
             ("encoder", inputs, self._data.inputs_length),
             ("decoder", targets, self._data.targets_length),
         ):
-            batch |= _segments(stack, [texts[i] for i in order], row, segment, length)
+            ordered = [sequences[i] for i in order]
+            batch |= _place_segments(stack, ordered, row, segment, length)
         batch["encoder_input_tokens"] = batch.pop("encoder_tokens")
         batch["decoder_target_tokens"] = batch.pop("decoder_tokens")
         batch["decoder_input_tokens"] = shift_right(
@@ -174,51 +179,61 @@ class StoreIterator(RowIterator):
         batch["decoder_loss_weights"] = (batch["decoder_segment_ids"] > 0).astype(np.float32)
         return batch
 
-    def _sequences(self, pieces: "_Pieces") -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Pieces of one length at a time: which they are, [P]; inputs [P, I]; targets [P, T]."""
-        paired = np.array([source.paired for source in self._sources])[pieces.source]
-        for i in np.flatnonzero(paired):
+    def _inputs_and_targets(
+        self, pieces: "_Pieces"
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields all pieces, in groups of one length: indices [P], inputs [P, I], targets [P, J]."""
+        is_pair = np.array([source.has_pairs for source in self._sources])[pieces.source]
+        for i in np.flatnonzero(is_pair):
             inputs, targets = self._sources[pieces.source[i]].pair(int(pieces.start[i]))
             yield np.array([i]), inputs[None], targets[None]
-        for length in np.unique(pieces.length[~paired]):
-            same = np.flatnonzero((pieces.length == length) & ~paired)
-            tokens = np.empty((len(same), length), np.int32)
-            for i in np.unique(pieces.source[same]):
-                here = pieces.source[same] == i
-                tokens[here] = self._sources[i].tokens.take(pieces.start[same][here], int(length))
-            examples = pieces.example[same]
-            yield same, *corrupt_spans(tokens, self._data.seed, examples, self._first_sentinel)
+        for length in np.unique(pieces.length[~is_pair]):
+            indices = np.flatnonzero((pieces.length == length) & ~is_pair)
+            starts, sources = pieces.start[indices], pieces.source[indices]
+            tokens = np.empty((len(indices), length), np.int32)
+            for i in np.unique(sources):
+                tokens[sources == i] = self._sources[i].tokens.take(
+                    starts[sources == i], int(length)
+                )
+            examples = pieces.example[indices]
+            yield indices, *corrupt_spans(tokens, self._data.seed, examples, self._first_sentinel)
 
 
-def _quotas(shares: np.ndarray) -> np.ndarray:
-    """[sources] int64 rows of a round, at least one each, that sum to `_ROUND`."""
-    ends = np.round(np.cumsum(shares) / shares.sum() * _ROUND).astype(np.int64)
+def _quotas(rates: np.ndarray) -> np.ndarray:
+    """[sources] int64 numbers of rows in a round, at least one each; they sum to `_ROUND`."""
+    ends = np.round(np.cumsum(rates) / rates.sum() * _ROUND).astype(np.int64)
     quotas = np.maximum(1, np.diff(ends, prepend=0))
     quotas[np.argmax(quotas)] -= quotas.sum() - _ROUND
     return quotas
 
 
 class _Pieces(NamedTuple):
-    """Stretches of documents that make up rows, [P] each."""
+    """Pieces of documents, or pairs, that make up the rows of a batch; all arrays are [P]."""
 
-    row: np.ndarray  # its place among the rows asked for
+    row: np.ndarray  # index of the row in the batch
     segment: np.ndarray  # 1, 2, … within the row
-    source: np.ndarray
-    start: np.ndarray  # within the source's tokens; of pairs, which one
-    length: np.ndarray
-    example: np.ndarray  # uint64; what random numbers depend on: another in every epoch
+    source: np.ndarray  # index of the source
+    start: np.ndarray  # first token, within the source's tokens; of a pair, its number
+    length: np.ndarray  # tokens
+    example: np.ndarray  # uint64 number for the random spans; differs between epochs
 
 
-class _Source:
-    """The rows of one source, numbered for ever: all of an epoch, then all of the next."""
+class _SourceRows:
+    """The numbered rows of one source: those of the first epoch, then those of the next, and so on.
+
+    Attributes:
+      tokens: the tokens of the split.
+      has_pairs: whether documents are inputs and targets in turn.
+      rows_per_epoch: number of rows after which the source repeats.
+    """
 
     def __init__(self, data: DataConfig, store: TokenStore, name: str, split: Split):
         self._seed = derived_seed(data.seed, name)
         self.tokens = store.tokens(name, split)
-        self.paired = store.pairs(name)
+        self.has_pairs = store.pairs(name)
         self._lengths = (data.inputs_length, data.targets_length)
         if not len(self.tokens):
-            if self.paired:
+            if self.has_pairs:
                 raise UserError(
                     f"The {split} split of {name} has no example with an answer; name another task"
                     " or mixture in data.mixture."
@@ -230,18 +245,18 @@ class _Source:
         self._plan = None
         if data.pack:
             key = f"{store.fingerprint(name, split)}-{data.inputs_length}-{data.targets_length}"
-            make = plan_pairs if self.paired else plan_rows
-            self._plan = planned(key, make, self.tokens.offsets, *self._lengths)
-            self.size = len(self._plan.row_offsets) - 1
-        elif self.paired:
-            self._length, self.size = 1, len(self.tokens.offsets) // 2
+            plan = plan_pairs if self.has_pairs else plan_rows
+            self._plan = cached_row_plan(key, plan, self.tokens.offsets, *self._lengths)
+            self.rows_per_epoch = len(self._plan.row_offsets) - 1
+        elif self.has_pairs:
+            self._piece_length, self.rows_per_epoch = 1, len(self.tokens.offsets) // 2
         else:
             # A split shorter than a row is one short row.
-            self._length = min(span_lengths(*self._lengths).tokens, len(self.tokens))
-            self.size = len(self.tokens) // self._length
+            self._piece_length = min(span_lengths(*self._lengths).tokens, len(self.tokens))
+            self.rows_per_epoch = len(self.tokens) // self._piece_length
 
     def pair(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, int32, each cut where it is too long and with an EOS."""
+        """Returns inputs [I] and targets [J], int32, each truncated to its length, with an EOS."""
         sides = []
         for length, document in zip(self._lengths, (2 * number, 2 * number + 1)):
             begin, end = self.tokens.offsets[document : document + 2]
@@ -250,17 +265,19 @@ class _Source:
         return sides[0], sides[1]
 
     def pieces(self, numbers: np.ndarray) -> _Pieces:
-        """What the rows with the given numbers, [R] int64, are made of; `source` is not set."""
-        epochs, within = np.divmod(numbers, self.size)
-        rows = np.empty_like(numbers)
+        """Returns the pieces of the rows with the given numbers, [R] int64; `source` is not set."""
+        epochs, positions = np.divmod(numbers, self.rows_per_epoch)
+        rows = np.empty_like(numbers)  # after shuffling
         for epoch in np.unique(epochs):
-            now = epochs == epoch
-            rows[now] = permute(within[now], self.size, self._seed, int(epoch))
+            in_epoch = epochs == epoch
+            rows[in_epoch] = permute(
+                positions[in_epoch], self.rows_per_epoch, self._seed, int(epoch)
+            )
         plan = self._plan
         if plan is None:
             row, segment = np.arange(len(rows)), np.ones(len(rows), np.int64)
-            start, length = rows * self._length, np.full(len(rows), self._length)
-            number = epochs * self.size + rows
+            start, length = rows * self._piece_length, np.full(len(rows), self._piece_length)
+            number = epochs * self.rows_per_epoch + rows
         else:
             counts = plan.row_offsets[rows + 1] - plan.row_offsets[rows]
             row = np.repeat(np.arange(len(rows)), counts)
@@ -272,23 +289,34 @@ class _Source:
         return _Pieces(row, segment, np.empty(0), start, length, example)
 
 
-def _segments(
+def _place_segments(
     stack: str, sequences: list[np.ndarray], row_of: np.ndarray, segment: np.ndarray, length: int
 ) -> Batch:
-    """Lays sequences side by side; those of a row are neighbours in the list."""
+    """Places sequences side by side in their rows.
+
+    Args:
+      stack: encoder or decoder.
+      sequences: tokens of P sequences, ordered by row.
+      row_of: [P] row of each sequence, ascending from 0.
+      segment: [P] segment id of each sequence.
+      length: tokens of a row.
+
+    Returns `STACK_tokens`, `STACK_segment_ids` and `STACK_positions`, [rows, length] int32.
+    """
     lengths = np.array([len(s) for s in sequences])
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    first = np.searchsorted(row_of, row_of)  # of each sequence's row
+    first = np.searchsorted(row_of, row_of)  # the first sequence of each sequence's row
     positions = np.arange(ends[-1]) - np.repeat(starts, lengths)
     columns = np.repeat(starts - starts[first], lengths) + positions
-    where = (np.repeat(row_of, lengths), columns)
+    rows = np.repeat(row_of, lengths)
     batch = {}
     for name, values in (
         ("tokens", np.concatenate(sequences)),
         ("segment_ids", np.repeat(segment, lengths)),
         ("positions", positions),
     ):
-        batch[f"{stack}_{name}"] = np.zeros((row_of[-1] + 1, length), np.int32)
-        batch[f"{stack}_{name}"][where] = values
+        feature = np.zeros((row_of[-1] + 1, length), np.int32)
+        feature[rows, columns] = values
+        batch[f"{stack}_{name}"] = feature
     return batch

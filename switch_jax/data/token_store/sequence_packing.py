@@ -1,4 +1,7 @@
-"""Several texts in one row: which ones, decided once, since lengths are known beforehand."""
+"""Sequence packing: which pieces of documents share a row.
+
+The lengths after corruption are known beforehand, so the plan is made once and kept in the cache.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -10,15 +13,14 @@ import numpy as np
 from switch_jax.data.span_corruption import corrupted_lengths, span_lengths
 from switch_jax.files import build_once, cache_root
 
-_OPEN_ROWS = 32
-Planner = Callable[[np.ndarray, int, int], "RowPlan"]
+_OPEN_ROWS = 32  # rows that can still take a piece, at most
 
 
 class RowPlan(NamedTuple):
-    """Pieces of documents and the rows they share.
+    """Pieces of documents, and the pieces of each row.
 
-    Piece i is tokens starts[i] to starts[i] + lengths[i] of the store; row r holds pieces
-    members[row_offsets[r] : row_offsets[r + 1]], in that order.
+    Piece i is the tokens starts[i] to starts[i] + lengths[i] of a split; row r consists of the
+    pieces members[row_offsets[r] : row_offsets[r + 1]], in that order.
     """
 
     starts: np.ndarray  # [pieces] int64
@@ -27,27 +29,31 @@ class RowPlan(NamedTuple):
     row_offsets: np.ndarray  # [rows + 1] int64
 
 
-def planned(
-    key: str, make: Planner, offsets: np.ndarray, inputs_length: int, targets_length: int
+def cached_row_plan(
+    key: str,
+    plan: Callable[[np.ndarray, int, int], RowPlan],
+    offsets: np.ndarray,
+    inputs_length: int,
+    targets_length: int,
 ) -> RowPlan:
-    """What `make` plans, from the cache where it was made before; `key` tells plans apart."""
+    """Returns `plan(offsets, inputs_length, targets_length)`, cached under the name `key`."""
 
     def build(path: Path) -> None:
         with open(path, "wb") as file:
-            np.savez(file, **make(offsets, inputs_length, targets_length)._asdict())
+            np.savez(file, **plan(offsets, inputs_length, targets_length)._asdict())
 
     with np.load(build_once(cache_root() / "plans" / f"{key}.npz", build)) as arrays:
         return RowPlan(**arrays)
 
 
 def plan_rows(offsets: np.ndarray, inputs_length: int, targets_length: int) -> RowPlan:
-    """Cuts documents into pieces and packs them, first fit in order of the documents.
+    """Plans rows of span-corrupted text: first fit, in the order of the documents.
 
-    No piece is longer than what fills a row when it is corrupted.
+    Documents are cut into pieces that fit a row after corruption.
 
     Args:
-      offsets: [documents + 1] where documents begin and end.
-      inputs_length, targets_length: of a row.
+      offsets: [documents + 1] int64 begins and ends of the documents in the split's tokens.
+      inputs_length, targets_length: tokens of a row.
     """
     longest = span_lengths(inputs_length, targets_length).tokens
     pieces = [np.arange(begin, end, longest) for begin, end in itertools.pairwise(offsets)]
@@ -55,28 +61,38 @@ def plan_rows(offsets: np.ndarray, inputs_length: int, targets_length: int) -> R
     ends = np.repeat(offsets[1:], [len(p) for p in pieces])
     lengths = np.minimum(ends - starts, longest)
     sizes = {int(length): corrupted_lengths(int(length)) for length in np.unique(lengths)}
-    fits = [(sizes[int(n)].inputs, sizes[int(n)].targets) for n in lengths]
-    return RowPlan(starts, lengths, *_first_fit(fits, inputs_length, targets_length))
+    corrupted = [(sizes[int(n)].inputs, sizes[int(n)].targets) for n in lengths]
+    return RowPlan(starts, lengths, *_first_fit(corrupted, inputs_length, targets_length))
 
 
 def plan_pairs(offsets: np.ndarray, inputs_length: int, targets_length: int) -> RowPlan:
-    """As `plan`, of documents that are inputs and targets in turn: piece i is the i-th pair."""
-    sides = np.diff(offsets).reshape(-1, 2)
-    most = np.array([inputs_length, targets_length])
-    fits = [(int(x), int(y)) for x, y in np.minimum(sides + 1, most)]  # with an EOS
-    numbers = np.arange(len(fits))
-    return RowPlan(numbers, np.ones_like(numbers), *_first_fit(fits, inputs_length, targets_length))
+    """Plans rows of pairs: first fit, in the order of the pairs.
+
+    Documents are inputs and targets in turn. Piece i is pair i: starts[i] is i, lengths[i] is 1.
+
+    Args:
+      offsets: [2 · pairs + 1] int64 begins and ends of the documents in the split's tokens.
+      inputs_length, targets_length: tokens of a row.
+    """
+    lengths = np.diff(offsets).reshape(-1, 2) + 1  # with an EOS
+    sizes = np.minimum(lengths, [inputs_length, targets_length])
+    numbers = np.arange(len(sizes))
+    rows = _first_fit([(int(x), int(y)) for x, y in sizes], inputs_length, targets_length)
+    return RowPlan(numbers, np.ones_like(numbers), *rows)
 
 
 def _first_fit(
     sizes: list[tuple[int, int]], inputs_length: int, targets_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`members` and `row_offsets` of a plan for pieces with so many inputs and targets.
+    """Returns `members` and `row_offsets` of a plan.
 
-    A few rows are open at a time; the fullest makes way for a new one.
+    At most `_OPEN_ROWS` rows are open at a time; the fullest is closed to open another one.
+
+    Args:
+      sizes: numbers of input and target tokens of each piece.
     """
-    done: list[list[int]] = []
-    open_rows: list[tuple[list[int], int, int]] = []  # pieces, room for inputs and for targets
+    closed: list[list[int]] = []
+    open_rows: list[tuple[list[int], int, int]] = []  # pieces, free inputs, free targets
     for piece, size in enumerate(sizes):
         for i, (row, inputs, targets) in enumerate(open_rows):
             if size[0] <= inputs and size[1] <= targets:
@@ -86,8 +102,8 @@ def _first_fit(
         else:
             if len(open_rows) == _OPEN_ROWS:
                 fullest = min(range(_OPEN_ROWS), key=lambda i: open_rows[i][1])
-                done.append(open_rows.pop(fullest)[0])
+                closed.append(open_rows.pop(fullest)[0])
             open_rows.append(([piece], inputs_length - size[0], targets_length - size[1]))
-    done += [row for row, _, _ in open_rows]
-    members = np.array([piece for row in done for piece in row], np.int64)
-    return members, np.cumsum([0, *map(len, done)], dtype=np.int64)
+    closed += [row for row, _, _ in open_rows]
+    members = np.array([piece for row in closed for piece in row], np.int64)
+    return members, np.cumsum([0, *map(len, closed)], dtype=np.int64)

@@ -1,18 +1,19 @@
-"""Packed records: tokenised text in files that need no TensorFlow, memory-mapped.
+"""Format of a token store, and reading it: tokenised text in memory-mapped files.
 
 A store is a folder with a vocabulary and, for each source and split, shards of documents:
 
-    manifest.json                  what is in it and what it was made from; written last
+    manifest.json                  contents, and identity of the text; written last
     vocabulary.model
-    c4/train/00000.tokens          documents' tokens, one after the other, uint16 or uint32
-    c4/train/00000.offsets.npy     [documents + 1] int64, where each begins and ends
+    c4/train/00000.tokens          tokens of the documents, one after the other, uint16 or uint32
+    c4/train/00000.offsets.npy     [documents + 1] int64 begin and end of each document
     c4/train/00001.tokens …
     c4/validation/…
-    glue/cola/train/…              the same, where documents are inputs and targets in turn
-    glue/cola/validation/examples.jsonl    their text, and what metrics compare with
+    glue/cola/train/…              tasks: documents are inputs and targets in turn
+    glue/cola/validation/examples.jsonl    their text, and the answers for the metrics
 
-Tokens are stored as they are: joining, cutting, span corruption and packing into rows are
-functions of the row's number (`rows`), so that one store serves any lengths, seeds and mixture.
+A store contains plain documents. Concatenating, cutting, span corruption and packing into rows are
+functions of the row number (`dataset`), so one store serves all lengths, seeds and mixtures.
+Reading it needs no TensorFlow.
 """
 
 import functools
@@ -32,16 +33,16 @@ FORMAT = 4
 
 
 def is_store(directory: str | Path) -> bool:
-    """Whether a folder holds a complete store."""
+    """Whether a folder is a complete store."""
     return Path(directory, MANIFEST).is_file()
 
 
 class TokenStore:
-    """A store that is complete, for reading.
+    """A complete store, opened for reading.
 
     Attributes:
       manifest: the JSON object of `manifest.json`.
-      vocabulary: fingerprint of the vocabulary.
+      vocabulary_fingerprint: fingerprint of the vocabulary that the text was tokenised with.
 
     Raises `UserError` for a folder that is missing, incomplete or damaged.
     """
@@ -57,17 +58,17 @@ class TokenStore:
             self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
             if self.manifest["format"] != FORMAT:
                 raise ValueError
-            self.vocabulary: str = self.manifest["vocabulary"]
+            self.vocabulary_fingerprint: str = self.manifest["vocabulary"]
             self._sources: Mapping[str, Any] = self.manifest["sources"]
         except (OSError, ValueError, KeyError, TypeError):
             raise _damaged(directory) from None
 
     def documents(self, split: Split = "train") -> dict[str, int]:
-        """Documents of each source, or its pairs of inputs and targets."""
+        """Returns the number of documents of each source, or of pairs of inputs and targets."""
         return {name: source[split]["documents"] for name, source in self._sources.items()}
 
     def specs(self) -> dict[str, str]:
-        """What part of a mixture each source was found by."""
+        """Returns the part of `data.mixture` that each source was found by, by source."""
         return {name: source["spec"] for name, source in self._sources.items()}
 
     def pairs(self, name: str) -> bool:
@@ -75,27 +76,27 @@ class TokenStore:
         return self._sources[name]["pairs"]
 
     def examples(self, name: str) -> list[dict[str, Any]]:
-        """Validation examples of pairs: `inputs`, `targets`, and `answer`."""
+        """Returns the validation examples of pairs, with `inputs`, `targets` and `answer`."""
         path = examples_path(self._directory / name / "validation")
         return [json.loads(line) for line in path.open()] if path.exists() else []
 
     def fingerprint(self, name: str, split: Split) -> str:
-        """Identifies the tokens of a split."""
+        """Returns a hash of the tokens of a split and of the vocabulary."""
         return self._sources[name][split]["fingerprint"]
 
-    def tokens(self, name: str, split: Split) -> "Tokens":
-        """The tokens of a source's split; raises `UserError` where files are damaged."""
+    def tokens(self, name: str, split: Split) -> "SplitTokens":
+        """Returns the tokens of a source's split; raises `UserError` if files are damaged."""
         sizes = self._sources[name][split]["shards"]
-        return Tokens(self._directory / name / split, self.manifest["dtype"], sizes)
+        return SplitTokens(self._directory / name / split, self.manifest["dtype"], sizes)
 
 
-class Tokens:
-    """A split as one long row of tokens, whichever shards they lie in.
+class SplitTokens:
+    """The tokens of a split as one long array, across its shards.
 
     Args:
-      sizes: documents and tokens of every shard.
+      sizes: numbers of documents and tokens of every shard.
 
-    Raises `UserError` where a shard is missing or of another size.
+    Raises `UserError` if a shard is missing or has another size.
     """
 
     def __init__(self, directory: Path, dtype: str, sizes: list[tuple[int, int]]):
@@ -113,7 +114,7 @@ class Tokens:
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """[documents + 1] int64: where documents begin and end."""
+        """[documents + 1] int64: begins and ends of the documents."""
         parts = [np.zeros(1, np.int64)]
         for shard, end in enumerate(self._ends):
             try:
@@ -124,23 +125,23 @@ class Tokens:
         return np.concatenate(parts)
 
     def take(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Stretches of `length` tokens that begin at `starts` [N]; returns [N, length]."""
+        """[N, length] uint16 or uint32: the tokens from each of `starts` [N] on."""
         taken = np.empty((len(starts), length), self._dtype)
         if not length:
             return taken
-        shards = np.searchsorted(self._ends, starts, side="right")
+        first = np.searchsorted(self._ends, starts, side="right")
         last = np.searchsorted(self._ends, starts + (length - 1), side="right")
-        for shard in np.unique(shards):
-            here = np.flatnonzero((shards == shard) & (last == shard))
-            if len(here):
-                begins = starts[here] - self._begin(shard)
-                taken[here] = self._shard(shard)[begins[:, None] + np.arange(length)]
-        for row in np.flatnonzero(shards != last):
+        for shard in np.unique(first):
+            rows = np.flatnonzero((first == shard) & (last == shard))
+            if len(rows):
+                begins = starts[rows] - self._begin(shard)
+                taken[rows] = self._shard(shard)[begins[:, None] + np.arange(length)]
+        for row in np.flatnonzero(first != last):
             parts = [
                 self._shard(s)[
                     max(0, starts[row] - self._begin(s)) : starts[row] + length - self._begin(s)
                 ]
-                for s in range(shards[row], last[row] + 1)
+                for s in range(first[row], last[row] + 1)
             ]
             taken[row] = np.concatenate(parts)
         return taken
@@ -149,27 +150,28 @@ class Tokens:
         return int(self._ends[shard - 1]) if shard else 0
 
     def _shard(self, shard: int) -> np.ndarray:
-        return _mapped(tokens_path(self._directory, shard), self._dtype)
+        return _memory_map(tokens_path(self._directory, shard), self._dtype)
 
 
 def tokens_path(directory: Path, shard: int) -> Path:
-    """Where the tokens of a shard lie."""
+    """Returns the file of a shard's tokens."""
     return directory / f"{shard:05d}.tokens"
 
 
 def examples_path(directory: Path) -> Path:
-    """Where the text of a split's pairs lies, with the answers that metrics compare with."""
+    """Returns the file of a split's examples: text and answers of pairs."""
     return directory / "examples.jsonl"
 
 
 def offsets_path(directory: Path, shard: int) -> Path:
-    """Where the offsets of a shard's documents lie."""
+    """Returns the file of the offsets of a shard's documents."""
     return directory / f"{shard:05d}.offsets.npy"
 
 
-@functools.lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)  # files open
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    if path.stat().st_size == 0:  # which cannot be mapped
+# At most half of the files that the process may open.
+@functools.lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+def _memory_map(path: Path, dtype: np.dtype) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")
 

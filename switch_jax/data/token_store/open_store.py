@@ -1,4 +1,4 @@
-"""Which store a config reads, made where it is needed."""
+"""Opens the token store of a config: a named folder, or one in the cache, built on first use."""
 
 import hashlib
 import os
@@ -12,23 +12,24 @@ from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.files import build_once, cache_root
 
-# Bytes of text.
-_PACKED_UNASKED = 4 * 2**30
-_WORTH_WORKERS = 64 * 2**20
+# Bytes of text: the most for which a store is built on first use, and the least for which it is
+# built with several processes.
+_MAX_AUTOMATIC = 4 * 2**30
+_MIN_PARALLEL = 64 * 2**20
 
 
 def open_store(data: DataConfig, vocabulary: Vocabulary) -> TokenStore:
-    """The store that a config reads; in the cache, made on first use, unless it names one.
+    """Opens the store `data.data_dir`, or else a store in the cache, built on first use.
 
-    Raises `UserError` where the named one is damaged or of another vocabulary, or the text is too
-    much to be packed unasked.
+    Raises `UserError` if the store is damaged or has another vocabulary, or if the text is too
+    large to build a store automatically.
     """
     if data.data_dir is not None and is_store(data.data_dir):
         directory = Path(data.data_dir)
     else:
-        directory = _cached(data, vocabulary)
+        directory = _cached_store(data, vocabulary)
     store = TokenStore(directory)
-    if store.vocabulary != vocabulary.fingerprint:
+    if store.vocabulary_fingerprint != vocabulary.fingerprint:
         raise UserError(
             f"The text in {str(directory)!r} was packed with another vocabulary than"
             f" {vocabulary.name!r}; set data.vocabulary to None to use its own."
@@ -36,21 +37,21 @@ def open_store(data: DataConfig, vocabulary: Vocabulary) -> TokenStore:
     return store
 
 
-def _cached(data: DataConfig, vocabulary: Vocabulary) -> Path:
+def _cached_store(data: DataConfig, vocabulary: Vocabulary) -> Path:
+    """Returns the folder of the store in the cache; builds it unless it exists."""
     sources = find_sources(data)
     size = sum(source.size() for source in sources)
-    if size > _PACKED_UNASKED:
+    if size > _MAX_AUTOMATIC:
         raise UserError(
             f"data.mixture={data.mixture} is {size / 2**30:,.0f} GiB of text; pack it once with"
             " `switch-jax data pack` and set data.data_dir to what that wrote, or set"
             " data.reader=seqio to read it as it streams."
         )
-    text = [(source.name, source.cache_key) for source in sources]
-    described = repr((FORMAT, text, vocabulary.fingerprint)).encode()
-    digest = hashlib.blake2b(described, digest_size=8).hexdigest()
+    stamps = [(source.name, source.stamp) for source in sources]
+    identity = repr((FORMAT, stamps, vocabulary.fingerprint)).encode()
+    digest = hashlib.blake2b(identity, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}"
-
-    workers = (os.cpu_count() or 1) if size > _WORTH_WORKERS else 1
+    workers = (os.cpu_count() or 1) if size > _MIN_PARALLEL else 1
 
     def build(path: Path) -> None:
         build_token_store(data, vocabulary, path, workers)
