@@ -80,7 +80,7 @@ def _open_checked(config: Config) -> tuple[TokenStore, Vocabulary]:
 
 
 class StoreIterator(RowIterator):
-    """Span-corrupted rows of a store; the rows of a source are shuffled as a whole in every epoch.
+    """Span-corrupted rows of a store; in every epoch each row of a source once, reshuffled.
 
     Without packing, documents are concatenated and cut into pieces that fill a row each, as in T5;
     the last, incomplete piece is left out. With packing, each document is cut if it is too long for
@@ -182,7 +182,7 @@ class StoreIterator(RowIterator):
     def _inputs_and_targets(
         self, pieces: "_Pieces"
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields all pieces, in groups of one length: indices [P], inputs [P, I], targets [P, J]."""
+        """Yields pieces in groups of equal length: indices [P], inputs [P, I], targets [P, J]."""
         is_pair = np.array([source.has_pairs for source in self._sources])[pieces.source]
         for i in np.flatnonzero(is_pair):
             inputs, targets = self._sources[pieces.source[i]].pair(int(pieces.start[i]))
@@ -192,9 +192,8 @@ class StoreIterator(RowIterator):
             starts, sources = pieces.start[indices], pieces.source[indices]
             tokens = np.empty((len(indices), length), np.int32)
             for i in np.unique(sources):
-                tokens[sources == i] = self._sources[i].tokens.take(
-                    starts[sources == i], int(length)
-                )
+                mask = sources == i
+                tokens[mask] = self._sources[i].tokens.take(starts[mask], int(length))
             examples = pieces.example[indices]
             yield indices, *corrupt_spans(tokens, self._data.seed, examples, self._first_sentinel)
 
