@@ -22,13 +22,13 @@ class BlockReader:
     Attributes:
       split: the split.
       num_shards: its number of shards.
-      pairs: whether the texts are inputs and targets in turn.
+      has_targets: whether the texts are inputs and targets in turn.
       failures: errors that ended the reading of a shard; callers must check the list, since an
         exception that passes through tf.data loses its type.
     """
 
     def __init__(self, source: Source, split: Split, bad: BadRecords):
-        self.split, self.pairs = split, source.has_targets
+        self.split, self.has_targets = split, source.has_targets
         self._source, self._bad = source, bad
         self._shards = source.shards(split)
         self.num_shards = len(self._shards)

@@ -27,7 +27,7 @@ from switch_jax.data.seqio_preprocessors import (
     select_random_chunk,
     split_into_rows,
 )
-from switch_jax.data.sources.bad_records import MISSING, BadRecords, ToldRecords
+from switch_jax.data.sources.bad_records import MISSING, BadRecords, ReportedBadRecords
 from switch_jax.data.sources.source import Source, Split
 from switch_jax.data.span_corruption import span_lengths
 from switch_jax.data.token_store.store import is_store
@@ -45,7 +45,7 @@ def open_batches(
 ) -> "SeqioIterator":
     """Returns an iterator over all sources, mixed at their rates; raises `UserError`."""
     sources, vocabulary = _open_sources(config)
-    documents = {source.name: source.documents("train") for source in sources}
+    documents = {source.name: source.num_documents("train") for source in sources}
     specs = {source.name: source.spec for source in sources}
     rates = mixture_rates(config.data, documents, specs)
     used = [source for source in sources if source.name in rates]
@@ -76,7 +76,7 @@ def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
         if isinstance(source, TaskSource)
     }
     return {
-        name: list(map(json.loads, example_to_json(of_task)))
+        name: list(map(json.loads, examples_to_json(of_task)))
         for name, of_task in examples.items()
         if of_task
     }
@@ -90,7 +90,7 @@ def _open_sources(config: Config) -> tuple[list[Source], Vocabulary]:
             f"data.data_dir={data.data_dir!r} is packed text; set data.reader=store to read it."
         )
     sources, vocabulary = find_sources(data), open_vocabulary(config)
-    if not all(source.pairs for source in sources):
+    if not all(source.has_targets for source in sources):
         span_lengths(data.inputs_length, data.targets_length)
         check_sentinels(data, vocabulary)
     return sources, vocabulary
@@ -121,7 +121,7 @@ class SeqioIterator:
         self._names = ", ".join(rates)
         self._folder = f"process_{process_rows.group}_of_{process_rows.num_groups}"
         self._saves = process_rows.first_in_group
-        self._bad_records = ToldRecords(data.on_bad_record)
+        self._bad_records = ReportedBadRecords(data.on_bad_record)
         contents = [(source.name, source.fingerprint, rates[source.name]) for source in sources]
         shape = (data.inputs_length, data.targets_length, self._num_rows, data.pack)
         identity = repr((contents, vocabulary.fingerprint, shape, data.seed, split)).encode()
@@ -133,7 +133,7 @@ class SeqioIterator:
                     f"The {split} split of {source.name} has fewer documents than there are"
                     f" processes to feed ({process_rows.num_groups}); set data.reader=store."
                 )
-            for path in source.missing(split):
+            for path in source.missing_files(split):
                 self._bad_records.add(MISSING, path)
         self._readers = [BlockReader(source, split, self._bad_records) for source in sources]
         self._iterator = iter(
@@ -186,7 +186,7 @@ class SeqioIterator:
         for reader in self._readers:
             if reader.failures:
                 raise reader.failures[0]
-        self._bad_records.tell()
+        self._bad_records.print_once()
         if tensors is None:
             raise UserError(
                 f"A source of {self._names} has no text for {self._folder}; leave it out of"
@@ -246,7 +246,7 @@ def _task(
             seqio.preprocessors.tokenize,
             # Random choices after this point differ between epochs.
             seqio.CacheDatasetPlaceholder(),
-            *([] if source.pairs else corruption),
+            *([] if source.has_targets else corruption),
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features={"inputs": feature, "targets": feature},
@@ -269,7 +269,7 @@ class DocumentSource(seqio.DataSource):
 
     def __init__(self, reader: BlockReader, open_shards: int):
         super().__init__(splits=[reader.split])
-        self.pairs = reader.pairs
+        self.has_targets = reader.has_targets
         self._reader = reader
         self._open_shards = open_shards
 
@@ -299,11 +299,11 @@ class DocumentSource(seqio.DataSource):
             shards = shards.shuffle(len(numbers), seed=seed)
         open_shards = self._open_shards if shuffle else 1
         texts = shards.interleave(self._shard, cycle_length=open_shards, block_length=BLOCK_SIZE)
-        if self.pairs:  # a block contains whole pairs, since its size is even
+        if self.has_targets:  # a block contains whole pairs, since its size is even
             texts = texts.batch(2, drop_remainder=True)
         if not by_shard:
             texts = texts.shard(info.num_shards, info.index)
-        if self.pairs:
+        if self.has_targets:
             return texts.map(lambda pair: {"inputs": pair[0], "targets": pair[1]})
         return texts.map(lambda text: {"targets": text})
 

@@ -137,7 +137,7 @@ def sample_texts(data: DataConfig, sources: list[Source], characters: int) -> It
 
     The result is deterministic. A source with less text than its share is taken whole.
     """
-    documents = {source.name: source.documents("train") for source in sources}
+    documents = {source.name: source.num_documents("train") for source in sources}
     if None in documents.values():  # unknown numbers: bytes are the best estimate
         documents = {source.name: source.size() for source in sources}
     shares = mixture_rates(data, documents, {source.name: source.spec for source in sources})
@@ -172,7 +172,7 @@ def _trained_vocabulary(data: DataConfig, model_vocab_size: int) -> Path:
     """Returns a vocabulary file in the cache, trained on the mixture on first use."""
     size = _UNPADDED_SIZES.get(model_vocab_size, model_vocab_size)
     sources = find_sources(data)
-    stamps = [(source.name, source.stamp) for source in sources]
+    stamps = [(source.name, source.cache_key) for source in sources]
     identity = repr((stamps, data.mixture, data.rate_exponent, data.counts)).encode()
     digest = hashlib.blake2b(identity, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}-{size}.model"

@@ -124,7 +124,7 @@ def _build(
     bad_records = BadRecords(data.on_bad_record)
     for source in sources:
         for split in SPLITS:
-            for path in source.missing(split):
+            for path in source.missing_files(split):
                 bad_records.add(MISSING, path)
     (output / VOCABULARY_FILE).write_bytes(vocabulary.content)
     _tokenise_all(tasks, data.on_bad_record, workers)
@@ -205,7 +205,7 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged; delete {path.parent} and pack again.") from error
 
 
-def _tokenise_all(tasks: list[_ShardTask], action: Action, workers: int) -> None:
+def _tokenise_all(tasks: list[_ShardTask], action: BadRecordAction, workers: int) -> None:
     """Tokenises the unfinished shards, with progress in bytes of text on stderr."""
     pending = [task for task in tasks if not task.summary_file.is_file()]
     size = max(1, sum(task.shard.size for task in tasks))
@@ -227,7 +227,7 @@ def _tokenise_all(tasks: list[_ShardTask], action: Action, workers: int) -> None
 
 
 def _run_tasks(
-    tasks: list[_ShardTask], action: Action, workers: int
+    tasks: list[_ShardTask], action: BadRecordAction, workers: int
 ) -> Iterator[tuple[_ShardTask, int]]:
     """Tokenises all shards, in any order; yields each finished task and its number of tokens."""
     if min(workers, len(tasks)) <= 1:
@@ -265,7 +265,7 @@ def _exit_with_parent() -> None:
     threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
-def _tokenise_shard(task: _ShardTask, action: Action) -> int:
+def _tokenise_shard(task: _ShardTask, action: BadRecordAction) -> int:
     """Writes a shard of tokens and its summary; returns the number of tokens."""
     vocabulary, bad_records = _vocabulary(task.store / VOCABULARY_FILE), BadRecords(action)
     dtype = _token_dtype(vocabulary)
@@ -274,7 +274,7 @@ def _tokenise_shard(task: _ShardTask, action: Action) -> int:
     offsets = [0]
     if isinstance(task.source, TaskSource) and task.split != "train":
         examples = task.source.examples(task.split, bad_records)
-        lines = "".join(line + "\n" for line in example_to_json(examples))
+        lines = "".join(line + "\n" for line in examples_to_json(examples))
         write_atomically(examples_path(task.folder), lines.encode())
         bad_records = BadRecords(action)  # the same records are counted again below
     tokens_file = tokens_path(task.folder, task.number)
@@ -289,7 +289,7 @@ def _tokenise_shard(task: _ShardTask, action: Action) -> int:
     np.save(offsets_path(task.folder, task.number), np.array(offsets, np.int64))
     digest.update(np.array(offsets, np.int64).tobytes())
     summary = {
-        "documents": (len(offsets) - 1) // (2 if task.source.pairs else 1),
+        "documents": (len(offsets) - 1) // (2 if task.source.has_targets else 1),
         "tokens": offsets[-1],
         "fingerprint": digest.hexdigest(),
         "left_out": bad_records.counts,
@@ -340,4 +340,4 @@ def _empty_contents(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     """Returns the manifest's entry of a source without documents."""
     empty: dict[str, Any] = {"documents": 0, "tokens": 0, "fingerprint": vocabulary.fingerprint}
     splits: dict[str, Any] = {split: {**empty, "left_out": {}, "shards": []} for split in SPLITS}
-    return {"spec": source.spec, "pairs": source.pairs, **splits}
+    return {"spec": source.spec, "pairs": source.has_targets, **splits}

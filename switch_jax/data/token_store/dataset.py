@@ -66,7 +66,7 @@ def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
     store, _ = _open_checked(config)
     documents = store.documents("validation")
     selected = select_sources(config.data, documents, store.specs())
-    pairs = [name for _, names in selected for name in names if store.pairs(name)]
+    pairs = [name for _, names in selected for name in names if store.has_targets(name)]
     return {name: examples for name in pairs if (examples := store.examples(name))}
 
 
@@ -74,7 +74,7 @@ def _open_checked(config: Config) -> tuple[TokenStore, Vocabulary]:
     """Returns the store and the vocabulary; raises `UserError` if the vocabulary is too small."""
     vocabulary = open_vocabulary(config)
     store = open_store(config.data, vocabulary)
-    if not all(map(store.pairs, store.documents())):
+    if not all(map(store.has_targets, store.documents())):
         check_sentinels(config.data, vocabulary)
     return store, vocabulary
 
@@ -183,7 +183,7 @@ class StoreIterator(RowIterator):
         self, pieces: "_Pieces"
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields pieces in groups of equal length: indices [P], inputs [P, I], targets [P, J]."""
-        is_pair = np.array([source.has_pairs for source in self._sources])[pieces.source]
+        is_pair = np.array([source.has_targets for source in self._sources])[pieces.source]
         for i in np.flatnonzero(is_pair):
             inputs, targets = self._sources[pieces.source[i]].pair(int(pieces.start[i]))
             yield np.array([i]), inputs[None], targets[None]
@@ -222,17 +222,17 @@ class _SourceRows:
 
     Attributes:
       tokens: the tokens of the split.
-      has_pairs: whether documents are inputs and targets in turn.
+      has_targets: whether documents are inputs and targets in turn.
       rows_per_epoch: number of rows after which the source repeats.
     """
 
     def __init__(self, data: DataConfig, store: TokenStore, name: str, split: Split):
         self._seed = derived_seed(data.seed, name)
         self.tokens = store.tokens(name, split)
-        self.has_pairs = store.pairs(name)
+        self.has_targets = store.has_targets(name)
         self._lengths = (data.inputs_length, data.targets_length)
         if not len(self.tokens):
-            if self.has_pairs:
+            if self.has_targets:
                 raise UserError(
                     f"The {split} split of {name} has no example with an answer; name another task"
                     " or mixture in data.mixture."
@@ -244,10 +244,10 @@ class _SourceRows:
         self._plan = None
         if data.pack:
             key = f"{store.fingerprint(name, split)}-{data.inputs_length}-{data.targets_length}"
-            plan = plan_pairs if self.has_pairs else plan_rows
+            plan = plan_pairs if self.has_targets else plan_rows
             self._plan = cached_row_plan(key, plan, self.tokens.offsets, *self._lengths)
             self.rows_per_epoch = len(self._plan.row_offsets) - 1
-        elif self.has_pairs:
+        elif self.has_targets:
             self._piece_length, self.rows_per_epoch = 1, len(self.tokens.offsets) // 2
         else:
             # A split shorter than a row is one short row.

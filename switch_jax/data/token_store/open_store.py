@@ -47,7 +47,7 @@ def _cached_store(data: DataConfig, vocabulary: Vocabulary) -> Path:
             " `switch-jax data pack` and set data.data_dir to what that wrote, or set"
             " data.reader=seqio to read it as it streams."
         )
-    stamps = [(source.name, source.stamp) for source in sources]
+    stamps = [(source.name, source.cache_key) for source in sources]
     identity = repr((FORMAT, stamps, vocabulary.fingerprint)).encode()
     digest = hashlib.blake2b(identity, digest_size=8).hexdigest()
     name = f"{sources[0].name.replace('/', '-')}-{digest}"

@@ -71,7 +71,7 @@ class TokenStore:
         """Returns the part of `data.mixture` that each source was found by, by source."""
         return {name: source["spec"] for name, source in self._sources.items()}
 
-    def pairs(self, name: str) -> bool:
+    def has_targets(self, name: str) -> bool:
         """Whether a source's documents are inputs and targets in turn."""
         return self._sources[name]["pairs"]
 
