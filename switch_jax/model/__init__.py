@@ -1,4 +1,4 @@
-"""The Switch Transformer: its network, parameters, loss and cost of a pass."""
+"""The Switch Transformer: network, parameters, loss, sharding and FLOPs."""
 
 from switch_jax.model.feed_forward import Mlp
 from switch_jax.model.flops import (
