@@ -1,6 +1,6 @@
-"""Every preset's parameters have the names, shapes and axes that they had before.
+"""Paths, shapes and axes of every preset's parameters equal the golden files.
 
-scripts/golden/make_parameters.py writes them anew.
+scripts/golden/make_parameters.py writes the files.
 """
 
 import functools
@@ -13,7 +13,7 @@ from tests.support import goldens
 
 _BASE = test_configs.SPECS["switch_base"]
 
-# What presets leave out, on top of Switch-Base.
+# Overrides of Switch-Base for parameters that no preset has.
 _VARIANTS = {
     "attention": {"moe.sublayer": "both"},
     "balance_bias": {"moe.balance_bias_rate": "0.001"},
@@ -31,11 +31,11 @@ for _name, _overrides in _VARIANTS.items():
     PRESETS[f"switch_base-{_name}"] = functools.partial(load_config, _BASE, _overrides)
 
 
-def test_every_preset_has_its_file():
+def test_every_preset_has_a_golden_file():
     assert {path.stem for path in goldens.PARAMETERS.glob("*.txt")} == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_parameters_are_what_they_were(name):
+def test_parameters_equal_the_golden_file(name):
     golden = (goldens.PARAMETERS / f"{name}.txt").read_text()
     assert goldens.parameters(PRESETS[name]()).splitlines() == golden.splitlines()

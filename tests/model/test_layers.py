@@ -1,4 +1,4 @@
-"""Position buckets, initialisation, dropout."""
+"""Relative position buckets, initialisation, RMS norm and dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from switch_jax.model.layers import RMSNorm, dropout, fold_keys, init_kernel
 from switch_jax.model.moe.layers import SwitchMlp
 from tests.support.configs import tiny
 
-# Standard deviation of a standard normal that is cut at two.
-CUT = 0.87962566
+# Standard deviation of a standard normal distribution that is truncated at 2.
+TRUNCATED_STD = 0.87962566
 
 
 def buckets(distances, num_buckets, max_distance, bidirectional) -> list[int]:
@@ -20,7 +20,7 @@ def buckets(distances, num_buckets, max_distance, bidirectional) -> list[int]:
     ).tolist()
 
 
-def test_buckets_of_an_encoder():
+def test_encoder_buckets_distinguish_keys_behind_and_ahead():
     near_and_far = {0: 0, 1: 1, 2: 2, 5: 2, 6: 3, 15: 3, 16: 3, 17: 3, 1000: 3}
     behind = [-d for d in near_and_far]
     assert buckets(behind, 8, 16, True) == list(near_and_far.values())
@@ -28,13 +28,13 @@ def test_buckets_of_an_encoder():
     assert buckets(ahead, 8, 16, True) == [4 + near_and_far[d] for d in ahead]
 
 
-def test_buckets_of_a_decoder_look_only_back():
+def test_decoder_buckets_are_for_keys_behind():
     table = [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7]
     assert buckets([-d for d in range(20)], 8, 16, False) == table
     assert buckets([-1000, 1, 2, 1000], 8, 16, False) == [7, 0, 0, 0]
 
 
-def test_buckets_at_t5s_own_sizes():
+def test_buckets_of_the_sizes_that_t5_uses():
     table = {7: 7, 8: 8, 11: 8, 12: 9, 16: 10, 23: 11, 32: 12, 46: 13, 64: 14, 90: 14, 91: 15}
     table |= {127: 15, 128: 15, 5000: 15}
     assert buckets([-d for d in table], 32, 128, True) == list(table.values())
@@ -43,13 +43,13 @@ def test_buckets_at_t5s_own_sizes():
     assert buckets([-d for d in table], 32, 128, False) == list(table.values())
 
 
-def test_kernels_are_truncated_normal_without_correction():
+def test_kernels_are_truncated_normal_without_correction_of_the_deviation():
     weights = np.asarray(init_kernel(jax.random.key(0), (400, 500), 0.1))
     sigma = np.sqrt(0.1 / 400)
-    np.testing.assert_allclose(weights.std(), CUT * sigma, rtol=0.01)
+    np.testing.assert_allclose(weights.std(), TRUNCATED_STD * sigma, rtol=0.01)
     assert 1.99 * sigma < np.abs(weights).max() <= 2 * sigma
     assert abs(weights.mean()) < 0.01 * sigma
-    # JAX's initialiser would correct for the cut, and fail the above.
+    # JAX's initialiser corrects the deviation for the truncation, and fails the checks above.
     init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
     corrected = np.asarray(init(jax.random.key(0), (400, 500)))
     assert corrected.std() > 1.1 * weights.std()
@@ -61,23 +61,25 @@ def test_experts_are_initialised_with_their_own_fan_in():
     for name, fan_in in (("wi", 64), ("gate", 64), ("wo", 256)):
         weights = np.asarray(getattr(mlp.experts, name)[...])
         sigma = np.sqrt(0.1 / fan_in)
-        np.testing.assert_allclose(weights.std((1, 2)), CUT * sigma, rtol=0.03, err_msg=name)
+        np.testing.assert_allclose(
+            weights.std((1, 2)), TRUNCATED_STD * sigma, rtol=0.03, err_msg=name
+        )
         assert np.abs(weights).max() <= 2 * sigma
         assert np.abs(np.diff(weights, axis=0)).min((1, 2)).max() > 0, "experts are alike"
     np.testing.assert_allclose(np.asarray(mlp.router.kernel[...]).std(), 0.02, rtol=0.2)
 
 
-def test_the_query_holds_the_scores_scale():
+def test_the_initial_query_kernel_has_the_scale_of_the_scores():
     config = tiny(**{"model.d_model": 256, "model.head_dim": 64}).model
     attention = DenseAttention(config, jax.random.key(0))
     sigma = {name: np.sqrt(0.1 / 256) for name in ("query", "key", "value")}
     sigma |= {"query": sigma["query"] / np.sqrt(64), "out": np.sqrt(0.1 / 128)}
     for name, expected in sigma.items():
         weights = np.asarray(getattr(attention, name)[...])
-        np.testing.assert_allclose(weights.std(), CUT * expected, rtol=0.03, err_msg=name)
+        np.testing.assert_allclose(weights.std(), TRUNCATED_STD * expected, rtol=0.03, err_msg=name)
 
 
-def test_rms_norm_neither_centres_nor_adds():
+def test_rms_norm_has_no_mean_and_no_bias():
     x = np.random.default_rng(0).normal(3, 2, (2, 5, 8)).astype(np.float32)
     norm = RMSNorm(8)
     norm.scale[...] = jnp.arange(8.0)
@@ -91,7 +93,7 @@ def keys():
     return jax.random.split(jax.random.key(1), 6)
 
 
-def test_a_dropout_mask_is_shared_by_the_tokens_of_a_row_and_keyed_by_it(keys):
+def test_the_tokens_of_a_row_share_a_dropout_mask_and_rows_do_not(keys):
     x = jnp.ones((6, 10, 64))
     y = np.asarray(dropout(x, 0.25, keys))
     np.testing.assert_array_equal(np.unique(y), [0, np.float32(1 / 0.75)])
@@ -103,7 +105,7 @@ def test_a_dropout_mask_is_shared_by_the_tokens_of_a_row_and_keyed_by_it(keys):
     np.testing.assert_array_equal(dropout(x, 0.0, keys), x)
 
 
-def test_folded_keys_are_independent_and_keyed_by_row(keys):
+def test_folded_keys_are_independent_and_depend_on_their_row_only(keys):
     x = jnp.ones((6, 1, 64))
     assert (dropout(x, 0.5, fold_keys(keys, 0)) != dropout(x, 0.5, fold_keys(keys, 1))).any()
     np.testing.assert_array_equal(
@@ -112,12 +114,12 @@ def test_folded_keys_are_independent_and_keyed_by_row(keys):
     assert fold_keys(None, 3) is None
 
 
-def test_attention_dropout_is_shared_by_queries_and_not_by_heads(keys):
-    """Mesh TensorFlow's and T5X's: what is broadcast is the length of the queries."""
+def test_queries_share_an_attention_dropout_mask_and_heads_do_not(keys):
+    """As in Mesh TensorFlow and T5X, which broadcast the mask along the queries."""
     config = tiny(**{"model.dropout_rate": 0.5, "model.num_heads": 4, "model.d_model": 32}).model
     attention = DenseAttention(config, jax.random.key(0))
     B, T, S, H, K = 2, 6, 8, 4, 8
-    # No query and no bias, so all weights are 1/S; values and output tell (head, key) apart.
+    # With zero queries and no bias all weights are 1/S; each (head, key) has its own output.
     attention.query[...] = 0 * attention.query[...]
     attention.out[...] = jnp.eye(H * K)
     one_hot = jnp.broadcast_to(jnp.eye(S)[None, :, None], (B, S, H, K))

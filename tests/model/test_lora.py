@@ -1,4 +1,4 @@
-"""Adapters begin as nothing, are all that is trained, and are merged at last."""
+"""LoRA adapters: initial values, training, and merging into the model."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ def config(**overrides):
     return tiny(**defaults | {"optimizer.schedule": "constant"} | overrides)
 
 
-def run(settings, steps=2):
+def train(settings, steps=2):
     program = TrainProgram(settings, make_mesh(settings))
     state, batch = program.init(), program.sharded.shard_batch(make_batch(settings))
     losses = []
@@ -33,10 +33,10 @@ def run(settings, steps=2):
 
 @pytest.fixture(scope="module")
 def trained():
-    return run(config())
+    return train(config())
 
 
-def test_fresh_adapters_change_nothing_and_only_they_are_trained(trained):
+def test_new_adapters_leave_the_model_unchanged_and_only_adapters_are_trained(trained):
     program, state, losses = trained
     plain = TrainProgram(config(**{"lora.rank": 0}), program.mesh)
     fresh, base = program.init().params, plain.init().params
@@ -44,20 +44,20 @@ def test_fresh_adapters_change_nothing_and_only_they_are_trained(trained):
     assert {name.rsplit(".", 1)[0] for name in adapters} == {
         name for name in base if "attention/" in name or "/experts/" in name
     }
-    batch = plain.put(make_batch(config()))
+    batch = plain.sharded.shard_batch(make_batch(config()))
     merged = merge_adapters(fresh, config())
     assert all((np.asarray(merged[n]) == np.asarray(base[n])).all() for n in base)
     assert losses[0] == pytest.approx(float(plain.train_step(plain.init(), batch)[1]["loss"]))
     assert losses[1] < losses[0]
     for name, before in program.init().params.items():
-        moved = (np.asarray(state.params[name]) != np.asarray(before)).any()
-        # B is zero at first, so A has no gradient in the first step.
-        assert moved == (name in adapters), name
+        changed = (np.asarray(state.params[name]) != np.asarray(before)).any()
+        # B is 0 at first, so A has no gradient in the first step; this is after two steps.
+        assert changed == (name in adapters), name
     sizes = sum(state.params[name].size for name in adapters)
     assert sizes < 0.5 * sum(p.size for p in base.values())
 
 
-def test_an_adapter_is_a_product_per_layer_and_expert(trained):
+def test_every_layer_and_expert_has_its_own_adapters(trained):
     _, state, _ = trained
     name = "encoder/runs/0/layers/1/mlp/experts/wi"
     a, b = (np.asarray(state.params[f"{name}.lora_{x}"]) for x in "ab")
@@ -70,11 +70,11 @@ def test_an_adapter_is_a_product_per_layer_and_expert(trained):
 
 
 def test_losses_do_not_depend_on_the_mesh(trained):
-    _, _, losses = run(config(**{"mesh.expert": 4, "mesh.model": 2, "train.accumulate": 2}))
+    _, _, losses = train(config(**{"mesh.expert": 4, "mesh.model": 2, "train.accumulate": 2}))
     assert losses == pytest.approx(trained[2], abs=1e-5)
 
 
-def test_a_loaded_model_has_them_merged(trained, tmp_path):
+def test_a_loaded_model_has_its_adapters_merged(trained, tmp_path):
     _, state, _ = trained
     workdir = Workdir(tmp_path / "run")
     workdir.prepare(config(), None)
@@ -88,7 +88,7 @@ def test_a_loaded_model_has_them_merged(trained, tmp_path):
     assert all((np.asarray(loaded[n]) == np.asarray(merged[n])).all() for n in merged)
 
 
-def test_what_finds_nothing_is_told():
+def test_settings_that_match_nothing_or_contradict_are_refused():
     with pytest.raises(UserError, match=r"lora\.of='adapters' is found in no"):
         TrainProgram(config(**{"lora.of": "adapters"}), make_mesh(config()))
     with pytest.raises(UserError, match=r"leave optimizer\.trained at all"):

@@ -1,7 +1,8 @@
-"""Sums that add up, what divides them, and what is reported."""
+"""Loss sums, their denominators, loss terms and router metrics."""
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,10 @@ def logits(batch):
     return 3 * rng.normal(size=shape).astype(np.float32)
 
 
-def layer_stats(config, mask_BxL, seed: int, blocks: int = 2) -> RouterStats:
-    """What the expert layers of a stack would report for random router logits."""
+def layer_stats(
+    config, mask_BxL, seed: int, blocks: int = 2
+) -> tuple[Callable[[np.ndarray], RouterStats], np.ndarray]:
+    """Returns a function that computes the statistics of a layer, and random logits for it."""
     moe, (B, L) = config.moe, mask_BxL.shape
     rows = moe.group_rows(config.data.batch_size, L)
     mask = mask_BxL.reshape(B // rows, rows * L)
@@ -42,32 +45,32 @@ def layer_stats(config, mask_BxL, seed: int, blocks: int = 2) -> RouterStats:
     rng = np.random.default_rng(seed)
     whole = rng.normal(size=(blocks, config.data.batch_size, L, E)).astype(np.float32)
 
-    def one(logits):
+    def stats_of_layer(logits):
         probs = jax.nn.softmax(logits)
         scores = Scores(probs, logits, mask)
         assignment = jax.vmap(lambda s: top_k(s, moe, C))(scores)
         return router_stats(RouterOutput(logits, scores, assignment), C)
 
-    return one, whole.reshape(blocks, -1, *mask.shape[1:], E)
+    return stats_of_layer, whole.reshape(blocks, -1, *mask.shape[1:], E)
 
 
 def stats_of(config, batch, rows=slice(None)) -> RouterStatsByStack:
-    """Router sums of both stacks for some rows of a global batch."""
+    """Router statistics of both stacks for some rows of a global batch."""
     stats = {}
     for i, (stack, mask) in enumerate(zip(("encoder", "decoder"), token_masks(batch))):
-        one, logits = layer_stats(config, np.asarray(mask)[rows], seed=i)
+        stats_of_layer, logits = layer_stats(config, np.asarray(mask)[rows], seed=i)
         groups = logits.shape[1]
         chosen = np.arange(len(mask))[rows] * groups // len(mask)
-        stats[f"{stack}/mlp"] = jax.jit(jax.vmap(one))(logits[:, np.unique(chosen)])
+        stats[f"{stack}/mlp"] = jax.jit(jax.vmap(stats_of_layer))(logits[:, np.unique(chosen)])
     return stats
 
 
 def token_losses(logits, batch) -> LossSums:
-    """Of given logits: the head leaves the states as they are."""
+    """Loss sums of given logits: they are the states, and the head is the identity matrix."""
     return loss.token_losses(logits, jnp.eye(logits.shape[-1]), batch)
 
 
-def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits):
+def test_cross_entropy_is_a_mean_over_tokens_without_padding(batch, logits):
     sums = token_losses(logits, batch)
     weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
     assert 0 < (weights == 0).mean() < 1
@@ -78,68 +81,72 @@ def test_cross_entropy_is_weighted_by_token_and_leaves_padding_out(batch, logits
     np.testing.assert_allclose(sums.z, (log_z**2)[real].sum(), rtol=1e-5)
     assert sums.correct == (logits.argmax(-1) == targets)[real].sum()
 
-    totals = loss_denominators(batch, CONFIG)
-    terms = loss_terms(sums, {}, totals, CONFIG)
+    denominators = loss_denominators(batch, CONFIG)
+    terms = loss_terms(sums, {}, denominators, CONFIG)
     np.testing.assert_allclose(terms["cross_entropy"], (log_z - at_target)[real].mean(), rtol=1e-5)
     np.testing.assert_allclose(terms["z_loss"], 1e-4 * (log_z**2)[real].mean(), rtol=1e-5)
-    # A mean over rows of means over tokens would be another number.
+    # The mean over rows of means over tokens is a different number.
     by_row = ((log_z - at_target) * real).sum(-1) / real.sum(-1)
     assert abs(by_row.mean() - terms["cross_entropy"]) > 1e-3
 
 
-def test_padded_targets_do_not_matter(batch, logits):
+def test_logits_of_padding_do_not_change_the_sums(batch, logits):
     noise = 10 * (batch["decoder_loss_weights"] == 0)[..., None].astype(np.float32)
-    clean, other = (
+    without_noise, with_noise = (
         jax.tree.leaves(token_losses(x, batch)) for x in (logits, logits + noise * logits)
     )
-    np.testing.assert_allclose(clean, other, rtol=1e-6)
+    np.testing.assert_allclose(without_noise, with_noise, rtol=1e-6)
 
 
-def test_totals_count_real_tokens_and_groups():
+def test_denominators_count_tokens_and_groups_without_padding():
     config = tiny(**{"data.batch_size": 8, "moe.group_size": 32})
     batch = make_batch(config)
     for name in batch:
         batch[name][4:] = 0  # the last two groups of two rows are padding only
-    totals = loss_denominators(batch, config)
-    assert totals.tokens["encoder"] == (batch["encoder_input_tokens"] > 0).sum()
-    assert totals.tokens["decoder"] == totals.targets == batch["decoder_loss_weights"].sum()
-    assert totals.groups == {"encoder": 2, "decoder": 1}
+    denominators = loss_denominators(batch, config)
+    assert denominators.tokens["encoder"] == (batch["encoder_input_tokens"] > 0).sum()
+    assert (
+        denominators.tokens["decoder"]
+        == denominators.targets
+        == batch["decoder_loss_weights"].sum()
+    )
+    assert denominators.groups == {"encoder": 2, "decoder": 1}
     routed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, padding="routed"))
-    totals = loss_denominators(batch, routed)
-    assert totals.tokens == {s: batch[f"{s}_input_tokens"].size for s in totals.tokens}
-    assert totals.targets == batch["decoder_loss_weights"].sum()
+    denominators = loss_denominators(batch, routed)
+    assert denominators.tokens == {s: batch[f"{s}_input_tokens"].size for s in denominators.tokens}
+    assert denominators.targets == batch["decoder_loss_weights"].sum()
 
 
-def test_terms_of_microbatches_add_up_to_those_of_the_batch(batch, logits):
-    totals = loss_denominators(batch, CONFIG)
-    whole = loss_terms(token_losses(logits, batch), stats_of(CONFIG, batch), totals, CONFIG)
+def test_terms_of_microbatches_add_up_to_the_terms_of_the_batch(batch, logits):
+    denominators = loss_denominators(batch, CONFIG)
+    whole = loss_terms(token_losses(logits, batch), stats_of(CONFIG, batch), denominators, CONFIG)
     assert all(value > 0 for value in whole.values())
     parts = []
     for i in range(0, 16, 8):
         rows = slice(i, i + 8)
         sums = token_losses(logits[rows], {k: v[rows] for k, v in batch.items()})
         stats = stats_of(CONFIG, batch, rows)
-        parts.append(loss_terms(sums, stats, totals, CONFIG))
+        parts.append(loss_terms(sums, stats, denominators, CONFIG))
     for name, value in whole.items():
         np.testing.assert_allclose(sum(p[name] for p in parts), value, rtol=1e-5, err_msg=name)
 
 
-def test_auxiliary_loss_is_a_sum_over_layers_or_their_mean(batch, logits):
-    sums, totals = token_losses(logits, batch), loss_denominators(batch, CONFIG)
+def test_auxiliary_loss_is_a_sum_or_a_mean_over_layers(batch, logits):
+    sums, denominators = token_losses(logits, batch), loss_denominators(batch, CONFIG)
     stats = stats_of(CONFIG, batch)
-    summed = loss_terms(sums, stats, totals, CONFIG)
+    summed = loss_terms(sums, stats, denominators, CONFIG)
     moe = dataclasses.replace(CONFIG.moe, aux_loss_reduction="mean")
     mean_config = dataclasses.replace(CONFIG, moe=moe)
-    mean = loss_terms(sums, stats, totals, mean_config)
+    mean = loss_terms(sums, stats, denominators, mean_config)
     for name in ("aux_loss", "router_z_loss"):
         np.testing.assert_allclose(summed[name], 4 * mean[name], rtol=1e-6)  # 2 stacks × 2
     by_hand = sum(
-        float(balance) / totals.groups[key.split("/")[0]]
+        float(balance) / denominators.groups[key.split("/")[0]]
         for key in stats
         for balance in stats[key].balance
     )
     np.testing.assert_allclose(summed["aux_loss"], 0.01 * by_hand, rtol=1e-5)
-    # Near balance each layer contributes α, whatever the number of experts.
+    # Near balance each layer contributes about α, whatever the number of experts.
     assert 4 * 0.01 <= summed["aux_loss"] < 4 * 0.015
 
 
@@ -177,9 +184,9 @@ def test_loads_are_in_units_of_a_fair_share(load, expected):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [1, 3, 8, 100])
-def test_logits_in_parts_give_the_same_sums_and_gradients(batch, monkeypatch, parts):
-    """8 positions in 3 parts do not divide; no part has less than a position."""
+@pytest.mark.parametrize("chunks", [1, 3, 8, 100])
+def test_logits_in_chunks_give_the_same_sums_and_gradients(batch, monkeypatch, chunks):
+    """8 positions do not divide by 3; with 100 chunks each has one position."""
     rng = np.random.default_rng(5)
     B, T = batch["decoder_target_tokens"].shape
     states = jnp.asarray(rng.normal(size=(B, T, 16)), jnp.float32)
@@ -193,16 +200,16 @@ def test_logits_in_parts_give_the_same_sums_and_gradients(batch, monkeypatch, pa
     both = jax.value_and_grad(loss, (0, 1), has_aux=True)
     (_, whole), gradients = both(states, head)
     both_logits = 2 * B * T * CONFIG.model.vocab_size * 4
-    monkeypatch.setattr(loss, "LOGITS_BYTES", both_logits // parts)
-    (_, cut), cut_gradients = both(states, head)
-    for one, other in zip((*whole, *gradients), (*cut, *cut_gradients)):
-        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", both_logits // chunks)
+    (_, chunked), chunked_gradients = both(states, head)
+    for expected, got in zip((*whole, *gradients), (*chunked, *chunked_gradients)):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     shapes = str(jax.make_jaxpr(loss)(states, head))
-    assert (f"f32[{B},{T},{CONFIG.model.vocab_size}]" in shapes) == (parts == 1)
+    assert (f"f32[{B},{T},{CONFIG.model.vocab_size}]" in shapes) == (chunks == 1)
 
 
-def test_no_device_has_the_logits_of_another(batch):
-    """The vocabulary is over `model`, rows over the rest."""
+def test_a_device_has_the_logits_of_its_rows_and_its_vocabulary_only(batch):
+    """The vocabulary is split over `model`, rows over the other mesh axes."""
     config = tiny(**FOUR, **{"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2})
     B, T = batch["decoder_target_tokens"].shape
     V = config.model.vocab_size

@@ -1,6 +1,6 @@
-"""The model against Hugging Face's: stored outputs of random weights, and live where there is one.
+"""Parity with Hugging Face: stored outputs of random weights, and a live model if installed.
 
-Everything goes the way that users go: a folder of theirs, `switch_jax.load`.
+Models are loaded as users load them: `switch_jax.load` of a Hugging Face folder.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from switch_jax.model.parameters import named_parameters
 from tests.support.hugging_face import MODELS, reference, weights, write_folder
 from tests.support.paths import SCRIPTS
 
-# Of the largest value. Beyond this, exact instead of tanh GELU, or a wrong bucket, would show.
+# Relative to the largest value. The exact GELU instead of tanh, or a wrong bucket, exceeds it.
 TOLERANCE = 1e-5
 PARTS = ("encoder_input", "decoder_target")
 SCRIPT = SCRIPTS / "make_reference.py"
@@ -37,8 +37,8 @@ def batch(stored) -> dict[str, jax.Array]:
 
 
 @jax.jit
-def run(model, batch):
-    """Loss with gradients, and encoder states, logits and routing on the way."""
+def run_model(model, batch):
+    """Computes the loss, its gradients, encoder states, logits and routing."""
 
     def loss(model):
         factor, source = model.config.moe.capacity_factor, batch["encoder_input_tokens"]
@@ -52,8 +52,8 @@ def run(model, batch):
 
 
 def check_passes(model, stored) -> None:
-    """Forward and backward."""
-    (loss, (states, logits, routes)), gradients = run(model, batch(stored))
+    """Checks the forward and the backward pass."""
+    (loss, (states, logits, routes)), gradients = run_model(model, batch(stored))
     real = stored["encoder_input_tokens"] > 0
     close(states[real], stored["encoder_states"][real])
     close(logits, stored["logits"])
@@ -78,7 +78,7 @@ def check_gradients(config, gradients, stored) -> None:
 
 
 def check_routing(routed, probs_NxBxLxE, real_BxS, stack) -> None:
-    """Experts and gates, and by entropy and z the other probabilities."""
+    """Checks experts and gates, and the other probabilities by their entropy."""
     shape = probs_NxBxLxE.shape[:3]
     real = np.broadcast_to(real_BxS, shape) if stack == "encoder" else np.ones(shape, bool)
     expert = np.asarray(routed.assignment.expert_SxK).reshape(shape)
@@ -92,22 +92,22 @@ def check_routing(routed, probs_NxBxLxE, real_BxS, stack) -> None:
 
 
 def check_generation(model, stored) -> None:
-    """The encoder's capacity holds there, too, and in the decoder there is room for all."""
+    """Checks greedy and beam search: capacity limits the encoder, and the decoder is dropless."""
     source = stored["encoder_input_tokens"]
     encoded, real = jax.jit(encode_inputs)(model, source)
     close(encoded[real], stored["encoder_states"][real])
-    for wanted, options in (
+    for search, options in (
         ("greedy", SamplingOptions()),
         ("beams", SamplingOptions(3, length_penalty=0.0)),
     ):
-        found = switch_jax.generate(
+        generated = switch_jax.generate(
             model,
             source,
-            max_length=stored[wanted].shape[1],
+            max_length=stored[search].shape[1],
             beam_size=options.beam_size,
             length_penalty=options.length_penalty,
         )
-        np.testing.assert_array_equal(found, stored[wanted], err_msg=wanted)
+        np.testing.assert_array_equal(generated, stored[search], err_msg=search)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -117,7 +117,7 @@ def stored_and_model(request, tmp_path_factory):
     return stored, switch_jax.load(folder)
 
 
-def test_passes_equal_hugging_face(stored_and_model):
+def test_forward_and_backward_pass_equal_hugging_face(stored_and_model):
     stored, model = stored_and_model
     check_passes(model, stored)
 
@@ -128,7 +128,7 @@ def test_generation_equals_hugging_face(stored_and_model):
 
 
 def test_drops_the_tokens_that_hugging_face_drops(tmp_path):
-    """Without its capacity, the model that drops is another one."""
+    """Without the capacity limit the outputs differ."""
     stored = reference("switch_dropping")
     model = switch_jax.load(write_folder(tmp_path / "model", stored))
     logits, stats = jax.jit(lambda m: m.forward(batch(stored), capacity_factor=None))(model)
@@ -138,13 +138,13 @@ def test_drops_the_tokens_that_hugging_face_drops(tmp_path):
         chosen = stored[f"router/{stack}"].argmax(-1)
         load = (chosen[..., None] == np.arange(4)).sum(2)
         dropped = np.maximum(load - model.config.moe.expert_capacity, 0).sum((1, 2))
-        if stack == "decoder":  # no padding, whose states nobody needs and differ
+        if stack == "decoder":  # it has no padding, whose states differ
             np.testing.assert_allclose(stats[f"{stack}/mlp"].dropped, dropped, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_the_transformers_that_is_here(name, tmp_path):
-    """The same, computed anew, with the folder that it writes itself."""
+def test_equals_the_installed_transformers(name, tmp_path):
+    """The stored outputs are computed again, and the library writes the folder."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     version = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -154,12 +154,12 @@ def test_equals_the_transformers_that_is_here(name, tmp_path):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     stored = reference(name)
-    theirs = getattr(script, name)()
+    reference_model = getattr(script, name)()
     params = {key: torch.tensor(value).float() for key, value in weights(stored).items()}
-    assert not theirs.load_state_dict(params, strict=False).unexpected_keys
+    assert not reference_model.load_state_dict(params, strict=False).unexpected_keys
     tokens = (torch.tensor(stored[f"{part}_tokens"]).long() for part in PARTS)
-    computed = script.compute(theirs, *tokens)
-    theirs.save_pretrained(tmp_path / "model")
+    computed = script.compute(reference_model, *tokens)
+    reference_model.save_pretrained(tmp_path / "model")
     model = switch_jax.load(tmp_path / "model")
     check_passes(model, computed)
     check_generation(model, computed)

@@ -29,7 +29,7 @@ _TINY = {
 
 
 def tiny(**overrides: Any) -> Config:
-    """A model of a few thousand parameters; `overrides` by dotted key."""
+    """Returns the config of a model of a few thousand parameters; `overrides` by dotted key."""
     raw = defaults().to_dict()
     for key, value in (_TINY | overrides).items():
         group, name = key.split(".")
@@ -39,34 +39,34 @@ def tiny(**overrides: Any) -> Config:
 
 
 def share(index: int, count: int) -> ProcessRows:
-    """One of `count` feeds that cut a batch in equal parts."""
+    """Returns the rows of process `index` where `count` processes split a batch equally."""
     return ProcessRows(count, (index,), index, count)
 
 
 def make_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A global batch of random tokens, with padding in most rows.
+    """Returns a global batch of random tokens, with padding in most rows.
 
-    Packed, a row holds two documents of random lengths in front of its padding.
+    With `data.pack` a row has two documents of random lengths, then padding.
     """
     rng = np.random.default_rng(seed)
     data, B = config.data, config.data.batch_size
-    batch, tokens, real = {}, {}, {}
+    batch, tokens, masks = {}, {}, {}
     for stack, L in (("encoder", data.inputs_length), ("decoder", data.targets_length)):
         length_B = rng.integers(L // 2, L, B, endpoint=True)
-        cut_B = length_B // 2  # where the second document begins
+        start_B = length_B // 2  # first position of the second document
         position_L = np.arange(L)
-        real[stack] = position_L < length_B[:, None]
-        second_BxL = position_L >= cut_B[:, None]
+        masks[stack] = position_L < length_B[:, None]
+        second_BxL = position_L >= start_B[:, None]
         tokens[stack] = rng.integers(1, config.model.vocab_size, (B, L), dtype=np.int32)
-        tokens[stack] *= real[stack]
+        tokens[stack] *= masks[stack]
         if data.pack:
-            ids = np.where(real[stack], 1 + second_BxL, 0)
-            positions = np.where(real[stack], position_L - second_BxL * cut_B[:, None], 0)
+            ids = np.where(masks[stack], 1 + second_BxL, 0)
+            positions = np.where(masks[stack], position_L - second_BxL * start_B[:, None], 0)
             batch[f"{stack}_segment_ids"] = ids.astype(np.int32)
             batch[f"{stack}_positions"] = positions.astype(np.int32)
     return batch | {
         "encoder_input_tokens": tokens["encoder"],
         "decoder_input_tokens": shift_right(tokens["decoder"], batch.get("decoder_positions")),
         "decoder_target_tokens": tokens["decoder"],
-        "decoder_loss_weights": real["decoder"].astype(np.float32),
+        "decoder_loss_weights": masks["decoder"].astype(np.float32),
     }

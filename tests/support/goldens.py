@@ -1,7 +1,7 @@
-"""Golden data: where it lies, the machine it was made on, and what makes it.
+"""Golden data: its folders, the machine it depends on, and the functions that compute it.
 
-Tests compare with it and scripts/golden/make_*.py write it; both come here, so that they run the
-same. The scripts import `conftest` first, for XLA's flags.
+Tests compare with the golden data and scripts/golden/make_*.py write it; both call the functions
+here. The scripts import `conftest` first, because it sets XLA's flags.
 """
 
 import hashlib
@@ -33,7 +33,10 @@ WORKDIR = FOLDER / "workdir"
 
 
 def machine() -> dict[str, str]:
-    """What bits depend on beside this program: libraries, processor, flags."""
+    """Returns what the bits of results depend on beside this package.
+
+    Versions of libraries, the processor and XLA's flags.
+    """
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "optax")}
     return versions | {
         "processor": f"{platform.machine()} {_processor()}",
@@ -42,7 +45,7 @@ def machine() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Model and instruction sets, which XLA compiles for, as a digest; nothing but on Linux."""
+    """Returns a digest of the processor's model and instruction sets; "" except on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -54,21 +57,21 @@ def _processor() -> str:
 
 
 def bits(numbers: Any) -> Any:
-    """Numbers as text that holds every bit, in lists as the array has dimensions."""
+    """Returns a float32 array as exact hexadecimal text, in nested lists of its shape."""
     array = np.asarray(numbers, np.float32)
-    return [bits(one) for one in array] if array.ndim else float(array).hex()
+    return [bits(item) for item in array] if array.ndim else float(array).hex()
 
 
 def numbers(bits: Any) -> np.ndarray:
-    """The array that `bits` made text of."""
+    """Returns the float32 array from the text of `bits`."""
     if isinstance(bits, str):
         return np.float32(float.fromhex(bits))
-    return np.array([numbers(one) for one in bits], np.float32)
+    return np.array([numbers(item) for item in bits], np.float32)
 
 
-# Losses: runs of a few thousand parameters in which all that is random has a part.
+# Losses: runs of a few thousand parameters that use every source of randomness.
 
-STEPS = 20
+STEPS = 20  # of every run
 _NOISY = {
     "model.dropout_rate": 0.1,
     "model.init_scale": 1.0,
@@ -110,27 +113,27 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def trace(name: str) -> dict[str, Any]:
-    """Trains `RUNS[name]`; loss and norm of gradients by step, and norm of parameters at the end.
+    """Trains `RUNS[name]` and returns its losses, as `bits` of float32.
 
-    All in float32, as `bits`.
+    The keys are loss and grad_norm, with a value per step, and param_norm of the last step.
     """
     config = tiny(**_NOISY | RUNS[name])
     program = TrainProgram(config, make_mesh(config))
     state, metrics = program.init(), []
     for step in range(STEPS):
-        state, of_step, _ = program.train_step(
+        state, step_metrics, _ = program.train_step(
             state, program.sharded.shard_batch(make_batch(config, seed=step))
         )
-        metrics.append(of_step)
-    found = {key: bits([of_step[key] for of_step in metrics]) for key in ("loss", "grad_norm")}
-    return found | {"param_norm": bits(metrics[-1]["param_norm"])}
+        metrics.append(step_metrics)
+    traces = {key: bits([step[key] for step in metrics]) for key in ("loss", "grad_norm")}
+    return traces | {"param_norm": bits(metrics[-1]["param_norm"])}
 
 
-# Parameters: what checkpoints hold under which names.
+# Parameters: their paths in checkpoints, shapes and axes.
 
 
 def parameters(config: Config) -> str:
-    """A line for each parameter, adapters included: name, shape and logical axes."""
+    """Returns a line for each parameter, adapters included: path, shape and logical axes."""
     metadata = parameter_metadata(abstract_model(config))
 
     def values() -> dict[str, jax.Array]:
@@ -146,15 +149,15 @@ def parameters(config: Config) -> str:
     )
 
 
-# WORKDIR: what a command line of the day wrote, and what must come of it.
+# WORKDIR: written by the command line when the golden data was made.
 
-WORKDIR_STEPS = 4  # of its newest checkpoint
+WORKDIR_STEPS = 4  # step of its newest checkpoint
 MORE = f"--config.train.steps={WORKDIR_STEPS + 2}"
-_MOMENTARY = ("time", "tokens_per_second", "step_seconds", "data_wait_fraction")
+_TIMINGS = ("time", "tokens_per_second", "step_seconds", "data_wait_fraction")
 
 
 def logits(workdir: Path) -> list:
-    """Some logits of the model in a WORKDIR, dropless, as `bits`."""
+    """Returns every 40th logit of the model in a WORKDIR for a fixed batch, dropless, as `bits`."""
     model = switch_jax.load(workdir)
     batch = make_batch(tiny(**{"data.batch_size": 2}))
     all_logits = jax.jit(lambda model, batch: model.forward(batch, capacity_factor=None)[0])(
@@ -164,16 +167,16 @@ def logits(workdir: Path) -> list:
 
 
 def evaluation(folder: Path) -> dict[str, float]:
-    """What `switch-jax eval` says of the WORKDIR `run` in a folder."""
+    """Returns the output of `switch-jax eval --json` for the WORKDIR `run` in a folder."""
     out, _ = runs.run("eval", "--workdir", "run", "--json", cwd=folder)
     return json.loads(out)
 
 
 def later_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """What a run logged after `WORKDIR_STEPS`, but for what is measured in seconds."""
+    """Returns the metrics that a run logged after `WORKDIR_STEPS`, without timings."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [
-        {key: value for key, value in line.items() if key not in _MOMENTARY}
+        {key: value for key, value in line.items() if key not in _TIMINGS}
         for line in lines
         if line["step"] > WORKDIR_STEPS
     ]

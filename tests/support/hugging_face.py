@@ -1,4 +1,4 @@
-"""Folders as Hugging Face's transformers write them, from stored weights (make_reference.py)."""
+"""Model folders in the format of Hugging Face, from stored weights (scripts/make_reference.py)."""
 
 from pathlib import Path
 
@@ -14,18 +14,18 @@ Arrays = dict[str, np.ndarray]
 
 
 def reference(name: str) -> Arrays:
-    """What scripts/make_reference.py stored; it says what the names mean."""
+    """Returns the arrays that scripts/make_reference.py stored; it documents their names."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         return dict(file)
 
 
 def weights(stored: Arrays) -> Arrays:
-    """The tensors by Hugging Face's names, float16."""
+    """Returns the float16 tensors by their names in Hugging Face's models."""
     return {name[len("param/") :]: v for name, v in stored.items() if name.startswith("param/")}
 
 
 def write_folder(folder: Path, stored: Arrays) -> Path:
-    """A folder with that model."""
+    """Writes a folder with the stored model and returns its path."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(str(stored["config"]))
     save_file(weights(stored), folder / "model.safetensors", {"format": "pt"})
