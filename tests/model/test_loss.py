@@ -193,18 +193,18 @@ def test_logits_in_chunks_give_the_same_sums_and_gradients(batch, monkeypatch, c
     head = jnp.asarray(rng.normal(size=(16, CONFIG.model.vocab_size)), jnp.float32)
     teacher = states[..., :12] + 1, head[:12]
 
-    def loss(states, head):
+    def combined_loss(states, head):
         sums = loss.token_losses(states, head, batch, teacher, 2.0)
         return sums.cross_entropy + 0.1 * sums.z + 0.5 * sums.soft, sums
 
-    both = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    both = jax.value_and_grad(combined_loss, (0, 1), has_aux=True)
     (_, whole), gradients = both(states, head)
     both_logits = 2 * B * T * CONFIG.model.vocab_size * 4
     monkeypatch.setattr(loss, "LOGITS_BYTES", both_logits // chunks)
     (_, chunked), chunked_gradients = both(states, head)
     for expected, got in zip((*whole, *gradients), (*chunked, *chunked_gradients)):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-    shapes = str(jax.make_jaxpr(loss)(states, head))
+    shapes = str(jax.make_jaxpr(combined_loss)(states, head))
     assert (f"f32[{B},{T},{CONFIG.model.vocab_size}]" in shapes) == (chunks == 1)
 
 
