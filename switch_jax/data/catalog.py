@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
+from switch_jax.data.finetuning.task_records import is_task_file
 from switch_jax.data.finetuning.task_source import TaskSource, find_task_source
 from switch_jax.data.finetuning.tasks import MIXTURES, TASKS, custom_task, find_task_or_mixture
 from switch_jax.data.sources.python_docs import PythonDocsSource
-from switch_jax.data.sources.record_files import is_record_file
 from switch_jax.data.sources.source import (
     SPLITS,
     File,
@@ -70,7 +70,7 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
     if spec == "python_docs":
         return [PythonDocsSource()]
     if spec.startswith(_PAIRS):
-        files = _named_files(spec, is_record_file, ".jsonl, .tsv, .csv, .parquet or .tfrecord")
+        files = _named_files(spec, is_task_file, ".jsonl, .tsv, .csv, .parquet or .tfrecord")
         return [TaskSource(custom_task(source_name(spec)), files)]
     if is_file_pattern(spec):
         known = ".txt, .json, .jsonl (or these with .gz or .zst), .parquet or .tfrecord"

@@ -8,9 +8,9 @@ import pytest
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches, open_batches_by_source, read_task_examples
 from switch_jax.data.catalog import source_name, sources_for_spec
+from switch_jax.data.finetuning.task_records import read_task_records
 from switch_jax.data.finetuning.tasks import TASKS, custom_task
 from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.sources.record_files import read_records
 from switch_jax.errors import UserError
 from tests.support import tasks as miniature
 
@@ -149,7 +149,7 @@ def test_a_data_set_that_is_missing_is_told_with_how_to_get_it(tmp_path):
     [
         ('{"sentence": "It is.", "label": 2}', r"glue\.cola: the label 2 is none of its classes"),
         ('{"sentence": "It is.", "label": "good"}', r"label 'good' is none of its classes"),
-        ('{"text": "It is.", "label": 1}', r"record 1 lacks the field 'sentence'; add it"),
+        ('{"text": "It is.", "label": 1}', r"line 1 lacks the field 'sentence'; add it"),
         ('{"sentence": 3, "label": 1}', r"the field 'sentence' is 3 and must be str"),
         ('{"sentence": "It is.", "label": 0.5}', r"is 0.5 and must be int \| str; correct it"),
     ],
@@ -180,7 +180,7 @@ def test_labels_are_as_tables_and_json_have_them(tmp_path, label):
         f'{{"sentence": "It is.", "label": {label}}}\n{{"sentence": "", "label": null}}'
     )
     task = TASKS["glue.cola"]
-    known, unknown = read_records(str(path), task.schema, BadRecords("error"))
+    known, unknown = read_task_records(str(path), task.schema, BadRecords("error"))
     assert task.format(known, True)[0].answer == "acceptable"
     assert task.format(unknown, True)[0].answer is None
 
@@ -191,18 +191,22 @@ def test_a_list_that_is_no_json_is_told(tmp_path):
     with pytest.raises(
         UserError, match=r"'answers' is \"\['a', 'b'\]\" and must be a list, as in JSON"
     ):
-        list(read_records(str(path), TASKS["closed_book.web_questions"].schema, BadRecords("skip")))
+        list(
+            read_task_records(
+                str(path), TASKS["closed_book.web_questions"].schema, BadRecords("skip")
+            )
+        )
 
 
 def test_long_texts_and_halves_of_characters(tmp_path):
     long = [{"inputs": "x" * 200_000, "targets": "1"}, {"inputs": "y", "targets": "2"}]
     miniature.write_tsv(tmp_path / "long.tsv", long)
     schema, bad = custom_task("pairs.x").schema, BadRecords("skip")
-    assert list(read_records(str(tmp_path / "long.tsv"), schema, bad)) == long
+    assert list(read_task_records(str(tmp_path / "long.tsv"), schema, bad)) == long
     (tmp_path / "half.jsonl").write_text(
         '{"inputs": "\\ud83d", "targets": "1"}\n{"inputs": "\\ud83d\\ude00", "targets": "2"}\n'
     )
-    [kept] = read_records(str(tmp_path / "half.jsonl"), schema, bad)
+    [kept] = read_task_records(str(tmp_path / "half.jsonl"), schema, bad)
     assert kept == {"inputs": "😀", "targets": "2"} and sum(bad.counts.values()) == 1
 
 

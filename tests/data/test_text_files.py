@@ -1,4 +1,4 @@
-"""All good texts, in parts, and every bad one counted."""
+"""Text files of every format: good texts are read, bad records counted, damage detected."""
 
 import gzip
 import io
@@ -19,16 +19,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from switch_jax.data.sources import compression, text_files, tfrecord
+from switch_jax.data.sources import compression, plain_text, record_files, tfrecord
 from switch_jax.data.sources.bad_records import (
     DAMAGED,
     EMPTY,
     MISSING,
+    NO_TEXT,
+    NOT_EXAMPLE,
+    NOT_JSON,
     NOT_UTF8,
     TOO_LONG,
     BadRecords,
 )
-from switch_jax.data.sources.text_files import _parts, is_text_file, read_texts
+from switch_jax.data.sources.plain_text import split_text
+from switch_jax.data.sources.text_files import is_text_file, read_texts
 from switch_jax.data.sources.tfrecord import _example_class
 from switch_jax.errors import UserError
 
@@ -38,47 +42,47 @@ NAMES = [*LINES, "a.txt", "a.txt.gz", "a.txt.zst", *RECORDS, "a.parquet"]
 TEXTS = [f"text number {i}, {'é' * i}" for i in range(12)]
 
 
-def read(path, action="skip"):
+def read_file(path, action="skip"):
     bad = BadRecords(action)
     return list(read_texts(str(path), bad)), bad
 
 
-def compressed(name, data):
+def compress(name, data):
     if name.endswith(".gz"):
         return gzip.compress(data, mtime=0)
     checked = zstandard.ZstdCompressor(write_checksum=True)
     return checked.compress(data) if name.endswith(".zst") else data
 
 
-def masked(data):
+def masked_crc(data):
     crc = google_crc32c.value(data)
     return (((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32).to_bytes(4, "little")
 
 
-def framed(data):
+def tfrecord_bytes(data):
     length = len(data).to_bytes(8, "little")
-    return length + masked(length) + data + masked(data)
+    return length + masked_crc(length) + data + masked_crc(data)
 
 
-def example(**features):
-    made = _example_class()()
+def example_bytes(**features):
+    example = _example_class()()
     for name, values in features.items():
-        made.features.feature.add(key=name.encode()).value.bytes_list.value.extend(values)
-    return made.SerializeToString()
+        example.features.feature.add(key=name.encode()).value.bytes_list.value.extend(values)
+    return example.SerializeToString()
 
 
-def stored(name, texts):
+def file_bytes(name, texts):
     if "json" in name:
         data = "".join(json.dumps({"url": "", "text": t}) + "\n" for t in texts).encode()
     elif ".txt" in name:
         data = "".join(f"{t}\n\n" for t in texts).encode()
     elif ".tfrecord" in name:
-        data = b"".join(framed(example(url=[b""], text=[t.encode()])) for t in texts)
+        data = b"".join(tfrecord_bytes(example_bytes(url=[b""], text=[t.encode()])) for t in texts)
     else:
         file = io.BytesIO()
         parquet.write_table(pa.table({"url": [""] * len(texts), "text": texts}), file)
         data = file.getvalue()
-    return compressed(name, data)
+    return compress(name, data)
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +90,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("formats")
 
 
-@pytest.fixture(params=[None, 5], ids=["usual pieces", "small pieces"])
+@pytest.fixture(params=[None, 5], ids=["default pieces", "small pieces"])
 def pieces(request, monkeypatch):
     if request.param:
-        for module in (compression, text_files, tfrecord):
-            monkeypatch.setattr(module, "_BLOCK", 3 * request.param)
-        monkeypatch.setattr(compression, "_PIECE", request.param)
+        for module in (compression, record_files, tfrecord):
+            monkeypatch.setattr(module, "_BLOCK_BYTES", 3 * request.param)
+        monkeypatch.setattr(compression, "_PIECE_BYTES", request.param)
 
 
 letters = st.characters(exclude_categories=["Cs"], exclude_characters="\r\n")
@@ -102,31 +106,31 @@ documents = st.lists(lines, min_size=1, max_size=4).map("\n".join)
 @pytest.mark.parametrize("name", NAMES)
 @given(texts=st.lists(documents, max_size=5), part=st.sampled_from([3, 8, 2**20]))
 def test_every_format_gives_the_same_texts(folder, name, texts, part):
-    (folder / name).write_bytes(stored(name, texts))
+    (folder / name).write_bytes(file_bytes(name, texts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "PART_BYTES", part)
-        parts, _ = read(folder / name, "error")
+        patch.setattr(plain_text, "PART_CHARACTERS", part)
+        parts, _ = read_file(folder / name, "error")
     assert parts == texts or part < 2**20
     assert "".join(parts) == "".join(texts) and all(0 < len(p) <= part for p in parts)
 
 
 @given(text=st.text("ab \n\u2003é"), part=st.integers(1, 9))
-def test_parts_are_cut_behind_whitespace_where_there_is_some(text, part):
+def test_parts_end_in_whitespace_if_they_contain_any(text, part):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "PART_BYTES", part)
-        parts = list(_parts(text))
+        patch.setattr(plain_text, "PART_CHARACTERS", part)
+        parts = list(split_text(text))
     assert "".join(parts) == text
     for p in parts[:-1]:
         assert p[-1].isspace() or (len(p) == part and not any(map(str.isspace, p)))
 
 
-def test_files_are_known_by_their_names():
+def test_file_names_decide_the_format():
     for name in (*NAMES, "gs://b/c4-train.00000-of-01024.json.gz", "x.parquet-00000-of-00001"):
         assert is_text_file(name)
     for name in ("a", "a.csv", "a.json.bz2", "a.parquet.gz", "a.txt~", "a.tfrecord.tmp", "x.txt/a"):
         assert not is_text_file(name)
     with pytest.raises(UserError, match=r"a\.csv has no known format"):
-        read("a.csv")
+        read_file("a.csv")
 
 
 # Content, the good texts, how many are bad, and where the first of each kind is.
@@ -136,13 +140,8 @@ BAD_LINES = (
     + b'{"text": %b}\n{"text": %b}\n{"text": "two", "b": 2}'
     % (b"[" * 10**5, b"1" * 5000),
     ["é", "two"],
-    {EMPTY: 1, NOT_UTF8: 2, "not a JSON object": 4, "without a text": 3},
-    {
-        EMPTY: "line 2",
-        NOT_UTF8: "line 3",
-        "not a JSON object": "line 4",
-        "without a text": "line 6",
-    },
+    {EMPTY: 1, NOT_UTF8: 2, NOT_JSON: 4, NO_TEXT: 3},
+    {EMPTY: "line 2", NOT_UTF8: "line 3", NOT_JSON: "line 4", NO_TEXT: "line 6"},
 )
 BAD_TEXT = (
     b"\xef\xbb\xbf\n \n1\r\n  2\r\n\r\n\n\nb\xe9d\n\xff\nfine but of it\n\t\nlast \xc3\xa9 \n ",
@@ -152,12 +151,12 @@ BAD_TEXT = (
 )
 _BAD_EXAMPLES = ([b"one"], [b"  "], [b"\xff"], [], [b"a", b"b"], ["é".encode()])
 BAD_RECORDS = (
-    b"".join(framed(example(url=[b"\xff"], text=values)) for values in _BAD_EXAMPLES)
-    + framed(example(url=[b"x"]) + b"")
-    + framed(b"\xff"),
+    b"".join(tfrecord_bytes(example_bytes(url=[b"\xff"], text=values)) for values in _BAD_EXAMPLES)
+    + tfrecord_bytes(example_bytes(url=[b"x"]) + b"")
+    + tfrecord_bytes(b"\xff"),
     ["one", "é"],
-    {EMPTY: 1, NOT_UTF8: 1, "without a text": 4},
-    {EMPTY: "record 2", NOT_UTF8: "record 3", "without a text": "record 4"},
+    {EMPTY: 1, NOT_UTF8: 1, NO_TEXT: 3, NOT_EXAMPLE: 1},
+    {EMPTY: "record 2", NOT_UTF8: "record 3", NO_TEXT: "record 4", NOT_EXAMPLE: "record 8"},
 )
 
 
@@ -165,11 +164,11 @@ BAD_RECORDS = (
 @pytest.mark.parametrize(
     "name, case", [("a.json", BAD_LINES), ("a.txt", BAD_TEXT), ("a.tfrecord", BAD_RECORDS)]
 )
-def test_bad_records_are_counted_and_the_others_read(tmp_path, name, case, suffix):
+def test_bad_records_are_counted_and_good_ones_read(tmp_path, name, case, suffix):
     data, good, counts, first = case
     path = tmp_path / f"{name}{suffix}"
-    path.write_bytes(compressed(path.name, data))
-    texts, bad = read(path)
+    path.write_bytes(compress(path.name, data))
+    texts, bad = read_file(path)
     assert texts == good and bad.counts == counts
     assert bad.first == {kind: f"{path}, {place}" for kind, place in first.items()}
     kind, place = next(iter(first.items()))
@@ -179,24 +178,24 @@ def test_bad_records_are_counted_and_the_others_read(tmp_path, name, case, suffi
             assert next(refusing) == text
 
 
-def test_bad_rows_are_counted_and_the_others_read(tmp_path):
+def test_bad_parquet_rows_are_counted_and_good_ones_read(tmp_path):
     path = tmp_path / "a.parquet"
     binary = pa.array([b"one", None, b"\xff", b" ", b"two"])
     unchecked = pa.Array.from_buffers(pa.string(), 5, binary.buffers())
     for column in (binary, unchecked, binary.cast(pa.large_binary()).dictionary_encode()):
         parquet.write_table(pa.table({"text": column}), path)
-        texts, bad = read(path)
+        texts, bad = read_file(path)
         assert texts == ["one", "two"]
-        assert bad.counts == {"without a text": 1, NOT_UTF8: 1, EMPTY: 1}
+        assert bad.counts == {NO_TEXT: 1, NOT_UTF8: 1, EMPTY: 1}
         assert bad.first[NOT_UTF8] == f"{path}, row 3"
     for columns in ({"text": [1, 2, 3]}, {"text": [["a"]] * 3}, {"txt": ["a", "b", "c"]}):
         parquet.write_table(pa.table(columns), path)
-        texts, bad = read(path)
-        assert texts == [] and bad.counts == {"without a text": 3}
-        assert bad.first == {"without a text": f"{path}, row 1"}
+        texts, bad = read_file(path)
+        assert texts == [] and bad.counts == {NO_TEXT: 3}
+        assert bad.first == {NO_TEXT: f"{path}, row 1"}
 
 
-def test_a_damaged_row_group_leaves_the_others(tmp_path):
+def test_a_damaged_row_group_does_not_affect_other_row_groups(tmp_path):
     path, texts = tmp_path / "a.parquet", [f"text {i}" for i in range(299)]
     pages = dict(data_page_size=64, write_batch_size=10, write_page_checksum=True)
     rows = pa.table({"text": [*texts, " "]})
@@ -206,15 +205,16 @@ def test_a_damaged_row_group_leaves_the_others(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"text 185")] ^= 1
     path.write_bytes(data)
-    found, bad = read(path)
-    assert found == texts[:180] + texts[200:] and bad.counts == {DAMAGED: 1, EMPTY: 1}
-    assert bad.first == {DAMAGED: f"{path}, row 181", EMPTY: f"{path}, row 300"}
+    found, bad = read_file(path)
+    # Row group 2 is read up to the damaged batch of 64 rows, which begins at row 165.
+    assert found == texts[:164] + texts[200:] and bad.counts == {DAMAGED: 1, EMPTY: 1}
+    assert bad.first == {DAMAGED: f"{path}, row 165", EMPTY: f"{path}, row 300"}
     for size in range(0, len(data), 97):
         path.write_bytes(data[:size])
-        assert read(path)[1].counts == {DAMAGED: 1}
+        assert read_file(path)[1].counts == {DAMAGED: 1}
 
 
-def test_tensorflow_has_its_own_examples_and_files(tmp_path, monkeypatch):
+def test_examples_and_bucket_files_of_tensorflow_are_read(tmp_path, monkeypatch):
     tf = pytest.importorskip("tensorflow")
     path, kind = tmp_path / RECORDS[-1], tf.train.Feature
     with tf.io.TFRecordWriter(str(path)) as file:
@@ -226,96 +226,101 @@ def test_tensorflow_has_its_own_examples_and_files(tmp_path, monkeypatch):
             }
             features = tf.train.Features(feature=values)
             file.write(tf.train.Example(features=features).SerializeToString())
-    assert read(path, "error")[0] == TEXTS
+    assert read_file(path, "error")[0] == TEXTS
 
     def bucket(path):  # what etils opens where there is TensorFlow
         return types.SimpleNamespace(open=lambda mode: backend.tf_backend.open(path, mode))
 
-    monkeypatch.setattr(text_files.epath, "Path", bucket)
+    monkeypatch.setattr(record_files.epath, "Path", bucket)
     for name in NAMES:
-        assert read(tmp_path / f"none-{name}")[1].counts == {MISSING: 1}
-        (tmp_path / name).write_bytes(stored(name, TEXTS))
-        assert read(tmp_path / name, "error")[0] == TEXTS
+        assert read_file(tmp_path / f"none-{name}")[1].counts == {MISSING: 1}
+        (tmp_path / name).write_bytes(file_bytes(name, TEXTS))
+        assert read_file(tmp_path / name, "error")[0] == TEXTS
 
 
-def test_gzip_gives_every_line_in_front_of_its_end_or_damage(tmp_path, pieces):
+def test_damaged_gzip_files_are_read_up_to_the_damaged_piece(tmp_path, pieces):
     path = tmp_path / "a.json.gz"
-    data = stored(path.name, TEXTS)
+    data = file_bytes(path.name, TEXTS)
+
+    def count_lines(size):
+        return zlib.decompressobj(31).decompress(data[:size]).count(b"\n")
+
     for i in range(len(data)):
-        whole = zlib.decompressobj(31).decompress(data[:i]).count(b"\n")
+        lines = count_lines(i)
         path.write_bytes(data[:i])
-        found, bad = read(path)
-        assert found == TEXTS[:whole] and bad.counts == {DAMAGED: 1}
-        assert bad.first == {DAMAGED: f"{path}, line {whole + 1}"}
+        found, bad = read_file(path)
+        assert found == TEXTS[:lines] and bad.counts == {DAMAGED: 1}
+        assert bad.first == {DAMAGED: f"{path}, line {lines + 1}"}
+        lines = count_lines(i - i % compression._PIECE_BYTES)
         for flip in (1, 64, 255):
             path.write_bytes(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
-            found, bad = read(path)
-            assert found[:whole] == TEXTS[:whole] and (DAMAGED in bad.counts or found == TEXTS)
+            found, bad = read_file(path)
+            assert found[:lines] == TEXTS[:lines] and (DAMAGED in bad.counts or found == TEXTS)
 
 
 @pytest.mark.parametrize("name", ["a.json.zst", "a.txt.zst", "a.txt.gz", "a.tfrecord.zst"])
-def test_members_and_frames_in_front_of_damage_are_read(tmp_path, pieces, name):
+def test_members_and_frames_before_damage_are_read(tmp_path, pieces, name):
     path = tmp_path / name
-    first, second = stored(name, TEXTS[:6]), stored(name, TEXTS[6:])
+    first, second = file_bytes(name, TEXTS[:6]), file_bytes(name, TEXTS[6:])
     path.write_bytes(first + second)
-    assert read(path, "error")[0] == TEXTS
+    assert read_file(path, "error")[0] == TEXTS
     for i in range(len(second)):
         path.write_bytes(first + second[:i])
-        found, bad = read(path)
+        found, bad = read_file(path)
         assert found == TEXTS[: max(6, len(found))] and bad.counts == ({DAMAGED: 1} if i else {})
         path.write_bytes(first + second[:i] + bytes([second[i] ^ 1]) + second[i + 1 :])
-        found, bad = read(path)
+        found, bad = read_file(path)
         assert found[:6] == TEXTS[:6] and (DAMAGED in bad.counts or found == TEXTS)
 
 
-def test_what_stands_behind_a_gzip_member(tmp_path, pieces):
+def test_padding_after_a_gzip_member_is_skipped_and_other_bytes_are_damage(tmp_path, pieces):
     path = tmp_path / "a.json.gz"
-    data = stored(path.name, TEXTS)
+    data = file_bytes(path.name, TEXTS)
     path.write_bytes(data + b"\0" * 20 + data + b"\0" * 2000)
-    assert read(path, "error")[0] == TEXTS * 2
+    assert read_file(path, "error")[0] == TEXTS * 2
     path.write_bytes(data + b"garbage")
-    found, bad = read(path)
+    found, bad = read_file(path)
     assert found == TEXTS and bad.counts == {DAMAGED: 1}
 
 
-def test_tfrecords_lose_only_what_is_damaged(tmp_path, pieces):
+def test_only_damaged_tfrecords_are_lost(tmp_path, pieces):
     path = tmp_path / "a.tfrecord"
-    records = [stored(path.name, [text]) for text in TEXTS[:5]]
+    records = [file_bytes(path.name, [text]) for text in TEXTS[:5]]
     data = b"".join(records)
     place = [(k, i) for k, record in enumerate(records) for i in range(len(record))]
     for i, (k, within) in enumerate(place):
         path.write_bytes(data[:i])
-        found, bad = read(path)
+        found, bad = read_file(path)
         assert found == TEXTS[:k] and bad.counts == ({DAMAGED: 1} if within else {})
         path.write_bytes(data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :])
-        found, bad = read(path)
+        found, bad = read_file(path)
         assert found == TEXTS[:k] + (TEXTS[k + 1 : 5] if within >= 12 else [])
         assert bad.counts == {DAMAGED: 1} and bad.first == {DAMAGED: f"{path}, record {k + 1}"}
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.tfrecord"])
-def test_records_that_are_too_long_are_skipped(tmp_path, monkeypatch, name):
-    path, size = tmp_path / name, len(stored(name, ["é"])) - 16 * (name == "a.tfrecord")
-    for module in (text_files, tfrecord):
+def test_too_long_records_are_skipped(tmp_path, monkeypatch, name):
+    path, size = tmp_path / name, len(file_bytes(name, ["é"])) - 16 * (name == "a.tfrecord")
+    for module in (record_files, tfrecord):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", size)
-        monkeypatch.setattr(module, "_BLOCK", 64)
-    path.write_bytes(stored(name, ["a", "b" * 999, "é", "éa", "e", "f" * 999]))
-    found, bad = read(path)
+        monkeypatch.setattr(module, "_BLOCK_BYTES", 64)
+    path.write_bytes(file_bytes(name, ["a", "b" * 999, "é", "éa", "e", "f" * 999]))
+    found, bad = read_file(path)
     assert found == ["a", "é", "e"] and bad.counts == {TOO_LONG: 3}
     assert bad.first[TOO_LONG].endswith(" 2")
     if name == "a.tfrecord":
         path.write_bytes(path.read_bytes()[:-1])
-        assert read(path)[1].counts == {TOO_LONG: 2, DAMAGED: 1}
+        assert read_file(path)[1].counts == {TOO_LONG: 2, DAMAGED: 1}
 
 
 @pytest.mark.parametrize("name", ["a.json.zst", "a.txt.zst", "a.tfrecord.zst"])
 def test_memory_is_bounded(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(text_files, "MAX_RECORD_BYTES", 2**20)
+    monkeypatch.setattr(record_files, "MAX_RECORD_BYTES", 2**20)
     length = (300 * 2**20).to_bytes(8, "little")
-    begin, end = (length + masked(length), b"crc.") if "tfrecord" in name else (b"", b"\n\n")
+    begin, end = (length + masked_crc(length), b"crc.") if "tfrecord" in name else (b"", b"\n\n")
     compressor = zstandard.ZstdCompressor().compressobj()
     with open(tmp_path / name, "wb") as file:
-        for data in (begin, *[b"x" * 2**20] * 300, end + stored(name[:-4], ["end"])):
+        for data in (begin, *[b"x" * 2**20] * 300, end + file_bytes(name[:-4], ["end"])):
             file.write(compressor.compress(data))
         file.write(compressor.flush())
     bad = BadRecords("skip")
@@ -329,30 +334,30 @@ def test_memory_is_bounded(tmp_path, monkeypatch, name):
 
 
 def test_bytes_that_are_not_utf8_end_a_long_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "PART_BYTES", 4)
+    monkeypatch.setattr(plain_text, "PART_CHARACTERS", 4)
     path = tmp_path / "a.txt"
     path.write_bytes(b"one two \xff three\nfour\n\nsix")
-    found, bad = read(path)
+    found, bad = read_file(path)
     assert found == ["one ", "six"] and bad.counts == {NOT_UTF8: 1}
     assert bad.first == {NOT_UTF8: f"{path}, line 1"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_cannot_be_opened(tmp_path, monkeypatch, name):
+def test_missing_and_unreadable_files_are_counted(tmp_path, monkeypatch, name):
     path = tmp_path / name
     for _ in range(2):
-        texts, bad = read(path)
+        texts, bad = read_file(path)
         assert texts == [] and bad.counts == {MISSING: 1} and bad.first == {MISSING: str(path)}
         path.mkdir(exist_ok=True)
     with pytest.raises(UserError, match=f"{name} is missing or unreadable"):
-        read(path, "error")
+        read_file(path, "error")
 
     def no_backend(path):
         raise ImportError("install gcsfs")
 
-    monkeypatch.setattr(text_files.epath, "Path", no_backend)
+    monkeypatch.setattr(record_files.epath, "Path", no_backend)
     with pytest.raises(UserError, match=f"gs://b/{name} needs a package .* install gcsfs"):
-        read(f"gs://b/{name}")
+        read_file(f"gs://b/{name}")
 
 
 @pytest.mark.parametrize(
@@ -360,13 +365,13 @@ def test_files_that_cannot_be_opened(tmp_path, monkeypatch, name):
     [("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow"), ("a.tfrecord", "google_crc32c")],
 )
 def test_missing_packages_are_named(tmp_path, monkeypatch, name, package):
-    (tmp_path / name).write_bytes(stored(name, TEXTS))
+    (tmp_path / name).write_bytes(file_bytes(name, TEXTS))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf'{package}: pip install "switch_jax\[data\]"'):
-        read(tmp_path / name)
+        read_file(tmp_path / name)
 
 
-def test_bad_records_are_summed_up_in_a_sentence():
+def test_bad_records_are_summarized_in_a_sentence():
     bad = BadRecords("skip")
     assert bad.summary() is None
     bad.add(EMPTY, "a.json, line 3")
@@ -379,7 +384,7 @@ def test_bad_records_are_summed_up_in_a_sentence():
     )
 
 
-def test_threads_add_bad_records_together():
+def test_bad_records_are_counted_across_threads():
     class Slow(dict):
         def get(self, *args):
             value = super().get(*args)

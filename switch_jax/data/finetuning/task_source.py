@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from etils import epath
 
 from switch_jax.data.finetuning.prompts import Example
+from switch_jax.data.finetuning.task_records import is_task_file, read_task_records
 from switch_jax.data.finetuning.tasks import Task
 from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.sources.record_files import is_record_file, read_records, record_format
+from switch_jax.data.sources.record_files import file_format
 from switch_jax.data.sources.source import (
     SPLITS,
     File,
@@ -79,7 +80,7 @@ class TaskSource(Source):
         found = (
             record
             for file in self._files[rows.split]
-            for record in read_records(file.path, self._task.schema, bad)
+            for record in read_task_records(file.path, self._task.schema, bad)
         )
         for record in itertools.islice(found, rows.begin, rows.end):
             for example in self._task.format(record, split == "train"):
@@ -111,14 +112,14 @@ def find_task_source(root: epath.Path, task: Task) -> TaskSource:
             found = glob_files(os.fspath(folder / f"{rows.split}*"))
             whole = re.compile(rf"{rows.split}(-\d+-of-\d+)?(\.\w+)+(-\d+-of-\d+)?(\.\w+)?")
             found = [f for f in found if whole.fullmatch(os.path.basename(f.path))]
-            found = [f for f in found if is_record_file(f.path)]
+            found = [f for f in found if is_task_file(f.path)]
         if not found:
             raise UserError(
                 f"The {rows.split} split of {task.name} is not in {os.fspath(folder)!r}; prepare it"
                 f" with `tfds build {task.dataset}`, put {rows.split}.jsonl, .tsv or .parquet with"
                 f" the fields {', '.join(task.schema)} there, or set data.data_dir to where it is."
             )
-        formats = sorted({record_format(file.path) for file in found})
+        formats = sorted({str(file_format(file.path)) for file in found})
         if len(formats) > 1:
             raise UserError(
                 f"The {rows.split} split of {task.name} is in {os.fspath(folder)!r} as"

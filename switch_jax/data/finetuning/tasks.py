@@ -35,7 +35,7 @@ from switch_jax.data.finetuning.prompts import (
     winogrande,
     wsc,
 )
-from switch_jax.data.sources.record_files import LABEL
+from switch_jax.data.finetuning.task_records import LABEL
 from switch_jax.errors import UserError
 
 TaskPart = Literal["train", "validation", "test"]

@@ -1,9 +1,9 @@
-"""What cannot be read is counted by kind, with the first place of each, or refused at once."""
+"""Bad records: counted by kind, with the place of the first of each, or refused."""
 
 import atexit
 import sys
 import threading
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from switch_jax.errors import UserError
 
@@ -13,18 +13,31 @@ BadRecordAction = Literal["skip", "error"]
 EMPTY = "empty"
 NOT_UTF8 = "not UTF-8"
 NOT_JSON = "not a JSON object"
+NOT_EXAMPLE = "not a tf.train.Example"
 NO_TEXT = "without a text"
 TOO_LONG = "too long"
-DAMAGED = "cut short or damaged"  # mostly with all that is behind it in the file
-MISSING = "missing or unreadable"  # a file, or what of it is not read yet
+DAMAGED = "cut short or damaged"  # mostly with everything behind it in the file
+MISSING = "missing or unreadable"  # a file, or its part that is not read yet
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be read.
+
+    Attributes:
+      kind: one of the constants above.
+      place: such as "/data/a.json.gz, line 17".
+    """
+
+    kind: str
+    place: str
 
 
 class BadRecords:
-    """Bad records by kind; `add` may be called from any thread.
+    """Counter of bad records by kind; thread-safe.
 
     Attributes:
-      counts: how many there are of each kind.
-      first: where the first of each kind is, such as "/data/a.json.gz, line 17".
+      counts: number of bad records of each kind.
+      first: place of the first bad record of each kind.
     """
 
     def __init__(self, action: BadRecordAction):
@@ -33,24 +46,24 @@ class BadRecords:
         self._action = action
         self._lock = threading.Lock()
 
-    def add(self, kind: str, where: str) -> None:
-        """Counts one; raises `UserError` instead where the action is "error"."""
+    def add(self, kind: str, place: str) -> None:
+        """Counts a bad record; raises `UserError` instead if the action is "error"."""
         if self._action == "error":
             raise UserError(
-                f"{where} is {kind}; repair or remove it, or set data.on_bad_record=skip to leave"
+                f"{place} is {kind}; repair or remove it, or set data.on_bad_record=skip to leave"
                 " such records out."
             )
-        self.merge({kind: 1}, {kind: where})
+        self.merge({kind: 1}, {kind: place})
 
     def merge(self, counts: dict[str, int], first: dict[str, str]) -> None:
-        """Adds what was counted elsewhere, as in another process; first places here stay."""
+        """Adds the counts of another counter; places that are known here stay the first."""
         with self._lock:
             for kind, count in counts.items():
                 self.counts[kind] = self.counts.get(kind, 0) + count
                 self.first.setdefault(kind, first[kind])
 
     def summary(self) -> str | None:
-        """One sentence with every kind, the most frequent first; None where nothing is bad."""
+        """Returns a sentence with every kind, the most frequent first; None without bad records."""
         with self._lock:
             if not self.counts:
                 return None
@@ -61,28 +74,31 @@ class BadRecords:
 
 
 class ReportedBadRecords(BadRecords):
-    """Bad records of a stream: told on stderr when the first is met, and again at the end of the
-    process where others followed.
+    """Bad records of a stream, with their summary on stderr.
+
+    `print_once` prints the summary. It is printed again at the end of the process if further bad
+    records were added. A place counts once, though every epoch reads it.
     """
 
     def __init__(self, action: BadRecordAction):
         super().__init__(action)
-        self._told: str | None = None
-        self._places: set[tuple[str, str]] = set()  # an epoch meets what the one before met
-        atexit.register(self._tell)
+        self._printed: str | None = None
+        self._places: set[BadRecord] = set()
+        atexit.register(self._print_if_changed)
 
-    def add(self, kind: str, where: str) -> None:
-        if (kind, where) not in self._places:
-            self._places.add((kind, where))
-            super().add(kind, where)
+    def add(self, kind: str, place: str) -> None:
+        bad_record = BadRecord(kind, place)
+        if bad_record not in self._places:
+            self._places.add(bad_record)
+            super().add(kind, place)
 
     def print_once(self) -> None:
-        """Says what there is, unless something was said before."""
-        if self._told is None:
-            self._tell()
+        """Prints the summary if there are bad records and none has been printed."""
+        if self._printed is None:
+            self._print_if_changed()
 
-    def _tell(self) -> None:
+    def _print_if_changed(self) -> None:
         summary = self.summary()
-        if summary != self._told:
-            self._told = summary
+        if summary != self._printed:
+            self._printed = summary
             print(summary, file=sys.stderr, flush=True)

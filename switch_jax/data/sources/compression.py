@@ -1,10 +1,9 @@
-"""Compressed files as streams that give all that can be had of them, however damaged they are.
+"""Decompression of gzip and Zstandard files, which detects truncated and damaged files.
 
-Python's own gzip and zstandard's reader lose up to a buffer of good text in front of damage, or
-end there as if the file did.
+Unlike Python's gzip and zstandard's reader: the one raises the same error for damage as for a file
+that cannot be read, the other ends at a truncation without an error.
 """
 
-import contextlib
 import importlib
 import io
 import zlib
@@ -13,46 +12,46 @@ from typing import Any
 
 from switch_jax.errors import UserError
 
-_BLOCK = 2**16  # bytes read at once
-_PIECE = 2**10  # bytes decompressed at once, to 32 MiB where it is zstd at its densest
+_BLOCK_BYTES = 2**16  # read at once
+_PIECE_BYTES = 2**10  # decompressed at once, to at most 32 MiB (Zstandard's highest ratio)
 
 
 class DamagedFile(Exception):
-    """Nothing behind what has been read can be read."""
+    """The file is truncated or damaged behind what has been read of it."""
 
 
 def open_stream(file: Any, suffix: str | None, path: str) -> io.BufferedReader:
-    """The bytes of an open file `path`, decompressed where `suffix` is `.gz` or `.zst`.
+    """Returns the content of the open file `path`, decompressed if `suffix` is `.gz` or `.zst`.
 
-    Raises `Damaged`, once all that is in front of the damage has been read, and `UserError` where
-    a package is missing.
+    Reading raises `DamagedFile` at a truncation, and up to 1 KiB of compressed data before other
+    damage. Raises `UserError` if a package is missing.
     """
     match suffix:
-        case ".gz":  # any number of members, one after the other
-            pieces = _decompressed(file, lambda: zlib.decompressobj(wbits=31), zlib.error)
+        case ".gz":
+            chunks = _decompress(file, lambda: zlib.decompressobj(wbits=31), zlib.error)
         case ".zst":
             zstandard = import_package("zstandard", path)
             # Windows as large as `zstd --long=31` writes.
             frames = zstandard.ZstdDecompressor(max_window_size=2**31)
-            pieces = _decompressed(file, frames.decompressobj, zstandard.ZstdError)
+            chunks = _decompress(file, frames.decompressobj, zstandard.ZstdError)
         case _:
-            pieces = _blocks(file)
-    return io.BufferedReader(_Pieces(pieces), _BLOCK)
+            chunks = _read_blocks(file)
+    return io.BufferedReader(_ChunkStream(chunks), _BLOCK_BYTES)
 
 
 def import_package(name: str, path: str) -> Any:
-    """A module that reading `path` needs; raises `UserError` where it is not installed."""
+    """Imports a package that reading `path` needs; raises `UserError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(f'{path} needs {name}: pip install "switch_jax[data]".') from error
 
 
-class _Pieces(io.RawIOBase):
-    """Bytes that come in pieces, as a file."""
+class _ChunkStream(io.RawIOBase):
+    """Byte stream over an iterator of chunks."""
 
-    def __init__(self, pieces: Iterator[bytes]):
-        self._pieces = pieces
+    def __init__(self, chunks: Iterator[bytes]):
+        self._chunks = chunks
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
@@ -60,47 +59,40 @@ class _Pieces(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._rest:
-            piece = next(self._pieces, None)
-            if piece is None:
+            chunk = next(self._chunks, None)
+            if chunk is None:
                 return 0
-            self._rest = memoryview(piece)
+            self._rest = memoryview(chunk)
         data = self._rest[: len(buffer)]
         buffer[: len(data)] = data
         self._rest = self._rest[len(data) :]
         return len(data)
 
 
-def _blocks(file: Any) -> Iterator[bytes]:
-    while block := file.read(_BLOCK):
+def _read_blocks(file: Any) -> Iterator[bytes]:
+    while block := file.read(_BLOCK_BYTES):
         yield block
 
 
-def _decompressed(file: Any, new: Callable[[], Any], failure: type[Exception]) -> Iterator[bytes]:
-    decompressor = new()  # of a member or frame, of which there may be several
-    for block in _blocks(file):
-        for begin in range(0, len(block), _PIECE):
-            piece = block[begin : begin + _PIECE]
+def _decompress(
+    file: Any, new_decompressor: Callable[[], Any], failure: type[Exception]
+) -> Iterator[bytes]:
+    """Yields the content of all gzip members or Zstandard frames of a file."""
+    decompressor = new_decompressor()
+    for block in _read_blocks(file):
+        for begin in range(0, len(block), _PIECE_BYTES):
+            piece = block[begin : begin + _PIECE_BYTES]
             while piece:
                 if decompressor.eof:
-                    piece = piece.lstrip(b"\0")  # they may stand behind a member
+                    piece = piece.lstrip(b"\0")  # padding, which may follow a member
                     if piece:
-                        decompressor = new()
+                        decompressor = new_decompressor()
                     continue
-                # A call that fails loses what came before; of zlib's, it can be had once more.
-                saved = decompressor.copy() if hasattr(decompressor, "copy") else None
                 try:
                     data = decompressor.decompress(piece)
                 except failure:
-                    if saved:
-                        yield from _bytewise(saved, piece, failure)
                     raise DamagedFile from None
                 yield data
                 piece = decompressor.unused_data
-    if not decompressor.eof:  # nor has an empty file an end
+    if not decompressor.eof:  # true of an empty file, too
         raise DamagedFile
-
-
-def _bytewise(decompressor: Any, piece: bytes, failure: type[Exception]) -> Iterator[bytes]:
-    with contextlib.suppress(failure):
-        for i in range(len(piece)):
-            yield decompressor.decompress(piece[i : i + 1])

@@ -1,180 +1,218 @@
-"""Records of fine-tuning tasks, from the files in which people hold them.
+"""Records of JSON lines, plain text, tables, TFRecords and Parquet, on a disk or in a bucket.
 
-| name                            | a record                                                |
-|---------------------------------|---------------------------------------------------------|
-| `….json`, `….jsonl`, `….ndjson` | a line: an object                                       |
-| `….tsv`, `….csv`                | a line; the first one has the names of the fields       |
-| `….parquet`                     | a row                                                   |
-| `….tfrecord-00000-of-00001`     | a tf.train.Example; nested fields are called `idx/query` |
+| name                                      | a record                                             |
+|-------------------------------------------|------------------------------------------------------|
+| `….json`, `….jsonl`, `….ndjson`           | a line: an object                                    |
+| `….txt`                                   | lines, up to a blank one: their `text`               |
+| `….tsv`, `….csv`                          | a line; the first one has the names of the fields    |
+| `….tfrecord`, `….tfrecord-00000-of-00004` | a tf.train.Example: lists of texts or numbers        |
+| `….parquet`                               | a row                                                |
 
-All but Parquet may be compressed, with `.gz` or `.zst` behind the name.
+All but Parquet may be compressed, with `.gz` or `.zst` behind the name. Files stream: memory is
+bounded by `MAX_RECORD_BYTES`, however long a file or a record is.
 """
 
-import contextlib
+import codecs
 import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from etils import epath
 
-from switch_jax.data.sources.bad_records import DAMAGED, MISSING, NOT_JSON, TOO_LONG, BadRecords
+from switch_jax.data.sources.bad_records import (
+    DAMAGED,
+    MISSING,
+    NOT_EXAMPLE,
+    NOT_JSON,
+    NOT_UTF8,
+    TOO_LONG,
+    BadRecord,
+)
 from switch_jax.data.sources.compression import DamagedFile, import_package, open_stream
-from switch_jax.data.sources.tfrecord import tfrecord_fields, verified_records
+from switch_jax.data.sources.plain_text import is_utf8, read_plain_text
+from switch_jax.data.sources.tfrecord import MAX_RECORD_BYTES, parse_example, read_tfrecords
 from switch_jax.errors import UserError
 
-Record = dict[str, Any]
-Schema = Mapping[str, Any]
-LABEL = int | str  # a class by its number or by its name
+Fields = dict[str, Any]
 
-
-csv.field_size_limit(2**28)  # a text may be longer than the module's own 128 KiB
-
+# (file, its path, the field to read or None: all) -> number of each record from 1, with its
+# fields, or the kind of a bad record, or None: nothing, as a blank line.
+RecordReader = Callable[[Any, str, str | None], Iterator[tuple[int, Fields | str | None]]]
 
 _NAME = re.compile(
-    r"\.(json|jsonl|ndjson|tsv|csv|parquet|tfrecords?)(?:-\d+-of-\d+)?(\.gz|\.zst)?$"
+    r"\.(json|jsonl|ndjson|txt|tsv|csv|tfrecords?|parquet(?!.*\.))(?:-\d+-of-\d+)?(\.gz|\.zst)?$"
 )
+_BLOCK_BYTES = 2**16  # read at once
+_BATCH_ROWS = 64  # of Parquet, decoded at once
+
+csv.field_size_limit(MAX_RECORD_BYTES)  # csv's default is 128 KiB
 
 
-def is_record_file(path: str) -> bool:
-    """Whether a file has a name of the table above."""
-    return _NAME.search(path) is not None
+class Record(NamedTuple):
+    """A record that was read.
+
+    Attributes:
+      place: such as "/data/a.json.gz, line 17".
+      fields: values by name.
+    """
+
+    place: str
+    fields: Fields
 
 
-def record_format(path: str) -> str:
-    """Which of the table's formats a file's name says; it must be one."""
+def file_format(path: str) -> str | None:
+    """Returns the format of a file by its name, such as "jsonl"; None for any other name."""
     match = _NAME.search(path)
-    assert match is not None
-    return match[1]
+    return None if match is None else match[1]
 
 
-def read_records(path: str, schema: Schema, bad: BadRecords) -> Iterator[Record]:
-    """A file's records in order, with the fields of a schema; what cannot be read goes to `bad`.
+def read_records(path: str, field: str | None = None) -> Iterator[Record | BadRecord]:
+    """Yields the records of a file in order, and a `BadRecord` for each that cannot be read.
+
+    Behind a bad record, reading continues if it can. Some damage is noticed late: records in front
+    of the damage in a compressed file may be wrong already.
 
     Args:
-      schema: field → a type, several with `|`, `[type]` for a list, or a dict of fields.
+      path: has one of the names in the table above.
+      field: only this field is read, and of TFRecords its only value; other fields may be bad.
 
-    Raises `UserError` for a name that is not known, a package that is missing, a field that is
-    missing or of another type, and where `bad` does.
+    Raises `UserError` if a package is missing.
     """
-    name = _NAME.search(path)
-    if name is None:
-        raise UserError(
-            f"{path} has no known format; use .jsonl, .tsv, .csv or .tfrecord, each also with .gz"
-            " or .zst, or .parquet."
-        )
+    match = _NAME.search(path)
+    assert match is not None
+    unit, read = _READERS[match[1]]
     number = 0
     try:
         with epath.Path(path).open("rb") as file:
-            read = _READERS[name[1]]
-            opened = file if read is _parquet else open_stream(file, name[2], path)
-            for number, record in enumerate(read(opened, path, bad), start=1):
-                yield _fields(record, schema, f"{path}, record {number}", flat=read is _examples)
-    except (DamagedFile, csv.Error, UnicodeDecodeError):
-        bad.add(DAMAGED, f"{path}, record {number + 1}")
+            stream = file if read is _read_parquet else open_stream(file, match[2], path)
+            for number, record in read(stream, path, field):
+                if isinstance(record, str):
+                    yield BadRecord(record, f"{path}, {unit} {number}")
+                elif record is not None:
+                    yield Record(f"{path}, {unit} {number}", record)
+    except DamagedFile:
+        yield BadRecord(DAMAGED, f"{path}, {unit} {number + 1}")
     except OSError:
-        bad.add(MISSING, path)
+        yield BadRecord(MISSING, path)
+    except ImportError as error:  # of the library that opens such a bucket
+        raise UserError(f"{path} needs a package that is missing: {error}.") from error
 
 
-def _fields(record: Record, schema: Schema, where: str, flat: bool, prefix: str = "") -> Record:
-    """What a schema names of a record."""
-    found: Record = {}
-    for name, kind in schema.items():
-        key = prefix + name if flat else name
-        if isinstance(kind, dict):
-            inner = record if flat else _parsed(record.get(name), "{")
-            if not isinstance(inner, dict):
-                raise UserError(f"{where} lacks the field {prefix + name!r}; add it.")
-            found[name] = _fields(inner, kind, where, flat, f"{prefix}{name}/")
-        elif key not in record:
-            raise UserError(f"{where} lacks the field {prefix + name!r}; add it.")
+def _read_json_lines(
+    file: io.BufferedReader, path: str, field: str | None
+) -> Iterator[tuple[int, Fields | str | None]]:
+    number = 0
+    while line := file.readline(MAX_RECORD_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MAX_RECORD_BYTES:
+            yield number, TOO_LONG
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_BLOCK_BYTES)
         else:
-            found[name] = _value(record[key], kind, f"{where}: the field {prefix + name!r}")
-    return found
+            yield number, None if not line or line.isspace() else _parse_json(line, field)
 
 
-def _value(value: Any, kind: Any, what: str) -> Any:
-    if isinstance(kind, list):
-        values = _parsed(value, "[")
-        if not isinstance(values, (list, tuple)):
-            raise UserError(f"{what} is {value!r} and must be a list, as in JSON; correct it.")
-        return [_value(v, kind[0], what) for v in values]
-    if isinstance(value, list) and len(value) == 1:  # as a tf.train.Example has it
-        value = value[0]
-    if kind == LABEL:
-        value = -1 if value is None or value == "" else value
-    if isinstance(value, str) and not isinstance("", kind):  # as a line of text has it
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, float) and isinstance(0, kind) and value.is_integer():
-        value = int(value)  # as a table with gaps has it
-    if kind is float and isinstance(value, int):
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind != LABEL):
-        named = getattr(kind, "__name__", kind)
-        raise UserError(f"{what} is {value!r} and must be {named}; correct it.")
-    return value
-
-
-def _parsed(value: Any, begins: str) -> Any:
-    """`value`, or where it is the JSON of a list or an object, as a column has it, that."""
-    if isinstance(value, str) and value.startswith(begins):
-        with contextlib.suppress(ValueError):
-            return json.loads(value)
-    return value
-
-
-def _lines(file: io.BufferedReader, path: str, bad: BadRecords) -> Iterator[Record]:
-    for number, line in enumerate(file, start=1):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-            if b"\\ud" in line.lower():
-                json.dumps(record, ensure_ascii=False).encode()  # half of a pair is no text
-        except ValueError:  # UnicodeDecodeError and UnicodeEncodeError are such
-            record = None
-        if isinstance(record, dict):
-            yield record
-        else:
-            bad.add(NOT_JSON, f"{path}, line {number}")
-
-
-def _table(file: io.BufferedReader, path: str, bad: BadRecords) -> Iterator[Record]:
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    if re.search(r"\.csv(\.|$)", path):
-        yield from csv.DictReader(text)
-    else:  # GLUE's have quotation marks that mean nothing
-        yield from csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _parquet(file: Any, path: str, bad: BadRecords) -> Iterator[Record]:
-    pyarrow = import_package("pyarrow", path)
+def _parse_json(line: bytes, field: str | None) -> Fields | str:
     try:
-        for batch in import_package("pyarrow.parquet", path).ParquetFile(file).iter_batches():
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError):
+        record = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return NOT_UTF8
+    except (ValueError, RecursionError):
+        return NOT_JSON
+    if not isinstance(record, dict):
+        return NOT_JSON
+    used = record if field is None else record.get(field)
+    if not is_utf8(used if isinstance(used, str) else json.dumps(used, ensure_ascii=False)):
+        return NOT_UTF8  # half of a surrogate pair
+    return record
+
+
+def _read_table(
+    file: io.BufferedReader, path: str, field: str | None
+) -> Iterator[tuple[int, Fields | str | None]]:
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    if file_format(path) == "csv":
+        rows = csv.DictReader(text)
+    else:  # quotation marks mean nothing in GLUE's tables
+        rows = csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    try:
+        yield from enumerate(rows, start=1)
+    except (csv.Error, UnicodeDecodeError):
         raise DamagedFile from None
 
 
-def _examples(file: io.BufferedReader, path: str, bad: BadRecords) -> Iterator[Record]:
-    def damaged(number: int, too_long: bool) -> None:
-        bad.add(TOO_LONG if too_long else DAMAGED, f"{path}, record {number}")
+def _read_examples(
+    file: io.BufferedReader, path: str, field: str | None
+) -> Iterator[tuple[int, Fields | str | None]]:
+    for number, record in enumerate(read_tfrecords(file, path), start=1):
+        yield number, record if isinstance(record, str) else _parse_features(record, field)
 
-    for number, example in verified_records(file, path, damaged):
+
+def _parse_features(example: bytes, field: str | None) -> Fields | str:
+    try:
+        features = parse_example(example, field)
+    except UnicodeDecodeError:
+        return NOT_UTF8
+    except ValueError:
+        return NOT_EXAMPLE
+    if field is None:
+        return features
+    return {name: values[0] for name, values in features.items() if len(values) == 1}
+
+
+def _read_parquet(
+    file: Any, path: str, field: str | None
+) -> Iterator[tuple[int, Fields | str | None]]:
+    """A row group is read up to a damaged batch of rows; the next row group follows."""
+    pyarrow = import_package("pyarrow", path)
+    damage = (pyarrow.ArrowException, OSError, ValueError)
+    # TensorFlow's files for buckets lack `closed`.
+    handle = types.SimpleNamespace(
+        read=file.read, seek=file.seek, tell=file.tell, close=lambda: None, closed=False
+    )
+    try:
+        # Without a buffer, pyarrow would hold a column of a row group, perhaps of the whole file.
+        table = import_package("pyarrow.parquet", path).ParquetFile(
+            handle, buffer_size=_BLOCK_BYTES, pre_buffer=False, page_checksum_verification=True
+        )
+    except damage:
+        raise DamagedFile from None
+    columns = None if field is None else [field]
+    end = 0  # of the row group
+    for group in range(table.num_row_groups):
+        number, end = end, end + table.metadata.row_group(group).num_rows
         try:
-            record = tfrecord_fields(example)
-        except ValueError:
-            damaged(number, False)
-        else:
-            yield record
+            for batch in table.iter_batches(_BATCH_ROWS, [group], columns):
+                for row in _read_rows(batch):
+                    number += 1
+                    yield number, row
+        except damage:
+            yield number + 1, DAMAGED
 
 
-_READERS: dict[str, Callable[[Any, str, BadRecords], Iterator[Record]]] = {
-    **dict.fromkeys(("json", "jsonl", "ndjson"), _lines),
-    **dict.fromkeys(("tsv", "csv"), _table),
-    "parquet": _parquet,
-    **dict.fromkeys(("tfrecord", "tfrecords"), _examples),
+def _read_rows(batch: Any) -> Iterator[Fields | str]:
+    """Yields the rows of a pyarrow.RecordBatch, or `NOT_UTF8`."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                yield from batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield NOT_UTF8
+
+
+# Format → the unit of its records, and their reader.
+_READERS: dict[str, tuple[str, RecordReader]] = {
+    **dict.fromkeys(("json", "jsonl", "ndjson"), ("line", _read_json_lines)),
+    "txt": ("line", read_plain_text),
+    **dict.fromkeys(("tsv", "csv"), ("record", _read_table)),
+    **dict.fromkeys(("tfrecord", "tfrecords"), ("record", _read_examples)),
+    "parquet": ("row", _read_parquet),
 }

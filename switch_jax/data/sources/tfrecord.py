@@ -1,96 +1,78 @@
-"""TFRecord files and the tf.train.Examples in them, without TensorFlow."""
+"""TFRecord files and their tf.train.Examples, without TensorFlow."""
 
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
+from switch_jax.data.sources.bad_records import DAMAGED, TOO_LONG
 from switch_jax.data.sources.compression import DamagedFile, import_package
 
-MAX_RECORD_BYTES = 2**28  # bytes
-_BLOCK = 2**16
+MAX_RECORD_BYTES = 2**28  # longer records are TOO_LONG
+_BLOCK_BYTES = 2**16  # skipped at once
 
 
-def verified_records(
-    file: io.BufferedReader, path: str, damaged: Callable[[int, bool], None]
-) -> Iterator[tuple[int, bytes]]:
-    """The records of a file whose checksums are right, with their numbers from 1.
+def read_tfrecords(file: io.BufferedReader, path: str) -> Iterator[bytes | str]:
+    """Yields every record whose checksum is right, and the kind of every bad record.
 
-    Args:
-      damaged: is told the number of every other one, and whether it is too long to be read.
-
-    Raises `Damaged` where nothing behind can be read, and `UserError` where google-crc32c is not
-    installed.
+    Raises `DamagedFile` if the rest of the file cannot be read, and `UserError` if google-crc32c is
+    not installed.
     """
     crc32c = import_package("google_crc32c", path).value
 
-    def right(data: bytes, masked: bytes) -> bool:
+    def is_intact(data: bytes, masked: bytes) -> bool:
         crc = crc32c(data)
         expected = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
         return masked == expected.to_bytes(4, "little")
 
-    number = 0
     while header := file.read(12):
-        if not right(header[:8], header[8:]):
+        if not is_intact(header[:8], header[8:]):
             raise DamagedFile
         length = int.from_bytes(header[:8], "little")
         if length > MAX_RECORD_BYTES:
             _skip(file, length + 4)
-            number += 1
-            damaged(number, True)
+            yield TOO_LONG
             continue
         data, masked = file.read(length), file.read(4)
         if len(masked) < 4:
             raise DamagedFile
-        number += 1
-        if right(data, masked):
-            yield number, data
-        else:
-            damaged(number, False)
+        yield data if is_intact(data, masked) else DAMAGED
 
 
 def _skip(file: io.BufferedReader, size: int) -> None:
     while size:
-        skipped = len(file.read(min(size, _BLOCK)))
+        skipped = len(file.read(min(size, _BLOCK_BYTES)))
         if not skipped:
             raise DamagedFile
         size -= skipped
 
 
-def tfrecord_texts(example: bytes, name: str) -> list[bytes] | None:
-    """The values of a bytes feature; None where there is no such feature.
+def parse_example(example: bytes, name: str | None = None) -> dict[str, list]:
+    """Returns the features of a tf.train.Example, or only the one called `name`.
 
-    Raises `ValueError` for bytes that are no tf.train.Example.
+    Bytes are decoded as UTF-8. Raises `UnicodeDecodeError` if they are not, and another
+    `ValueError` if `example` is no tf.train.Example.
     """
-    values = [entry.value.bytes_list.value for entry in _entries(example) if entry.key == name]
-    return list(values[-1]) if values else None
-
-
-def tfrecord_fields(example: bytes) -> dict[str, list]:
-    """All features; bytes are read as UTF-8. Raises `ValueError`, as `texts` does."""
-    found: dict[str, list] = {}
-    for entry in _entries(example):
-        feature = entry.value
-        found[entry.key] = [
-            *(value.decode() for value in feature.bytes_list.value),
-            *feature.float_list.value,
-            *feature.int64_list.value,
-        ]
-    return found
-
-
-def _entries(example: bytes) -> Any:
     try:
-        return _example_class().FromString(example).features.feature
+        entries = _example_class().FromString(example).features.feature
     except message.DecodeError as error:
         raise ValueError("no tf.train.Example") from error
+    return {
+        entry.key: [
+            *(value.decode() for value in entry.value.bytes_list.value),
+            *entry.value.float_list.value,
+            *entry.value.int64_list.value,
+        ]
+        for entry in entries
+        if name is None or entry.key == name
+    }
 
 
 @functools.cache
 def _example_class() -> Any:
-    """A class like tf.train.Example; TensorFlow, if it is there, has its own."""
+    """Returns a message class with the wire format of TensorFlow's tf.train.Example."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="text.proto", package="text", syntax="proto3")
     for owner, *members in (
@@ -102,13 +84,13 @@ def _example_class() -> Any:
         ("Floats", ("value", [field.TYPE_FLOAT])),
         ("Int64s", ("value", [field.TYPE_INT64])),
     ):
-        added = file.message_type.add(name=owner).field
+        fields = file.message_type.add(name=owner).field
         for number, (name, kind) in enumerate(members, 1):
             label = field.LABEL_REPEATED if isinstance(kind, list) else field.LABEL_OPTIONAL
             kind = kind[0] if isinstance(kind, list) else kind
-            of = kind if isinstance(kind, str) else None
-            type_ = field.TYPE_MESSAGE if of else kind
-            added.add(name=name, number=number, label=label, type=type_, type_name=of)
+            message_name = kind if isinstance(kind, str) else None
+            type_ = field.TYPE_MESSAGE if message_name else kind
+            fields.add(name=name, number=number, label=label, type=type_, type_name=message_name)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("text.Example"))
