@@ -1,6 +1,6 @@
 """Switch-Small: what sweeps of size=gpu train, T5-Small with experts on one GPU.
 
-python scripts/package_text.py
+python scripts/data/package_text.py
 switch-jax train --config configs/switch_small.py:num_experts=16 --workdir runs/small
 
 The first line packs the text of the installed Python packages.

@@ -3,7 +3,7 @@
     switch-jax sweep --config configs/sweeps/distill.py:size=mini,table=6 --workdir runs/table6
 
 Table 8 has a fine-tuned teacher: of sizes mini and gpu, for the task that
-`python scripts/keyword_task.py` writes first. With size=paper add --config.data.data_dir=DIR, where
+`python scripts/data/keyword_task.py` writes first. With size=paper add --config.data.data_dir=DIR, where
 C4 is, and for table=8 SuperGLUE as TFDS prepares it.
 
 In the paper, teacher and students train for as many steps. Runs of sizes mini and gpu are so short

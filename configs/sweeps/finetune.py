@@ -1,6 +1,6 @@
 """Tables 4 and 5: what pretrained models are worth on tasks, and dropout within experts.
 
-    python scripts/keyword_task.py
+    python scripts/data/keyword_task.py
     switch-jax sweep --config configs/sweeps/finetune.py:size=mini,table=4 --workdir runs/table4
 
 Of sizes mini and gpu, the task is that of the first line. With size=paper, which has the paper's

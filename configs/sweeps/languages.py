@@ -1,6 +1,6 @@
 """Figures 7 and 8: quality and speed-up language by language.
 
-    python scripts/package_text.py
+    python scripts/data/package_text.py
     switch-jax sweep --config configs/sweeps/languages.py:size=mini --workdir runs/languages
 
 Of sizes mini and gpu, the languages are those of the first line: of programmers, and English.
@@ -13,7 +13,7 @@ from switch_jax.sweeps import Curves, Sources, Sweep, SweepRun, Table
 from _sizes import find_size
 
 CLAIM = "All 101 languages gain; the mean speed-up is 5, and for 91 % of them it is at least 4."
-# The text of `scripts/package_text.py`, drawn as mT5 draws languages; its vocabulary is for GPUs.
+# The text of `scripts/data/package_text.py`, drawn as mT5 draws languages; its vocabulary is for GPUs.
 TEXT = {
     "data.mixture": "python,c,stubs,cython,english",
     "data.data_dir": "runs/packages",

@@ -1,6 +1,6 @@
 """Figure 13: whether what is better upstream is better downstream.
 
-    python scripts/keyword_task.py
+    python scripts/data/keyword_task.py
     switch-jax sweep --config configs/sweeps/transfer.py:size=mini --workdir runs/transfer
 
 Of sizes mini and gpu, the task is that of the first line. With size=paper, which has SuperGLUE and

@@ -9,7 +9,7 @@ from tests.support.paths import SCRIPTS
 
 
 def test_bench_routing_times_every_part_for_each_number_of_experts():
-    script = runpy.run_path(str(SCRIPTS / "bench_routing.py"))
+    script = runpy.run_path(str(SCRIPTS / "bench" / "routing_layer.py"))
     shape = {"d_model": 8, "d_ff": 16, "rows": 2, "length": 16, "group_size": 16}
     # It also compares the two formulations, results and gradients.
     result = json.loads(json.dumps(script["measure"]([2, 4], repeats=1, **shape)))
@@ -28,7 +28,7 @@ def test_bench_routing_times_every_part_for_each_number_of_experts():
 
 
 def test_keyword_task_cuts_one_keyword_at_a_time():
-    script = runpy.run_path(str(SCRIPTS / "keyword_task.py"))
+    script = runpy.run_path(str(SCRIPTS / "data" / "keyword_task.py"))
     text = "for format in forms: pass"
     assert [gap["targets"].split()[1] for gap in script["gaps"](text)] == ["for", "in", "pass"]
     for gap in script["gaps"](text):
@@ -37,7 +37,7 @@ def test_keyword_task_cuts_one_keyword_at_a_time():
 
 
 def test_results_of_a_sweep_take_the_place_of_older_ones(tmp_path, monkeypatch):
-    script = runpy.run_path(str(SCRIPTS / "results.py"))
+    script = runpy.run_path(str(SCRIPTS / "docs" / "results.py"))
     folder, document = tmp_path / "experts", tmp_path / "results.md"
     (folder / "figures").mkdir(parents=True)
     (folder / "figures" / "steps.png").write_bytes(b"a picture")
@@ -67,7 +67,7 @@ def test_results_of_a_sweep_take_the_place_of_older_ones(tmp_path, monkeypatch):
 
 
 def test_package_text_takes_small_languages_whole_and_each_text_once(tmp_path):
-    script = runpy.run_path(str(SCRIPTS / "package_text.py"))
+    script = runpy.run_path(str(SCRIPTS / "data" / "package_text.py"))
     budgets = script["budgets"]({"python": 900, "c": 500, "english": 30}, 230)
     assert budgets == {"english": 30, "c": 100, "python": 100}
     files = {"a/x.py": "one", "b/x.py": "one", "b/y.PY": "two", "LICENSE.x": "law", "n.py": " "}

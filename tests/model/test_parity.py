@@ -23,7 +23,7 @@ from tests.support.paths import SCRIPTS
 # Relative to the largest value. The exact GELU instead of tanh, or a wrong bucket, exceeds it.
 TOLERANCE = 1e-5
 PARTS = ("encoder_input", "decoder_target")
-SCRIPT = SCRIPTS / "make_reference.py"
+SCRIPT = SCRIPTS / "golden" / "make_hugging_face.py"
 
 
 def close(got, wanted, message: str = "") -> None:
@@ -150,7 +150,7 @@ def test_equals_the_installed_transformers(name, tmp_path):
     version = tuple(map(int, transformers.__version__.split(".")[:2]))
     if (5, 0) <= version < (5, 19):
         pytest.skip("its Switch router has no capacity")
-    spec = importlib.util.spec_from_file_location("make_reference", SCRIPT)
+    spec = importlib.util.spec_from_file_location("make_hugging_face", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     stored = reference(name)

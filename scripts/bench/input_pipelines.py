@@ -1,7 +1,7 @@
 """Times the input pipelines side by side, in one run, and prints docs/benchmarks.md's table.
 
     pip install -e ".[data]" grain
-    taskset -c 0 python scripts/bench_data.py
+    taskset -c 0 python scripts/bench/input_pipelines.py
 
 The text is what every Python has, once as one source and once in 107 pieces, as mC4 is in 107
 languages. All readers make batches of 64 rows of 512 inputs and 114 targets in a vocabulary of

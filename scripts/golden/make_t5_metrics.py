@@ -4,7 +4,7 @@
         tensorflow-text==2.21.1 babel editdistance gin-config pandas rouge-score==0.1.2 \
         sacrebleu scikit-learn==1.9.1
     pip install --no-deps t5==0.9.4
-    python scripts/make_metrics_reference.py tests/golden
+    python scripts/golden/make_t5_metrics.py tests/golden
 
 in an environment of its own: with its dependencies, t5 replaces seqio by an older one. The
 file there was made with these versions, numpy 2.4.6 and scipy 1.17.1. Two runs give equal bytes.

@@ -1,7 +1,7 @@
 """Times training and decoding against Hugging Face's transformers: same weights, shapes, machine.
 
     pip install torch 'transformers>=5.19'
-    python scripts/bench_transformers.py [--experts 8] [--repeats 9]
+    python scripts/bench/hugging_face.py [--experts 8] [--repeats 9]
 
 A Switch Transformer with random weights is written by transformers and read by `switch_jax.load`;
 before anything is timed, both must give the same loss and write the same tokens. Then they take

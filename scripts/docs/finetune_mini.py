@@ -1,6 +1,6 @@
 """Shows what pretraining is worth: a task of the corpus, fine-tuned and learned from scratch.
 
-    .venv/bin/python scripts/finetune_mini.py [--output runs/finetune_mini]
+    .venv/bin/python scripts/docs/finetune_mini.py [--output runs/finetune_mini]
 
 The task is that of `keyword_task.py`. `configs/switch_mini.py` is pretrained for 2,400 steps, then
 trained on the task from there and from scratch. Draws docs/images/finetune_mini.png. What is
@@ -12,11 +12,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from keyword_task import write_examples
-
 from switch_jax.cli import main as switch_jax_main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts" / "data"))
+
+from keyword_task import write_examples
+
 CONFIG = ROOT / "configs" / "switch_mini.py"
 FIGURE = ROOT / "docs" / "images" / "finetune_mini.png"
 

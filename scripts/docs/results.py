@@ -1,6 +1,6 @@
 """Copies what sweeps came to into docs/results.md, and their figures to docs/images/results.
 
-    python scripts/results.py runs/experts_mini runs/routing …
+    python scripts/docs/results.py runs/experts_mini runs/routing …
 
 The name of a sweep's folder is that of its place in the document.
 """
@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images" / "results"
 

@@ -1,6 +1,6 @@
 """Packs the text of the installed Python packages: data for sweeps of size=gpu and by language.
 
-    python scripts/package_text.py [--output runs/packages] [--megabytes 100]
+    python scripts/data/package_text.py [--output runs/packages] [--megabytes 100]
 
 Programming languages stand for natural ones, which no package brings along: Python, type stubs,
 Cython, C and C++, and English from licences and descriptions. Small languages are taken whole, and
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from switch_jax.cli import main as switch_jax_main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LANGUAGES = {
     "python": {".py"},
     "c": {".c", ".cc", ".cpp", ".h", ".hpp", ".inc"},

@@ -1,7 +1,7 @@
 """Writes tests/golden/*.npz: what Hugging Face's models compute from random weights.
 
     pip install torch 'transformers>=5.23'
-    python scripts/make_reference.py tests/golden
+    python scripts/golden/make_hugging_face.py tests/golden
 
 The files there were made with torch 2.14.1 (CPU), transformers 5.23.0 and numpy 2.4.6. Nothing is
 downloaded. transformers 5.0 to at least 5.14 have a broken Switch router (issue 48293: its capacity

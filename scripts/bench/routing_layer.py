@@ -1,6 +1,6 @@
 """Times what routing costs: each router and dispatch alone, as a share of the expert layer's time.
 
-    python scripts/bench_routing.py [--experts 8 32 128] [--repeats 9] [--json]
+    python scripts/bench/routing_layer.py [--experts 8 32 128] [--repeats 9] [--json]
 
 Beside them stands the paper's formulation of the same layer, with one-hot tensors and einsums
 (Figs 15 and 16, put right); before anything is timed, both must give the same results and

@@ -3,7 +3,7 @@
     pip install seqio==0.0.20 tensorflow==2.21.0 tensorflow-datasets==4.9.10 \
         tensorflow-text==2.21.1 babel gin-config rouge-score sacrebleu scikit-learn
     pip install --no-deps t5==0.9.4
-    python scripts/make_t5_reference.py tests/golden
+    python scripts/golden/make_t5_span_corruption.py tests/golden
 
 in an environment of its own: with its dependencies, t5 replaces seqio by an older one. The
 file there was made with these versions and numpy 2.4.6, on a CPU. Two runs give equal bytes.

@@ -1,6 +1,6 @@
 """Writes a task that every machine has: which Python keyword a piece of the library has lost.
 
-    python scripts/keyword_task.py [--output runs/keyword]
+    python scripts/data/keyword_task.py [--output runs/keyword]
 
 3,000 examples for training and 600 for validation, these from documents that pretraining on
 `python_docs` holds out: `data.mixture='pairs:runs/keyword/{split}.jsonl'`.

@@ -1,7 +1,7 @@
 """Compiles the paper's models for pods and fills in the tables and figures of docs/scale.md.
 
     pip install 'switch_jax[tpu,plots]'
-    python scripts/scale.py
+    python scripts/docs/scale.py
 
 Needs no TPU. Each program takes a minute or a few on two cores; what was compiled before comes
 from the cache. Stop it at any time and run it again.
@@ -22,7 +22,7 @@ from switch_jax.model import expert_layers, padded_size, split_hops
 from switch_jax.performance import draw_placement, suggest_meshes
 from switch_jax.performance.mesh_search import estimate_step_seconds
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Case(NamedTuple):
