@@ -35,7 +35,7 @@ class Size:
         return SweepRun(f"{self.sparse}:num_experts={num_experts or self.usual}")
 
 
-# Stands for the paper's tasks where these are not at hand: `scripts/data/keyword_task.py` writes it.
+# Replaces the paper's tasks at sizes mini and gpu; `scripts/data/keyword_task.py` writes its data.
 _KEYWORD = {
     "data.mixture": "pairs:runs/keyword/{split}.jsonl",
     "data.data_dir": None,

@@ -3,8 +3,8 @@
     switch-jax sweep --config configs/sweeps/distill.py:size=mini,table=6 --workdir runs/table6
 
 Table 8 has a fine-tuned teacher: of sizes mini and gpu, for the task that
-`python scripts/data/keyword_task.py` writes first. With size=paper add --config.data.data_dir=DIR, where
-C4 is, and for table=8 SuperGLUE as TFDS prepares it.
+`python scripts/data/keyword_task.py` writes first. With size=paper add
+--config.data.data_dir=DIR, where C4 is, and for table=8 SuperGLUE as TFDS prepares it.
 
 In the paper, teacher and students train for as many steps. Runs of sizes mini and gpu are so short
 that weights which have trained before are most of what there is to gain, and a student that begins

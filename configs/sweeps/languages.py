@@ -13,7 +13,7 @@ from switch_jax.sweeps import Curves, Sources, Sweep, SweepRun, Table
 from _sizes import find_size
 
 CLAIM = "All 101 languages gain; the mean speed-up is 5, and for 91 % of them it is at least 4."
-# The text of `scripts/data/package_text.py`, drawn as mT5 draws languages; its vocabulary is for GPUs.
+# Text of `scripts/data/package_text.py`, sampled as in mT5; its vocabulary is for GPUs.
 TEXT = {
     "data.mixture": "python,c,stubs,cython,english",
     "data.data_dir": "runs/packages",

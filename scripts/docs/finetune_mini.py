@@ -1,4 +1,4 @@
-"""Shows what pretraining is worth: a task of the corpus, fine-tuned and learned from scratch.
+"""Compares fine-tuning with training from scratch on a task made of the corpus.
 
     .venv/bin/python scripts/docs/finetune_mini.py [--output runs/finetune_mini]
 
@@ -17,7 +17,7 @@ from switch_jax.cli import main as switch_jax_main
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "data"))
 
-from keyword_task import write_examples
+from keyword_task import write_examples  # noqa: E402
 
 CONFIG = ROOT / "configs" / "switch_mini.py"
 FIGURE = ROOT / "docs" / "images" / "finetune_mini.png"

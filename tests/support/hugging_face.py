@@ -1,4 +1,4 @@
-"""Model folders in the format of Hugging Face, from stored weights (scripts/golden/make_hugging_face.py)."""
+"""Hugging Face model folders from the weights of scripts/golden/make_hugging_face.py."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def reference(name: str) -> Arrays:
-    """Returns the arrays that scripts/golden/make_hugging_face.py stored; it documents their names."""
+    """Returns stored arrays; scripts/golden/make_hugging_face.py documents their names."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         return dict(file)
 
