@@ -1,10 +1,10 @@
-"""What the parts of `data.mixture` stand for.
+"""Catalog of sources: from a part of `data.mixture` to its sources.
 
 python_docs                     the text that comes with Python
 c4                              English C4 in `data.data_dir`: of TFDS, or AllenAI's json.gz
-mc4, mc4.sw                     multilingual C4, all languages or one, likewise
+mc4, mc4.sw                     multilingual C4 there, all languages or one
 c4/en:2.2.0, lm1b               a TFDS data set in `data.data_dir` whose examples have a `text`
-glue, squad, arc.easy           fine-tuning tasks in `data.data_dir`: see `downstream`
+glue, squad, arc.easy           fine-tuning tasks in `data.data_dir`: see `finetuning.tasks`
 /books/{split}-*.jsonl.gz       files; `{split}` stands for train and validation
 pairs:/mine/{split}.jsonl       files whose records have `inputs` and `targets`
 """
@@ -45,9 +45,10 @@ _PAIRS = "pairs:"
 
 
 def source_name(spec: str) -> str:
-    """The name of the source, or of the group of sources, that `spec` stands for.
+    """Returns the name of the source, or of the group of sources, that `spec` stands for.
 
-    Files are called by the last part of their path that is more than wildcards and suffixes.
+    Files are named after the last part of their path that has more than wildcards, numbers and
+    suffixes.
     """
     if spec.startswith(_PAIRS):
         return f"pairs.{source_name(spec.removeprefix(_PAIRS))}"
@@ -63,9 +64,9 @@ def source_name(spec: str) -> str:
 
 
 def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
-    """The sources that a part of a mixture stands for; several for `mc4`.
+    """Returns the sources that a part of a mixture stands for; several for `mc4` and `glue`.
 
-    Raises `UserError` where there are none, with what to change.
+    Raises `UserError` if there are none.
     """
     if spec == "python_docs":
         return [PythonDocsSource()]
@@ -78,10 +79,10 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
     name, _, version = spec.partition(":")
     group, _, language = name.partition(".")
     multilingual = group == "mc4" and (not language or language in MC4_LANGUAGES)
-    tasks = _tasks(name)
+    tasks = _task_names(name)
     if name != "c4" and not multilingual and not tasks:
-        where = data_dir and epath.Path(data_dir, name)
-        if not where or not where.is_dir():
+        folder = data_dir and epath.Path(data_dir, name)
+        if not folder or not folder.is_dir():
             raise UserError(
                 f"data.mixture: {name!r} is not known; use python_docs, c4, mc4, mc4.LANGUAGE,"
                 " a TFDS data set that is in data.data_dir, or files such as '/text/*.jsonl.gz'."
@@ -93,14 +94,16 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
         )
     root = epath.Path(data_dir)
     if multilingual:
-        found = [_mc4(root, code, version) for code in ([language] if language else MC4_LANGUAGES)]
+        candidates = [
+            _mc4(root, code, version) for code in ([language] if language else MC4_LANGUAGES)
+        ]
     elif tasks:
         return [find_task_source(root, TASKS[task]) for task in tasks]
     elif name == "c4":
-        found = [_tfds(root, "c4/en", version, "c4", _SPLITS) or _c4_json(root, version)]
+        candidates = [_tfds(root, "c4/en", version, "c4", _SPLITS) or _c4_json(root, version)]
     else:
-        found = [_tfds(root, name, version, name, _SPLITS)]
-    sources = [source for source in found if source is not None]
+        candidates = [_tfds(root, name, version, name, _SPLITS)]
+    sources = [source for source in candidates if source is not None]
     if not sources:
         raise UserError(
             f"There is no {spec} in {data_dir!r}, neither as TFDS writes it nor as json.gz; set"
@@ -110,36 +113,33 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
 
 
 def needs_folder(spec: str) -> bool:
-    """Whether a part of a mixture is looked for in `data.data_dir`."""
+    """Whether a part of a mixture is read from `data.data_dir`."""
     return spec != "python_docs" and not is_file_pattern(spec)
 
 
 def group_members(spec: str, names: Iterable[str]) -> list[str]:
-    """Those of the sources called `names` that a part of a mixture, not of files, stands for."""
+    """Returns the names that belong to a part of a mixture which does not name files."""
     name = source_name(spec)
-    tasks = _tasks(name)
+    tasks = _task_names(name)
     return [n for n in names if n == name or n in tasks or (name == "mc4" and n.startswith("mc4."))]
 
 
-def _tasks(name: str) -> tuple[str, ...]:
-    """The fine-tuning tasks that a name stands for."""
+def _task_names(name: str) -> tuple[str, ...]:
+    """Returns the tasks of a task or mixture that have a split for training or validation."""
     if name not in MIXTURES and name not in TASKS:
         return ()
-    return tuple(task for task in find_task_or_mixture(name).rates if _readable(task))
-
-
-def _readable(task: str) -> bool:
-    """Whether a task has anything to train on or to evaluate."""
-    return any(split in TASKS[task].splits for split in SPLITS)
+    tasks = find_task_or_mixture(name).rates
+    return tuple(task for task in tasks if any(split in TASKS[task].splits for split in SPLITS))
 
 
 def is_file_pattern(spec: str) -> bool:
     """Whether a part of a mixture names files."""
-    begins = (_PAIRS, "/", "./", "../", "~")
-    return spec.startswith(begins) or "*" in spec or is_text_file(spec)
+    prefixes = (_PAIRS, "/", "./", "../", "~")
+    return spec.startswith(prefixes) or "*" in spec or is_text_file(spec)
 
 
 def _named_files(spec: str, is_known: Callable[[str], bool], known: str) -> dict[Split, list[File]]:
+    """Returns the files of a pattern; raises `UserError` if none match or one has no known name."""
     pattern = os.path.expanduser(spec.removeprefix(_PAIRS))
     if "**" in pattern:
         raise UserError(
@@ -148,37 +148,39 @@ def _named_files(spec: str, is_known: Callable[[str], bool], known: str) -> dict
     patterns = {split: pattern.replace("{split}", split) for split in SPLITS}
     if "{split}" not in pattern:
         del patterns["validation"]
-    files = {split: glob_files(pattern) for split, pattern in patterns.items()}
-    for split, found in files.items():
-        if not found:
+    files_of_split = {split: glob_files(pattern) for split, pattern in patterns.items()}
+    for split, files in files_of_split.items():
+        if not files:
             raise UserError(
                 f"data.mixture: no file matches {patterns[split]!r}; name files that exist."
             )
-        unknown = [file.path for file in found if not is_known(file.path)]
+        unknown = [file.path for file in files if not is_known(file.path)]
         if unknown:
             raise UserError(f"data.mixture: {unknown[0]!r} is of no known format; use {known}.")
-    return files
+    return files_of_split
 
 
 def _c4_json(root: epath.Path, version: str) -> Source | None:
-    return _json("c4", root, version, "en", {split: f"c4-{split}.*.json.gz" for split in SPLITS})
+    return _allenai("c4", root, version, "en", {split: f"c4-{split}.*.json.gz" for split in SPLITS})
 
 
 def _mc4(root: epath.Path, code: str, version: str) -> Source | None:
     name = f"mc4.{code}"
     splits: dict[Split, str] = {"train": code, "validation": f"{code}-validation"}
     patterns = {split: f"c4-{stem}.tfrecord-*.json.gz" for split, stem in splits.items()}
-    return _tfds(root, "c4/multilingual", version, name, splits) or _json(
+    return _tfds(root, "c4/multilingual", version, name, splits) or _allenai(
         name, root, version, "multilingual", patterns
     )
 
 
-def _json(
+def _allenai(
     name: str, root: epath.Path, version: str, folder: str, patterns: Mapping[Split, str]
 ) -> Source | None:
-    """A source as AllenAI hands it out, in `root` itself or in a folder called as there."""
-    for place in (root, root / folder, root / "c4" / folder):
-        files = {split: glob_files(os.fspath(place / text)) for split, text in patterns.items()}
+    """Returns a source in AllenAI's json.gz, in `root` or in AllenAI's folders below it."""
+    for parent in (root, root / folder, root / "c4" / folder):
+        files = {
+            split: glob_files(os.fspath(parent / pattern)) for split, pattern in patterns.items()
+        }
         if files["train"] and not version:
             return FileSource(name, files, {})
     return None
@@ -187,12 +189,16 @@ def _json(
 def _tfds(
     root: epath.Path, dataset: str, version: str, name: str, splits: Mapping[Split, str]
 ) -> Source | None:
-    """A source as TFDS prepared it; the newest version there is, unless one is named."""
-    place = newest_version(root / dataset, version)
-    if place is None:
+    """Returns a source that TFDS prepared, by default the newest version.
+
+    Args:
+      splits: names of the splits in the data set.
+    """
+    folder = newest_version(root / dataset, version)
+    if folder is None:
         return None
     try:
-        info = json.loads((place / "dataset_info.json").read_text())
+        info = json.loads((folder / "dataset_info.json").read_text())
         lengths = {
             split["name"]: sum(map(int, split.get("shardLengths", []))) for split in info["splits"]
         }
@@ -200,14 +206,18 @@ def _tfds(
             raise ValueError(f"its files are {info['fileFormat']}, and only tfrecord can be read")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{os.fspath(place)!r} is not as TFDS prepares it ({error}); prepare it again."
+            f"{os.fspath(folder)!r} is not as TFDS prepares it ({error}); prepare it again."
         ) from error
-    stem = dataset.partition("/")[0]
+    prefix = dataset.partition("/")[0]
     files = {
-        split: glob_files(os.fspath(place / f"{stem}-{theirs}.tfrecord*"))
-        for split, theirs in splits.items()
+        split: glob_files(os.fspath(folder / f"{prefix}-{tfds_split}.tfrecord*"))
+        for split, tfds_split in splits.items()
     }
     if not files["train"]:
         return None
-    counts = {split: lengths[theirs] for split, theirs in splits.items() if lengths.get(theirs)}
+    counts = {
+        split: lengths[tfds_split]
+        for split, tfds_split in splits.items()
+        if lengths.get(tfds_split)
+    }
     return FileSource(name, files, counts)

@@ -1,15 +1,15 @@
-"""`data.mixture`: which sources training draws from, and how often.
+"""`data.mixture`: the sources of training, and the share of training rows of each.
 
-A mixture is one source, or several with commas between them, each with a rate or none:
+A mixture is one source, or several separated by commas, all with a rate or none:
 
     c4
     c4=0.7, /books/*.jsonl.gz=0.3
     mc4
 
-Rates are shares of the training rows; they need not sum to one. Sources without a rate are drawn
-in proportion to (number of documents) ** `data.rate_exponent`: 0.3 for mT5 and mSwitch; it is one
-over what seqio calls the temperature. So are the members of a group such as mc4, whose rate they
-share.
+Rates are shares of the training rows; they need not sum to one. Sources without a rate have shares
+in proportion to (number of documents) ** `data.rate_exponent`. The exponent is 0.3 for mT5 and
+mSwitch; it is the inverse of seqio's temperature. The members of a group such as mc4 share the
+group's rate in the same proportion.
 """
 
 import json
@@ -27,14 +27,14 @@ from switch_jax.errors import UserError
 
 
 class MixturePart(NamedTuple):
-    """A source or group of sources as the config names it."""
+    """A source or group of sources in `data.mixture`, and its rate if it has one."""
 
     spec: str
     rate: float | None
 
 
 def parse_mixture(mixture: str) -> list[MixturePart]:
-    """Raises `UserError` for a mixture without parts, and where only some have a rate."""
+    """Parses `data.mixture`; raises `UserError` if it is empty or only some parts have a rate."""
     parts = []
     for item in filter(None, map(str.strip, mixture.split(","))):
         spec, _, text = item.rpartition("=")
@@ -54,9 +54,9 @@ def parse_mixture(mixture: str) -> list[MixturePart]:
 
 
 def find_sources(data: DataConfig) -> list[Source]:
-    """The sources of a config's mixture, where their text lies; no two have the same name.
+    """Returns the sources of a config's mixture, no two with the same name.
 
-    Raises `UserError` where one is not found.
+    Raises `UserError` if one is not found.
     """
     parts = parse_mixture(data.mixture)
     if data.data_dir is not None and not any(needs_folder(part.spec) for part in parts):
@@ -74,7 +74,7 @@ def find_sources(data: DataConfig) -> list[Source]:
         for source in sources_for_spec(part.spec, data.data_dir):
             if source.name in sources and not is_file_pattern(part.spec):
                 raise UserError(f"data.mixture names {source.name} twice; name it once.")
-            source.name, source.spec = _unused(source.name, sources), part.spec
+            source.name, source.spec = _unused_name(source.name, sources), part.spec
             sources[source.name] = source
     return list(sources.values())
 
@@ -82,12 +82,13 @@ def find_sources(data: DataConfig) -> list[Source]:
 def select_sources(
     data: DataConfig, names: Collection[str], specs: Mapping[str, str]
 ) -> list[tuple[MixturePart, list[str]]]:
-    """Which of the sources called `names` each part of a config's mixture stands for.
+    """Returns the parts of a config's mixture, each with the names of its sources.
 
     Args:
-      specs: what each was found by; a part that names files stands for those found by the same.
+      names: of the sources that exist.
+      specs: `Source.spec` by name; a part that names files matches the source with an equal spec.
 
-    Raises `UserError` where a part stands for none, or two for the same.
+    Raises `UserError` if a part matches no source, or two parts match the same.
     """
     selected: list[tuple[MixturePart, list[str]]] = []
     taken: list[str] = []
@@ -112,22 +113,24 @@ def select_sources(
 def mixture_rates(
     data: DataConfig, documents: Mapping[str, int | None], specs: Mapping[str, str]
 ) -> dict[str, float]:
-    """Of each source in a config's mixture, the share of the training rows, which sum to one.
+    """Returns the share of the training rows of each source in a config's mixture; sums to one.
 
     Args:
-      documents: of the sources there are, how many training documents each has, where known.
-        Sources without any are left out.
-      specs: see `select`.
+      documents: number of training documents of each source that exists; None where it is unknown.
+        Sources with 0 are left out.
+      specs: as for `select_sources`.
 
-    Raises `UserError` where the mixture names one that is not there, or where the number of
-    documents matters and is not known.
+    Raises `UserError` if a part of the mixture matches no source, and if a number of documents is
+    needed and unknown.
     """
     weights: dict[str, float] = {}
     selected = select_sources(data, documents, specs)
     for part, names in selected:
         trained = [name for name in names if documents[name] != 0]
-        alone = len(trained) == 1 and (part.rate is not None or len(selected) == 1)
-        sizes = {name: 1.0 if alone else _size(data, name, documents[name]) for name in trained}
+        is_alone = len(trained) == 1 and (part.rate is not None or len(selected) == 1)
+        sizes = {
+            name: 1.0 if is_alone else _size_weight(data, name, documents[name]) for name in trained
+        }
         rate = sum(sizes.values()) if part.rate is None else part.rate
         weights |= {name: rate * size / sum(sizes.values()) for name, size in sizes.items()}
     if not weights:
@@ -135,9 +138,9 @@ def mixture_rates(
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
-def _size(data: DataConfig, name: str, documents: int | None) -> float:
-    """What a source without a rate weighs."""
-    documents = _counts(data.counts).get(name, documents)
+def _size_weight(data: DataConfig, name: str, documents: int | None) -> float:
+    """Returns (number of documents) ** `data.rate_exponent`."""
+    documents = _read_counts(data.counts).get(name, documents)
     if not documents:
         raise UserError(
             f"How many documents {name} has is not known, and its rate depends on it; give rates in"
@@ -146,7 +149,8 @@ def _size(data: DataConfig, name: str, documents: int | None) -> float:
     return documents**data.rate_exponent
 
 
-def _counts(path: str | None) -> dict[str, int]:
+def _read_counts(path: str | None) -> dict[str, int]:
+    """Returns the numbers of documents in the JSON file `data.counts`, by source."""
     if path is None:
         return {}
     try:
@@ -163,7 +167,7 @@ def _counts(path: str | None) -> dict[str, int]:
     return counts
 
 
-def _unused(name: str, names: Collection[str]) -> str:
-    """`name`, with a number behind it where it is taken."""
-    numbered = (f"{name}_{i}" for i in range(2, len(names) + 3))
-    return next(n for n in (name, *numbered) if n not in names)
+def _unused_name(name: str, used: Collection[str]) -> str:
+    """Returns `name`, with a number appended if it is used."""
+    numbered = (f"{name}_{i}" for i in range(2, len(used) + 3))
+    return next(n for n in (name, *numbered) if n not in used)

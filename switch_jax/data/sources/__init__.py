@@ -1,1 +1,1 @@
-"""To be written."""
+"""Sources of text and their files: file names → records → texts → splits and shards."""

@@ -1,7 +1,7 @@
-"""Text that is on every machine that has Python, about 10 MB of it.
+"""`python_docs`: about 10 MB of text that comes with Python, as a source.
 
-It is the language reference that comes with `pydoc`, and the sources of the standard library
-with their docstrings and comments. It differs between builds of Python.
+The documents are the language reference of `pydoc` and the source files of the standard library.
+They differ between builds of Python.
 """
 
 import functools
@@ -17,7 +17,7 @@ from switch_jax.data.sources.source import Shard, Source, Split
 
 
 class Document(NamedTuple):
-    """A text and its path, `/`-separated and unique."""
+    """A text and its unique path, separated by `/`."""
 
     path: str
     text: str
@@ -25,7 +25,7 @@ class Document(NamedTuple):
 
 @functools.cache
 def python_documents() -> tuple[Document, ...]:
-    """All documents, no two with the same text, in the same order every time."""
+    """Returns all documents, no two with the same text, in an order that never changes."""
     unique: dict[str, Document] = {}
     for document in (*_topics(), *_library_sources()):
         unique.setdefault(document.text, document)
@@ -33,13 +33,13 @@ def python_documents() -> tuple[Document, ...]:
 
 
 def is_held_out_path(path: str) -> bool:
-    """Whether a document belongs to the validation split: a fixed 5 % by its path alone."""
+    """Whether a document is held out for validation: a fixed 5 % by a hash of the path."""
     digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 100 < 5
 
 
 class PythonDocsSource(Source):
-    """`python_docs`: the fingerprint is that of the text itself."""
+    """The source `python_docs`; its fingerprint depends on the documents themselves."""
 
     def __init__(self):
         self.name = "python_docs"
@@ -68,7 +68,7 @@ class PythonDocsSource(Source):
 def _topics() -> Iterator[Document]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions ship it apart
+    except ImportError:  # a separate package in some distributions
         return
     for name in sorted(topics):
         yield Document(f"topics/{name}", topics[name])

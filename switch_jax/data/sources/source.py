@@ -1,6 +1,6 @@
-"""Sources of text: their splits, the shards these are read in, and how many documents there are.
+"""Sources of text: their splits, shards and numbers of documents.
 
-Where a source comes without a validation split, a fixed 1 % of its documents is held out.
+Of a source without a validation split, a fixed 1 % of the training documents is held out.
 """
 
 import abc
@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Literal, NamedTuple, get_args
 
 from etils import epath
@@ -18,26 +19,34 @@ from switch_jax.data.sources.text_files import read_texts
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-_SHARD_BYTES = 64 * 2**20  # small files are read together until they are this large
+_SHARD_BYTES = 64 * 2**20  # small files are joined to shards of at most this size
 _NUMBERED = re.compile(r"(.*[-.])(\d+)-of-(\d+)(.*)")
 
 
 class Shard(NamedTuple):
-    """A part of a split that is read from beginning to end."""
+    """A part of a split, which is always read from its beginning.
+
+    Attributes:
+      paths: of its files, in order; empty for text that is not in files.
+      size: bytes of the files, compressed or not.
+    """
 
     paths: tuple[str, ...]
-    size: int  # bytes, as stored
+    size: int
 
 
 class Source(abc.ABC):
     """Documents of one kind, in splits and shards.
 
     Attributes:
-      name: what metrics, packed records and messages call it.
-      fingerprint: 32 hexadecimal digits that change with where the text lies and how large it is.
-      spec: what the part of a mixture says that it was found by.
-      stamp: as the fingerprint, and changes with the place and the age of files too.
-      pairs: whether texts are inputs and targets in turn, and not text to be corrupted.
+      name: of the source in metrics, token stores and messages.
+      spec: the part of `data.mixture` that stands for the source.
+      fingerprint: 32 hexadecimal digits, which change with the names and sizes of the files. Token
+        stores keep it: they are valid as long as it is equal.
+      cache_key: 32 hexadecimal digits, which change with the folders and modification times of the
+        files, too.
+      has_targets: True if texts alternate between inputs and targets, False if they are documents
+        for span corruption.
     """
 
     name: str
@@ -48,41 +57,48 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def shards(self, split: Split) -> tuple[Shard, ...]:
-        """Always the same, in the same order."""
+        """Returns the shards of a split, in an order that never changes."""
 
     @abc.abstractmethod
     def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
-        """The texts of a shard, in order; what cannot be read goes to `bad`."""
+        """Yields the texts of a shard in order; adds bad records to `bad`."""
 
     def num_documents(self, split: Split) -> int | None:
-        """How many documents a split has, where that is known without reading them."""
+        """Returns the number of documents of a split; None if it is unknown without reading."""
         return None
 
     def missing_files(self, split: Split) -> list[str]:
-        """Files that the names of others promise and that are not there."""
+        """Returns the paths of missing files, such as number 3 among `…-00000-of-00128…`."""
         return []
 
     def size(self) -> int:
-        """Bytes of all splits, as stored."""
+        """Returns the bytes of all files."""
         return sum(shard.size for split in SPLITS for shard in self.shards(split))
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file and its size in bytes."""
+    """A file of a source.
+
+    The class name and the fields are part of `cache_key`.
+
+    Attributes:
+      size: bytes.
+      changed: time of the last modification, in seconds since 1970.
+    """
 
     path: str
     size: int
-    changed: float = 0.0  # seconds since 1970
+    changed: float = 0.0
 
 
 class FileSource(Source):
-    """Text in files, of any format that `formats` knows.
+    """Texts in files of any format that `read_texts` reads.
 
     Args:
-      files: of each split, in order. Where there are none for validation, documents of the
-        training files are held out, chosen by their text, so that equal ones stay together.
-      counts: documents of the splits, where they are known.
+      files: of each split, in order. Without files for validation, training documents are held out
+        by a hash of their text, so that equal documents are in the same split.
+      counts: number of documents of each split where it is known.
     """
 
     def __init__(
@@ -112,11 +128,11 @@ class FileSource(Source):
         return tuple(shards)
 
     def size(self) -> int:
-        return sum({file.path: file.size for of in self._files.values() for file in of}.values())
+        return sum({file.path: file.size for file in chain(*self._files.values())}.values())
 
     def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
         if self._held_out and split == "validation":
-            bad = BadRecords("skip")  # the same files: they are told of in training
+            bad = BadRecords("skip")  # training counts the bad records of the same files
         for path in shard.paths:
             for text in read_texts(path, bad):
                 if not self._held_out or is_held_out(text) == (split == "validation"):
@@ -128,22 +144,23 @@ class FileSource(Source):
     def missing_files(self, split: Split) -> list[str]:
         if self._held_out and split == "validation":
             return []
-        return _missing(file.path for file in self._files[split])
+        return _missing_numbers(file.path for file in self._files[split])
 
 
 def files_digest(files: Iterable[Iterable[File]]) -> str:
-    """32 hexadecimal digits of the places, sizes and ages of files."""
-    return hashlib.blake2b(repr([list(of) for of in files]).encode(), digest_size=16).hexdigest()
+    """Returns 32 hexadecimal digits, which depend on all fields of the files."""
+    described = repr([list(group) for group in files])
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
 def is_held_out(text: str) -> bool:
-    """A fixed 1 % of all texts."""
+    """Whether a document is held out for validation: a fixed 1 % by a hash of the text."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 100 == 0
 
 
-def _missing(paths: Iterable[str]) -> list[str]:
-    """Those that are not among `…-00003-of-00128…` though their neighbours say there are 128."""
+def _missing_numbers(paths: Iterable[str]) -> list[str]:
+    """Returns the paths that are missing among numbered ones, `…-00003-of-00128…`."""
     present: dict[tuple[str, str, str], set[int]] = {}
     for path in paths:
         match = _NUMBERED.fullmatch(path)
@@ -158,7 +175,7 @@ def _missing(paths: Iterable[str]) -> list[str]:
 
 
 def glob_files(pattern: str) -> list[File]:
-    """The files that match, in order of their paths."""
+    """Returns the files that match `pattern`, on a disk or in a bucket, sorted by path."""
     parts = pattern.split("/")
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts) - 1)
     folder, rest = epath.Path("/".join(parts[:fixed]) or "/"), "/".join(parts[fixed:])
@@ -166,13 +183,13 @@ def glob_files(pattern: str) -> list[File]:
         folder = epath.Path(".")
     if not folder.is_dir():
         return []
-    found = [path for path in folder.glob(rest) if not path.is_dir()]
-    stats = [(path, path.stat()) for path in sorted(found) if path.exists()]
+    paths = [path for path in folder.glob(rest) if not path.is_dir()]
+    stats = [(path, path.stat()) for path in sorted(paths) if path.exists()]
     return [File(os.fspath(path), stat.length, stat.mtime) for path, stat in stats]
 
 
 def newest_version(folder: epath.Path, version: str = "") -> epath.Path | None:
-    """Where TFDS prepared a data set: its newest version, unless one is named."""
+    """Returns the folder of a version that TFDS prepared, by default the newest; None if none."""
     if not folder.is_dir():
         return None
     versions = [path.parent for path in folder.glob("*/dataset_info.json")]
