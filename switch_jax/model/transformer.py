@@ -76,8 +76,8 @@ class Layer(nnx.Module):
         """
         normed = self.self_norm(x)
         if isinstance(self.self_attention, SwitchAttention):
-            projected, routed = self.self_attention.project(normed, spec, fold_keys(keys, 6))
-            return projected, {"self_attention": routed}
+            projected, result = self.self_attention.project(normed, spec, fold_keys(keys, 6))
+            return projected, {"self_attention": result}
         attention = self.self_attention
         return (attention.queries(normed), attention.keys_values(normed)), {}
 
@@ -98,12 +98,12 @@ class Layer(nnx.Module):
 
         A dropped token has the residual alone.
         """
-        normed, mlp_keys, routes = self.mlp_norm(x), fold_keys(keys, 4), {}
+        normed, mlp_keys, routing = self.mlp_norm(x), fold_keys(keys, 4), {}
         if isinstance(self.mlp, SwitchMlp):
-            y, routes["mlp"] = self.mlp(normed, spec, mlp_keys)
+            y, routing["mlp"] = self.mlp(normed, spec, mlp_keys)
         else:
             y = self.mlp(normed, mlp_keys)
-        return x + dropout(y, self.config.model.dropout_rate, fold_keys(keys, 5)), routes
+        return x + dropout(y, self.config.model.dropout_rate, fold_keys(keys, 5)), routing
 
 
 class Block(nnx.Module):
@@ -121,7 +121,7 @@ class Stack(nnx.Module):
 
     def __init__(self, config: Config, key: jax.Array, *, decoder: bool):
         self.config = config
-        self.layer_runs = config.block_runs("decoder" if decoder else "encoder")
+        self.block_runs = config.block_runs("decoder" if decoder else "encoder")
         bias_key, blocks_key = jax.random.split(key)
         self.relative_bias = RelativePositionBias(config.model, bias_key, bidirectional=not decoder)
         self.runs = nnx.List(
@@ -129,7 +129,7 @@ class Stack(nnx.Module):
                 jax.random.split(run_key, run.blocks)
             )
             for run, run_key in zip(
-                self.layer_runs, jax.random.split(blocks_key, len(self.layer_runs))
+                self.block_runs, jax.random.split(blocks_key, len(self.block_runs))
             )
         )
         self.final_norm = RMSNorm(config.model.d_model)
@@ -159,31 +159,31 @@ class Stack(nnx.Module):
 
         def run_block(x, numbered_block):
             number, block = numbered_block
-            routes: RoutingBySublayer = {}
+            routing: RoutingBySublayer = {}
             for i, layer in enumerate(block.layers):
                 layer_keys = fold_keys(keys, 2 + number + i)
-                (query, kv), routed = layer.project(x, spec, layer_keys)
-                routes |= routed
+                (query, kv), layer_routing = layer.project(x, spec, layer_keys)
+                routing |= layer_routing
                 x = layer.attend(x, query, kv, mask_BxLxL, bias_HxLxL, layer_keys)
                 if encoded_BxSxD is not None:
                     kv = layer.cross_attention.keys_values(encoded_BxSxD)
                     x = layer.attend_encoder(x, kv, cross_mask_BxLxS, layer_keys)
-                x, routed = layer.feed_forward(x, spec, layer_keys)
-                routes |= routed
-            return constrain(x, "batch", None, "activation"), routes
+                x, layer_routing = layer.feed_forward(x, spec, layer_keys)
+                routing |= layer_routing
+            return constrain(x, "batch", None, "activation"), routing
 
         if self.config.model.remat != "none":
             policy = REMAT_POLICIES[self.config.model.remat]
             run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
         x = dropout(x_BxLxD, rate, fold_keys(keys, 0))
-        routes: RoutingBySublayer = {}
+        routing: RoutingBySublayer = {}
         first = 0
-        for run, blocks in zip(self.layer_runs, self.runs):
+        for run, blocks in zip(self.block_runs, self.runs):
             numbers = first + run.layers * jnp.arange(run.blocks)
-            x, routed = jax.lax.scan(run_block, x, (numbers, blocks))
-            routes |= routed
+            x, run_routing = jax.lax.scan(run_block, x, (numbers, blocks))
+            routing |= run_routing
             first += run.layers * run.blocks
-        return dropout(self.final_norm(x), rate, fold_keys(keys, 1)), routes
+        return dropout(self.final_norm(x), rate, fold_keys(keys, 1)), routing
 
 
 class SwitchTransformer(nnx.Module):
@@ -243,10 +243,10 @@ class SwitchTransformer(nnx.Module):
           keys: one per row for dropout and exploration; None: deterministic.
           batch_size: rows of the global batch, where `batch` is a microbatch.
         """
-        decoded, routes = self.route(
+        decoded, routing = self.route(
             batch, capacity_factor=capacity_factor, keys=keys, batch_size=batch_size
         )
-        return self.logits(decoded), collect_router_stats(routes)
+        return self.logits(decoded), collect_router_stats(routing)
 
     def route(
         self,
@@ -264,11 +264,11 @@ class SwitchTransformer(nnx.Module):
         encoder_ids = batch.get("encoder_segment_ids", encoder_mask.astype(jnp.int32))
         decoder_ids = batch.get("decoder_segment_ids", jnp.ones(decoder_mask.shape, jnp.int32))
         rows = batch_size or encoder_mask.shape[0]
-        encoded, encoder_routes = self.encode(
+        encoded, encoder_routing = self.encode(
             batch["encoder_input_tokens"], encoder_ids, capacity_factor, fold_keys(keys, 0), rows
         )
         tokens = batch["decoder_input_tokens"]
-        decoded, decoder_routes = self.decoder(
+        decoded, decoder_routing = self.decoder(
             self.embed(tokens),
             self._routing_spec(tokens, decoder_mask, rows, capacity_factor),
             jnp.tril(_same_segment(decoder_ids, decoder_ids)),
@@ -276,7 +276,7 @@ class SwitchTransformer(nnx.Module):
             _same_segment(decoder_ids, encoder_ids),
             fold_keys(keys, 1),
         )
-        return decoded, {"encoder": encoder_routes, "decoder": decoder_routes}
+        return decoded, {"encoder": encoder_routing, "decoder": decoder_routing}
 
     def encode(
         self,
@@ -338,12 +338,12 @@ class SwitchTransformer(nnx.Module):
         )
 
 
-def collect_router_stats(routes: Mapping[str, RoutingBySublayer]) -> RouterStatsByStack:
+def collect_router_stats(routing: Mapping[str, RoutingBySublayer]) -> RouterStatsByStack:
     """Returns the router statistics in the routing that `SwitchTransformer.route` returns."""
     return {
-        f"{stack}/{sublayer}": routed.sums
-        for stack, by_sublayer in routes.items()
-        for sublayer, routed in by_sublayer.items()
+        f"{stack}/{sublayer}": result.sums
+        for stack, by_sublayer in routing.items()
+        for sublayer, result in by_sublayer.items()
     }
 
 
