@@ -330,7 +330,7 @@ class SwitchTransformer(nnx.Module):
     def _routing_spec(
         self, token_BxL, mask_BxL, batch_size: int, capacity_factor: float | None
     ) -> RoutingSpec:
-        """Returns the routing of a batch whose real positions are `mask_BxL`."""
+        """Returns how a batch is routed; `mask_BxL` is false at padding."""
         rows = self.config.moe.group_rows(batch_size, token_BxL.shape[1])
         mask_BxL = routed_mask(mask_BxL, self.config)
         return RoutingSpec(
