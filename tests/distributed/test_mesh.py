@@ -1,12 +1,9 @@
 """Meshes that divide, and errors that say what would."""
 
-import dataclasses
 import re
 
 import jax
-import numpy as np
 import pytest
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from switch_jax.config.schema import MeshConfig
@@ -18,7 +15,6 @@ from switch_jax.distributed.sharding import (
     partition_spec,
 )
 from switch_jax.errors import UserError
-from switch_jax.model.sharded import process_rows
 from switch_jax.training.step import TrainProgram
 from tests.support.configs import tiny
 
@@ -145,67 +141,6 @@ def test_every_logical_axis_has_a_rule_and_others_raise():
     assert used == {*MESH_AXES, "fsdp"}
     with pytest.raises(KeyError, match="embedd"):
         partition_spec(("vocab", "embedd"))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Device:
-    id: int
-    process_index: int
-    platform: str = "cpu"
-    device_kind: str = "cpu"
-
-
-def feeds(monkeypatch, owners, shape):
-    """What each process feeds to a mesh whose devices belong, in order, to `owners`."""
-    devices = [_Device(i, p) for i, p in enumerate(owners)]
-    used = np.empty(shape, object)
-    used.flat = devices[: used.size]
-    count = max(owners) + 1
-    monkeypatch.setattr(jax, "device_count", lambda: len(owners))
-    monkeypatch.setattr(jax, "local_device_count", lambda: owners.count(0))
-    monkeypatch.setattr(jax, "process_count", lambda: count)
-    result = []
-    for process in range(count):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        result.append(process_rows(Mesh(used, MESH_AXES)))
-    return result
-
-
-@pytest.mark.parametrize(
-    "owners, shape, held",
-    [
-        ([0, 0, 0, 0], (1, 4, 1, 1), [(0, 1, 2, 3)]),
-        ([0, 0, 1, 1], (1, 2, 2, 1), [(0, 1), (2, 3)]),
-        ([0, 1, 2, 3], (1, 1, 2, 2), [(0,), (0,), (1,), (1,)]),  # `model` across processes
-        ([0, 1], (1, 1, 1, 2), [(0,), (0,)]),
-        ([0, 0, 1, 1], (1, 1, 1, 4), [(0,), (0,)]),
-        ([0, 1, 0, 1], (1, 4, 1, 1), [(0, 2), (1, 3)]),  # as on a TPU, where hosts are squares
-        ([1, 1, 0, 0], (2, 2, 1, 1), [(2, 3), (0, 1)]),
-    ],
-)
-def test_processes_feed_the_rows_that_their_devices_hold(monkeypatch, owners, shape, held):
-    found = feeds(monkeypatch, owners, shape)
-    assert [f.parts for f in found] == held
-    different = sorted(set(held))
-    assert [(f.group, f.num_groups) for f in found] == [
-        (different.index(h), len(different)) for h in held
-    ]
-    # One process of each feed saves its position, and their rows are those of the batch.
-    rows = [f.indices(8) for f in found if f.first_in_group]
-    assert sorted(np.concatenate(rows)) == list(range(8))
-
-
-@pytest.mark.parametrize(
-    "owners, shape, words",
-    [
-        ([0, 0, 1, 1], (1, 2, 1, 1), "the product of mesh.* 4"),
-        ([0, 0, 1, 1], (1, 3, 1, 1), "the product of mesh.* 4"),
-        ([0, 0, 0, 1, 1, 1], (1, 3, 1, 2), "a divisor or a multiple of 3"),
-    ],
-)
-def test_meshes_that_cut_the_batch_within_processes_are_refused(monkeypatch, owners, shape, words):
-    with pytest.raises(UserError, match=re.escape(words)):
-        feeds(monkeypatch, owners, shape)
 
 
 def test_a_host_without_memory_of_its_own_is_refused():
