@@ -1,10 +1,14 @@
-"""Which meshes suit a config on a number of chips: memory and step time by arithmetic.
+"""Mesh search: ranks the legal meshes of a config by predicted memory and step time.
 
-Rougher than compiling (`aot.py`), which takes minutes where this takes milliseconds: activations
-are counted by the size of what a layer keeps for the backward pass, and every resource works at
-its published rate. Good enough to rank meshes; compile the one you choose.
+The prediction is arithmetic and takes milliseconds per mesh; compiling (`compile.py`) takes
+minutes. Activations are counted by the arrays that a layer keeps for the backward pass, and every
+resource works at its published rate. The prediction is good enough to rank meshes: compile the
+chosen mesh for exact figures.
 
-Axis letters: see `routing.py`.
+The constants below were chosen against the compile results in docs/scale.md, all of which have
+`train.accumulate=1`. Over these, the ratio of prediction to compiled program is 0.86 to 1.19 for
+memory, 0.79 to 1.42 for HBM traffic and 0.75 to 1.34 for step time.
+`tests/performance/test_mesh_search.py` holds these bounds.
 """
 
 import dataclasses
@@ -36,15 +40,45 @@ from switch_jax.model import (
 )
 from switch_jax.performance.cost_model import state_bytes
 
+FLOAT32_BYTES = 4
+
+# Forward passes that cost as many FLOPs as a train step: forward, two for backward, and what
+# `model.remat` computes again. `matmul_flops` of the traced train steps of the presets in
+# docs/scale.md gives 3.0 to 3.2, 3.0 to 3.6 and 3.8 to 4.1.
+PASSES_PER_STEP = {"none": 3, "dots": 3.3, "full": 4}
+
+# HBM traffic of a train step. float32 parameters, their gradients and the optimizer's temporary
+# arrays are read or written so often per step, and so often per microbatch; the activations that
+# are kept for the backward pass, so often per microbatch.
+PARAMETER_TRAFFIC_PER_STEP = 14
+PARAMETER_TRAFFIC_PER_MICROBATCH = 2
+ACTIVATION_TRAFFIC_PER_MICROBATCH = 8
+
+# Arrays kept for the backward pass, in multiples of an array in the activation dtype.
+STREAM_COPIES = 4  # of a sub-layer's input: the input, a float32 copy (2) and the normed input
+HEAD_ARRAYS = 4  # queries, keys, values and the attention's output
+SCORE_COPIES = 3  # of attention scores: a float32 copy (2) and the rounded scores
+DOTS_STREAM_COPIES = 2  # with remat=dots
+LOGITS_COPIES = 3  # of one part of the logits, in float32
+
+ALL_REDUCE_PASSES = 2  # a ring all-reduce sends its array twice: reduce-scatter, then all-gather
+# Dispatch and combine, forward and backward.
+ALL_TO_ALLS_PER_EXPERT_LAYER = 4
+# All-reduces over `model`, one per sub-layer, forward and backward.
+ALL_REDUCES_PER_SUBLAYER = 2
+SUBLAYERS = {"encoder": 2, "decoder": 3}
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshSuggestion:
-    """A mesh, and what a train step is predicted to take of each device."""
+    """A mesh, and the predicted memory and time of a train step on each of its devices."""
 
     mesh: dict[str, int]
     fsdp: bool
-    memory_bytes: dict[str, float]  # parameters, optimizer, gradients, activations, teacher
-    seconds: dict[str, float]  # compute, memory, links, and with several slices slices
+    # Bytes of a device: parameters, optimizer, gradients, activations, teacher.
+    memory_bytes: dict[str, float]
+    # Seconds per step: compute, memory, links; with several slices also slices.
+    seconds: dict[str, float]
     fits: bool
 
     @property
@@ -54,12 +88,15 @@ class MeshSuggestion:
 
     @property
     def step_seconds(self) -> float:
-        """Matmuls and memory overlap, communication with neither."""
+        """Seconds of a step (see `estimate_step_seconds`)."""
         return estimate_step_seconds(self.seconds)
 
 
 def estimate_step_seconds(seconds: dict[str, float]) -> float:
-    """A step's time from that of each resource, where only matmuls and memory overlap."""
+    """Returns the seconds of a step from the seconds of each resource.
+
+    Compute and memory traffic overlap; communication overlaps with neither.
+    """
     network = sum(seconds.get(name, 0.0) for name in ("links", "slices"))
     return max(seconds["compute"], seconds["memory"]) + network
 
@@ -67,31 +104,31 @@ def estimate_step_seconds(seconds: dict[str, float]) -> float:
 def suggest_meshes(
     config: Config, chip: Chip, devices: int, slices: int = 1, teacher: Config | None = None
 ) -> list[MeshSuggestion]:
-    """The legal meshes of so many devices, those that fit first, the fastest of them first.
+    """Returns the legal meshes of `devices` devices: those that fit first, then by step time.
 
-    `mesh.fsdp` is set where it makes a mesh fit, or faster. Raises `UserError` where no mesh is
-    legal.
+    `fsdp` of a suggestion is set where it makes the mesh fit, or makes its step faster. Raises
+    `UserError` where no mesh is legal.
     """
-    work = _Work(config, chip, teacher)
-    found = []
+    cost_model = _StepCostModel(config, chip, teacher)
+    suggestions: list[MeshSuggestion] = []
     for model in _divisors(devices // slices):
         for expert in _divisors(devices // (slices * model)):
             data = devices // (slices * model * expert)
             sizes = dict(zip(MESH_AXES, (slices, data, expert, model)))
-            choices = (False, True) if data > 1 else (False,)
+            fsdp_choices = (False, True) if data > 1 else (False,)
             legal = [
-                work.suggestion(sizes, fsdp)
-                for fsdp in choices
-                if _legal(config, teacher, sizes, fsdp)
+                cost_model.suggestion(sizes, fsdp)
+                for fsdp in fsdp_choices
+                if _is_legal(config, teacher, sizes, fsdp)
             ]
-            found += sorted(legal, key=_order)[:1]
-    if not found:
+            suggestions += sorted(legal, key=_rank_key)[:1]
+    if not suggestions:
         check_mesh(config, dict(zip(MESH_AXES, (slices, devices // slices, 1, 1))), teacher)
         raise UserError(f"No mesh of {devices} devices divides the model and its batch.")
-    return sorted(found, key=_order)
+    return sorted(suggestions, key=_rank_key)
 
 
-def _order(suggestion: MeshSuggestion) -> tuple[bool, float]:
+def _rank_key(suggestion: MeshSuggestion) -> tuple[bool, float]:
     return not suggestion.fits, suggestion.step_seconds
 
 
@@ -99,8 +136,8 @@ def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def _legal(config: Config, teacher: Config | None, sizes: dict[str, int], fsdp: bool) -> bool:
-    """Whether a mesh divides the models and their batch, and no device would be idle."""
+def _is_legal(config: Config, teacher: Config | None, sizes: dict[str, int], fsdp: bool) -> bool:
+    """Whether a mesh divides the models and their batch, and leaves no device idle."""
     models = [
         dataclasses.replace(model, mesh=MeshConfig(fsdp=fsdp))
         for model in (config, teacher)
@@ -115,131 +152,153 @@ def _legal(config: Config, teacher: Config | None, sizes: dict[str, int], fsdp: 
     return True
 
 
-class _Work:
-    """What a train step of a config does, and what of it falls to a device of a mesh."""
+class _StepCostModel:
+    """Memory and time of a train step of a config, per device of a mesh."""
 
     def __init__(self, config: Config, chip: Chip, teacher: Config | None = None):
         state = state_bytes(config)
         self._config, self._chip = config, chip
-        self._parameters = _parameters(config)
-        self._teacher = [] if teacher is None else _parameters(teacher)
-        self._optimizer = state["optimizer"] / state["parameters"]
+        self._parameters = _parameter_axes_and_sizes(config)
+        self._teacher = [] if teacher is None else _parameter_axes_and_sizes(teacher)
+        self._optimizer_ratio = state["optimizer"] / state["parameters"]
         self._flops = sum(flops_by_part(config).values())
         self._teacher_flops = sum(flops_by_part(teacher).values()) if teacher else 0.0
         self._expert_layers = expert_layers(config)
 
     def suggestion(self, sizes: dict[str, int], fsdp: bool) -> MeshSuggestion:
-        """What a mesh would take."""
-        memory = self._memory(sizes, fsdp)
+        """Returns the mesh with its predicted memory and time."""
+        memory = self._memory_bytes(sizes, fsdp)
         fits = self._chip.memory is None or sum(memory.values()) <= self._chip.memory
         return MeshSuggestion(sizes, fsdp, memory, self._seconds(sizes, fsdp, memory), fits)
 
-    def _count(self, sizes: dict[str, int], fsdp: bool, *, experts: bool) -> float:
-        """Parameters of expert layers' experts, or of all else, on a device."""
-        mine = [(axes, n) for axes, n in self._parameters if ("expert" in axes) == experts]
-        return _share(mine, sizes, fsdp)
+    def _num_parameters(self, sizes: dict[str, int], fsdp: bool, *, experts: bool) -> float:
+        """Returns the number of parameters on a device: of experts, or of all other layers."""
+        selected = [(axes, n) for axes, n in self._parameters if ("expert" in axes) == experts]
+        return _parameters_per_device(selected, sizes, fsdp)
+
+    def _dense_and_expert_parameters(
+        self, sizes: dict[str, int], fsdp: bool
+    ) -> tuple[float, float]:
+        dense, experts = (self._num_parameters(sizes, fsdp, experts=e) for e in (False, True))
+        return dense, experts
 
     def _rows(self, sizes: dict[str, int]) -> float:
-        """Rows of a microbatch on a device."""
+        """Returns the rows of a microbatch on a device."""
         shards = math.prod(sizes[axis] for axis in BATCH_AXES)
         return self._config.data.batch_size / self._config.train.accumulate / shards
 
-    def _memory(self, sizes: dict[str, int], fsdp: bool) -> dict[str, float]:
-        kept = 4 * sum(self._count(sizes, fsdp, experts=experts) for experts in (False, True))
+    def _memory_bytes(self, sizes: dict[str, int], fsdp: bool) -> dict[str, float]:
+        parameters = FLOAT32_BYTES * sum(self._dense_and_expert_parameters(sizes, fsdp))
+        # Gradients of a microbatch, and with several microbatches their sum.
+        gradients = 2 if self._config.train.accumulate > 1 else 1
         return {
-            "parameters": kept,
-            "optimizer": kept * self._optimizer,
-            "gradients": kept * (2 if self._config.train.accumulate > 1 else 1),
-            "activations": self._activations(sizes),
-            "teacher": 4 * _share(self._teacher, sizes, fsdp),
+            "parameters": parameters,
+            "optimizer": parameters * self._optimizer_ratio,
+            "gradients": parameters * gradients,
+            "activations": self._activation_bytes(sizes),
+            "teacher": FLOAT32_BYTES * _parameters_per_device(self._teacher, sizes, fsdp),
         }
 
-    def _activations(self, sizes: dict[str, int]) -> float:
-        """What the forward pass keeps for the backward pass, logits included."""
+    def _activation_bytes(self, sizes: dict[str, int]) -> float:
+        """Returns the bytes that the forward pass keeps for the backward pass, logits included."""
         config, m, split = self._config, self._config.model, sizes["model"]
         item, rows = jnp.dtype(m.dtype).itemsize, self._rows(sizes)
-        inner, gates = m.num_heads * m.head_dim, 2 if m.activation == "geglu" else 1
-        total, largest = 0.0, 0.0
+        heads_dim, gates = m.num_heads * m.head_dim, 2 if m.activation == "geglu" else 1
+        total, largest_layer = 0.0, 0.0
         for stack in STACKS:
             length, layers = config.length(stack), config.num_layers(stack)
             keys = length + (config.length("encoder") if stack == "decoder" else 0)
-            attentions = 2 if stack == "decoder" else 1
-            # Of each sub-layer: its input, that in float32, and normed.
-            stream = rows * length * 4 * (attentions + 1) * m.d_model
-            heads = rows * length * 4 * attentions * inner / split
-            scores = rows * m.num_heads / split * length * keys * 3  # in float32 and rounded
+            attentions = SUBLAYERS[stack] - 1
+            # Elements, in the activation dtype, of a layer's arrays.
+            stream = rows * length * STREAM_COPIES * SUBLAYERS[stack] * m.d_model
+            heads = rows * length * HEAD_ARRAYS * attentions * heads_dim / split
+            scores = rows * m.num_heads / split * length * keys * SCORE_COPIES
             hidden = rows * length * (gates + 1) * m.d_ff / split
             sparse = len(config.sparse_layers(stack)) / layers
-            slots = max((e.slots_per_token for e in self._layers_of(stack)), default=1.0)
+            slots = max((e.slots_per_token for e in self._expert_layers_of(stack)), default=1.0)
             hidden *= 1 + sparse * (slots - 1)
-            whole = item * (stream + heads + scores + hidden)
+            layer = item * (stream + heads + scores + hidden)
+            dots_stream = rows * length * DOTS_STREAM_COPIES * m.d_model
             kept = {
-                "none": whole,
-                "dots": item * (rows * length * 2 * m.d_model + heads + hidden * (1 - sparse)),
+                "none": layer,
+                "dots": item * (dots_stream + heads + hidden * (1 - sparse)),
                 "full": item * rows * length * m.d_model,
             }[m.remat]
             total += layers * kept
-            largest = max(largest, whole * (config.moe.every if config.sparse else 1))
-        logits = rows * config.data.targets_length * m.vocab_size * 4 / split
-        # Weights as they were used: rounded, and gathered where FSDP splits them.
-        weights = sum(self._count(sizes, False, experts=experts) for experts in (False, True))
-        once = item * weights if m.remat == "none" else largest
-        return total + once + 3 * min(logits, LOGITS_BYTES)
+            largest_layer = max(largest_layer, layer * (config.moe.every if config.sparse else 1))
+        logits = rows * config.data.targets_length * m.vocab_size * FLOAT32_BYTES / split
+        # Without recomputation, weights in the activation dtype are kept, gathered where FSDP
+        # splits them; with it, the arrays of one block are there at a time.
+        weights = sum(self._dense_and_expert_parameters(sizes, False))
+        once = item * weights if m.remat == "none" else largest_layer
+        return total + once + LOGITS_COPIES * min(logits, LOGITS_BYTES)
 
-    def _layers_of(self, stack: str) -> list[ExpertLayer]:
+    def _expert_layers_of(self, stack: str) -> list[ExpertLayer]:
         return [layer for layer in self._expert_layers if layer.stack == stack]
 
     def _seconds(
         self, sizes: dict[str, int], fsdp: bool, memory: dict[str, float]
     ) -> dict[str, float]:
+        """Returns the seconds that each resource of a device is busy."""
         config, chip = self._config, self._chip
-        passes = {"none": 3, "dots": 3.3, "full": 4}[config.model.remat]
-        flops = passes * self._flops + self._teacher_flops
+        flops = PASSES_PER_STEP[config.model.remat] * self._flops + self._teacher_flops
         flops *= config.data.batch_size / math.prod(sizes.values())
-        # How often weights, with gradients and optimizer, and activations are read or written:
-        # about what the compiler made of the paper's models.
-        accumulate = config.train.accumulate
-        traffic = (14 + 2 * accumulate) * memory["parameters"]
-        traffic += 8 * accumulate * memory["activations"]
-        traffic += accumulate * memory["teacher"]
+        microbatches = config.train.accumulate
+        parameter_traffic = (
+            PARAMETER_TRAFFIC_PER_STEP + PARAMETER_TRAFFIC_PER_MICROBATCH * microbatches
+        )
+        traffic = parameter_traffic * memory["parameters"]
+        traffic += ACTIVATION_TRAFFIC_PER_MICROBATCH * microbatches * memory["activations"]
+        traffic += microbatches * memory["teacher"]
         seconds = {
             "compute": flops / chip.flops,
             "memory": traffic / (chip.memory_rate or math.inf),
             "links": self._link_seconds(sizes, fsdp),
         }
         if sizes["slice"] > 1:
-            dense, experts = (self._count(sizes, True, experts=e) for e in (False, True))
+            dense, experts = self._dense_and_expert_parameters(sizes, True)
             size = jnp.dtype(config.model.dtype).itemsize * (dense / sizes["expert"] + experts)
             share = (sizes["slice"] - 1) / sizes["slice"]
-            seconds["slices"] = 2 * share * size / (chip.slice_rate or math.inf)
+            seconds["slices"] = ALL_REDUCE_PASSES * share * size / (chip.slice_rate or math.inf)
         return seconds
 
     def _link_seconds(self, sizes: dict[str, int], fsdp: bool) -> float:
-        """Gradients over the batch axes, tokens over `expert`, activations over `model`."""
+        """Returns the seconds that the links inside a slice are busy.
+
+        Gradients are reduced over the batch axes, tokens exchanged over `expert`, activations
+        reduced over `model`.
+        """
         config, m, rate = self._config, self._config.model, self._chip.link_rate or math.inf
-        item, accumulate = jnp.dtype(m.dtype).itemsize, config.train.accumulate
+        item, microbatches = jnp.dtype(m.dtype).itemsize, config.train.accumulate
         data, expert, split = sizes["data"], sizes["expert"], sizes["model"]
-        dense, experts = (self._count(sizes, False, experts=e) for e in (False, True))
+        dense, experts = self._dense_and_expert_parameters(sizes, False)
 
         def ring(size: float, devices: int) -> float:
+            """Returns the seconds of a ring all-gather or reduce-scatter of `size` bytes."""
             return size * (devices - 1) / devices / rate
 
-        total = 2 * ring(item * dense, data * expert) + 2 * ring(item * experts, data)
+        total = ALL_REDUCE_PASSES * ring(item * dense, data * expert)
+        total += ALL_REDUCE_PASSES * ring(item * experts, data)
         if fsdp:
-            total += accumulate * ring(item * (dense + experts), data)
+            total += microbatches * ring(item * (dense + experts), data)
         for stack in STACKS:
             tokens = self._rows(sizes) * config.length(stack)
-            # Sums of activations, forward and backward, after each sub-layer.
-            sums = 2 * (3 if stack == "decoder" else 2) * config.num_layers(stack)
-            total += accumulate * sums * 2 * ring(item * tokens * m.d_model, split)
-            for layer in self._layers_of(stack):
-                for size, places in self._parcels(layer, expert, tokens):
-                    sent = item * places * m.d_model / split * (size - 1) / size
-                    total += accumulate * 4 * all_to_all_seconds(self._chip, sent, size)
+            reduces = ALL_REDUCES_PER_SUBLAYER * SUBLAYERS[stack] * config.num_layers(stack)
+            all_reduce = ALL_REDUCE_PASSES * ring(item * tokens * m.d_model, split)
+            total += microbatches * reduces * all_reduce
+            for layer in self._expert_layers_of(stack):
+                for devices, places in self._hops(layer, expert, tokens):
+                    sent = item * places * m.d_model / split * (devices - 1) / devices
+                    hop = all_to_all_seconds(self._chip, sent, devices)
+                    total += microbatches * ALL_TO_ALLS_PER_EXPERT_LAYER * hop
         return total
 
-    def _parcels(self, layer: ExpertLayer, expert: int, tokens: float) -> list[tuple[int, float]]:
-        """Devices of each hop to the experts, and places for tokens that a device sends in it."""
+    def _hops(self, layer: ExpertLayer, expert: int, tokens: float) -> list[tuple[int, float]]:
+        """Returns the hops of an all-to-all over `expert`: (devices, tokens sent by a device).
+
+        A group on one device takes one hop with its expert slots. A group over several devices
+        takes the padded hops of `split_hops`.
+        """
         if expert == 1:
             return []
         if layer.group_tokens <= tokens:
@@ -248,17 +307,17 @@ class _Work:
         return [(size, size * padded_size(most / size)) for size in split_hops(expert, most)]
 
 
-def _parameters(config: Config) -> list[tuple[tuple[str, ...], int]]:
-    """Logical axes and size of each parameter of a model."""
+def _parameter_axes_and_sizes(config: Config) -> list[tuple[tuple[str, ...], int]]:
+    """Returns logical axes and number of elements of each parameter of a model."""
     model = abstract_model(config)
     axes = logical_axes(model)
     return [(axes[name], math.prod(leaf.shape)) for name, leaf in named_parameters(model).items()]
 
 
-def _share(
+def _parameters_per_device(
     parameters: list[tuple[tuple[str, ...], int]], sizes: dict[str, int], fsdp: bool
 ) -> float:
-    """How many of these parameters a device of a mesh holds."""
+    """Returns how many of `parameters` (axes and sizes) a device of a mesh holds."""
     return sum(
         count / math.prod(sizes[axis] for axis in partition_spec(axes, fsdp=fsdp) if axis)
         for axes, count in parameters
@@ -266,21 +325,23 @@ def _share(
 
 
 def suggestion_to_json(suggestion: MeshSuggestion) -> dict[str, Any]:
-    """JSON values."""
+    """Returns the suggestion as JSON values."""
     return dataclasses.asdict(suggestion) | {
         "memory": suggestion.memory,
         "step_seconds": suggestion.step_seconds,
     }
 
 
-def suggestions_table(suggestions: list[MeshSuggestion], most: int = 10) -> str:
-    """The first suggestions as a table for people."""
+def suggestions_table(suggestions: list[MeshSuggestion], max_rows: int = 10) -> str:
+    """Returns the first `max_rows` suggestions as a text table."""
     lines = [f"{'data':>6}{'expert':>8}{'model':>7}  {'fsdp':5}{'step':>10}{'memory':>12}"]
-    for one in suggestions[:most]:
-        mesh = one.mesh
+    for suggestion in suggestions[:max_rows]:
+        mesh = suggestion.mesh
         lines.append(
-            f"{mesh['data']:>6}{mesh['expert']:>8}{mesh['model']:>7}  {'yes' if one.fsdp else '':5}"
-            f"{1e3 * one.step_seconds:>7,.0f} ms{one.memory / 2**30:>8,.1f} GiB"
-            f"{'' if one.fits else '  does not fit'}"
+            f"{mesh['data']:>6}{mesh['expert']:>8}{mesh['model']:>7}"
+            f"  {'yes' if suggestion.fsdp else '':5}"
+            f"{1e3 * suggestion.step_seconds:>7,.0f} ms"
+            f"{suggestion.memory / 2**30:>8,.1f} GiB"
+            f"{'' if suggestion.fits else '  does not fit'}"
         )
     return "\n".join(lines)
