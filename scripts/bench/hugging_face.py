@@ -28,7 +28,7 @@ from switch_jax.config import override_config
 from switch_jax.data.batch import shift_right
 from switch_jax.distributed import make_mesh
 from switch_jax.model import SwitchTransformer, named_parameters
-from switch_jax.performance.benchmark import alternate
+from switch_jax.performance.benchmark import time_alternating
 from switch_jax.training import TrainProgram
 
 BATCH, SOURCE, TARGET, WRITTEN = 8, 256, 64, 32
@@ -166,7 +166,7 @@ def measure(experts: int, repeats: int) -> dict[str, dict[str, list[float]]]:
     for name, (texts, beams) in DECODING.items():
         parts[f"{WRITTEN} tokens {name}"] = lambda side, t=texts, b=beams: lambda: side.write(t, b)
     return {
-        part: alternate({"switch_jax": call(ours), "transformers": call(theirs)}, repeats)
+        part: time_alternating({"switch_jax": call(ours), "transformers": call(theirs)}, repeats)
         for part, call in parts.items()
     }
 

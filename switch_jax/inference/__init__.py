@@ -3,16 +3,18 @@
 from switch_jax.inference.decoding import SamplingOptions, beam_search, decode_loop, greedy_choice
 from switch_jax.inference.export import export_model
 from switch_jax.inference.fill_blanks import complete_texts
-from switch_jax.inference.generation import bind_decoder, encode_inputs, generate
+from switch_jax.inference.generation import encode_inputs, generate, make_decode_step
+from switch_jax.inference.kv_cache import CACHE_SEQUENCE_AXIS
 
 __all__ = [
+    "CACHE_SEQUENCE_AXIS",
     "SamplingOptions",
     "beam_search",
-    "bind_decoder",
     "complete_texts",
     "decode_loop",
     "encode_inputs",
     "export_model",
     "generate",
     "greedy_choice",
+    "make_decode_step",
 ]

@@ -1,15 +1,15 @@
-"""A model as two programs for serving, `encode` and `decode_step`, for batches of any size.
+"""Export of a model as two serving programs, `encode` and `decode_step`, for any batch size.
 
-Both are StableHLO as `jax.export` serialises it: who runs them needs jax, and nothing of this
-package. Parameters are arguments and lie beside them: the programs stay small however large the
-model is, and other weights of the same shapes can take their place.
+The programs are StableHLO, serialised by `jax.export`: running them needs JAX, but not this
+package. Parameters are arguments of the programs and are stored beside them, so that the programs
+stay small and parameters of the same shapes can be exchanged. Files of the folder:
 
     encode.jax_export         parameters, inputs [batch, S] → state
     decode_step.jax_export    parameters, tokens [batch], position, state → logits, state
-    parameters.safetensors    by path, in the dtype of their use
-    signature.json            names, shapes and dtypes of all of that
-    greedy.py                 a loop around them, to run or to copy from
-    vocabulary.model          where the model has one
+    parameters.safetensors    parameters by path, in the dtype in which they are used
+    signature.json            names, shapes and dtypes of arguments, results and parameters
+    greedy.py                 greedy decoding with the programs, to run or to copy from
+    vocabulary.model          the SentencePiece model, if there is one
 """
 
 import json
@@ -30,11 +30,11 @@ from switch_jax.errors import UserError
 from switch_jax.files import create_folder_atomically
 from switch_jax.inference import serving_template
 from switch_jax.inference.generation import encode_inputs
-from switch_jax.inference.kv_cache import KVCache, cast_parameters, decode_one_token, start_cache
+from switch_jax.inference.kv_cache import KVCache, cast_parameters, decode_one_token, init_cache
 from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-State = dict[str, jax.Array]
+State = dict[str, jax.Array]  # of decoding: source mask and KV cache
 
 
 def export_model(
@@ -45,13 +45,13 @@ def export_model(
     max_length: int,
     vocabulary: bytes | None = None,
 ) -> None:
-    """Writes the folder.
+    """Writes the folder of an exported model.
 
     Args:
-      model: as from `switch_jax.load`, on one device.
+      model: from `switch_jax.load`, on one device.
       output: a folder that does not exist.
-      inputs_length: S, to which inputs are filled up with 0.
-      max_length: tokens that can be generated at the most.
+      inputs_length: S; inputs are padded to it with 0.
+      max_length: maximum number of generated tokens.
       vocabulary: content of `vocabulary.model`.
 
     Raises `UserError` for an `output` that exists or cannot be written.
@@ -64,14 +64,14 @@ def export_model(
         ) from None
     with create_folder_atomically(output) as folder:
         model = cast_parameters(model, experts=True)
-        # Contiguous: safetensors would write the bytes of others in the wrong order.
+        # safetensors writes the bytes of a non-contiguous array in the wrong order.
         parameters = {
             name: np.ascontiguousarray(leaf[...]) for name, leaf in named_parameters(model).items()
         }
         signature = _write_programs(model, folder, inputs_length, max_length)
         (folder / "signature.json").write_text(json.dumps(signature, indent=2) + "\n")
         save_file(parameters, folder / "parameters.safetensors")
-        # Left alone, it is for its owner's eyes only, unlike the other files.
+        # safetensors creates a file that only its owner can read; the other files are not so.
         shutil.copymode(folder / "signature.json", folder / "parameters.safetensors")
         shutil.copyfile(serving_template.__file__, folder / "greedy.py")
         if vocabulary is not None:
@@ -81,28 +81,28 @@ def export_model(
 def _write_programs(
     model: SwitchTransformer, folder: Path, inputs_length: int, max_length: int
 ) -> dict[str, Any]:
-    """Writes the programs; returns their signature, as JSON values."""
-    abstract = jax.eval_shape(lambda: model)
+    """Writes the programs; returns their signature as JSON values."""
+    abstract_model = jax.eval_shape(lambda: model)
 
     def encode(parameters: Mapping[str, jax.Array], inputs_BxS: jax.Array) -> State:
-        model = with_parameters(abstract, parameters)
+        model = with_parameters(abstract_model, parameters)
         encoded_BxSxD, mask_BxS = encode_inputs(model, inputs_BxS)
-        cache = start_cache(model, encoded_BxSxD, max_length)
-        return _as_state(cache, mask_BxS)
+        cache = init_cache(model, encoded_BxSxD, max_length)
+        return _cache_to_state(cache, mask_BxS)
 
     def decode_step(
         parameters: Mapping[str, jax.Array], token_B: jax.Array, position: jax.Array, state: State
     ) -> tuple[jax.Array, State]:
-        model = with_parameters(abstract, parameters)
-        cache, mask_BxS = _as_cache(state)
+        model = with_parameters(abstract_model, parameters)
+        cache, mask_BxS = _state_to_cache(state)
         logits_BxV, cache = decode_one_token(model, token_B, position, cache, mask_BxS)
-        return logits_BxV, _as_state(cache, mask_BxS)
+        return logits_BxV, _cache_to_state(cache, mask_BxS)
 
-    most = _most_rows(model.config, inputs_length)
-    (batch,) = export.symbolic_shape("batch", constraints=[f"batch <= {most}"])
+    max_batch = _max_batch(model.config, inputs_length)
+    (batch,) = export.symbolic_shape("batch", constraints=[f"batch <= {max_batch}"])
     parameters = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for name, leaf in named_parameters(abstract).items()
+        for name, leaf in named_parameters(abstract_model).items()
     }
     inputs = jax.ShapeDtypeStruct((batch, inputs_length), jnp.int32)
     token, position = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch,), ()))
@@ -120,53 +120,54 @@ def _write_programs(
         "platforms": PLATFORMS,
         "inputs_length": inputs_length,
         "max_length": max_length,
-        "max_batch": most,
+        "max_batch": max_batch,
         "start_token": 0,
         "end_token": EOS,
         "encode": {
-            "arguments": ["parameters", {"inputs": _described(inputs)}],
+            "arguments": ["parameters", {"inputs": _shape_and_dtype(inputs)}],
             "returns": "state",
         },
         "decode_step": {
             "arguments": [
                 "parameters",
-                {"tokens": _described(token)},
-                {"position": _described(position)},
+                {"tokens": _shape_and_dtype(token)},
+                {"position": _shape_and_dtype(position)},
                 "state",
             ],
-            "returns": [{"logits": _described(logits)}, "state"],
+            "returns": [{"logits": _shape_and_dtype(logits)}, "state"],
         },
-        "state": {name: _described(leaf) for name, leaf in state.items()},
-        "parameters": {name: _described(leaf) for name, leaf in parameters.items()},
+        "state": {name: _shape_and_dtype(leaf) for name, leaf in state.items()},
+        "parameters": {name: _shape_and_dtype(leaf) for name, leaf in parameters.items()},
     }
 
 
-def _most_rows(config: Config, inputs_length: int) -> int:
-    """Rows of a batch, so that `routing.ranks` knows that its keys fit in 32 bits."""
+def _max_batch(config: Config, inputs_length: int) -> int:
+    """Returns the maximum number of rows with which routing's sort keys provably fit in 32 bits."""
     E, K = config.moe.num_experts, max(config.moe.max_experts_per_token, 1)
     pool = E * max(run.blocks for run in config.block_runs("decoder"))
     return (2**32 - 1) // max((E + 1) * K * inputs_length, (pool + 1) * K)
 
 
-def _described(leaf: Any) -> dict[str, Any]:
+def _shape_and_dtype(leaf: Any) -> dict[str, Any]:
+    """Returns shape and dtype of an array as JSON values."""
     shape = [d if isinstance(d, int) else str(d) for d in leaf.shape]
     return {"shape": shape, "dtype": leaf.dtype.name}
 
 
-def _as_state(cache: KVCache, mask_BxS: jax.Array) -> State:
-    """A cache as a flat dict, which other programs can describe."""
+def _cache_to_state(cache: KVCache, mask_BxS: jax.Array) -> State:
+    """Returns the source mask and the cache as a flat dict, whose names are in `signature.json`."""
     state = {"mask": mask_BxS}
-    for kind, pairs in zip(KVCache._fields, cache):
-        for run, (keys, values) in enumerate(pairs):
+    for kind, keys_values in zip(KVCache._fields, cache):
+        for run, (keys, values) in enumerate(keys_values):
             state |= {f"{kind}/{run}/keys": keys, f"{kind}/{run}/values": values}
     return state
 
 
-def _as_cache(state: State) -> tuple[KVCache, jax.Array]:
-    """The inverse of `_as_state`."""
+def _state_to_cache(state: State) -> tuple[KVCache, jax.Array]:
+    """Returns the inverse of `_cache_to_state`."""
     runs = range((len(state) - 1) // (2 * len(KVCache._fields)))
-    pairs = (
+    keys_values = (
         [(state[f"{kind}/{run}/keys"], state[f"{kind}/{run}/values"]) for run in runs]
         for kind in KVCache._fields
     )
-    return KVCache(*pairs), state["mask"]
+    return KVCache(*keys_values), state["mask"]

@@ -1,4 +1,4 @@
-"""complete_texts: to be written."""
+"""Filling blanks: completes texts that have blanks or sentinels, with a model's output."""
 
 import itertools
 import re
@@ -9,10 +9,11 @@ import numpy as np
 from switch_jax.data import EOS, NUM_SENTINELS, Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.inference.decoding import SamplingOptions
-from switch_jax.inference.generation import find_sequences
+from switch_jax.inference.generation import generate_with_scores
 from switch_jax.model import SwitchTransformer
 
-FILL_BATCH_SIZE = 32  # texts that are decoded at once
+FILL_BATCH_SIZE = 32  # texts decoded at once
+_LENGTH_MULTIPLE = 64  # to which inputs are padded
 
 
 def complete_texts(
@@ -23,30 +24,39 @@ def complete_texts(
     max_length: int = 128,
     options: SamplingOptions | None = None,
 ) -> Iterator[str]:
-    """Texts with their blanks filled: `___`, or sentinels such as `<extra_id_0>`, in order.
+    """Yields each text with its blanks filled, in order.
 
-    Of a text without blanks, what the model writes. A blank that it says nothing about stays
-    `___`. Of several results, the first counts.
+    A blank is `___` or a sentinel such as `<extra_id_0>`. For a text without blanks, yields the
+    model's output. A blank for which the output has no text becomes `___`. Of several results, the
+    first is used.
+
+    Args:
+      model: from `switch_jax.load`.
+      vocabulary: the model's.
+      texts: each has at most `NUM_SENTINELS` blanks.
+      max_length: maximum number of generated tokens.
+      options: of decoding; greedy by default.
+
     Raises `UserError` for a text with more blanks than there are sentinels.
     """
     options = SamplingOptions() if options is None else options
-    texts = [_with_sentinels(text) for text in texts]
+    texts = [_number_blanks(text) for text in texts]
     tokens = [[*vocabulary.encode(text), EOS] for text in texts]
     for first in range(0, len(texts), FILL_BATCH_SIZE):
         rows = tokens[first : first + FILL_BATCH_SIZE]
-        # Filled up, so that few programs are compiled: with zeros to a length that many have,
-        # and in the last batch with rows that end when their equals do.
-        length = -(-max(map(len, rows)) // 64) * 64
+        # Padding keeps the number of compiled programs small: rows to a multiple of a length, and
+        # the last batch with copies of its last row, which take no extra decoding steps.
+        length = -(-max(map(len, rows)) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         rows += rows[-1:] * (min(FILL_BATCH_SIZE, len(texts)) - len(rows))
         source = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
-        found = find_sequences(model, source, max_length, options, first_row=first)
-        outputs = np.asarray(found.token_BxKxL[:, 0])
+        sequences = generate_with_scores(model, source, max_length, options, first_row=first)
+        outputs = np.asarray(sequences.token_BxKxL[:, 0])
         for text, output in zip(texts[first : first + FILL_BATCH_SIZE], outputs):
-            yield _filled(text, vocabulary.decode([int(t) for t in output if t > EOS]))
+            yield _fill_sentinels(text, vocabulary.decode([int(t) for t in output if t > EOS]))
 
 
-def _with_sentinels(text: str) -> str:
-    """`text` with `___` numbered."""
+def _number_blanks(text: str) -> str:
+    """Returns `text` with every `___` replaced by the next sentinel."""
     numbers = itertools.count()
     text = re.sub(r"_{3,}", lambda _: f"<extra_id_{next(numbers)}>", text)
     if next(numbers) > NUM_SENTINELS:
@@ -54,8 +64,11 @@ def _with_sentinels(text: str) -> str:
     return text
 
 
-def _filled(text: str, output: str) -> str:
-    """`text` with its sentinels replaced by what follows them in `output`; or that, without any."""
+def _fill_sentinels(text: str, output: str) -> str:
+    """Replaces the sentinels of `text` by the text behind them in `output`.
+
+    Returns `output` if `text` has no sentinels.
+    """
     if not re.search(r"<extra_id_\d+>", text):
         return output.strip()
     pieces = re.split(r"<extra_id_(\d+)>", output)

@@ -1,6 +1,7 @@
-"""Decoding: the search of `search.py` with a model whose keys and values are kept.
+"""Generation: tokens for each input, by greedy decoding, beam search or sampling, with a KV cache.
 
-Axis letters: as in `search.py`, and T positions of the decoder, S of the encoder, D d_model.
+Axis letters: B inputs · N sequences, those of an input side by side · K results of an input · S
+encoder positions · L decoder positions · D d_model · V vocabulary.
 """
 
 from functools import partial
@@ -12,20 +13,21 @@ from switch_jax.data import EOS
 from switch_jax.distributed import constrain, no_mesh, num_batch_shards
 from switch_jax.errors import UserError
 from switch_jax.inference.decoding import (
+    DecodeStep,
     Sampler,
     SamplingOptions,
     Sequences,
-    Step,
     beam_search,
     decode_loop,
     greedy_choice,
 )
 from switch_jax.inference.kv_cache import (
+    CACHE_SEQUENCE_AXIS,
+    KeysValues,
     KVCache,
-    Pairs,
     cast_parameters,
     decode_one_token,
-    start_cache,
+    init_cache,
 )
 from switch_jax.model import SwitchTransformer
 
@@ -43,39 +45,41 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> jax.Array:
-    """What a model says to each input: greedily, with beams, or drawn.
+    """Generates tokens for each input by greedy decoding, beam search or sampling.
 
     Args:
       model: as from `switch_jax.load`; on a mesh with that mesh in context (`jax.set_mesh`).
       encoder_input_tokens: [B, S] int32, 0 is padding.
-      max_length: tokens to generate at the most.
-      beam_size, length_penalty, num_return, temperature, top_k, top_p, seed: see `search.Options`.
+      max_length: maximum number of tokens to generate.
+      beam_size, length_penalty, num_return, temperature, top_k, top_p, seed: see
+        `SamplingOptions`.
 
-    Returns [B, max_length] int32, tokens up to and with EOS (1), then 0; with `num_return` above
-    1 [B, num_return, max_length], the best beam first. `find` has their scores too. What is
-    returned for an input does not depend on the others, draws not on its padding either.
+    Returns [B, max_length] int32, tokens up to and including EOS (1), then 0; with `num_return`
+    above 1 [B, num_return, max_length], the best beam first. The result for an input does not
+    depend on the other inputs or on its padding. `generate_with_scores` also returns scores.
 
-    Raises `UserError` for options that make no sense.
+    Raises `UserError` for options that are out of range or exclude each other.
     """
     options = SamplingOptions(
         beam_size, length_penalty, num_return, temperature, top_k, top_p, seed
     )
-    token_BxKxL = find_sequences(model, encoder_input_tokens, max_length, options).token_BxKxL
-    return token_BxKxL[:, 0] if num_return == 1 else token_BxKxL
+    sequences = generate_with_scores(model, encoder_input_tokens, max_length, options)
+    return sequences.token_BxKxL[:, 0] if num_return == 1 else sequences.token_BxKxL
 
 
-def find_sequences(
+def generate_with_scores(
     model: SwitchTransformer,
     encoder_input_tokens: jax.typing.ArrayLike,
     max_length: int,
     options: SamplingOptions,
     first_row: int = 0,
 ) -> Sequences:
-    """As `generate`, with scores: tokens [B, num_return, max_length] and scores [B, num_return].
+    """Generates as `generate`; returns tokens [B, num_return, max_length], scores [B, num_return].
 
-    Draws depend on (seed, number of the row, position) alone; `first_row` is the number of the
-    first one. An expert layer drops no token; but an encoder's expert choice is as in training, and
-    so is `moe.expert_capacity`.
+    A sampled token depends only on the model, its input and (seed, row number, result number,
+    position); `first_row` is the number of the first row. Expert layers drop no tokens. There are
+    two exceptions in the encoder, where capacity is part of the model: expert-choice routing and
+    `moe.expert_capacity`.
     """
     source_BxS = jnp.asarray(encoder_input_tokens, jnp.int32)
     if source_BxS.ndim != 2:
@@ -89,9 +93,11 @@ def find_sequences(
             " batch; fill them up with rows that are left out of the result."
         )
     if options.temperature == 0:
-        found = _find_best(model, source_BxS, options.length_penalty, max_length, options.beam_size)
-        return Sequences(*(x[:, : options.num_return] for x in found))
-    return _draw(
+        sequences = _greedy_or_beam_search(
+            model, source_BxS, options.length_penalty, max_length, options.beam_size
+        )
+        return Sequences(*(x[:, : options.num_return] for x in sequences))
+    return _sample(
         model,
         source_BxS,
         jax.random.key(options.seed),
@@ -105,22 +111,23 @@ def find_sequences(
 
 
 @partial(jax.jit, static_argnames=("max_length", "num_beams"))
-def _find_best(
+def _greedy_or_beam_search(
     model: SwitchTransformer,
     source_BxS: jax.Array,
     alpha: float,
     max_length: int,
     num_beams: int,
 ) -> Sequences:
-    step, own = bind_decoder(model, *encode_inputs(model, source_BxS), max_length, num_beams)
+    B = len(source_BxS)
+    step, cache = make_decode_step(model, *encode_inputs(model, source_BxS), max_length, num_beams)
     if num_beams == 1:
-        found = decode_loop(step, own, greedy_choice, len(source_BxS), max_length, EOS)
-        return Sequences(*(x[:, None] for x in found))
-    return beam_search(step, own, 2, len(source_BxS), num_beams, max_length, EOS, alpha)
+        tokens_and_scores = decode_loop(step, cache, greedy_choice, B, max_length, EOS)
+        return Sequences(*(x[:, None] for x in tokens_and_scores))
+    return beam_search(step, cache, CACHE_SEQUENCE_AXIS, B, num_beams, max_length, EOS, alpha)
 
 
-@partial(jax.jit, static_argnames=("max_length", "num_draws"))
-def _draw(
+@partial(jax.jit, static_argnames=("max_length", "num_samples"))
+def _sample(
     model: SwitchTransformer,
     source_BxS: jax.Array,
     key: jax.Array,
@@ -129,56 +136,57 @@ def _draw(
     top_k: int | None,
     top_p: float | None,
     max_length: int,
-    num_draws: int,
+    num_samples: int,
 ) -> Sequences:
     B = len(source_BxS)
 
-    def keys(row):
+    def row_keys(row):
         row_key = jax.random.fold_in(key, row)
-        return jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(num_draws))
+        return jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(num_samples))
 
-    key_N = jax.vmap(keys)(first_row + jnp.arange(B)).reshape(-1)
-    drawing = Sampler(key_N, temperature, top_k, top_p)
-    step, own = bind_decoder(model, *encode_inputs(model, source_BxS), max_length, num_draws)
-    found = decode_loop(step, own, drawing.choose, B * num_draws, max_length, EOS)
-    return Sequences(*(x.reshape(B, num_draws, *x.shape[1:]) for x in found))
+    key_N = jax.vmap(row_keys)(first_row + jnp.arange(B)).reshape(-1)
+    sampler = Sampler(key_N, temperature, top_k, top_p)
+    encoded = encode_inputs(model, source_BxS)
+    step, cache = make_decode_step(model, *encoded, max_length, num_samples)
+    tokens_and_scores = decode_loop(step, cache, sampler.sample, B * num_samples, max_length, EOS)
+    return Sequences(*(x.reshape(B, num_samples, *x.shape[1:]) for x in tokens_and_scores))
 
 
 def encode_inputs(model: SwitchTransformer, source_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Encoder states [B, S, D] of inputs, and where these are [B, S] bool."""
+    """Returns encoder states [B, S, D] in the activation dtype, and the mask [B, S] of inputs."""
     mask_BxS = source_BxS > 0
     moe = model.config.moe
-    # Where capacity is part of the model, it holds here too: an expert chooses so many tokens, or
-    # takes so many of a sequence. A decoder's tokens come one by one, and find room.
-    lasting = moe.router == "expert_choice" or moe.expert_capacity is not None
-    factor = moe.eval_capacity_factor if lasting else None
-    # Groups of one row each, so that they are the same whatever the batch is.
+    # Other encoders, and all decoders, are dropless here. These two have a capacity that is part
+    # of the model: an expert chooses, or takes, a fixed number of tokens of a sequence.
+    capacity_is_fixed = moe.router == "expert_choice" or moe.expert_capacity is not None
+    factor = moe.eval_capacity_factor if capacity_is_fixed else None
+    # A group is one row, so that it does not depend on the batch.
     encoded_BxSxD, _ = model.encode(source_BxS, mask_BxS.astype(jnp.int32), factor, batch_size=1)
     return encoded_BxSxD, mask_BxS
 
 
-def bind_decoder(
+def make_decode_step(
     model: SwitchTransformer,
     encoded_BxSxD: jax.Array,
     mask_BxS: jax.Array,
     length: int,
     num_sequences: int,
-) -> tuple[Step, list[Pairs]]:
-    """What `search` needs of a model: the step, and the state before the first token.
+) -> tuple[DecodeStep, list[KeysValues]]:
+    """Returns the decode step of a model, and the self-attention cache before the first token.
 
     Args:
-      model: whose decoder it is.
-      encoded_BxSxD, mask_BxS: as from `encode`.
-      length: tokens of a sequence at the most.
-      num_sequences: of each input, side by side; they are along axis 2 of the state.
+      model: its decoder is used.
+      encoded_BxSxD, mask_BxS: from `encode_inputs`.
+      length: maximum number of tokens of a sequence.
+      num_sequences: sequences of each input, side by side along `CACHE_SEQUENCE_AXIS`.
     """
-    cache = start_cache(model, encoded_BxSxD, length, num_sequences)
+    cache = init_cache(model, encoded_BxSxD, length, num_sequences)
     model = cast_parameters(model, experts=False)
 
-    def step(token_N, position, own):
-        logits_NxV, (own, _) = decode_one_token(
-            model, token_N, position, KVCache(own, cache.cross), mask_BxS
+    def step(token_N, position, self_attention):
+        logits_NxV, new_cache = decode_one_token(
+            model, token_N, position, KVCache(self_attention, cache.cross_attention), mask_BxS
         )
-        return constrain(logits_NxV, "batch", None), own
+        return constrain(logits_NxV, "batch", None), new_cache.self_attention
 
-    return step, cache.own
+    return step, cache.self_attention

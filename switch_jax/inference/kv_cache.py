@@ -1,4 +1,8 @@
-"""kv_cache: to be written."""
+"""KV cache: keys and values of the decoder, and the model's step for one token.
+
+Axis letters: B inputs · N sequences, those of an input side by side · S encoder positions · T
+decoder positions · D d_model · H heads · K head dimension, or sequences of an input · V vocabulary.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,37 +22,46 @@ from switch_jax.model import (
     parameter_metadata,
 )
 
-# Keys and values of a run's blocks, [blocks, layers of a block, rows, positions, H, K].
-Pairs = tuple[jax.Array, jax.Array]
+# Keys and values of a block run, each [blocks, layers of a block, rows, positions, H, K] in the
+# activation dtype.
+KeysValues = tuple[jax.Array, jax.Array]
+CACHE_SEQUENCE_AXIS = 2  # axis of the N sequences in the arrays of self-attention
 
 
 class KVCache(NamedTuple):
-    """Keys and values of a decoder, by run of blocks.
+    """Keys and values of a decoder's attention layers, by block run.
 
-    own: [.., N, T, H, K] of the positions decoded so far, zeros behind them.
-    cross: [.., B, S, H, K] of the encoded inputs, which the sequences of an input share.
+    self_attention: [.., N, T, H, K] of the positions decoded so far; zeros at later positions.
+    cross_attention: [.., B, S, H, K] of the encoded inputs; the sequences of an input share them.
     """
 
-    own: list[Pairs]
-    cross: list[Pairs]
+    self_attention: list[KeysValues]
+    cross_attention: list[KeysValues]
 
 
-def start_cache(
+def init_cache(
     model: SwitchTransformer, encoded_BxSxD: jax.Array, length: int, num_sequences: int = 1
 ) -> KVCache:
-    """A cache for `length` positions of so many sequences behind each encoded input."""
+    """Returns a cache before the first token.
 
-    def cross(block):
-        pairs = [layer.cross_attention.keys_values(encoded_BxSxD) for layer in block.layers]
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *pairs)
+    Args:
+      model: its decoder is used.
+      encoded_BxSxD: encoder states, in the activation dtype.
+      length: T, the maximum number of tokens of a sequence.
+      num_sequences: sequences of each input.
+    """
+
+    def cross_keys_values(block):
+        by_layer = [layer.cross_attention.keys_values(encoded_BxSxD) for layer in block.layers]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *by_layer)
 
     cache = KVCache([], [])
     for blocks in model.decoder.runs:
-        keys, values = jax.lax.map(cross, blocks)
+        keys, values = jax.lax.map(cross_keys_values, blocks)
         shape = (*keys.shape[:2], num_sequences * keys.shape[2], length, *keys.shape[4:])
         zeros = constrain(jnp.zeros(shape, keys.dtype), None, None, "batch", None, "heads", None)
-        cache.own.append((zeros, zeros))
-        cache.cross.append((keys, values))
+        cache.self_attention.append((zeros, zeros))
+        cache.cross_attention.append((keys, values))
     return cache
 
 
@@ -59,11 +72,18 @@ def decode_one_token(
     cache: KVCache,
     source_mask_BxS: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
-    """Logits [N, V] float32 behind the tokens at `position`, and the cache with them.
+    """Runs the decoder on one token of each sequence.
 
-    The N sequences may be several of each input, side by side.
+    Args:
+      model: its decoder is used.
+      token_N: int32; the sequences of an input stand side by side.
+      position: int32 scalar, position of the tokens.
+      cache: of the positions before.
+      source_mask_BxS: bool, where the inputs have tokens.
+
+    Returns logits [N, V] float32 of the next token, and the cache that includes `position`.
     """
-    stack, length = model.decoder, cache.own[0][0].shape[3]
+    stack, length = model.decoder, cache.self_attention[0][0].shape[3]
     N, B = token_N.shape[0], source_mask_BxS.shape[0]
     position_T = jnp.arange(length)
     bias_Hx1xT = stack.relative_bias(position[None], position_T)
@@ -75,54 +95,60 @@ def decode_one_token(
     )
     pool = _few_experts_of_many(model.config, assignments_at_least(N))
 
-    def body(x_and_own, number_and_block, run):
-        (x_Nx1xD, own), (number, cut, cross) = x_and_own, number_and_block
-        for i, layer in enumerate(run.block(number, cut).layers):
-            (query, offered), _ = layer.project(x_Nx1xD, spec, None)
-            # Written in place, into what the loop over tokens carries.
-            own = tuple(
+    def run_block(x_and_self_kv, number_and_block, run):
+        (x_Nx1xD, self_kv), (number, scanned, cross_kv) = x_and_self_kv, number_and_block
+        for i, layer in enumerate(run.block(number, scanned).layers):
+            (query, new_kv), _ = layer.project(x_Nx1xD, spec, None)
+            # The arrays are carried by the loop over tokens, and updated in place.
+            self_kv = tuple(
                 jax.lax.dynamic_update_slice(old, new[None, None], (number, i, 0, position, 0, 0))
-                for old, new in zip(own, offered)
+                for old, new in zip(self_kv, new_kv)
             )
-            kv = tuple(x[number, i] for x in own)
+            kv = tuple(x[number, i] for x in self_kv)
             x_Nx1xD = layer.attend(x_Nx1xD, query, kv, mask_1x1xT, bias_Hx1xT, None)
             # The sequences of an input are queries to the same keys.
             x_BxKxD = x_Nx1xD.reshape(B, N // B, -1)
-            kv = (cross[0][i], cross[1][i])
+            kv = (cross_kv[0][i], cross_kv[1][i])
             x_BxKxD = layer.attend_encoder(x_BxKxD, kv, cross_mask_Bx1xS, None)
             x_Nx1xD, _ = layer.feed_forward(x_BxKxD.reshape(N, 1, -1), spec, None)
-        return (x_Nx1xD, own), None
+        return (x_Nx1xD, self_kv), None
 
-    x_Nx1xD, own_by_run = model.embed(token_Nx1), []
-    for blocks, own, cross in zip(stack.runs, cache.own, cache.cross):
+    x_Nx1xD, new_self_attention = model.embed(token_Nx1), []
+    for blocks, self_kv, cross_kv in zip(stack.runs, cache.self_attention, cache.cross_attention):
         run = _CachedBlockRun(blocks, pool)
-        numbered = (jnp.arange(len(own[0])), run.cut, cross)
-        (x_Nx1xD, own), _ = jax.lax.scan(partial(body, run=run), (x_Nx1xD, own), numbered)
-        own_by_run.append(own)
-    return model.logits(stack.final_norm(x_Nx1xD))[:, 0], KVCache(own_by_run, cache.cross)
+        numbered = (jnp.arange(len(self_kv[0])), run.scanned, cross_kv)
+        (x_Nx1xD, self_kv), _ = jax.lax.scan(
+            partial(run_block, run=run), (x_Nx1xD, self_kv), numbered
+        )
+        new_self_attention.append(self_kv)
+    logits_NxV = model.logits(stack.final_norm(x_Nx1xD))[:, 0]
+    return logits_NxV, KVCache(new_self_attention, cache.cross_attention)
 
 
 class _CachedBlockRun:
     """The blocks of a run, for a scan that does not copy the experts of every block.
 
-    A loop over the experts that are used, inside a scan over blocks, would be given all experts of
-    a block as a copy. With `pool`, all experts of the run are one pool, which the scan leaves where
-    it is, and a block's router names them by their place in the pool; else they are cut like all
-    the other parameters.
+    Inside a scan over blocks, a loop over the experts in use would get a copy of all experts of a
+    block. With `pool`, the experts of all blocks of the run are one stacked array outside the scan,
+    and the expert numbers of a block's router are shifted to its part of the pool. Without `pool`,
+    experts are scanned over like all other parameters.
+
+    Attributes:
+      scanned: parameters to scan over; None in place of pooled ones.
     """
 
     def __init__(self, blocks: Any, pool: bool):
         leaves, self._structure = jax.tree.flatten(blocks)
         pooled = [pool and m.kind == "expert" for m in parameter_metadata(blocks).values()]
-        self.cut = [None if p else leaf for p, leaf in zip(pooled, leaves)]
+        self.scanned = [None if p else leaf for p, leaf in zip(pooled, leaves)]
         self._pool = [
             leaf.reshape(-1, *leaf.shape[2:]) if p else None for p, leaf in zip(pooled, leaves)
         ]
         self._blocks = len(leaves[0])
 
-    def block(self, number: jax.Array, cut: list) -> Any:
-        """A block of the run, with what a scan over `cut` gives of it."""
-        leaves = [c if p is None else p for c, p in zip(cut, self._pool)]
+    def block(self, number: jax.Array, scanned: list) -> Any:
+        """Returns block `number` of the run, from one element of the scan over `scanned`."""
+        leaves = [leaf if p is None else p for leaf, p in zip(scanned, self._pool)]
         block = jax.tree.unflatten(self._structure, leaves)
         for layer in block.layers if any(p is not None for p in self._pool) else ():
             for part in (layer.self_attention, layer.mlp):
@@ -132,15 +158,15 @@ class _CachedBlockRun:
 
 
 def _few_experts_of_many(config: Config, num_sequences: int) -> bool:
-    """Whether a step reads few of the experts that a device has all of, in every layer."""
+    """Whether a step uses few experts of each layer, and a device holds all of them."""
     moe, parts = config.moe, 1
     if not no_mesh():
         mesh = jax.sharding.get_abstract_mesh()
         parts = num_batch_shards(mesh)
-        # In a pool, experts of a block are no longer a piece that devices can share or gather.
+        # The experts of a block in a pool are not a shard that devices could hold or gather.
         if mesh.shape["expert"] > 1 or (config.mesh.fsdp and mesh.shape["data"] > 1):
             return False
-    # Up to there, blocks of rows are as small as they can be, with or without a pool.
+    # Up to this number of assignments, blocks of rows have the smallest size in either case.
     return num_sequences // parts * moe.max_experts_per_token <= SMALLEST * moe.num_experts
 
 
@@ -159,9 +185,10 @@ class _PoolRouter(Router):
 
 
 def cast_parameters(model: SwitchTransformer, *, experts: bool) -> SwitchTransformer:
-    """The same weights in the activation dtype, once instead of at every token.
+    """Returns the model with weights in the activation dtype, cast once and not at every token.
 
-    Not those that are used in another; `experts` too, of which few are used at a time?
+    Norms, routers and relative bias are used in float32 and stay so. `experts`: also cast the
+    experts, of which a step uses only few.
     """
     dtype = model.config.model.dtype
     kept = {"norm", "relative_bias", "router", "router_bias"} | (set() if experts else {"expert"})

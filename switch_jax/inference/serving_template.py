@@ -1,9 +1,9 @@
-"""Greedy decoding with an exported model: needs jax, numpy and safetensors, and nothing else.
+"""Greedy decoding with an exported model; needs jax, numpy and safetensors only.
 
     echo '[[37, 512, 1], [8, 1]]' | python greedy.py
 
-reads rows of token ids as JSON and prints what the model says to each. It lies in the folder that
-`switch-jax export` wrote; take what you need of it.
+Reads rows of token ids as JSON and prints the generated rows as JSON. `switch-jax export` writes
+this file as `greedy.py` into the folder of an exported model; copy from it what you need.
 """
 
 import json
@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 
 class ExportedModel:
-    """A folder that `switch-jax export` wrote, ready to be called."""
+    """An exported model, loaded from a folder that `switch-jax export` wrote."""
 
     def __init__(self, folder: Path):
         self.signature = json.loads((folder / "signature.json").read_text())
@@ -30,7 +30,7 @@ class ExportedModel:
         self._step = jax.jit(step, donate_argnums=3)  # the state is changed in place
 
     def greedy(self, rows: list[list[int]]) -> np.ndarray:
-        """[batch, max_length] int32: up to and with the end token, then 0."""
+        """[batch, max_length] int32: generated tokens up to and including the end token, then 0."""
         signature = self.signature
         inputs = np.zeros((len(rows), signature["inputs_length"]), np.int32)
         for row, tokens in zip(inputs, rows):

@@ -1,8 +1,8 @@
-"""Compiles the train step for machines that are not here, and says what it would need there.
+"""Ahead-of-time compilation of the train step, for a machine that need not be attached.
 
-The compiler is the real one: of TPUs (`libtpu` runs on any computer), of the GPUs that are
-attached, or of the CPU for any number of pretended devices. What it says is read off the program:
-memory of a device, FLOPs, bytes to and from memory, bytes sent along each mesh axis.
+The compiler is the real one: for TPUs (`libtpu` runs on any computer), for the attached GPUs, or
+for any number of emulated CPU devices. The result is read from the compiled program: memory per
+device, FLOPs, memory traffic, and bytes sent along each mesh axis.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from switch_jax.model import format_si
 from switch_jax.performance import hlo
 from switch_jax.performance.cost_model import cost_summary
 from switch_jax.performance.hlo import Collective, HloProgram
-from switch_jax.performance.roofline import FIELDS, matmul_flops, predict_step
+from switch_jax.performance.roofline import ROOFLINE_FIELDS, matmul_flops, predict_step
 from switch_jax.training import TrainProgram, teacher_config
 
 CompileResult = dict[str, Any]
@@ -39,17 +39,18 @@ CompileResult = dict[str, Any]
 class CompileTarget:
     """Devices to compile for.
 
-    `topology` is `v5p:8x16x16` (a TPU and the shape of a slice), `cpu:8` (so many pretended
-    devices) or `gpu` (the attached ones).
+    topology: `v5p:8x16x16` (a TPU and the shape of a slice), `cpu:8` (number of emulated devices)
+      or `gpu` (the attached GPUs).
+    slices: number of TPU slices.
     """
 
     topology: str
     slices: int = 1
 
     def devices(self) -> Sequence[jax.Device]:
-        """Raises `UserError` where there is no such machine or no compiler for it.
+        """Returns the devices; call it before JAX is used for anything else.
 
-        To be called before JAX is used for anything else.
+        Raises `UserError` where the topology does not exist or its compiler is not installed.
         """
         name, _, shape = self.topology.partition(":")
         if name in ("cpu", "gpu"):
@@ -81,7 +82,8 @@ def _tpu_devices(topology: str, slices: int) -> Sequence[jax.Device]:
         raise UserError(
             "The TPU compiler is not installed; run `pip install 'switch_jax[tpu]'`."
         ) from None
-    # Nothing is attached, nobody is to be asked what would be, and several may compile at once.
+    # libtpu must neither look for attached TPUs, nor query a metadata server for their type, nor
+    # lock out other processes that compile.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
@@ -92,7 +94,7 @@ def _tpu_devices(topology: str, slices: int) -> Sequence[jax.Device]:
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
     try:
         described = topologies.get_topology_desc(topology, platform="tpu", **options)
-    except Exception as error:  # whatever the compiler's library makes of a wrong name
+    except Exception as error:  # libtpu raises various types for an unknown name
         reason = str(error).split(": ", 1)[-1].split("\n")[0][:200]
         raise UserError(
             f"--topology {topology} does not exist ({reason}); name a TPU and the shape of a slice,"
@@ -102,21 +104,23 @@ def _tpu_devices(topology: str, slices: int) -> Sequence[jax.Device]:
 
 
 def compile_step(config: Config, target: CompileTarget) -> CompileResult:
-    """What a train step of `config` needs on `target`; compiled once for each program.
+    """Compiles a train step of `config` for `target`; results are cached by program.
 
-    Raises `UserError` for a target or mesh that cannot be. A program that does not fit is no
-    error: its `fits` is false, and what is not known of it is None.
+    Returns the values of `switch-jax compile --json`. Of a program that does not fit in memory,
+    `fits` is false and unknown values are None. Raises `UserError` for a target or mesh that is
+    not possible.
     """
     devices = target.devices()
-    taught_by = teacher_config(config)
-    mesh = make_mesh(config, devices, teacher=taught_by)
-    program = TrainProgram(config, mesh, taught_by)
+    teacher_model = teacher_config(config)
+    mesh = make_mesh(config, devices, teacher=teacher_model)
+    program = TrainProgram(config, mesh, teacher_model)
     state, batch, teacher = program.abstract_state, program.abstract_batch, program.abstract_teacher
     traced = program.train_step.trace(state, batch, teacher)
     with jax.set_mesh(mesh):
         lowered = traced.lower()
-    text = lowered.as_text()
-    facts = _compiled(lowered, text, target, mesh, _bytes_per_device((state, batch, teacher)))
+    program_text = lowered.as_text()
+    argument_bytes = _bytes_per_device((state, batch, teacher))
+    compiled = _compile_cached(lowered, program_text, target, mesh, argument_bytes)
     summary = cost_summary(config)
     result: CompileResult = {
         "topology": target.topology,
@@ -126,45 +130,49 @@ def compile_step(config: Config, target: CompileTarget) -> CompileResult:
         "mesh": dict(mesh.shape),
         "params": summary["params"],
         "parameter_bytes": _bytes_per_device(state.params),
-        "optimizer_bytes": _bytes_per_device(_on_device(state.opt_state)),
+        "optimizer_bytes": _bytes_per_device(_device_leaves(state.opt_state)),
         "teacher_bytes": _bytes_per_device(teacher),
         "parameters": _placement(program),
         "tokens_per_step": config.data.batch_size * config.data.inputs_length,
         "slots_per_token": summary["slots_per_token"],
-        "hlo_bytes": len(text),
+        "hlo_bytes": len(program_text),
         "flops_per_device": matmul_flops(traced.jaxpr, mesh.size) / mesh.size,
-        **facts,
-        "temp_bytes": facts["hbm_bytes_per_device"] - facts["argument_bytes"],
+        **compiled,
+        "temp_bytes": compiled["hbm_bytes_per_device"] - compiled["argument_bytes"],
     }
-    if facts["collectives"] is None:
-        return result | dict.fromkeys(("collective_bytes", *FIELDS))
-    collectives = [Collective(**fields) for fields in facts["collectives"]]
-    work = result["flops_per_device"], facts["memory_traffic_bytes"], collectives
-    result["collective_bytes"] = _by_kind_and_axis(collectives)
-    return result | predict_step(config, mesh, *work, taught_by)
+    if compiled["collectives"] is None:
+        return result | dict.fromkeys(("collective_bytes", *ROOFLINE_FIELDS))
+    collectives = [Collective(**fields) for fields in compiled["collectives"]]
+    work = result["flops_per_device"], compiled["memory_traffic_bytes"], collectives
+    result["collective_bytes"] = _bytes_by_kind_and_axes(collectives)
+    return result | predict_step(config, mesh, *work, teacher_model)
 
 
-def _compiled(
-    lowered: jax.stages.Lowered, text: str, target: CompileTarget, mesh: Mesh, argument_bytes: int
+def _compile_cached(
+    lowered: jax.stages.Lowered,
+    program_text: str,
+    target: CompileTarget,
+    mesh: Mesh,
+    argument_bytes: int,
 ) -> CompileResult:
-    """What the compiler makes of a program; from the cache where it did so before."""
+    """Returns the result of `_compile`, from the cache if the program was compiled before."""
 
     def build(path: Path) -> None:
         path.write_text(json.dumps(_compile(lowered, mesh, argument_bytes)))
 
-    path = cache_root() / "compile" / f"{_fingerprint(text, target)}.json"
+    path = cache_root() / "compile" / f"{_fingerprint(program_text, target)}.json"
     return json.loads(build_once(path, build).read_text())
 
 
-def _fingerprint(text: str, target: CompileTarget) -> str:
-    """Of the program, the machine, the compilers, and the reader of what they made."""
+def _fingerprint(program_text: str, target: CompileTarget) -> str:
+    """Returns a hash of the program, the target, compiler versions, and the code that parses."""
     compilers = {}
     for name in ("jax", "jaxlib", "libtpu"):
         try:
             compilers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    digest = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(program_text.encode())
     digest.update(json.dumps([dataclasses.asdict(target), compilers]).encode())
     for source in (__file__, hlo.__file__):
         digest.update(Path(source).read_bytes())
@@ -172,38 +180,43 @@ def _fingerprint(text: str, target: CompileTarget) -> str:
 
 
 def _compile(lowered: jax.stages.Lowered, mesh: Mesh, argument_bytes: int) -> CompileResult:
-    began = time.perf_counter()
+    """Compiles; returns memory, collectives and compile time.
+
+    `argument_bytes` is the result's where the program does not fit and the compiler does not
+    report them.
+    """
+    start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed, available = _exhausted(error)
+        needed, capacity = _needed_and_available_bytes(error)
         return {
             "hbm_bytes_per_device": needed,
-            "hbm_available_bytes": available,
+            "hbm_available_bytes": capacity,
             "argument_bytes": argument_bytes,
             "memory_traffic_bytes": None,
             "collectives": None,
-            "compile_seconds": time.perf_counter() - began,
+            "compile_seconds": time.perf_counter() - start,
             "fits": False,
         }
-    seconds = time.perf_counter() - began
-    used, argument_bytes = _memory(compiled.memory_analysis())
+    seconds = time.perf_counter() - start
+    used, argument_bytes = _peak_and_argument_bytes(compiled.memory_analysis())
     chip = CHIPS.get(mesh.devices.flat[0].device_kind)
-    room = chip.memory if chip and chip.memory else device_memory_bytes([*mesh.devices.flat])
+    available = chip.memory if chip and chip.memory else device_memory_bytes([*mesh.devices.flat])
     program = HloProgram(compiled.as_text() or "")
     return {
         "hbm_bytes_per_device": used,
-        "hbm_available_bytes": room,
+        "hbm_available_bytes": available,
         "argument_bytes": argument_bytes,
         "memory_traffic_bytes": program.memory_bytes(),
         "collectives": [dataclasses.asdict(c) for c in program.collectives(mesh)],
         "compile_seconds": seconds,
-        "fits": room is None or used <= room,
+        "fits": available is None or used <= available,
     }
 
 
-def _exhausted(error: Exception) -> tuple[int, int]:
-    """Bytes needed and available, from the compiler's message."""
+def _needed_and_available_bytes(error: Exception) -> tuple[int, int]:
+    """Parses the compiler's message on exhausted memory; raises any other error again."""
     sizes = re.findall(r"\(?(\d+(?:\.\d+)?)([KMGT])\)?", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
         raise error
@@ -211,8 +224,8 @@ def _exhausted(error: Exception) -> tuple[int, int]:
     return needed, available
 
 
-def _memory(analysis: Any) -> tuple[int, int]:
-    """Bytes of a device in use at the worst moment, and of arguments among them."""
+def _peak_and_argument_bytes(analysis: Any) -> tuple[int, int]:
+    """Returns the peak memory of a device, arguments included, and the bytes of arguments."""
     arguments = analysis.argument_size_in_bytes
     peak = getattr(analysis, "peak_memory_in_bytes", 0)
     if peak > arguments:
@@ -222,21 +235,22 @@ def _memory(analysis: Any) -> tuple[int, int]:
 
 
 def _bytes_per_device(tree: Any) -> int:
+    """Returns the bytes of a device's shards of all leaves."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _on_device(tree: Any) -> Any:
-    """Without what lies in the memory of the host."""
+def _device_leaves(tree: Any) -> Any:
+    """Returns `tree` without the leaves in host memory."""
     return jax.tree.map(
         lambda leaf: leaf if leaf.sharding.memory_kind != "pinned_host" else None, tree
     )
 
 
 def _placement(program: TrainProgram) -> dict[str, dict[str, Any]]:
-    """Where each parameter lies: shape, mesh axes of its dimensions, shape on a device."""
+    """Returns shape, mesh axes of each dimension, and shape per device of every parameter."""
     return {
         name: {
             "shape": list(leaf.shape),
@@ -247,57 +261,59 @@ def _placement(program: TrainProgram) -> dict[str, dict[str, Any]]:
     }
 
 
-def _by_kind_and_axis(collectives: list[Collective]) -> dict[str, dict[str, int]]:
-    """Bytes that a device sends in a step: kind → mesh axes → bytes."""
-    table: dict[str, dict[str, int]] = {}
-    for one in collectives:
-        by_axis = table.setdefault(one.kind, {})
-        axes = "+".join(one.axes)
-        by_axis[axes] = by_axis.get(axes, 0) + round(one.sent)
-    return table
+def _bytes_by_kind_and_axes(collectives: list[Collective]) -> dict[str, dict[str, int]]:
+    """Returns the bytes that a device sends in a step: kind → mesh axes → bytes."""
+    by_kind: dict[str, dict[str, int]] = {}
+    for collective in collectives:
+        by_axes = by_kind.setdefault(collective.kind, {})
+        axes = "+".join(collective.axes)
+        by_axes[axes] = by_axes.get(axes, 0) + round(collective.bytes_sent)
+    return by_kind
 
 
 def compile_table(result: CompileResult) -> str:
-    """A result as aligned lines for people."""
+    """Returns a result of `compile_step` as aligned lines."""
     lines: list[str] = []
 
-    def line(name: str, value: str, note: str = "") -> None:
+    def add_line(name: str, value: str, note: str = "") -> None:
         lines.append(f"{name:28}{value:>16}  {note}".rstrip())
 
     mesh = " × ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1)
-    line("devices", f"{result['devices']:,}", f"{result['device_kind']}, {mesh or 'alone'}")
+    add_line("devices", f"{result['devices']:,}", f"{result['device_kind']}, {mesh or 'alone'}")
     used, available = result["hbm_bytes_per_device"], result["hbm_available_bytes"]
-    of = f"of {_gib(available)}, {used / available:.0%}" if available else ""
-    line("memory of a device", _gib(used), of if result["fits"] else f"{of}: does not fit")
-    line("  parameters", _gib(result["parameter_bytes"]))
-    line("  optimizer", _gib(result["optimizer_bytes"]))
+    share = f"of {_gib(available)}, {used / available:.0%}" if available else ""
+    add_line(
+        "memory of a device", _gib(used), share if result["fits"] else f"{share}: does not fit"
+    )
+    add_line("  parameters", _gib(result["parameter_bytes"]))
+    add_line("  optimizer", _gib(result["optimizer_bytes"]))
     if result["teacher_bytes"]:
-        line("  teacher", _gib(result["teacher_bytes"]))
-    line("  gradients, activations …", _gib(_rest(result)))
+        add_line("  teacher", _gib(result["teacher_bytes"]))
+    add_line("  gradients, activations …", _gib(_remaining_bytes(result)))
     if result["slots_per_token"] is not None:
-        line("expert slots per token", f"{result['slots_per_token']:.3f}")
-    line("compiled in", f"{result['compile_seconds']:.0f} s")
+        add_line("expert slots per token", f"{result['slots_per_token']:.3f}")
+    add_line("compiled in", f"{result['compile_seconds']:.0f} s")
     if not result["fits"]:
         return "\n".join(lines)
-    line("a step, on a device", format_si(result["flops_per_device"], "FLOP"), "matmuls")
-    line("  memory traffic", format_si(result["memory_traffic_bytes"], "B"))
-    for kind, by_axis in result["collective_bytes"].items():
-        for axes, size in by_axis.items():
-            line(f"  {kind}", format_si(size, "B"), f"sent along {axes}")
+    add_line("a step, on a device", format_si(result["flops_per_device"], "FLOP"), "matmuls")
+    add_line("  memory traffic", format_si(result["memory_traffic_bytes"], "B"))
+    for kind, by_axes in result["collective_bytes"].items():
+        for axes, size in by_axes.items():
+            add_line(f"  {kind}", format_si(size, "B"), f"sent along {axes}")
     if result["step_seconds_roofline"] is not None:
-        line("roofline step", f"{result['step_seconds_roofline']:.3f} s", result["binding"])
+        add_line("roofline step", f"{result['step_seconds_roofline']:.3f} s", result["binding"])
         for resource, seconds in result["seconds_by_resource"].items():
-            line(f"  {resource}", f"{seconds:.3f} s")
-        line("  MFU", f"{result['mfu_roofline']:.1%}")
-        line("  tokens a day", format_si(result["tokens_per_day"], ""))
-        line("  days to 576.7 G tokens", f"{result['days_to_paper_tokens']:,.1f}")
+            add_line(f"  {resource}", f"{seconds:.3f} s")
+        add_line("  MFU", f"{result['mfu_roofline']:.1%}")
+        add_line("  tokens a day", format_si(result["tokens_per_day"], ""))
+        add_line("  days to 576.7 G tokens", f"{result['days_to_paper_tokens']:,.1f}")
     return "\n".join(lines)
 
 
-def _rest(result: CompileResult) -> int:
-    """Bytes of a device in use besides parameters, optimizer state and teacher."""
-    kept = sum(result[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher"))
-    return result["hbm_bytes_per_device"] - kept
+def _remaining_bytes(result: CompileResult) -> int:
+    """Returns the bytes in use on a device besides parameters, optimizer state and teacher."""
+    state = sum(result[f"{part}_bytes"] for part in ("parameter", "optimizer", "teacher"))
+    return result["hbm_bytes_per_device"] - state
 
 
 def _gib(size: float) -> str:
@@ -305,9 +321,9 @@ def _gib(size: float) -> str:
 
 
 def remedy(config: Config, target: CompileTarget, result: CompileResult) -> str:
-    """By how much a program does not fit, what takes it, and the least change that would.
+    """Returns a sentence for a program that does not fit: its memory, and a change that fits.
 
-    The change is one that compiles: changes are tried from the one that costs least time.
+    The change was compiled: changes are tried in the order of the time that they cost.
     """
     used, available = result["hbm_bytes_per_device"], result["hbm_available_bytes"]
     message = (
@@ -315,9 +331,9 @@ def remedy(config: Config, target: CompileTarget, result: CompileResult) -> str:
         f" {_gib(used - available)} too many: parameters {_gib(result['parameter_bytes'])},"
         f" optimizer {_gib(result['optimizer_bytes'])},"
         + (f" teacher {_gib(result['teacher_bytes'])}," if result["teacher_bytes"] else "")
-        + f" gradients and activations {_gib(_rest(result))}"
+        + f" gradients and activations {_gib(_remaining_bytes(result))}"
     )
-    for change in _changes(config):
+    for change in _memory_saving_changes(config):
         keys = [f"--config.{key}={value}" for key, value in change.items()]
         try:
             changed = override_config(config, {k: str(v) for k, v in change.items()})
@@ -328,8 +344,8 @@ def remedy(config: Config, target: CompileTarget, result: CompileResult) -> str:
     return f"{message}; take more chips or a smaller data.batch_size."
 
 
-def _changes(config: Config) -> Iterator[dict[str, Any]]:
-    """What may make a program fit, the cheaper first: less kept, then less at once, then both."""
+def _memory_saving_changes(config: Config) -> Iterator[dict[str, Any]]:
+    """Yields changes of config keys that save memory, those that cost least time first."""
     if config.mesh.data != 1 and not config.mesh.fsdp:
         yield {"mesh.fsdp": True}
     if config.model.remat != "full":

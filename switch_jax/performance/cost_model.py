@@ -1,8 +1,8 @@
-"""What a config costs, by arithmetic alone: parameters, FLOPs, bytes, expert slots.
+"""Cost model: parameters, FLOPs, state bytes and expert slots of a config, by arithmetic.
 
-Shapes come from `jax.eval_shape`; nothing is computed, and neither an accelerator nor data is
-needed. A FLOP is one multiplication or addition, so that a weight costs two per token. Three
-conventions are in use, and every figure says which one it follows:
+Shapes come from `jax.eval_shape`: no accelerator and no data are needed. A FLOP is one
+multiplication or addition, so that a weight costs two per token. There are three conventions, and
+every figure names its own:
 
     paper     forward pass as the paper counts it: two per weight per token of the weight's own
               stack and for the logits; scores once, nothing for applying them to the values;
@@ -12,8 +12,6 @@ conventions are in use, and every figure says which one it follows:
               scores, routers, and all slots of the experts whether a token is in them or not.
     model     training as utilisation is defined: three times the computed forward pass
               without the slots that are bound to stay empty; recomputation does not count.
-
-Axis letters: see `routing.py`.
 """
 
 import dataclasses
@@ -40,7 +38,7 @@ from switch_jax.training import make_optimizer
 
 
 def state_bytes(config: Config) -> dict[str, int]:
-    """Bytes of the float32 `parameters` and of the `optimizer` state, over all devices."""
+    """Returns the bytes of `parameters` (float32) and `optimizer` state, over all devices."""
     model = abstract_model(config)
     metadata = parameter_metadata(model)
     params = {
@@ -57,13 +55,14 @@ def state_bytes(config: Config) -> dict[str, int]:
 
 
 def cost_summary(config: Config, teacher: Config | None = None) -> dict[str, Any]:
-    """What `switch-jax inspect` prints, as JSON values.
+    """Returns the figures of `switch-jax inspect`, as JSON values.
 
-    `slots_per_token` is over all expert layers of both stacks; None in a dense model. `teacher` is
-    None without one; it is no state, for it does not change and is in no checkpoint.
+    `slots_per_token` is the mean over the expert layers of both stacks, None for a dense model.
+    The entry `teacher` is None without a teacher. A teacher's bytes do not count as state: its
+    parameters do not change and are in no checkpoint.
     """
-    taught_by = None if teacher is None else _teacher_cost(teacher)
-    passes = 0.0 if taught_by is None else taught_by["flops_per_sequence_computed"]
+    teacher_cost = None if teacher is None else _teacher_cost(teacher)
+    teacher_flops = 0.0 if teacher_cost is None else teacher_cost["flops_per_sequence_computed"]
     params, parts = params_by_group(config), flops_by_part(config)
     layers, bytes_by_part = expert_layers(config), state_bytes(config)
     tokens = [config.length(layer.stack) for layer in layers]
@@ -74,11 +73,11 @@ def cost_summary(config: Config, teacher: Config | None = None) -> dict[str, Any
         "flops_per_sequence": flops_per_sequence(config),
         "flops_per_sequence_computed": sum(parts.values()),
         "flops_by_part": parts,
-        "train_flops_per_step": (3 * sum(parts.values()) + passes) * config.data.batch_size,
+        "train_flops_per_step": (3 * sum(parts.values()) + teacher_flops) * config.data.batch_size,
         "flops_conventions": CONVENTIONS,
         "state_bytes": sum(bytes_by_part.values()),
         "state_bytes_by_part": bytes_by_part,
-        "teacher": taught_by,
+        "teacher": teacher_cost,
         "slots_per_token": slots / sum(tokens) if layers else None,
         "moe": [dataclasses.asdict(layer) for layer in layers],
     }
@@ -93,39 +92,42 @@ def _teacher_cost(config: Config) -> dict[str, Any]:
 
 
 def cost_table(summary: dict[str, Any]) -> str:
-    """A `summary` as aligned lines for people."""
+    """Returns a result of `cost_summary` as aligned lines."""
     lines: list[str] = []
 
-    def line(name: str, value: str, note: str = "") -> None:
+    def add_line(name: str, value: str, note: str = "") -> None:
         lines.append(f"{name:29}{value:>18}  {note}".rstrip())
 
-    line("parameters", f"{summary['params']:,}")
+    add_line("parameters", f"{summary['params']:,}")
     for name, count in summary["params_by_group"].items():
-        line(f"  {name}", f"{count:,}")
-    line("state", format_si(summary["state_bytes"], "B"), "over all devices")
+        add_line(f"  {name}", f"{count:,}")
+    add_line("state", format_si(summary["state_bytes"], "B"), "over all devices")
     for name, size in summary["state_bytes_by_part"].items():
-        line(f"  {name}", format_si(size, "B"))
+        add_line(f"  {name}", format_si(size, "B"))
     if summary["teacher"] is not None:
-        line("teacher", f"{summary['teacher']['params']:,}", "parameters")
-        line("  memory", format_si(summary["teacher"]["bytes"], "B"), "over all devices")
+        add_line("teacher", f"{summary['teacher']['params']:,}", "parameters")
+        add_line("  memory", format_si(summary["teacher"]["bytes"], "B"), "over all devices")
     for name, convention in CONVENTIONS.items():
-        line(name, format_si(summary[name], "FLOP"), convention)
+        add_line(name, format_si(summary[name], "FLOP"), convention)
     for name, flops in summary["flops_by_part"].items():
-        line(f"  {name}", format_si(flops, "FLOP"), "of computed")
+        add_line(f"  {name}", format_si(flops, "FLOP"), "of computed")
     for stack in ("encoder", "decoder"):
-        layers = [layer for layer in summary["moe"] if layer["stack"] == stack]
+        layers = [each for each in summary["moe"] if each["stack"] == stack]
         if not layers:
             continue
-        one = layers[0]  # the expert layers of a stack are all alike
-        asked = "dropless" if one["capacity_factor"] is None else one["capacity_factor"]
-        why = f", changed by {one['changed_by']}" if one["changed_by"] else ""
-        numbers = dict.fromkeys(str(layer["layer"]) for layer in layers)
+        layer = layers[0]  # the expert layers of a stack are all alike
+        configured = "dropless" if layer["capacity_factor"] is None else layer["capacity_factor"]
+        change = f", changed by {layer['changed_by']}" if layer["changed_by"] else ""
+        numbers = dict.fromkeys(str(each["layer"]) for each in layers)
         lines.append(f"{stack} expert layers {', '.join(numbers)}")
-        line("  group", f"{one['group_tokens']:,}", f"tokens, {one['group_rows']} rows")
-        line("  capacity", f"{one['capacity']:,}", f"at evaluation {one['eval_capacity']:,}")
-        line("  slots per token", f"{one['slots_per_token']:.3f}", f"configured {asked}{why}")
-        line("  at evaluation", f"{one['eval_slots_per_token']:.3f}")
-        line("  dropped if uniform", f"{one['dropped_if_uniform']:.2%}")
+        add_line("  group", f"{layer['group_tokens']:,}", f"tokens, {layer['group_rows']} rows")
+        add_line(
+            "  capacity", f"{layer['capacity']:,}", f"at evaluation {layer['eval_capacity']:,}"
+        )
+        note = f"configured {configured}{change}"
+        add_line("  slots per token", f"{layer['slots_per_token']:.3f}", note)
+        add_line("  at evaluation", f"{layer['eval_slots_per_token']:.3f}")
+        add_line("  dropped if uniform", f"{layer['dropped_if_uniform']:.2%}")
     if summary["moe"]:
-        line("slots per token, both stacks", f"{summary['slots_per_token']:.3f}")
+        add_line("slots per token, both stacks", f"{summary['slots_per_token']:.3f}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""What a compiled program moves: collectives by mesh axis, and bytes to and from memory.
+"""HLO parser: collectives by mesh axis, and memory traffic, of a compiled program.
 
-Read from the text of the optimised HLO of one device, as `Compiled.as_text()` gives it. What is in
-a loop counts as often as the loop runs.
+The input is the text of the optimised HLO of one device, from `Compiled.as_text()`. Instructions
+inside a loop count once per iteration.
 """
 
 import dataclasses
@@ -13,7 +13,13 @@ from collections.abc import Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVE_KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
 _ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4}
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
@@ -22,7 +28,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO."""
+    """An HLO instruction: one line of the text. `type` is its result's, such as `f32[8,4]{1,0}`."""
 
     name: str
     root: bool
@@ -31,8 +37,8 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
 
-    def called(self, attribute: str) -> list[str]:
-        """The computations that an attribute such as `body` names."""
+    def called_computations(self, attribute: str) -> list[str]:
+        """Returns the names of the computations in an attribute such as `body`."""
         match = re.search(rf"\b{attribute}=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))", self.attributes)
         names = (match[1] or match[2]).split(",") if match else []
         return [name.strip().removeprefix("%") for name in names]
@@ -40,17 +46,17 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of a program: `times` a step, each among `devices` along these mesh axes."""
+    """A collective of a program, among groups of `devices` devices along mesh axes `axes`."""
 
     kind: str
     axes: tuple[str, ...]
     devices: int
-    size: int  # bytes of its result, and for reduce-scatter of its operand
-    times: int
+    size: int  # bytes of the result; of reduce-scatter, bytes of the operand
+    times: int  # per step
 
     @property
-    def sent(self) -> float:
-        """Bytes that a device sends in a step, by the usual ring algorithms."""
+    def bytes_sent(self) -> float:
+        """Bytes that a device sends in a step, with ring algorithms."""
         share = (self.devices - 1) / self.devices
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return factor * self.size * self.times
@@ -70,88 +76,99 @@ class HloProgram:
                     if line.startswith("ENTRY"):
                         self._entry = header[1]
             elif match := _INSTRUCTION.match(line):
-                instruction = _parse(*match.groups())
+                instruction = _parse_instruction(*match.groups())
                 current[instruction.name] = instruction
 
     def collectives(self, mesh: Mesh) -> list[Collective]:
-        """The collectives of the program, which was partitioned over `mesh`."""
-        found = []
+        """Returns the collectives of the program, which was partitioned over `mesh`."""
+        collectives = []
         seen = set()
-        for instruction, times, _ in self._scopes(inside_fusions=True):
+        for instruction, times, _ in self._executed_instructions(inside_fusions=True):
             kind = instruction.opcode.removesuffix("-start")
-            if across := re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes):
-                # Between TPU slices the hosts send what their devices have reduced or gathered.
+            if transfer := re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes):
+                # Between TPU slices, hosts send the arrays that their devices reduced or gathered.
                 if kind == "send" and mesh.shape["slice"] > 1:
-                    kind = across[1].lower().replace("_", "-")
-                    size = _bytes(_parts(instruction.type)[0])
-                    found.append(Collective(kind, ("slice",), mesh.shape["slice"], size, times))
+                    kind = transfer[1].lower().replace("_", "-")
+                    size = _type_bytes(_tuple_elements(instruction.type)[0])
+                    slices = mesh.shape["slice"]
+                    collectives.append(Collective(kind, ("slice",), slices, size, times))
                 continue
-            if kind not in KINDS:
+            if kind not in COLLECTIVE_KINDS:
                 continue
-            # The parts of a collective that overlaps with computation share its channel.
+            # A collective that overlaps with computation has several parts, with one channel.
             if "chain_id" in instruction.attributes:
-                key = kind, _number(instruction, "channel_id"), instruction.type.split("{")[0]
+                channel = _channel_id(instruction)
+                key = kind, channel, instruction.type.split("{")[0]
                 if key in seen:
                     continue
                 seen.add(key)
-            axes, devices = _axes(_groups(instruction.attributes, mesh.devices.size), mesh)
+            groups = _replica_groups(instruction.attributes, mesh.devices.size)
+            axes, devices = _mesh_axes(groups, mesh)
             if not axes:
                 continue
-            size = _bytes(instruction.type)
+            size = _type_bytes(instruction.type)
             if instruction.opcode.endswith("-start"):  # its type holds operands and results
-                size = max(_bytes(part[0]) for part in _ARRAY.finditer(instruction.type))
+                size = max(_type_bytes(array[0]) for array in _ARRAY.finditer(instruction.type))
             if kind == "reduce-scatter":
                 size *= devices
-            found.append(Collective(kind, axes, devices, size, times))
-        return found
+            collectives.append(Collective(kind, axes, devices, size, times))
+        return collectives
 
     def memory_bytes(self) -> float:
-        """Bytes read from and written to the device's main memory in a step.
+        """Returns the bytes read from and written to the device's main memory in a step.
 
-        Of arrays that are sliced or updated in place only the slices count.
+        Of an array that is sliced or updated in place, only the slices count.
         """
-        return sum(self._traffic(i, scope) * n for i, n, scope in self._scopes())
+        return sum(
+            self._traffic(instruction, computation) * times
+            for instruction, times, computation in self._executed_instructions()
+        )
 
-    def _scopes(
+    def _executed_instructions(
         self, name: str | None = None, times: int = 1, *, inside_fusions: bool = False
     ) -> Iterator[tuple[Instruction, int, dict[str, Instruction]]]:
-        """Every instruction, how often it runs, and its computation."""
-        scope = self._computations[name or self._entry]
-        for instruction in scope.values():
-            yield instruction, times, scope
-            inner = times
+        """Yields every instruction, its executions per step, and its computation."""
+        computation = self._computations[name or self._entry]
+        for instruction in computation.values():
+            yield instruction, times, computation
+            inner_times = times
             if instruction.opcode == "while":
-                inner *= self._trips(instruction)
-                names = instruction.called("body")
+                inner_times *= self._trip_count(instruction)
+                names = instruction.called_computations("body")
             elif instruction.opcode == "conditional":
-                names = instruction.called("branch_computations")
-                names += instruction.called("true_computation")
-                names += instruction.called("false_computation")
+                names = instruction.called_computations("branch_computations")
+                names += instruction.called_computations("true_computation")
+                names += instruction.called_computations("false_computation")
             elif instruction.opcode in ("call", "async-start"):
-                names = instruction.called("to_apply") + instruction.called("calls")
+                names = instruction.called_computations(
+                    "to_apply"
+                ) + instruction.called_computations("calls")
             elif instruction.opcode == "fusion" and inside_fusions:
-                names = instruction.called("calls")
+                names = instruction.called_computations("calls")
             else:
                 names = []
             for callee in names:
-                yield from self._scopes(callee, inner, inside_fusions=inside_fusions)
+                yield from self._executed_instructions(
+                    callee, inner_times, inside_fusions=inside_fusions
+                )
 
-    def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs, from what its condition compares with; 1 where it varies."""
+    def _trip_count(self, loop: Instruction) -> int:
+        """Returns the iterations of a loop, from the bound in its condition; 1 if that varies."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition = self._computations[loop.called("condition")[0]]
+        condition = self._computations[loop.called_computations("condition")[0]]
         root = next(i for i in condition.values() if i.root)
         bounds = [condition[name] for name in root.operands if name in condition]
         constants = [i.operands[0] for i in bounds if i.opcode == "constant"]
         return int(constants[0]) if constants and constants[0].isdigit() else 1
 
-    def _traffic(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
-        if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
+    def _traffic(self, instruction: Instruction, computation: dict[str, Instruction]) -> float:
+        """Returns the bytes that one execution reads from and writes to memory."""
+        if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith(("-done", "-update")):
             return 0
-        inputs = [scope[name].type for name in instruction.operands]
-        result = _in_memory(instruction.type)
+        inputs = [computation[name].type for name in instruction.operands]
+        result = _memory_bytes(instruction.type)
         if instruction.opcode == "fusion":
             return self._fusion_traffic(instruction, inputs)
         if instruction.opcode.endswith("-start"):
@@ -159,45 +176,48 @@ class HloProgram:
         if instruction.opcode in _SLICING:
             return 2 * result
         if instruction.opcode in _UPDATING:
-            return 2 * _in_memory(inputs[-1 if instruction.opcode == "scatter" else 1])
-        return result + sum(map(_in_memory, inputs))
+            return 2 * _memory_bytes(inputs[-1 if instruction.opcode == "scatter" else 1])
+        return result + sum(map(_memory_bytes, inputs))
 
     def _fusion_traffic(self, fusion: Instruction, inputs: list[str]) -> float:
-        total = sum(min(self._read(fusion, i), _in_memory(x)) for i, x in enumerate(inputs))
-        written = self._written(fusion)
-        return total + sum(
-            size for size, part in zip(written, _parts(fusion.type)) if _in_memory(part)
+        read = sum(
+            min(self._bytes_read(fusion, index), _memory_bytes(operand_type))
+            for index, operand_type in enumerate(inputs)
         )
+        written = zip(self._bytes_written(fusion), _tuple_elements(fusion.type))
+        return read + sum(size for size, element in written if _memory_bytes(element))
 
-    def _read(self, fusion: Instruction, index: int) -> float:
-        """Bytes of a fusion's input that are read: slices where it is sliced, nothing where it
-        is the array that is updated in place.
+    def _bytes_read(self, fusion: Instruction, index: int) -> float:
+        """Returns the bytes that a fusion reads of its input number `index`.
+
+        Only the slices of an input that is sliced; 0 for an array that is updated in place;
+        infinity for an input that is read as a whole.
         """
-        body = self._computations[fusion.called("calls")[0]]
+        body = self._computations[fusion.called_computations("calls")[0]]
         parameter = next(
             i for i in body.values() if i.opcode == "parameter" and i.operands == (str(index),)
         )
-        return self._read_as(parameter.name, body)
+        return self._bytes_read_by_users(parameter.name, body)
 
-    def _read_as(self, name: str, body: dict[str, Instruction]) -> float:
+    def _bytes_read_by_users(self, name: str, body: dict[str, Instruction]) -> float:
         total = 0.0
         for user in body.values():
             for position, operand in enumerate(user.operands):
                 if operand != name or user.opcode == "parameter":
                     continue
                 if user.opcode == "bitcast":
-                    total += self._read_as(user.name, body)
+                    total += self._bytes_read_by_users(user.name, body)
                 elif user.opcode == "fusion":
-                    total += self._read(user, position)
+                    total += self._bytes_read(user, position)
                 elif user.opcode in _SLICING and position == 0:
-                    total += _bytes(user.type)
+                    total += _type_bytes(user.type)
                 elif user.opcode != "dynamic-update-slice" or position != 0:
                     return math.inf
         return total
 
-    def _written(self, fusion: Instruction) -> list[int]:
-        """Bytes of each of a fusion's results that are written."""
-        body = self._computations[fusion.called("calls")[0]]
+    def _bytes_written(self, fusion: Instruction) -> list[int]:
+        """Returns the bytes that a fusion writes of each of its results."""
+        body = self._computations[fusion.called_computations("calls")[0]]
         root = next(i for i in body.values() if i.root)
         names = root.operands if root.opcode == "tuple" else (root.name,)
         sizes = []
@@ -206,15 +226,16 @@ class HloProgram:
             while result.opcode == "bitcast":
                 result = body[result.operands[0]]
             if result.opcode == "dynamic-update-slice":
-                sizes.append(_bytes(body[result.operands[1]].type))
+                sizes.append(_type_bytes(body[result.operands[1]].type))
             elif result.opcode == "fusion" and not result.type.startswith("("):
-                sizes += self._written(result)
+                sizes += self._bytes_written(result)
             else:
-                sizes.append(_bytes(body[name].type))
+                sizes.append(_type_bytes(body[name].type))
         return sizes
 
 
-_FREE = {
+# Instructions that move no bytes, or whose bytes are counted in the computations they call.
+_NO_TRAFFIC = {
     "parameter",
     "constant",
     "tuple",
@@ -234,16 +255,19 @@ _SLICING = {"dynamic-slice", "slice", "gather"}
 _UPDATING = {"dynamic-update-slice", "scatter"}
 
 
-def _parse(root: str | None, name: str, rest: str) -> Instruction:
-    kind, rest = _balanced(rest) if rest.startswith("(") else rest.split(" ", 1)
+def _parse_instruction(root: str | None, name: str, rest: str) -> Instruction:
+    """Parses `rest`, the part of a line after `name =`."""
+    type_, rest = _split_parentheses(rest) if rest.startswith("(") else rest.split(" ", 1)
     opcode, _, rest = rest.lstrip().partition("(")
-    inside, attributes = _balanced("(" + rest)
-    operands = tuple(part.strip().split(" ")[-1].removeprefix("%") for part in _split(inside[1:-1]))
-    return Instruction(name, root is not None, kind, opcode, operands, attributes)
+    inside, attributes = _split_parentheses("(" + rest)
+    operands = tuple(
+        operand.strip().split(" ")[-1].removeprefix("%") for operand in _split_commas(inside[1:-1])
+    )
+    return Instruction(name, root is not None, type_, opcode, operands, attributes)
 
 
-def _balanced(text: str) -> tuple[str, str]:
-    """A text that begins with a parenthesis: up to its end, and what follows."""
+def _split_parentheses(text: str) -> tuple[str, str]:
+    """Splits a text that begins with a parenthesis behind the matching one."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -252,8 +276,8 @@ def _balanced(text: str) -> tuple[str, str]:
     raise ValueError(f"unbalanced HLO: {text[:80]}")
 
 
-def _split(text: str) -> list[str]:
-    """At the commas outside brackets."""
+def _split_commas(text: str) -> list[str]:
+    """Splits a text at the commas outside brackets."""
     parts, depth, begin = [], 0, 0
     for match in re.finditer(r"[()\[\]{},]", text):
         if match[0] == ",":
@@ -266,14 +290,18 @@ def _split(text: str) -> list[str]:
 
 
 @functools.cache
-def _bytes(kind: str) -> int:
-    return sum(_array_bytes(match) for match in _ARRAY.finditer(kind))
+def _type_bytes(type_: str) -> int:
+    """Returns the bytes of an array or tuple type."""
+    return sum(_array_bytes(match) for match in _ARRAY.finditer(type_))
 
 
 @functools.cache
-def _in_memory(kind: str) -> int:
-    """Bytes of a type without arrays in other memory spaces, such as a TPU's vector memory."""
-    arrays = _ARRAY.finditer(kind)
+def _memory_bytes(type_: str) -> int:
+    """Returns the bytes of a type in main memory.
+
+    Arrays in other memory spaces, such as a TPU's vector memory, do not count.
+    """
+    arrays = _ARRAY.finditer(type_)
     return sum(_array_bytes(m) for m in arrays if not re.search(r"S\([1-9]", m[3] or ""))
 
 
@@ -282,17 +310,19 @@ def _array_bytes(match: re.Match) -> int:
     return math.prod(int(n) for n in match[2].split(",") if n) * bits // 8
 
 
-def _parts(kind: str) -> list[str]:
-    return _split(kind[1:-1]) if kind.startswith("(") else [kind]
+def _tuple_elements(type_: str) -> list[str]:
+    """Returns the element types of a tuple type, or the type itself."""
+    return _split_commas(type_[1:-1]) if type_.startswith("(") else [type_]
 
 
-def _number(instruction: Instruction, attribute: str) -> str:
-    match = re.search(rf"\b{attribute}=(\d+)", instruction.attributes)
+def _channel_id(instruction: Instruction) -> str:
+    """Returns the channel of a collective, or its name if it has none."""
+    match = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
     return match[1] if match else instruction.name
 
 
-def _groups(attributes: str, devices: int) -> np.ndarray:
-    """[groups, devices of a group], from any of the ways HLO writes them."""
+def _replica_groups(attributes: str, devices: int) -> np.ndarray:
+    """[groups, devices of a group] device numbers, from any of HLO's notations for groups."""
     if pairs := re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes):
         return np.array(re.findall(r"\d+", pairs[1]), int).reshape(-1, 2)
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](T\(([\d,]+)\))?", attributes):
@@ -301,8 +331,8 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
         if iota[4]:
             ids = ids.transpose([int(n) for n in iota[4].split(",")])
         return ids.reshape(shape)
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        return _mesh_groups(*named.groups())
+    if by_axes := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        return _mesh_groups(*by_axes.groups())
     explicit = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
     if not explicit:
         return np.arange(devices)[None]
@@ -311,27 +341,31 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
 
 
 def _mesh_groups(mesh: str, axes: str) -> np.ndarray:
-    """Groups along some axes of a mesh in HLO's own terms: `'a'=4,'b'=2` and `'a':(2)2,'b'`."""
-    names = re.findall(r"'(\w+)'=(\d+)", mesh)
-    sizes = dict((name, int(size)) for name, size in names)
+    """[groups, devices of a group] along `axes` of a mesh, both in HLO's notation.
+
+    `mesh` is, for example, `'a'=4,'b'=2` and `axes` is `'a':(2)2,'b'`: `:(N)M` reshapes an axis to
+    N × M × rest, and the group is along M.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     shape: list[int] = []
-    along: list[int] = []
-    wanted = {
+    group_dims: list[int] = []
+    parts = {
         name: (int(before or 1), int(size or sizes[name]))
         for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
     }
     for name, size in sizes.items():
-        before, taken = wanted.get(name, (size, 1))
-        if name in wanted:
-            along.append(len(shape) + 1)
-        shape += [before, taken, size // (before * taken)]
+        before, part = parts.get(name, (size, 1))
+        if name in parts:
+            group_dims.append(len(shape) + 1)
+        shape += [before, part, size // (before * part)]
     ids = np.arange(math.prod(shape)).reshape(shape)
-    others = [i for i in range(len(shape)) if i not in along]
-    return ids.transpose(others + along).reshape(-1, math.prod(shape[i] for i in along))
+    other_dims = [i for i in range(len(shape)) if i not in group_dims]
+    group_size = math.prod(shape[i] for i in group_dims)
+    return ids.transpose(other_dims + group_dims).reshape(-1, group_size)
 
 
-def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """Mesh axes along which the devices of a group differ, and how many devices it has."""
+def _mesh_axes(groups: np.ndarray, mesh: Mesh) -> tuple[tuple[str, ...], int]:
+    """Returns the mesh axes along which devices of a group differ, and the size of a group."""
     coordinates = np.stack(np.unravel_index(groups, mesh.devices.shape))
     differ = (coordinates != coordinates[..., :1]).any((1, 2))
     axes = tuple(name for name, differs in zip(mesh.axis_names, differ) if differs)

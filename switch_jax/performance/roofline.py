@@ -1,6 +1,7 @@
-"""The least time a train step can take on a machine, from what it does and the chips' rates.
+"""Roofline: lower bound on the time of a train step, from its work and the chip's rates.
 
-No program is faster; real ones are slower, for nothing overlaps perfectly.
+A real program is slower than the roofline, because compute, memory traffic and communication
+never overlap perfectly.
 """
 
 import math
@@ -14,10 +15,10 @@ from switch_jax.distributed import CHIPS, Chip, all_to_all_seconds
 from switch_jax.model import mfu
 from switch_jax.performance.hlo import Collective
 
-PAPER_TOKENS = 550_000 * 2**20  # what the paper trains on: 576.7 · 10⁹
+PAPER_TOKENS = 550_000 * 2**20  # training tokens of the paper: 576.7 · 10⁹
 
-# What `predict` returns.
-FIELDS = (
+# Keys of the result of `predict_step`.
+ROOFLINE_FIELDS = (
     "seconds_by_resource",
     "step_seconds_roofline",
     "binding",
@@ -31,20 +32,32 @@ def predict_step(
     config: Config,
     mesh: Mesh,
     flops: float,
-    traffic: float,
+    memory_traffic: float,
     collectives: Sequence[Collective],
     teacher: Config | None = None,
 ) -> dict[str, Any]:
-    """The least time of a step if everything overlaps, and what it would mean.
+    """Returns the least time of a step, and MFU and training time at that step time.
 
-    Each resource of a device works at its published rate: matrix units, memory, the links inside a
-    slice, the network between slices. None where the device's rates are not known to us.
+    Each resource of a device works at its published rate, and all of them at the same time: matrix
+    units, memory, the links inside a slice, the network between slices. All values are None where
+    the device's rates are unknown.
+
+    Args:
+      config: of the train step.
+      mesh: devices that run it.
+      flops: matmul FLOPs of a step on one device.
+      memory_traffic: bytes that a device reads from and writes to its memory in a step.
+      collectives: collectives of a step.
+      teacher: config of the teacher in distillation.
+
+    Returns `ROOFLINE_FIELDS`: seconds by resource and of a step, the resource that takes longest,
+    MFU (0 to 1), tokens per day, and days to `PAPER_TOKENS`.
     """
     kind = mesh.devices.flat[0].device_kind
     chip = CHIPS.get(kind)
     if chip is None or chip.memory_rate is None:
-        return dict.fromkeys(FIELDS)
-    seconds = {"compute": flops / chip.flops, "memory": traffic / chip.memory_rate}
+        return dict.fromkeys(ROOFLINE_FIELDS)
+    seconds = {"compute": flops / chip.flops, "memory": memory_traffic / chip.memory_rate}
     seconds |= network_seconds(chip, collectives, mesh.shape["slice"])
     binding = max(seconds, key=lambda name: seconds[name])
     step = seconds[binding]
@@ -60,28 +73,31 @@ def predict_step(
 
 
 def network_seconds(chip: Chip, collectives: Sequence[Collective], slices: int) -> dict[str, float]:
-    """Seconds that the links inside a slice, and the network between slices, are busy."""
+    """Returns the seconds that `links` inside a slice, and the network between `slices`, are busy.
+
+    `slices` is in the result only if there are several.
+    """
     inside = between = 0.0
-    for one in collectives:
-        devices = one.devices
-        if "slice" in one.axes:
-            # First within each slice; then every device has its share of what crosses slices.
+    for collective in collectives:
+        devices, sent = collective.devices, collective.bytes_sent
+        if "slice" in collective.axes:
+            # Reduced within each slice first: every device then sends its part between slices.
             devices //= slices
-            between += one.sent / devices / (chip.slice_rate or math.inf)
+            between += sent / devices / (chip.slice_rate or math.inf)
         if devices == 1:
             continue
-        if one.kind == "all-to-all":
-            inside += all_to_all_seconds(chip, one.sent, devices)
+        if collective.kind == "all-to-all":
+            inside += all_to_all_seconds(chip, sent, devices)
         elif chip.link_rate:
-            inside += one.sent / chip.link_rate
+            inside += sent / chip.link_rate
     return {"links": inside} | ({"slices": between} if slices > 1 else {})
 
 
 def matmul_flops(jaxpr: Any, devices: int) -> float:
-    """FLOPs of all matmuls of a traced program, over all devices, recomputation included.
+    """Returns the FLOPs of all matmuls of a traced program, over all devices.
 
-    What is inside a `shard_map` runs on each of `devices`. A loop of unknown length, as of
-    dropless experts, counts once.
+    Recomputation counts. The body of a `shard_map` runs on each of `devices`. A loop of unknown
+    length, such as that of dropless experts, counts once.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:

@@ -208,7 +208,7 @@ def drawn(logits_V, draws: int = 4000, **how) -> np.ndarray:
     """How often each token was drawn."""
     drawing = Sampler(jax.random.split(jax.random.key(0), draws), **how)
     logits_NxV = jnp.tile(jnp.asarray(logits_V, jnp.float32), (draws, 1))
-    tokens = jax.jit(lambda d, logits: d.choose(logits, jnp.int32(5)))(drawing, logits_NxV)
+    tokens = jax.jit(lambda d, logits: d.sample(logits, jnp.int32(5)))(drawing, logits_NxV)
     return np.bincount(tokens, minlength=len(logits_V)) / draws
 
 
@@ -246,10 +246,10 @@ def test_of_equals_the_first_is_kept():
 def test_draws_depend_on_key_and_position_alone():
     key_N, logits = jax.random.split(jax.random.key(1), 64), jnp.zeros((64, 1000))
     drawing = Sampler(key_N, 1.0)
-    at_3 = drawing.choose(logits, jnp.int32(3))
-    alone = Sampler(key_N[7:8], 1.0).choose(logits[:1], jnp.int32(3))
+    at_3 = drawing.sample(logits, jnp.int32(3))
+    alone = Sampler(key_N[7:8], 1.0).sample(logits[:1], jnp.int32(3))
     assert alone[0] == at_3[7]
-    assert (drawing.choose(logits, jnp.int32(4)) != at_3).mean() > 0.9
+    assert (drawing.sample(logits, jnp.int32(4)) != at_3).mean() > 0.9
     assert len(np.unique(at_3)) > 50  # and so do those of different sequences
 
 

@@ -16,11 +16,16 @@ from switch_jax.distributed.sharding import batch_sharding
 from switch_jax.errors import UserError
 from switch_jax.inference.decoding import SamplingOptions, Sequences, beam_search
 from switch_jax.inference.fill_blanks import complete_texts
-from switch_jax.inference.generation import bind_decoder, encode_inputs, find_sequences, generate
+from switch_jax.inference.generation import (
+    encode_inputs,
+    generate,
+    generate_with_scores,
+    make_decode_step,
+)
 from switch_jax.model.parameters import named_parameters, with_parameters
 from switch_jax.model.transformer import SwitchTransformer
 from switch_jax.performance import benchmark
-from switch_jax.performance.benchmark import _decoding
+from switch_jax.performance.benchmark import _time_decoding
 from switch_jax.training.step import TrainProgram
 from tests.support.configs import tiny
 from tests.support.hugging_face import reference, write_folder
@@ -47,7 +52,7 @@ def forced_logits(model, source, target, num_sequences: int = 1):
     @jax.jit
     def stepwise(model):
         encoded = encode_inputs(model, source)
-        step, own = bind_decoder(model, *encoded, target.shape[1], num_sequences)
+        step, own = make_decode_step(model, *encoded, target.shape[1], num_sequences)
 
         def body(own, position_and_token):
             position, token = position_and_token
@@ -177,7 +182,7 @@ DRAWS = SamplingOptions(temperature=1.5, top_k=12, num_return=2, seed=5)
 )
 def test_scores_are_the_log_probabilities_of_what_is_found(lively, options):
     source, K = prompts(16), options.num_return
-    found = find_sequences(lively, source, 7, options)
+    found = generate_with_scores(lively, source, 7, options)
     assert found.token_BxKxL.shape == (16, K, 7) and found.token_BxKxL.dtype == jnp.int32
     tokens = np.asarray(found.token_BxKxL).reshape(16 * K, 7)
     want = np.asarray(log_probabilities(lively, jnp.repeat(source, K, 0), tokens))
@@ -198,7 +203,7 @@ def test_beams_find_what_they_find_without_a_cache(lively):
 
     start = jnp.zeros((6 * K, L), jnp.int32)
     want = jax.jit(lambda s: beam_search(step, s, 0, 6, K, L, EOS, 0.6))(start)
-    got = find_sequences(lively, source, L, BEAMS)
+    got = generate_with_scores(lively, source, L, BEAMS)
     np.testing.assert_array_equal(got.token_BxKxL, want.token_BxKxL)
     np.testing.assert_allclose(got.score_BxK, want.score_BxK, atol=1e-5)
     best = switch_jax.generate(lively, source, max_length=L, beam_size=K)
@@ -213,10 +218,10 @@ def test_beams_find_what_they_find_without_a_cache(lively):
 def test_a_text_does_not_depend_on_its_batch_or_its_padding(lively, options):
     """One alone, whose experts are few of a pool, and among 32, whose experts are all used."""
     source = prompts(32)
-    batch = find_sequences(lively, source, 6, options)
+    batch = generate_with_scores(lively, source, 6, options)
     for row in (0, 17):
         longer = np.pad(source[row : row + 1], ((0, 0), (0, 24)))
-        alone = find_sequences(lively, longer, 6, options, first_row=row)
+        alone = generate_with_scores(lively, longer, 6, options, first_row=row)
         np.testing.assert_array_equal(alone.token_BxKxL[0], batch.token_BxKxL[row])
         np.testing.assert_allclose(alone.score_BxK[0], batch.score_BxK[row], atol=1e-5)
 
@@ -234,8 +239,8 @@ def test_experts_that_choose_see_one_text_at_a_time():
     values |= {"moe.eval_capacity_factor": 1.25, "model.init_scale": 1.0}
     model = SwitchTransformer(tiny(**values), jax.random.key(0))
     source = prompts(8)
-    batch = find_sequences(model, source, 2, SamplingOptions())
-    alone = find_sequences(model, source[5:6], 2, SamplingOptions())
+    batch = generate_with_scores(model, source, 2, SamplingOptions())
+    alone = generate_with_scores(model, source[5:6], 2, SamplingOptions())
     np.testing.assert_allclose(alone.score_BxK[0], batch.score_BxK[5], atol=1e-5)
 
 
@@ -271,12 +276,12 @@ def test_on_a_mesh_it_finds_what_one_device_finds(mesh, options):
     split = program.init().params
     whole = {name: jnp.asarray(np.asarray(value)) for name, value in split.items()}
     source = prompts(8)
-    want = find_sequences(program.sharded.model(whole), source, 6, options)
+    want = generate_with_scores(program.sharded.model(whole), source, 6, options)
     on_mesh = jax.device_put(source, batch_sharding(program.mesh))
     with jax.set_mesh(program.mesh):
-        got = find_sequences(program.sharded.model(split), on_mesh, 6, options)
+        got = generate_with_scores(program.sharded.model(split), on_mesh, 6, options)
         with pytest.raises(UserError, match=r"3 rows .* 4 parts"):
-            find_sequences(program.sharded.model(split), source[:3], 6, options)
+            generate_with_scores(program.sharded.model(split), source[:3], 6, options)
     assert len(got.token_BxKxL.sharding.device_set) == 8
     np.testing.assert_array_equal(got.token_BxKxL, want.token_BxKxL)
     np.testing.assert_allclose(got.score_BxK, want.score_BxK, atol=1e-5)
@@ -291,7 +296,7 @@ def test_experts_that_no_token_goes_to_are_not_copied(on_mesh):
     mask = jnp.ones((4, 8), bool)
 
     def one_step(model, encoded):
-        step, own = bind_decoder(model, encoded, mask, 4, 1)
+        step, own = make_decode_step(model, encoded, mask, 4, 1)
         return step(jnp.zeros(4, jnp.int32), jnp.int32(0), own)[0]
 
     mesh = make_mesh(config)
@@ -327,7 +332,7 @@ def test_bench_times_decoding(monkeypatch):
     dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=0))
     mesh = make_mesh(config)
     programs = {"sparse": TrainProgram(config, mesh), "dense": TrainProgram(dense, mesh)}
-    compared = _decoding(programs, 1)["beam4_2"]
+    compared = _time_decoding(programs, 1)["beam4_2"]
     for report in (compared["sparse"], compared["dense"]):
         assert report["ms_per_token"] * 8 == pytest.approx(1e3 * report["seconds"])
         assert report["tokens_per_second"] * report["seconds"] == pytest.approx(2 * 8)
@@ -363,7 +368,7 @@ def test_blanks_are_filled_and_texts_without_are_answered(monkeypatch, text, ans
     def find(model, source, max_length, options, first_row):
         return Sequences(np.array([[words.encode(answer)]]), np.zeros((1, 1)))
 
-    monkeypatch.setattr("switch_jax.inference.fill_blanks.find_sequences", find)
+    monkeypatch.setattr("switch_jax.inference.fill_blanks.generate_with_scores", find)
     assert list(complete_texts(None, words, [text])) == [filled]
 
 
@@ -378,7 +383,7 @@ def test_many_texts_are_filled_in_batches_and_in_their_order(monkeypatch):
         answers = [[words.words.index("<extra_id_0>"), row[0], EOS] for row in source]
         return Sequences(np.array(answers)[:, None], np.zeros((len(source), 1)))
 
-    monkeypatch.setattr("switch_jax.inference.fill_blanks.find_sequences", find)
+    monkeypatch.setattr("switch_jax.inference.fill_blanks.generate_with_scores", find)
     filled = list(complete_texts(None, words, texts, options=SamplingOptions(seed=4)))
     assert filled == [text.replace("___", text.split()[0]) for text in texts]
     assert calls == [((32, 64), 0, 4), ((32, 128), 32, 4), ((32, 64), 64, 4)]

@@ -10,7 +10,7 @@ from switch_jax.distributed.hardware import Chip
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
 from switch_jax.model.flops import flops_by_part
-from switch_jax.performance.compile import CompileTarget, _exhausted, remedy
+from switch_jax.performance.compile import CompileTarget, _needed_and_available_bytes, remedy
 from switch_jax.performance.hlo import Collective
 from switch_jax.performance.placement_plot import draw_placement
 from switch_jax.performance.roofline import matmul_flops, network_seconds
@@ -111,9 +111,12 @@ def test_the_compilers_refusal_is_read():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
         " temporaries (39.20G) exceeds available HBM (30.75G)."
     )
-    assert _exhausted(RuntimeError(message)) == (int(39.2 * 2**30), int(30.75 * 2**30))
+    assert _needed_and_available_bytes(RuntimeError(message)) == (
+        int(39.2 * 2**30),
+        int(30.75 * 2**30),
+    )
     with pytest.raises(RuntimeError, match="else"):
-        _exhausted(RuntimeError("something else (3G) went wrong (4G)"))
+        _needed_and_available_bytes(RuntimeError("something else (3G) went wrong (4G)"))
 
 
 def test_what_does_not_fit_names_what_takes_it_and_a_change_that_was_compiled(monkeypatch):

@@ -61,7 +61,7 @@ def test_groups_in_every_notation_are_mesh_axes(groups, axes, devices):
     (found,) = HloProgram(LOOP.replace("GROUPS", groups)).collectives(MESH)
     assert (found.kind, found.axes, found.devices) == ("all-reduce", axes, devices)
     assert (found.size, found.times) == (8 * 4 * 4, 12)
-    assert found.sent == 2 * (devices - 1) / devices * 128 * 12
+    assert found.bytes_sent == 2 * (devices - 1) / devices * 128 * 12
 
 
 def test_parts_of_an_axis_are_the_devices_they_are_in_hlo():
@@ -104,7 +104,7 @@ def test_what_each_kind_sends():
         "reduce-scatter",
     ]
     # Half of 128 bytes gathered, all of 64 passed on, half of 64, again 64, half of 2 × 32.
-    assert [c.sent for c in found] == [64, 64, 32, 64, 32]
+    assert [c.bytes_sent for c in found] == [64, 64, 32, 64, 32]
 
 
 def test_what_crosses_tpu_slices_is_sent_by_hosts():
@@ -119,7 +119,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
     slices = SimpleNamespace(**vars(MESH) | {"shape": MESH.shape | {"slice": 4}})
     (found,) = HloProgram(text).collectives(slices)
     assert found == Collective("all-reduce", ("slice",), 4, size=32, times=1)
-    assert found.sent == 2 * 3 / 4 * 32
+    assert found.bytes_sent == 2 * 3 / 4 * 32
 
 
 def test_parts_of_one_overlapped_collective_count_once():
