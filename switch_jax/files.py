@@ -47,13 +47,14 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise UserError(f"{path} exists; name a folder that does not, or remove it.")
-    with _renamed_when_complete(_unique_sibling(path.absolute()), path) as partial:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be made ({error.strerror}); name another folder."
-            ) from error
+    partial = _unique_sibling(path.absolute())
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be made ({error.strerror}); name another folder."
+        ) from error
+    with _renamed_when_complete(partial, path):
         yield partial
 
 
