@@ -1,4 +1,4 @@
-"""Names of evaluation metrics, and which of two values of a metric is better."""
+"""Names of evaluation metrics, and the order of their values from worse to better."""
 
 import difflib
 import math
@@ -8,20 +8,20 @@ from typing import Any
 from switch_jax.errors import UserError
 
 SOURCE_METRICS = ("cross_entropy", "neg_log_perplexity")
-TOKEN_METRICS = (*SOURCE_METRICS, "accuracy")  # of tokens; a task's own is of answers
+TOKEN_METRICS = (*SOURCE_METRICS, "accuracy")  # accuracy of tokens; that of a task is of answers
 
 
-def check_metric(metric: str, sources: Collection[str], scores: Sequence[str]) -> None:
-    """Raises `UserError` where no evaluation metric has that name.
+def check_metric(metric: str, sources: Collection[str], task_metrics: Sequence[str]) -> None:
+    """Raises `UserError` if `metric` is not the name of an evaluation metric.
 
     Args:
       metric: value of `train.keep_best`.
       sources: names of the validation sources.
-      scores: names of the task metrics.
+      task_metrics: names of the task metrics, `<task>/<metric>`.
     """
     compared = sources if len(sources) > 1 else ()
-    of_sources = (f"{source}/{name}" for source in compared for name in SOURCE_METRICS)
-    known = [*TOKEN_METRICS, *of_sources, *scores]
+    source_metrics = (f"{source}/{name}" for source in compared for name in SOURCE_METRICS)
+    known = [*TOKEN_METRICS, *source_metrics, *task_metrics]
     if metric not in known:
         close = difflib.get_close_matches(metric, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}."

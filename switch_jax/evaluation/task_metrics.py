@@ -1,9 +1,11 @@
-"""Metrics of the paper's fine-tuning tasks, from the text that a model wrote.
+"""Metrics of the paper's fine-tuning tasks, from predicted texts.
 
-The values are those of T5 (`t5.evaluation.metrics` and `t5.data.postprocessors` of t5 0.9.4), in
-per cent. `invalid` counts the predictions that are no answer at all, such as a text that names no
-class; T5 scores them so: wrong, for `f1` the other class than the answer, for `matthews` a class
-of their own, for correlations the number -1.
+The values equal those of T5 (`t5.evaluation.metrics` and `t5.data.postprocessors` of t5 0.9.4), in
+per cent. `invalid` is the number of predictions that are no answer, such as a text that names no
+class. As in T5, an invalid prediction is wrong; for `f1` it counts as the class that is not the
+answer, for `matthews` as a separate class, and for correlations as the number -1.
+
+Axis letters: N examples · C classes.
 """
 
 import collections
@@ -28,37 +30,42 @@ _DETERMINERS = re.compile(
 
 
 class MultircAnswer(NamedTuple):
-    """One of the possible answers to a question of MultiRC."""
+    """Label of one possible answer to a question of MultiRC."""
 
-    label: str  # a class name
-    group: Hashable  # the question
+    label: str  # class name
+    group: Hashable  # question
 
 
 class RecordAnswer(NamedTuple):
-    """A query of ReCoRD, of which there may be one example for each of its answers."""
+    """Answers to a query of ReCoRD; a query may have one example per answer."""
 
-    answers: Sequence[str]  # all of them
-    group: Hashable  # the query
+    answers: Sequence[str]  # all answers to the query
+    group: Hashable  # query
 
 
 class WscAnswer(NamedTuple):
-    """Whether a pronoun stands for a noun; the model writes what it stands for."""
+    """A noun and whether a pronoun refers to it; the prediction is the pronoun's referent."""
 
-    referent: str  # the noun
+    referent: str  # noun
     label: bool
 
 
-def score(
+def compute_metrics(
     metrics: Sequence[str],
     answers: Sequence[Any],
     predictions: Sequence[str],
     classes: Sequence[str] = (),
 ) -> Scores:
-    """Several of METRICS together.
+    """Computes several metrics.
 
-    `classes` are those of a classification, in T5's order: `f1` and `multirc` are about the
-    second of two. Without classes, `accuracy` is of free text. Raises `UserError` where a metric
-    is unknown, or no answer is given.
+    Args:
+      metrics: names in `METRICS`.
+      answers: of N examples; `METRICS` has the type for each metric.
+      predictions: N texts.
+      classes: class names of a classification in T5's order: `f1` and `multirc` are about the
+        second of two. Without classes, `accuracy` is of free text.
+
+    Raises `UserError` if a metric is unknown or there are no answers.
     """
     for name in metrics:
         if name not in METRICS:
@@ -67,117 +74,133 @@ def score(
         raise ValueError(f"{len(predictions)} predictions for {len(answers)} answers")
     if not answers:
         raise UserError("There is nothing to score; take a split that has examples.")
-    given = (classes,) if classes else ()
+    class_argument = (classes,) if classes else ()
     scores: Scores = {}
     for name in metrics:
-        scores |= METRICS[name](answers, predictions, *given)
+        scores |= METRICS[name](answers, predictions, *class_argument)
     return scores
 
 
-def average(
-    per_task: Mapping[str, Mapping[str, float]], members: Mapping[str, Sequence[str]]
+def benchmark_average(
+    scores_by_task: Mapping[str, Mapping[str, float]], members: Mapping[str, Sequence[str]]
 ) -> float:
-    """The average over a benchmark's members, as GLUE's, in the unit of the scores.
+    """Returns the average over the members of a benchmark such as GLUE, in the scores' unit.
 
-    A member is one task, or several that count as one (MNLI matched and mismatched); its score
-    is the mean of all that is measured of it. Raises `UserError` where a task has no scores.
+    A member is one task, or several that count as one (MNLI matched and mismatched); its score is
+    the mean of all metrics of its tasks, except `invalid`.
+
+    Args:
+      scores_by_task: metrics of each task.
+      members: tasks of each member.
+
+    Raises `UserError` if a task has no scores.
     """
-    missing = sorted({task for tasks in members.values() for task in tasks} - per_task.keys())
+    missing = sorted({task for tasks in members.values() for task in tasks} - scores_by_task.keys())
     if missing:
         raise UserError(f"The average needs {', '.join(missing)} too; evaluate all its tasks.")
 
-    def of_member(tasks: Sequence[str]) -> float:
-        scores = [per_task[task].items() for task in tasks]
+    def member_score(tasks: Sequence[str]) -> float:
+        scores = [scores_by_task[task].items() for task in tasks]
         return float(np.mean([x for task in scores for name, x in task if name != "invalid"]))
 
-    return float(np.mean([of_member(tasks) for tasks in members.values()]))
+    return float(np.mean([member_score(tasks) for tasks in members.values()]))
 
 
 def accuracy(
     answers: Sequence[str], predictions: Sequence[str], classes: Sequence[str] = ()
 ) -> Scores:
-    """Predictions that are their answers, letter by letter."""
-    scores = {"accuracy": _mean(a == p for a, p in zip(answers, predictions))}
-    return scores | _invalid(_ids(answers, predictions, classes)[1] < 0) if classes else scores
+    """Computes the share of predictions that equal their answers, letter by letter."""
+    scores = {"accuracy": _mean_percent(a == p for a, p in zip(answers, predictions))}
+    if not classes:
+        return scores
+    _, predicted_N = _class_indices(answers, predictions, classes)
+    return scores | _count_invalid(predicted_N < 0)
 
 
 def f1(answers: Sequence[str], predictions: Sequence[str], classes: Sequence[str]) -> Scores:
-    """F1 of the second of two classes; 0 where neither answers nor predictions have it."""
+    """Computes F1 of the second of two classes; 0 if neither answers nor predictions have it."""
     if len(classes) != 2:
         raise ValueError(f"f1 is of two classes, not of {classes}")
-    answers_N, guesses_N = _ids(answers, predictions, classes)
-    decided_N = np.where(guesses_N < 0, 1 - answers_N, guesses_N)
-    return {"f1": 100 * _f1(answers_N, decided_N, 1)} | _invalid(guesses_N < 0)
+    answers_N, predicted_N = _class_indices(answers, predictions, classes)
+    valid_N = np.where(predicted_N < 0, 1 - answers_N, predicted_N)
+    return {"f1": 100 * _f1_of_class(answers_N, valid_N, 1)} | _count_invalid(predicted_N < 0)
 
 
 def macro_f1(answers: Sequence[str], predictions: Sequence[str], classes: Sequence[str]) -> Scores:
-    """Mean of the classes' F1; a class that nobody names has 0."""
-    answers_N, guesses_N = _ids(answers, predictions, classes)
-    each = [_f1(answers_N, guesses_N, place) for place in range(len(classes))]
-    return {"macro_f1": 100 * float(np.mean(each))} | _invalid(guesses_N < 0)
+    """Computes the mean of the F1 of all classes; F1 of a class that never occurs is 0."""
+    answers_N, predicted_N = _class_indices(answers, predictions, classes)
+    f1_C = [_f1_of_class(answers_N, predicted_N, index) for index in range(len(classes))]
+    return {"macro_f1": 100 * float(np.mean(f1_C))} | _count_invalid(predicted_N < 0)
 
 
 def matthews(answers: Sequence[str], predictions: Sequence[str], classes: Sequence[str]) -> Scores:
-    """Matthews correlation, -100 to 100; 0 where all answers or all predictions are alike."""
-    ids = _ids(answers, predictions, classes)
-    one_hot = [ids_N[:, None] == np.arange(-1, len(classes)) for ids_N in ids]
+    """Computes Matthews correlation, -100 to 100; 0 if all answers or all predictions are equal."""
+    indices = _class_indices(answers, predictions, classes)
+    one_hot = [index_N[:, None] == np.arange(-1, len(classes)) for index_N in indices]
     a_NxC, b_NxC = (x_NxC - x_NxC.mean(0) for x_NxC in one_hot)
     scale = math.sqrt(np.sum(a_NxC**2) * np.sum(b_NxC**2))
     value = float(np.sum(a_NxC * b_NxC)) / scale if scale else 0.0
-    return {"matthews": 100 * value} | _invalid(ids[1] < 0)
+    return {"matthews": 100 * value} | _count_invalid(indices[1] < 0)
 
 
 def pearson(answers: Sequence[float], predictions: Sequence[str]) -> Scores:
-    """Linear correlation with numbers, -100 to 100; 0, T5's NaN, where either is constant."""
+    """Computes Pearson correlation, -100 to 100; 0 (NaN in T5) if either side is constant."""
     return _correlation("pearson", scipy.stats.pearsonr, answers, predictions)
 
 
 def spearman(answers: Sequence[float], predictions: Sequence[str]) -> Scores:
-    """Rank correlation with numbers, -100 to 100; 0, T5's NaN, where either is constant."""
+    """Computes Spearman correlation, -100 to 100; 0 (NaN in T5) if either side is constant."""
     return _correlation("spearman", scipy.stats.spearmanr, answers, predictions)
 
 
 def multirc(
     answers: Sequence[MultircAnswer], predictions: Sequence[str], classes: Sequence[str]
 ) -> Scores:
-    """`f1` over all answers (F1a), and `exact_match`: questions whose answers are all right."""
-    right = collections.defaultdict(list)
+    """Computes `f1` over all answers (F1a), and `exact_match`.
+
+    `exact_match` is the share of questions with correct predictions for all of their answers.
+    """
+    correct_by_question = collections.defaultdict(list)
     for answer, prediction in zip(answers, predictions):
-        right[answer.group].append(answer.label == prediction)
-    exact_match = _mean(all(of_question) for of_question in right.values())
+        correct_by_question[answer.group].append(answer.label == prediction)
+    exact_match = _mean_percent(all(correct) for correct in correct_by_question.values())
     scores = f1([answer.label for answer in answers], predictions, classes)
     return scores | {"exact_match": exact_match}
 
 
 def record(answers: Sequence[RecordAnswer], predictions: Sequence[str]) -> Scores:
-    """`squad` of the first example of each query."""
-    first: dict[Hashable, tuple[Sequence[str], str]] = {}
+    """Computes `squad` over the first example of each query."""
+    first_examples: dict[Hashable, tuple[Sequence[str], str]] = {}
     for answer, prediction in zip(answers, predictions):
-        first.setdefault(answer.group, (answer.answers, prediction))
-    return squad(*zip(*first.values()))
+        first_examples.setdefault(answer.group, (answer.answers, prediction))
+    return squad(*zip(*first_examples.values()))
 
 
 def squad(answers: Sequence[Sequence[str]], predictions: Sequence[str]) -> Scores:
-    """`exact_match` and `f1` of words with the best of a question's answers.
+    """Computes `exact_match` and `f1` of words with the best of a question's answers.
 
-    As SQuAD's own program, without case, punctuation and articles: "U.S." is "us".
+    As in SQuAD's own program, case, punctuation and articles are removed: "U.S." is "us".
     """
-    removed = str.maketrans("", "", string.punctuation)
-    return _questions(answers, predictions, removed)
+    remove_punctuation = str.maketrans("", "", string.punctuation)
+    return _exact_match_and_f1(answers, predictions, remove_punctuation)
 
 
 def trivia_qa(answers: Sequence[Sequence[str]], predictions: Sequence[str]) -> Scores:
-    """As `squad`, but punctuation parts words, as in TriviaQA's own program: "U.S." is "u s"."""
-    spaces = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
-    return _questions(answers, predictions, spaces)
+    """Computes `exact_match` and `f1` as `squad`, but with punctuation as blanks: "U.S." is "u s".
+
+    TriviaQA's own program does the same.
+    """
+    punctuation_to_blank = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
+    return _exact_match_and_f1(answers, predictions, punctuation_to_blank)
 
 
 def rouge(answers: Sequence[str], predictions: Sequence[str]) -> Scores:
-    """`rouge1`, `rouge2` and `rougeLsum`: F-measures of words, pairs, and common subsequences.
+    """Computes `rouge1`, `rouge2` and `rougeLsum`: F of words, word pairs and common subsequences.
 
-    Each is the median of 1000 bootstrap means, which T5 draws anew at every evaluation; here they
-    are those of NumPy's seed 0. Words are of ASCII letters and digits. Sentences, for `rougeLsum`,
-    end at " . " or a line's end.
+    Each is the median of 1000 bootstrap means. T5 samples them with a new seed at every evaluation;
+    here the seed is NumPy's 0. Words consist of ASCII letters and digits. For `rougeLsum`,
+    sentences end at " . " or at the end of a line. Raises `UserError` if rouge-score is not
+    installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -185,44 +208,47 @@ def rouge(answers: Sequence[str], predictions: Sequence[str]) -> Scores:
         raise UserError('ROUGE needs rouge-score: pip install "switch_jax[metrics]".') from error
     scorer = RougeScorer(_ROUGE)
     texts = ([text.replace(" . ", " .\n") for text in pair] for pair in zip(answers, predictions))
-    found = [scorer.score(answer, prediction) for answer, prediction in texts]
-    draws = np.random.RandomState(0)
+    examples = [scorer.score(answer, prediction) for answer, prediction in texts]
+    random = np.random.RandomState(0)
 
-    def bootstrapped(values_N: np.ndarray) -> float:
+    def bootstrap(values_N: np.ndarray) -> float:
         N = len(values_N)
-        return float(np.median([values_N[draws.randint(0, N, N)].mean() for _ in range(1000)]))
+        return float(np.median([values_N[random.randint(0, N, N)].mean() for _ in range(1000)]))
 
-    kinds = {kind: np.array([one[kind].fmeasure for one in found]) for kind in _ROUGE}
-    return {kind: 100 * bootstrapped(values_N) for kind, values_N in kinds.items()}
+    by_kind = {kind: np.array([scores[kind].fmeasure for scores in examples]) for kind in _ROUGE}
+    return {kind: 100 * bootstrap(values_N) for kind, values_N in by_kind.items()}
 
 
 def wsc(answers: Sequence[WscAnswer], predictions: Sequence[str]) -> Scores:
-    """`accuracy` of whether the prediction means the referent, by T5's rule.
+    """Computes `accuracy` of whether the prediction matches the referent, by T5's rule.
 
-    It does where the words of one, determiners aside, are among those of the other ("the fuzzy
-    bunny" means "bunny") and both or neither have an apostrophe ("Bob's hat" does not mean "Bob").
+    They match if, without determiners, the words of one are a subset of the words of the other
+    ("the fuzzy bunny" matches "bunny") and both or neither have an apostrophe ("Bob's hat" does not
+    match "Bob").
     """
 
-    def clean(text: str) -> str:
-        # As in T5, what two spaces part is a word as well, an empty one.
+    def remove_determiners(text: str) -> str:
+        # As in T5, there is an empty word between two spaces.
         words = text.strip().lower().split(" ")
         return " ".join(word for word in words if not _DETERMINERS.fullmatch(word))
 
-    def means(prediction: str, referent: str) -> bool:
-        said, meant = set(prediction.split(" ")), set(referent.split(" "))
-        return ("'" in prediction) == ("'" in referent) and (said <= meant or meant <= said)
+    def matches(prediction: str, referent: str) -> bool:
+        predicted_words, words = set(prediction.split(" ")), set(referent.split(" "))
+        same_apostrophes = ("'" in prediction) == ("'" in referent)
+        return same_apostrophes and (predicted_words <= words or words <= predicted_words)
 
-    cleaned = [clean(prediction) for prediction in predictions]
-    right = [
-        bool(text) and means(text, clean(answer.referent)) == answer.label
+    cleaned = [remove_determiners(prediction) for prediction in predictions]
+    correct = [
+        bool(text) and matches(text, remove_determiners(answer.referent)) == answer.label
         for answer, text in zip(answers, cleaned)
     ]
-    return {"accuracy": _mean(right)} | _invalid([not text for text in cleaned])
+    return {"accuracy": _mean_percent(correct)} | _count_invalid([not text for text in cleaned])
 
 
-# By name; functions of answers, predictions and, for a classification, its classes.
+# Functions of (answers, predictions), and of classes for a classification. Behind each: the type of
+# an answer.
 METRICS: dict[str, Callable[..., Scores]] = {
-    "accuracy": accuracy,  # answers: str
+    "accuracy": accuracy,  # str
     "f1": f1,  # str
     "macro_f1": macro_f1,  # str
     "matthews": matthews,  # str
@@ -237,69 +263,79 @@ METRICS: dict[str, Callable[..., Scores]] = {
 }
 
 
-def _mean(values: Any) -> float:
-    """Mean of numbers of 0 to 1, in per cent."""
+def _mean_percent(values: Any) -> float:
+    """Returns the mean of numbers from 0 to 1, in per cent."""
     return 100 * float(np.mean(list(values)))
 
 
-def _invalid(of_them: Any) -> Scores:
-    return {"invalid": int(np.sum(of_them))}
+def _count_invalid(is_invalid: Any) -> Scores:
+    return {"invalid": int(np.sum(is_invalid))}
 
 
-def _ids(
+def _class_indices(
     answers: Sequence[str], predictions: Sequence[str], classes: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[N] places in `classes` of answers and of predictions; -1: no class."""
-    places = {name: place for place, name in enumerate(classes)}
-    answers_N, guesses_N = (
-        np.array([places.get(text, -1) for text in texts]) for texts in (answers, predictions)
+    """Returns the indices in `classes` of answers [N] and predictions [N]; -1: not a class."""
+    index_of = {name: index for index, name in enumerate(classes)}
+    answers_N, predicted_N = (
+        np.array([index_of.get(text, -1) for text in texts]) for texts in (answers, predictions)
     )
     if -1 in answers_N:
         raise UserError(_UNLABELLED)
-    return answers_N, guesses_N
+    return answers_N, predicted_N
 
 
-def _f1(answers_N: np.ndarray, guesses_N: np.ndarray, place: int) -> float:
-    """F1 of one class, 0 to 1."""
-    answered_N, guessed_N = answers_N == place, guesses_N == place
-    named = np.sum(answered_N) + np.sum(guessed_N)
-    return float(2 * np.sum(answered_N & guessed_N) / named) if named else 0.0
+def _f1_of_class(answers_N: np.ndarray, predicted_N: np.ndarray, index: int) -> float:
+    """Returns F1 of one class, 0 to 1."""
+    is_answer_N, is_predicted_N = answers_N == index, predicted_N == index
+    total = np.sum(is_answer_N) + np.sum(is_predicted_N)
+    return float(2 * np.sum(is_answer_N & is_predicted_N) / total) if total else 0.0
 
 
 def _correlation(
-    name: str, of: Callable, answers: Sequence[float], predictions: Sequence[str]
+    name: str, statistic: Callable, answers: Sequence[float], predictions: Sequence[str]
 ) -> Scores:
-    guesses_N = np.array([_number(text) for text in predictions])
-    invalid_N = ~np.isfinite(guesses_N)
-    guesses_N[invalid_N] = -1
-    constant = any(np.unique(numbers).size == 1 for numbers in (answers, guesses_N))
-    value = 0.0 if constant else of(answers, guesses_N).statistic
-    return {name: 100 * float(value)} | _invalid(invalid_N)
+    predicted_N = np.array([_parse_number(text) for text in predictions])
+    invalid_N = ~np.isfinite(predicted_N)
+    predicted_N[invalid_N] = -1
+    constant = any(np.unique(numbers).size == 1 for numbers in (answers, predicted_N))
+    value = 0.0 if constant else statistic(answers, predicted_N).statistic
+    return {name: 100 * float(value)} | _count_invalid(invalid_N)
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
+    """Returns the number, or NaN if the text is not a number."""
     try:
         return float(text)
     except ValueError:
         return math.nan
 
 
-def _questions(
+def _exact_match_and_f1(
     answers: Sequence[Sequence[str]], predictions: Sequence[str], punctuation: dict[int, Any]
 ) -> Scores:
-    """Exact match and F1 of normalised texts; `punctuation` says what becomes of it."""
+    """Computes exact match and F1 of normalised texts.
+
+    `punctuation` is a translation table for `str.translate`. Raises `UserError` if an example has
+    no answers.
+    """
     if not all(answers):
         raise UserError(_UNLABELLED)
 
-    def words(text: str) -> list[str]:
+    def normalised_words(text: str) -> list[str]:
         return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(punctuation)).split()
 
-    def overlap(answer: list[str], guess: list[str]) -> float:
-        common = (collections.Counter(answer) & collections.Counter(guess)).total()
-        return 2 * common / (len(answer) + len(guess)) if common else 0.0
+    def word_f1(answer: list[str], predicted: list[str]) -> float:
+        common = (collections.Counter(answer) & collections.Counter(predicted)).total()
+        return 2 * common / (len(answer) + len(predicted)) if common else 0.0
 
-    pairs = [([words(one) for one in of], words(p)) for of, p in zip(answers, predictions)]
+    pairs = [
+        ([normalised_words(answer) for answer in accepted], normalised_words(prediction))
+        for accepted, prediction in zip(answers, predictions)
+    ]
     return {
-        "exact_match": _mean(guess in accepted for accepted, guess in pairs),
-        "f1": _mean(max(overlap(one, guess) for one in accepted) for accepted, guess in pairs),
+        "exact_match": _mean_percent(predicted in accepted for accepted, predicted in pairs),
+        "f1": _mean_percent(
+            max(word_f1(answer, predicted) for answer in accepted) for accepted, predicted in pairs
+        ),
     }

@@ -1,4 +1,4 @@
-"""How good a model's answers to fine-tuning tasks are: asked, written down, compared."""
+"""Task scores: predicts the validation examples of fine-tuning tasks, and computes metrics."""
 
 import hashlib
 import json
@@ -24,100 +24,114 @@ from switch_jax.evaluation.task_metrics import (
     MultircAnswer,
     RecordAnswer,
     WscAnswer,
-    average,
-    score,
+    benchmark_average,
+    compute_metrics,
 )
 from switch_jax.evaluation.task_predictions import Predictor
 from switch_jax.files import write_atomically
 from switch_jax.model import ShardedModel
 
-Examples = Sequence[Mapping[str, Any]]  # as `read_task_examples` gives them
-_FEW = 4  # examples that tell what metrics there will be
+Examples = Sequence[Mapping[str, Any]]  # from `read_task_examples`
+_NUM_PROBED = 4  # examples that are scored in advance, to list the metrics
+# Keys of a task's scores that are not metrics of its answers.
+_NOT_METRICS = ("score", "invalid", "cross_entropy", "neg_log_perplexity")
 
 
 class TaskScorer:
-    """The fine-tuning tasks of a mixture: answers to their validation examples, and metrics.
+    """Scorer of the fine-tuning tasks in the config's mixture, on their validation examples.
 
-    Without tasks in the mixture, it does nothing.
+    It does nothing if the mixture has no such tasks.
 
     Attributes:
-      names: of the metrics that a call gives.
+      metric_names: names of the metrics that a call returns.
 
-    Raises `UserError` where examples cannot be read, or a metric needs what is not installed.
+    Raises `UserError` where examples cannot be read, or a metric needs a package that is not
+    installed.
     """
 
     def __init__(self, sharded: ShardedModel):
         self._config = sharded.config
         self._examples = read_task_examples(sharded.config)
-        self.names: list[str] = []
+        self.metric_names: list[str] = []
         if not self._examples:
             return
         self._vocabulary = open_vocabulary(sharded.config)
         self._predictor = Predictor(sharded, self._vocabulary)
-        few = {name: _labelled(of)[:_FEW] for name, of in self._examples.items()}
-        self.names = list(self._scores(few, {name: [""] * len(of) for name, of in few.items()}))
+        probed = {
+            task: _labelled(examples)[:_NUM_PROBED] for task, examples in self._examples.items()
+        }
+        empty_predictions = {task: [""] * len(examples) for task, examples in probed.items()}
+        self.metric_names = list(self._scores(probed, empty_predictions))
         if jax.process_index() == 0:
             for note in self._notes():
                 print(note, file=sys.stderr)
 
-    def agree(self) -> None:
-        """Raises `UserError` where processes have other examples than the first; all must call."""
-        digest = hashlib.blake2b(repr(self._examples).encode("utf-8", "replace"), digest_size=3)
-        mine = int.from_bytes(digest.digest(), "big")
-        if len(set(all_gather_int(mine))) > 1:
+    def check_examples_agree(self) -> None:
+        """Raises `UserError` if processes have different examples; all processes must call it."""
+        hashed = hashlib.blake2b(repr(self._examples).encode("utf-8", "replace"), digest_size=3)
+        digest = int.from_bytes(hashed.digest(), "big")
+        if len(set(all_gather_int(digest))) > 1:
             raise UserError(
                 "The processes have different validation examples; give all the same data.data_dir."
             )
 
     def __call__(self, params: Mapping[str, jax.Array], folder: Path) -> dict[str, float]:
-        """Scores of all examples; predictions go to `folder/<task>.jsonl`. All must call it.
+        """Predicts and scores all examples; all processes must call it.
+
+        Args:
+          params: parameters by path.
+          folder: the first process writes predictions to `folder/<task>.jsonl`.
 
         Returns `<task>/<metric>` in per cent, `<task>/score` as the paper reports it, and
-        `average`, the mixture's number. Raises `UserError` where `folder` cannot be written.
+        `average`, the score of the mixture. Raises `UserError` where `folder` cannot be written.
         """
         if not self._examples:
             return {}
-        first_process = jax.process_index() == 0
+        is_first_process = jax.process_index() == 0
         with fail_together():
-            if first_process:
-                _make(folder)
+            if is_first_process:
+                _create_folder(folder)
         predictions = {}
         for name, examples in self._examples.items():
-            predictions[name] = self._answered(params, get_task(name), examples)
-            if first_process:
-                _write(folder / f"{name}.jsonl", examples, predictions[name])
+            predictions[name] = self._predict(params, get_task(name), examples)
+            if is_first_process:
+                _write_predictions(folder / f"{name}.jsonl", examples, predictions[name])
         return self._scores(self._examples, predictions)
 
-    def _answered(self, params: Any, task: Task, examples: Examples) -> list[str]:
+    def _predict(self, params: Any, task: Task, examples: Examples) -> list[str]:
         inputs = [example["inputs"] for example in examples]
-        classes = _classes(task)
+        classes = _output_classes(task)
         if self._config.eval.method == "rank" and classes:
-            return self._predictor.rank(params, inputs, classes)
-        return self._predictor.write(params, inputs)
+            return self._predictor.most_probable_class(params, inputs, classes)
+        return self._predictor.generate(params, inputs)
 
     def _scores(
         self, examples: Mapping[str, Examples], predictions: Mapping[str, Sequence[str]]
     ) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for name, of in examples.items():
-            scores = _scored(get_task(name), of, predictions[name], self._vocabulary)
-            values |= {f"{name}/{metric}": value for metric, value in scores.items()}
-        groups = {", ".join(group): group for group in self._groups()}
-        tasks = {task for group in groups.values() for task in group}
-        scored = {t: {"score": values[f"{t}/score"]} for t in tasks if f"{t}/score" in values}
+        """Returns the metrics of all tasks, and `average` if every task has a score."""
+        metrics: dict[str, float] = {}
+        for name, task_examples in examples.items():
+            scores = _score_task(get_task(name), task_examples, predictions[name], self._vocabulary)
+            metrics |= {f"{name}/{metric}": value for metric, value in scores.items()}
+        members = {", ".join(group): group for group in self._average_groups()}
+        tasks = {task for group in members.values() for task in group}
+        scored = {t: {"score": metrics[f"{t}/score"]} for t in tasks if f"{t}/score" in metrics}
         if tasks and len(scored) == len(tasks):
-            values["average"] = average(scored, groups)
-        return values
+            metrics["average"] = benchmark_average(scored, members)
+        return metrics
 
-    def _groups(self) -> Sequence[Sequence[str]]:
-        """Tasks whose means are averaged: of a mixture of the paper's as there, else each alone."""
+    def _average_groups(self) -> Sequence[Sequence[str]]:
+        """Returns the groups of tasks over whose means `average` is taken.
+
+        They are those of the paper for its mixtures; in other mixtures, each task is a group.
+        """
         mixture = MIXTURES.get(self._config.data.mixture)
         if mixture is not None:
             return mixture.average_groups
         return [[name] for name, examples in self._examples.items() if _labelled(examples)]
 
     def _notes(self) -> list[str]:
-        """What of the examples a model cannot see, write, or be measured by."""
+        """Returns warnings about examples that are cut, and about a missing average."""
         data, notes = self._config.data, []
         for name, examples in self._examples.items():
             for side, limit in (("inputs", data.inputs_length), ("targets", data.targets_length)):
@@ -127,38 +141,34 @@ class TaskScorer:
                         f"{name}: {long} of {len(examples)} validation {side} are longer than"
                         f" data.{side}_length={limit}, and are cut."
                     )
-        if "average" not in self.names and self._groups():
-            tasks = (task for group in self._groups() for task in group)
-            missing = [task for task in tasks if f"{task}/score" not in self.names]
+        if "average" not in self.metric_names and self._average_groups():
+            tasks = (task for group in self._average_groups() for task in group)
+            missing = [task for task in tasks if f"{task}/score" not in self.metric_names]
             notes.append(f"There is no average: {', '.join(missing)} has no labelled examples.")
         return notes
 
 
-def scores_table(values: Mapping[str, float]) -> str:
-    """A table of what a `Scorer` gave, in lines; empty where there were no tasks."""
-    of_tasks: dict[str, dict[str, float]] = {}
-    for key, value in values.items():
+def scores_table(metrics: Mapping[str, float]) -> str:
+    """Returns the metrics of a `TaskScorer` as lines of a table; empty if there are no tasks."""
+    by_task: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
         task, _, metric = key.rpartition("/")
-        of_tasks.setdefault(task, {})[metric] = value
-    scored = {task: of for task, of in of_tasks.items() if "score" in of}
-    if not scored:
+        by_task.setdefault(task, {})[metric] = value
+    scores_by_task = {task: scores for task, scores in by_task.items() if "score" in scores}
+    if not scores_by_task:
         return ""
     lines = [f"{'task':30} {'score':>7}\n"]
-    for task, of in scored.items():
-        detail = [f"{name} {of[name]:.2f}" for name in of if name not in _BESIDE]
-        if of.get("invalid"):
-            detail.append(f"{of['invalid']:.0f} answers invalid")
-        lines.append(f"{task:30} {of['score']:7.2f}  {', '.join(detail)}\n")
-    if len(scored) > 1 and "average" in values:
-        lines.append(f"{'average':30} {values['average']:7.2f}\n")
+    for task, scores in scores_by_task.items():
+        details = [f"{name} {scores[name]:.2f}" for name in scores if name not in _NOT_METRICS]
+        if scores.get("invalid"):
+            details.append(f"{scores['invalid']:.0f} answers invalid")
+        lines.append(f"{task:30} {scores['score']:7.2f}  {', '.join(details)}\n")
+    if len(scores_by_task) > 1 and "average" in metrics:
+        lines.append(f"{'average':30} {metrics['average']:7.2f}\n")
     return "".join(lines)
 
 
-# What is no metric of a task's answers.
-_BESIDE = ("score", "invalid", "cross_entropy", "neg_log_perplexity")
-
-
-def _make(folder: Path) -> None:
+def _create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -168,7 +178,7 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _write(path: Path, examples: Examples, predictions: Sequence[str]) -> None:
+def _write_predictions(path: Path, examples: Examples, predictions: Sequence[str]) -> None:
     lines = [
         json.dumps({**example, "prediction": prediction}, ensure_ascii=False) + "\n"
         for example, prediction in zip(examples, predictions)
@@ -177,39 +187,40 @@ def _write(path: Path, examples: Examples, predictions: Sequence[str]) -> None:
 
 
 def _labelled(examples: Examples) -> Examples:
+    """Returns the examples that have an answer."""
     return [example for example in examples if example["answer"] is not None]
 
 
-def _classes(task: Task) -> tuple[str, ...]:
-    """What answers are to be chosen from; WSC's are nouns, though its labels are classes."""
+def _output_classes(task: Task) -> tuple[str, ...]:
+    """Returns the texts to choose outputs from; none for WSC, whose outputs are nouns."""
     return () if task.metrics == ("wsc",) else task.classes
 
 
-# What metrics compare with, from `Example.answer` as JSON has it.
-_ANSWERS: dict[str, Callable[[Any], Any]] = {
+# Builds the answer that a metric takes, from an example's `answer` in JSON.
+_ANSWER_TYPES: dict[str, Callable[[Any], Any]] = {
     "multirc": lambda x: MultircAnswer(x["value"], tuple(x["group"])),
     "record": lambda x: RecordAnswer(x["value"], tuple(x["group"])),
     "wsc": lambda x: WscAnswer(x["referent"], x["value"] == "True"),
 }
 
 
-def _scored(
+def _score_task(
     task: Task, examples: Examples, predictions: Sequence[str], vocabulary: Vocabulary
 ) -> dict[str, float]:
-    """A task's metrics, and `score`; nothing where no answer is known."""
-    known = [i for i, example in enumerate(examples) if example["answer"] is not None]
-    if not task.metrics or not known:
+    """Returns the metrics of a task and its `score`; empty if no example has an answer."""
+    labelled = [i for i, example in enumerate(examples) if example["answer"] is not None]
+    if not task.metrics or not labelled:
         return {}
-    read = _ANSWERS.get(task.metrics[0], lambda x: x)
+    build_answer = _ANSWER_TYPES.get(task.metrics[0], lambda x: x)
     if task.metrics == ("accuracy",) and not task.classes:
-        # As the vocabulary has it: one that folds blanks can write no other.
-        read = lambda x: vocabulary.decode(vocabulary.encode(x))  # noqa: E731
-    answers = [read(examples[i]["answer"]) for i in known]
-    said = [predictions[i] for i in known]
-    values = score(task.metrics, answers, said, _classes(task))
-    counted = (
-        [values[task.reported_metric]]
+        # A vocabulary may normalise blanks; predictions can have only texts that it can decode.
+        build_answer = lambda x: vocabulary.decode(vocabulary.encode(x))  # noqa: E731
+    answers = [build_answer(examples[i]["answer"]) for i in labelled]
+    predicted = [predictions[i] for i in labelled]
+    metrics = compute_metrics(task.metrics, answers, predicted, _output_classes(task))
+    averaged = (
+        [metrics[task.reported_metric]]
         if task.reported_metric
-        else [value for key, value in values.items() if key != "invalid"]
+        else [value for name, value in metrics.items() if name != "invalid"]
     )
-    return {**values, "score": float(np.mean(counted))}
+    return {**metrics, "score": float(np.mean(averaged))}

@@ -1,4 +1,4 @@
-"""Evaluation: token-weighted sums over batches, divided once at the end."""
+"""Validation loss: token-weighted sums over batches, divided once at the end."""
 
 import functools
 import itertools
@@ -27,63 +27,79 @@ from switch_jax.evaluation.metric_names import SOURCE_METRICS, TOKEN_METRICS
 from switch_jax.evaluation.task_scores import TaskScorer
 from switch_jax.model import ShardedModel, process_rows, router_metrics
 
-Validation = Mapping[str, Sequence[Batch]]  # by source
+ValidationBatches = Mapping[str, Sequence[Batch]]  # by source
 
 
 def evaluate(
-    sharded: ShardedModel, params: Mapping[str, jax.Array], batches: Validation
+    sharded: ShardedModel, params: Mapping[str, jax.Array], batches: ValidationBatches
 ) -> dict[str, float]:
-    """Metrics over finite numbers of batches, without dropout, at the evaluation capacity.
+    """Computes metrics over all batches, without dropout, at the evaluation capacity factor.
 
-    Every target token counts once, wherever its batch ends. `cross_entropy` is in nats and
-    holds neither auxiliary nor z-losses; `neg_log_perplexity` is its negative (the paper's
-    measure of quality). Of several sources, each has its own as well, `<source>/cross_entropy`
-    and so on.
+    Every target token has the same weight, whatever its batch. `cross_entropy` is in nats and
+    includes neither auxiliary nor z-losses; `neg_log_perplexity` is its negative (the paper's
+    measure of quality). With several sources, `<source>/cross_entropy` and
+    `<source>/neg_log_perplexity` are those of one source.
+
+    Args:
+      sharded: the model on a mesh.
+      params: parameters by path.
+      batches: from `validation_batches`.
     """
-    sums = {}
-    for source, of_source in batches.items():
-        steps = (sharded.eval_step(params, sharded.shard_batch(batch)) for batch in of_source)
-        sums[source] = jax.device_get(functools.reduce(_add, steps))
-    total = functools.reduce(_add, sums.values())
-    metrics = _quality(total) | router_metrics(total[2], sharded.config)
-    if len(sums) > 1:
-        for source, of_source in sums.items():
-            quality = _quality(of_source)
-            metrics |= {f"{source}/{name}": quality[name] for name in SOURCE_METRICS}
+    sums_by_source = {}
+    for source, source_batches in batches.items():
+        sums = (sharded.eval_step(params, sharded.shard_batch(batch)) for batch in source_batches)
+        sums_by_source[source] = jax.device_get(functools.reduce(_add_trees, sums))
+    total = functools.reduce(_add_trees, sums_by_source.values())
+    metrics = _token_metrics(total) | router_metrics(total[2], sharded.config)
+    if len(sums_by_source) > 1:
+        for source, sums in sums_by_source.items():
+            source_metrics = _token_metrics(sums)
+            metrics |= {f"{source}/{name}": source_metrics[name] for name in SOURCE_METRICS}
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _add(a: Any, b: Any) -> Any:
+def _add_trees(a: Any, b: Any) -> Any:
     return jax.tree.map(operator.add, a, b)
 
 
-def _quality(result: Any) -> dict[str, Any]:
-    sums, targets, _ = result
+def _token_metrics(eval_step_result: Any) -> dict[str, Any]:
+    """Divides the sums of evaluation steps by the number of target tokens."""
+    sums, targets, _ = eval_step_result
     loss = sums.cross_entropy / targets
     return dict(zip(TOKEN_METRICS, (loss, -loss, sums.correct / targets)))
 
 
 def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[str, float]:
-    """Metrics of a checkpoint on validation batches of `config`, and of its tasks' examples.
+    """Computes metrics of a checkpoint: validation loss and task scores.
 
-    With `unigram_entropy` of the same targets, to compare with. Raises `UserError`, also where
-    the batches are not in the vocabulary that the run was trained with.
+    The loss is over the validation batches of `config`, the scores are over its tasks' examples;
+    predictions go to WORKDIR/predictions/eval-STEP. `unigram_entropy` of the same targets is
+    included, for comparison with `cross_entropy`.
+
+    Args:
+      workdir: of the run.
+      folder: of the checkpoint.
+      config: of the run, or with other data.
+
+    Raises `UserError` where parameters or data cannot be read, and where the data's vocabulary
+    differs from the run's.
     """
     check_vocabulary(workdir, config)
     sharded = ShardedModel(config, make_mesh(config))
-    feed = process_rows(sharded.mesh)
-    batches, score = validation_batches(config, feed), TaskScorer(sharded)
-    score.agree()
+    rows = process_rows(sharded.mesh)
+    batches, task_scorer = validation_batches(config, rows), TaskScorer(sharded)
+    task_scorer.check_examples_agree()
     params = restore_params(folder, sharded.abstract_params)
     metrics = evaluate(sharded, params, batches)
-    mine = itertools.chain(*batches.values()) if feed.first_in_group else []
-    counts_V = sum_over_processes(_token_counts(mine, config))
+    # Processes of a group have the same rows.
+    counted = itertools.chain(*batches.values()) if rows.first_in_group else []
+    counts_V = sum_over_processes(_token_counts(counted, config))
     metrics["unigram_entropy"] = unigram_entropy(counts_V)
-    return metrics | score(params, workdir.predictions / f"eval-{folder.name}")
+    return metrics | task_scorer(params, workdir.predictions / f"eval-{folder.name}")
 
 
 def check_vocabulary(workdir: Workdir, config: Config) -> None:
-    """Raises `UserError` where a config's text is not in the vocabulary of a run."""
+    """Raises `UserError` if the vocabulary of `config` differs from the run's."""
     if config.data.reader == "synthetic" or not workdir.vocabulary.exists():
         return
     if open_vocabulary(config).fingerprint != read_vocabulary(workdir.vocabulary).fingerprint:
@@ -93,36 +109,37 @@ def check_vocabulary(workdir: Workdir, config: Config) -> None:
         )
 
 
-def validation_batches(config: Config, feed: ProcessRows) -> Validation:
-    """This process's rows of validation batches of every source.
+def validation_batches(config: Config, rows: ProcessRows) -> ValidationBatches:
+    """Returns the validation batches of every source, with the rows of this process.
 
-    They are `train.eval_batches`, or as many as have every row of the source once.
+    A source has `train.eval_batches` batches, or fewer if these contain each of its rows once.
     """
-    rows_B, count = feed.indices(config.data.batch_size), config.train.eval_batches
+    index_B, count = rows.indices(config.data.batch_size), config.train.eval_batches
     return {
-        name: list(itertools.islice(_once(stream, rows_B, config.data.batch_size), count))
-        for name, stream in open_batches_by_source(config, "validation", feed).items()
+        name: list(itertools.islice(_one_epoch(stream, index_B, config.data.batch_size), count))
+        for name, stream in open_batches_by_source(config, "validation", rows).items()
     }
 
 
-def _once(stream: BatchIterator, rows_B: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Batches until a source begins anew; rows of the last one that would be anew are padding."""
+def _one_epoch(stream: BatchIterator, index_B: np.ndarray, batch_size: int) -> Iterator[Batch]:
+    """Yields the batches of one epoch; rows of the next epoch in the last batch become padding.
+
+    `index_B` has the index of each row in the global batch.
+    """
     for number, batch in enumerate(stream):
-        left = (
-            math.inf
-            if stream.rows_per_epoch is None
-            else stream.rows_per_epoch - number * batch_size
-        )
-        if left <= 0:
+        epoch = math.inf if stream.rows_per_epoch is None else stream.rows_per_epoch
+        rows_left = epoch - number * batch_size
+        if rows_left <= 0:
             return
-        anew_B = rows_B >= left
+        is_next_epoch_B = index_B >= rows_left
         yield {
-            name: np.where(anew_B[:, None], 0, of).astype(of.dtype) for name, of in batch.items()
+            name: np.where(is_next_epoch_B[:, None], 0, feature).astype(feature.dtype)
+            for name, feature in batch.items()
         }
 
 
 def _token_counts(batches: Iterable[Batch], config: Config) -> np.ndarray:
-    """[V] how often each target token occurs, sentinels included."""
+    """[V] int64: number of occurrences of each token among the targets, sentinels included."""
     counts_V = np.zeros(config.model.vocab_size, np.int64)
     for batch in batches:
         tokens = batch["decoder_target_tokens"][batch["decoder_loss_weights"] > 0]
@@ -131,9 +148,9 @@ def _token_counts(batches: Iterable[Batch], config: Config) -> np.ndarray:
 
 
 def unigram_entropy(counts_V: np.ndarray) -> float:
-    """Entropy, in nats, of tokens that occur so often.
+    """Returns the entropy, in nats, of the distribution of tokens with counts [V].
 
-    The cross-entropy of a model that knows how often each token occurs and nothing else.
+    It is the cross-entropy of the best model that ignores all context.
     """
-    share = counts_V[counts_V > 0] / counts_V.sum()
-    return float(-np.sum(share * np.log(share)))
+    probs = counts_V[counts_V > 0] / counts_V.sum()
+    return float(-np.sum(probs * np.log(probs)))

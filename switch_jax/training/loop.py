@@ -52,14 +52,14 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         scorer = TaskScorer(program.sharded)
         best_key = None
         if settings.keep_best is not None:
-            check_metric(settings.keep_best, validation, scorer.names)
+            check_metric(settings.keep_best, validation, scorer.metric_names)
             best_key = functools.partial(sort_key, settings.keep_best)
 
         # Errors in the config are raised before anything is written.
         check_distillation(config)
         if config.init_from is not None and not workdir.checkpoints.exists():
             initial_state_report(config)
-    scorer.agree()
+    scorer.check_examples_agree()
     with fail_together():
         if first_process:
             synthetic = config.data.reader == "synthetic"

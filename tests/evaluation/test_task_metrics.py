@@ -1,4 +1,4 @@
-"""T5's values of tests/golden/t5_metrics.json, and some worked by hand."""
+"""Task metrics: values of T5 in tests/golden/t5_metrics.json, and values computed by hand."""
 
 import json
 import math
@@ -15,13 +15,13 @@ from switch_jax.evaluation.task_metrics import (
     MultircAnswer,
     RecordAnswer,
     WscAnswer,
-    average,
+    benchmark_average,
+    compute_metrics,
     macro_f1,
     multirc,
     pearson,
     record,
     rouge,
-    score,
     spearman,
     squad,
     trivia_qa,
@@ -56,8 +56,8 @@ GLUE = {
 SUPER_GLUE = {name: [name] for name in ("boolq", "cb", "copa", "multirc", "record")}
 SUPER_GLUE |= {name: [name] for name in ("rte", "wic", "wsc")}
 TEXTS = st.text("ab theU.S'‘ ", max_size=8)
-# Answers that there can be, and classes, of metrics that no order of examples changes: ReCoRD takes
-# the first of a query, and ROUGE draws from their numbers.
+# Possible answers, and classes, of the metrics that do not depend on the order of examples:
+# `record` takes the first example of a query, and `rouge` samples examples by index.
 KINDS = {
     "accuracy": (st.sampled_from(THREE), THREE),
     "f1": (st.sampled_from(TWO), TWO),
@@ -73,7 +73,7 @@ KINDS = {
 
 
 def perfect(metric, answer):
-    """What a model writes that is always right."""
+    """The prediction of a model that is always correct."""
     match metric:
         case "multirc":
             return answer.label
@@ -87,21 +87,21 @@ def perfect(metric, answer):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_values_are_those_of_t5(metric):
+def test_metrics_equal_those_of_t5(metric):
     cases = [case for case in CASES if case["metric"] == metric]
     assert len(cases) >= 4
     for case in cases:
         answers = case["answers"]
         if metric in ANSWERS:
             answers = [ANSWERS[metric](*answer) for answer in answers]
-        values = score([metric], answers, case["predictions"], case["classes"])
+        values = compute_metrics([metric], answers, case["predictions"], case["classes"])
         values.pop("invalid", None)
-        # Where T5 has no number: a constant correlates with nothing.
+        # T5 has null for the correlation with a constant.
         expected = {T5_NAMES.get(name, name): x or 0.0 for name, x in case["t5"].items()}
         assert values == pytest.approx(expected, abs=1e-9), case
 
 
-def test_averages_are_those_of_t5():
+def test_benchmark_averages_equal_those_of_t5():
     (case,) = (case for case in CASES if case["metric"] == "average")
     benchmarks = {"glue_": {}, "super_glue_": {}}
     for tag, value in case["scores"].items():
@@ -109,14 +109,14 @@ def test_averages_are_those_of_t5():
         task, name = tag.removeprefix(prefix).split("/")
         task = task.split("_v10")[0].removesuffix("_v002")
         benchmarks[prefix].setdefault(task, {"invalid": 1234})[name] = value
-    assert average(benchmarks["glue_"], GLUE) == pytest.approx(case["t5"]["GLUE"])
-    ours = average(benchmarks["super_glue_"], SUPER_GLUE)
-    assert ours == pytest.approx(case["t5"]["SuperGLUE"])
+    assert benchmark_average(benchmarks["glue_"], GLUE) == pytest.approx(case["t5"]["GLUE"])
+    super_glue = benchmark_average(benchmarks["super_glue_"], SUPER_GLUE)
+    assert super_glue == pytest.approx(case["t5"]["SuperGLUE"])
 
 
-def test_a_text_that_names_no_class_is_wrong_and_counted():
+def test_a_prediction_that_is_no_class_is_wrong_and_counts_as_invalid():
     answers, predictions = ["yes", "yes", "no", "no"], ["yes", "Yes", "", "no"]
-    scores = score(["f1", "accuracy", "matthews"], answers, predictions, TWO)
+    scores = compute_metrics(["f1", "accuracy", "matthews"], answers, predictions, TWO)
     # "Yes" counts as no and "" as yes: one true, one false positive, one false negative.
     assert scores["f1"] == pytest.approx(100 * 2 * 1 / (2 * 1 + 1 + 1))
     assert scores["accuracy"] == 50
@@ -135,7 +135,7 @@ def test_macro_f1_by_hand():
 
 
 def test_free_text_has_no_invalid_predictions():
-    assert score(["accuracy"], ["a dog", "b"], ["a dog", "a"]) == {"accuracy": 50}
+    assert compute_metrics(["accuracy"], ["a dog", "b"], ["a dog", "a"]) == {"accuracy": 50}
 
 
 def test_correlations_by_hand():
@@ -149,12 +149,12 @@ def test_correlations_by_hand():
 
 @pytest.mark.parametrize("metric", ["pearson", "spearman"])
 @pytest.mark.parametrize("text", ["nan", "inf", "-1e999"])
-def test_what_is_not_finite_is_no_number(metric, text):
-    scores = score([metric], [1.0, 2.0, 4.0], ["3", "2", text])
-    assert scores == score([metric], [1.0, 2.0, 4.0], ["3", "2", "?"])
+def test_a_number_that_is_not_finite_is_invalid(metric, text):
+    scores = compute_metrics([metric], [1.0, 2.0, 4.0], ["3", "2", text])
+    assert scores == compute_metrics([metric], [1.0, 2.0, 4.0], ["3", "2", "?"])
 
 
-def test_a_question_of_multirc_is_right_where_all_of_its_answers_are():
+def test_multirc_exact_match_needs_all_answers_of_a_question():
     answers = [MultircAnswer(label, group) for label, group in zip(["yes"] * 4, "aabb")]
     # Question a has a wrong answer. 3 true positives, 1 false negative.
     scores = multirc(answers, ["yes", "no", "yes", "yes"], TWO)
@@ -162,7 +162,7 @@ def test_a_question_of_multirc_is_right_where_all_of_its_answers_are():
     assert scores == pytest.approx(expected)
 
 
-def test_questions_by_hand():
+def test_squad_and_trivia_qa_by_hand():
     answers, predictions = [["the U.S.", "United States"], ["a cat"]], ["US states", "The cat!"]
     # "us states" has "us" in common with "us" and "states" with "united states".
     f1 = max(2 * 1 / (2 + 1), 2 * 1 / (2 + 2))
@@ -180,7 +180,7 @@ def test_a_query_of_record_counts_once():
     assert scores == {"exact_match": 50, "f1": 50}
 
 
-def test_an_empty_prediction_is_not_the_wrong_referent():
+def test_an_empty_wsc_prediction_is_invalid_and_not_a_wrong_referent():
     answers = [WscAnswer("Bob", False)] * 2
     assert wsc(answers, ["Ann", "the"]) == {"accuracy": 50, "invalid": 1}
 
@@ -204,19 +204,19 @@ def test_rouge_is_the_same_every_time():
 @pytest.mark.parametrize("metric", KINDS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_the_order_of_examples_changes_nothing(metric, data):
+def test_metrics_do_not_depend_on_the_order_of_examples(metric, data):
     kind, classes = KINDS[metric]
     text = st.one_of(kind.map(lambda answer: perfect(metric, answer)), TEXTS)
     pairs = data.draw(st.lists(st.tuples(kind, text), min_size=1, max_size=12))
     shuffled = random.Random(0).sample(pairs, len(pairs))
-    scores = [score([metric], *zip(*of), classes) for of in (pairs, shuffled)]
+    scores = [compute_metrics([metric], *zip(*examples), classes) for examples in (pairs, shuffled)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-9)
     low = -100 if metric in ("matthews", "pearson", "spearman") else 0
     assert all(low - 1e-9 <= x <= 100 + 1e-9 for x in scores[0].values())
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_whoever_is_always_right_has_100(metric):
+def test_a_perfect_model_scores_100(metric):
     _, classes = KINDS.get(metric, (None, ()))
     answers = {
         "pearson": [0.0, 2.4, 5.0],
@@ -228,30 +228,32 @@ def test_whoever_is_always_right_has_100(metric):
         "rouge": ["the cat . a dog", "some words"],
         "wsc": [WscAnswer("the cat", label) for label in (False, True)],
     }.get(metric, classes)
-    scores = score([metric], answers, [perfect(metric, one) for one in answers], classes)
+    scores = compute_metrics(
+        [metric], answers, [perfect(metric, answer) for answer in answers], classes
+    )
     assert scores.pop("invalid", 0) == 0
     assert scores == pytest.approx(dict.fromkeys(scores, 100))
 
 
-def test_what_cannot_be_scored_says_why():
+def test_errors_name_the_reason_why_there_is_no_score():
     with pytest.raises(UserError, match=r"no metric 'bleu'; the metrics are accuracy, f1, .*wsc"):
-        score(["accuracy", "bleu"], ["a"], ["a"])
+        compute_metrics(["accuracy", "bleu"], ["a"], ["a"])
     with pytest.raises(UserError, match="nothing to score"):
-        score(["accuracy"], [], [])
+        compute_metrics(["accuracy"], [], [])
     with pytest.raises(UserError, match="a split with labels"):
-        score(["accuracy"], ["<unk>"], ["yes"], TWO)
+        compute_metrics(["accuracy"], ["<unk>"], ["yes"], TWO)
     with pytest.raises(UserError, match="a split with labels"):
-        score(["squad"], [[]], ["yes"])
+        compute_metrics(["squad"], [[]], ["yes"])
     with pytest.raises(UserError, match="needs qnli, rte too"):
-        average(
+        benchmark_average(
             {name: {"accuracy": 1.0} for name in list(GLUE)[:5]},
             {"qqp": ["qqp"], "rte": ["rte"], "qnli": ["qnli"]},
         )
     with pytest.raises(ValueError, match="2 predictions for 1 answers"):
-        score(["accuracy"], ["a"], ["a", "b"])
+        compute_metrics(["accuracy"], ["a"], ["a", "b"])
 
 
-def test_without_rouge_score_rouge_says_what_to_install(monkeypatch):
+def test_rouge_without_its_package_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(UserError, match=r'pip install "switch_jax\[metrics\]"'):
         rouge(["a"], ["a"])

@@ -1,4 +1,4 @@
-"""Answers on any mesh, their files, the best checkpoint."""
+"""Task predictions on any mesh, their scores and files, and the best checkpoint."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
 from switch_jax.evaluation.metric_names import sort_key
 from switch_jax.evaluation.task_predictions import Predictor
-from switch_jax.evaluation.task_scores import TaskScorer, _scored, scores_table
+from switch_jax.evaluation.task_scores import TaskScorer, _score_task, scores_table
 from switch_jax.evaluation.validation_loss import evaluate, evaluate_checkpoint, validation_batches
 from switch_jax.model import ShardedModel
 from switch_jax.training.loop import train
@@ -43,12 +43,12 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Bytes, two tasks and somebody's own pairs; steps that learn something."""
+    """Two tasks and a user's own pairs, with the byte vocabulary, for a few training steps."""
     root, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
     for name in ("glue.rte", "glue.mrpc"):
         for rows in TASKS[name].splits.values():
-            of = [miniature.record(TASKS[name], rng) for _ in range(5)]
-            miniature.write_jsonl(root / TASKS[name].dataset / f"{rows.split}.jsonl", of)
+            records = [miniature.record(TASKS[name], rng) for _ in range(5)]
+            miniature.write_jsonl(root / TASKS[name].dataset / f"{rows.split}.jsonl", records)
     for split in ("train", "validation"):
         pairs = [{"inputs": f"twice {i}", "targets": f"{i} {i}"} for i in range(5)]
         miniature.write_jsonl(root / "twice" / f"{split}.jsonl", pairs)
@@ -81,8 +81,8 @@ def run(config, tmp_path_factory):
     return workdir
 
 
-def opinionated(program):
-    """Parameters far from those that training begins with, whose answers differ."""
+def spread_parameters(program):
+    """Parameters far from the initial ones, so that predictions differ between inputs."""
     params = program.init().params
     keys = jax.random.split(jax.random.key(1), len(params))
     for key, name in zip(keys, sorted(params)):
@@ -110,7 +110,7 @@ def test_every_evaluation_writes_its_predictions(run):
     assert last["average"] == pytest.approx(np.mean(scores))
 
 
-def test_evaluating_alone_gives_what_training_saw(run, config):
+def test_eval_of_a_checkpoint_equals_the_evaluation_during_training(run, config):
     [folder] = [f for f in run.checkpoints.iterdir() if f.name == "6"]
     alone = evaluate_checkpoint(run, folder, config)
     during = evaluations(run)[6]
@@ -121,8 +121,8 @@ def test_evaluating_alone_gives_what_training_saw(run, config):
     assert (run.predictions / "eval-6" / "glue.rte.jsonl").read_text() == before
 
 
-def test_a_loss_counts_every_example_once(config):
-    """Five examples of a task in batches of four, of which three batches are asked for."""
+def test_validation_loss_counts_every_example_once(config):
+    """Five examples of a task in batches of four, with `train.eval_batches=3`."""
     many = override_config(config, {"train.eval_batches": "3"})
     for name, batches in validation_batches(many, ALL_ROWS).items():
         assert len(batches) == 2, name
@@ -131,16 +131,16 @@ def test_a_loss_counts_every_example_once(config):
         assert rows.any(1).tolist() == weights.any(1).tolist() == [True] * 5 + [False] * 3
         assert len({row.tobytes() for row in rows[:5]}) == 5
     program = TrainProgram(many, make_mesh(many))
-    found = evaluate(program.sharded, program.init().params, validation_batches(many, ALL_ROWS))
+    metrics = evaluate(program.sharded, program.init().params, validation_batches(many, ALL_ROWS))
     alone = override_config(many, {"data.batch_size": "1", "train.eval_batches": "9"})
     program = TrainProgram(alone, make_mesh(alone))
     expected = evaluate(program.sharded, program.init().params, validation_batches(alone, ALL_ROWS))
     for source in ("glue.rte", "glue.mrpc", "pairs.twice"):
         name = f"{source}/cross_entropy"
-        assert found[name] == pytest.approx(expected[name], abs=1e-5)
+        assert metrics[name] == pytest.approx(expected[name], abs=1e-5)
 
 
-def test_examples_without_an_answer_are_answered_and_nothing_else(config, tmp_path):
+def test_examples_without_an_answer_are_predicted_but_not_scored(config, tmp_path):
     rng = np.random.default_rng(0)
     records = [miniature.record(TASKS["glue.rte"], rng) for _ in range(6)]
     for split in ("train", "validation"):
@@ -155,7 +155,7 @@ def test_examples_without_an_answer_are_answered_and_nothing_else(config, tmp_pa
     scorer = TaskScorer(program.sharded)
     scores = scorer(program.init().params, tmp_path / "predictions")
     assert set(scores) == {"glue.rte/accuracy", "glue.rte/invalid", "glue.rte/score", "average"}
-    assert scorer.names == list(scores)
+    assert scorer.metric_names == list(scores)
     lines = {p.stem: p.read_text().count("\n") for p in (tmp_path / "predictions").iterdir()}
     assert lines == {"glue.rte": 6, "glue.ax": 3}
     assert set(validation_batches(some, ALL_ROWS)) == {"glue.rte"}
@@ -163,21 +163,23 @@ def test_examples_without_an_answer_are_answered_and_nothing_else(config, tmp_pa
     assert batch["decoder_loss_weights"].any(1).all()
 
 
-def test_there_is_no_average_without_all_of_a_mixture(config, tmp_path, capsys):
+def test_there_is_no_average_if_a_task_of_the_mixture_has_no_score(config, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name, key in (("arc.easy", "A"), ("arc.challenge", "")):
-        of = [miniature.record(TASKS[name], rng) | {"answerKey": key} for _ in range(3)]
+        records = [miniature.record(TASKS[name], rng) | {"answerKey": key} for _ in range(3)]
         for split in ("train", "validation"):
-            labelled = of if split == "validation" else [{**r, "answerKey": "A"} for r in of]
+            labelled = (
+                records if split == "validation" else [{**r, "answerKey": "A"} for r in records]
+            )
             miniature.write_jsonl(tmp_path / TASKS[name].dataset / f"{split}.jsonl", labelled)
     changes = {"data.mixture": "arc", "data.data_dir": str(tmp_path), "train.keep_best": "none"}
     some = override_config(config, changes)
-    names = TaskScorer(ShardedModel(some, make_mesh(some))).names
+    names = TaskScorer(ShardedModel(some, make_mesh(some))).metric_names
     assert names == ["arc.easy/accuracy", "arc.easy/score"]
     assert "There is no average: arc.challenge has no labelled" in capsys.readouterr().err
 
 
-def test_targets_are_compared_as_the_vocabulary_writes_them(config, tmp_path, capsys):
+def test_free_text_targets_are_compared_as_the_vocabulary_decodes_them(config, tmp_path, capsys):
     pairs = [{"inputs": "say it", "targets": text} for text in ("longer than rows", "1  2")]
     for split in ("train", "validation"):
         miniature.write_jsonl(tmp_path / f"{split}.jsonl", pairs)
@@ -188,7 +190,7 @@ def test_targets_are_compared_as_the_vocabulary_writes_them(config, tmp_path, ca
         capsys.readouterr().err
     )
 
-    class Folds:
+    class FoldsBlanks:
         def encode(self, text):
             return text.split()
 
@@ -196,17 +198,17 @@ def test_targets_are_compared_as_the_vocabulary_writes_them(config, tmp_path, ca
             return " ".join(ids)
 
     task, [_, example] = custom_task("pairs.x"), next(iter(scorer._examples.values()))
-    assert _scored(task, [example], ["1 2"], Folds())["accuracy"] == 100
+    assert _score_task(task, [example], ["1 2"], FoldsBlanks())["accuracy"] == 100
 
 
-def test_predictions_that_cannot_be_written_are_told_before_they_are_made(config, tmp_path):
+def test_an_unwritable_folder_of_predictions_is_an_error_before_predicting(config, tmp_path):
     (tmp_path / "file").write_text("")
     scorer = TaskScorer(ShardedModel(config, make_mesh(config)))
     with pytest.raises(UserError, match=r"Predictions cannot be written to .*file"):
         scorer({}, tmp_path / "file" / "6")
 
 
-def test_the_verb_shows_a_table(run, capsys):
+def test_the_eval_command_prints_a_table_of_scores(run, capsys):
     assert main(["eval", "--workdir", str(run.path)]) == 0
     out = capsys.readouterr().out
     during = evaluations(run)[6]
@@ -216,50 +218,52 @@ def test_the_verb_shows_a_table(run, capsys):
     assert scores_table({"cross_entropy": 1.0, "python_docs/accuracy": 0.5}) == ""
 
 
-def answered(config, **mesh):
-    """What is written for INPUTS, and which class is chosen."""
+def predictions_on_mesh(config, **mesh):
+    """Generated texts and chosen classes for INPUTS, and the predictor."""
     changed = override_config(config, {f"mesh.{k}": str(v) for k, v in mesh.items()})
     program = TrainProgram(changed, make_mesh(changed))
     predictor = Predictor(program.sharded, open_vocabulary(changed))
-    params = opinionated(program)
-    return predictor.write(params, INPUTS), predictor.rank(params, INPUTS, CLASSES), predictor
+    params = spread_parameters(program)
+    generated = predictor.generate(params, INPUTS)
+    chosen = predictor.most_probable_class(params, INPUTS, CLASSES)
+    return generated, chosen, predictor
 
 
 @pytest.fixture(scope="module")
 def on_one_device(config):
-    return answered(config)
+    return predictions_on_mesh(config)
 
 
-def test_scores_are_drawn(run, tmp_path):
-    drawn = {path.name for path in draw_run_plots([run, run], tmp_path)}
-    assert "tasks.png" in drawn
+def test_task_scores_are_plotted(run, tmp_path):
+    figures = {path.name for path in draw_run_plots([run, run], tmp_path)}
+    assert "tasks.png" in figures
     lines = [{"step": 1, "split": "eval", "average": 1.0, "squad/score": 1.0}]
     assert _scores({"a": lines}) == ["squad/score"]
     assert _scores({"a": [*lines, {"xsum/score": 2.0}]})[0] == "average"
 
 
 @pytest.mark.parametrize("mesh", [{"expert": 2, "model": 2}, {"data": 4, "fsdp": True}])
-def test_answers_are_the_same_on_any_mesh(config, on_one_device, mesh):
-    written, ranked, _ = answered(config, **mesh)
-    assert written == on_one_device[0] and len(set(written)) > 1
-    assert ranked == on_one_device[1] and set(ranked) <= set(CLASSES)
+def test_predictions_are_the_same_on_any_mesh(config, on_one_device, mesh):
+    generated, chosen, _ = predictions_on_mesh(config, **mesh)
+    assert generated == on_one_device[0] and len(set(generated)) > 1
+    assert chosen == on_one_device[1] and set(chosen) <= set(CLASSES)
 
 
-def test_an_answer_does_not_depend_on_its_neighbours(config, on_one_device):
-    written, _, predictor = on_one_device
-    params = opinionated(TrainProgram(config, make_mesh(config)))
-    assert written == [predictor.write(params, [text])[0] for text in INPUTS]
+def test_a_prediction_does_not_depend_on_other_inputs(config, on_one_device):
+    generated, _, predictor = on_one_device
+    params = spread_parameters(TrainProgram(config, make_mesh(config)))
+    assert generated == [predictor.generate(params, [text])[0] for text in INPUTS]
 
 
-def test_the_likeliest_class_is_that_of_the_model(config, on_one_device):
+def test_the_chosen_class_has_the_highest_log_likelihood(config, on_one_device):
     program, vocabulary = TrainProgram(config, make_mesh(config)), open_vocabulary(config)
-    params = opinionated(program)
+    params = spread_parameters(program)
     source_BxS = np.array([[*vocabulary.encode(INPUTS[0]), 1]])
     log_likelihoods = {}
     for name in CLASSES:
         target = [*vocabulary.encode(name), 1]
         inputs_BxT = np.zeros((1, 9), np.int32)
-        inputs_BxT[0, 1 : len(target)] = target[:-1]  # what follows is not seen from before
+        inputs_BxT[0, 1 : len(target)] = target[:-1]  # later tokens are masked
         logits_BxTxV = jax.jit(program.sharded.model(params).__call__)(source_BxS, inputs_BxT)
         log_probs_TxV = jax.nn.log_softmax(logits_BxTxV[0])
         log_likelihoods[name] = sum(float(log_probs_TxV[i, t]) for i, t in enumerate(target))
@@ -291,8 +295,8 @@ def test_the_best_checkpoint_stays_beside_the_newest(config, tmp_path):
 
 
 def test_training_keeps_the_best_by_its_metric(run, config):
-    found = {step: line["pairs.twice/cross_entropy"] for step, line in evaluations(run).items()}
-    best = min(found, key=found.get)
+    losses = {step: line["pairs.twice/cross_entropy"] for step, line in evaluations(run).items()}
+    best = min(losses, key=losses.get)
     assert {folder.name for folder in run.checkpoints.iterdir()} == {str(best), "6"}
 
 
@@ -303,7 +307,7 @@ def test_training_keeps_the_best_by_its_metric(run, config):
         ("bleu", "use one of cross_entropy, .*glue.rte/score"),
     ],
 )
-def test_a_metric_that_does_not_exist_is_told_before_training(config, tmp_path, metric, hint):
+def test_an_unknown_metric_is_an_error_before_training(config, tmp_path, metric, hint):
     wrong = override_config(config, {"train.keep_best": metric})
     with pytest.raises(UserError, match=f"no metric '{metric}' for train.keep_best; {hint}"):
         train(wrong, Workdir(tmp_path / "run"))
@@ -311,13 +315,13 @@ def test_a_metric_that_does_not_exist_is_told_before_training(config, tmp_path, 
 
 
 def test_a_metric_that_is_not_finite_is_never_the_best(config, tmp_path):
-    good = functools.partial(sort_key, "accuracy")
-    assert good({"accuracy": float("nan")}) == good({}) == -float("inf") < good({"accuracy": 0.0})
-    assert good({"accuracy": None}) == -float("inf")
+    rank = functools.partial(sort_key, "accuracy")
+    assert rank({"accuracy": float("nan")}) == rank({}) == -float("inf") < rank({"accuracy": 0.0})
+    assert rank({"accuracy": None}) == -float("inf")
     assert sort_key("cross_entropy", {"cross_entropy": 2.0}) == -2.0
     workdir, program = Workdir(tmp_path), TrainProgram(config, make_mesh(config))
     state, batches = program.init(), open_batches(config, "train")
-    checkpoints = Checkpointer(workdir, keep=1, goodness=good)
+    checkpoints = Checkpointer(workdir, keep=1, goodness=rank)
     for step, value in enumerate((0.3, np.nan, 0.9, 0.5, np.nan, 0.1), start=1):
         state = dataclasses.replace(state, step=jnp.int32(step))
         save_state(checkpoints, state, batches, {"accuracy": float(value)})
@@ -326,6 +330,6 @@ def test_a_metric_that_is_not_finite_is_never_the_best(config, tmp_path):
     assert {folder.name for folder in workdir.checkpoints.iterdir()} == {"3", "6"}
 
 
-def test_the_best_of_checkpoints_without_evaluations_is_refused(config):
+def test_keep_best_needs_an_evaluation_at_every_checkpoint(config):
     with pytest.raises(UserError, match=r"checkpoint_every=3 is not a multiple of train\.eval_eve"):
         override_config(config, {"train.checkpoint_every": "3"})
