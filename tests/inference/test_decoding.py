@@ -1,7 +1,7 @@
-"""Beams against all sequences there are, draws against their probabilities.
+"""Beam search against all possible sequences, samples against their probabilities.
 
-What scores tokens here is a table with logits for every prefix, so that a sequence that goes on
-with the state of another is found out.
+The decode step reads its logits from a table with a row for every prefix, so that a sequence that
+continues with another's state is detected.
 """
 
 import itertools
@@ -33,14 +33,14 @@ def num_prefixes(V: int, L: int) -> int:
 
 
 def random_table(seed: int, V: int, L: int) -> np.ndarray:
-    """[B, prefixes, V] float32; spread so widely that the best are rarely near each other."""
+    """[B, prefixes, V] float32; spread widely, so that the best scores are rarely close."""
     return 3 * np.random.default_rng(seed).normal(size=(B, num_prefixes(V, L), V)).astype("f")
 
 
 def table_step(table_BxPxV, K, steps=None):
-    """A step over the table for K sequences of an input, whose state [1, N] are prefixes.
+    """A decode step over the table, with K sequences of an input and state [1, N] of prefixes.
 
-    `steps`, a list, gets the positions at which it was called.
+    The positions of its calls are appended to `steps`, a list.
     """
     row_N = jnp.repeat(jnp.arange(len(table_BxPxV)), K)
 
@@ -81,13 +81,13 @@ def padded(tokens, L: int) -> list[int]:
 
 
 def every_sequence(table_PxV, alpha, L):
-    """All that end, by score, then all that do not, by score: (tokens, score)."""
+    """All ended sequences by score, then all others by score: (tokens, score)."""
     V = table_PxV.shape[1]
-    others = [token for token in range(V) if token != END]
-    ended = [(*t, END) for n in range(L) for t in itertools.product(others, repeat=n)]
+    not_end = [token for token in range(V) if token != END]
+    ended = [(*t, END) for n in range(L) for t in itertools.product(not_end, repeat=n)]
     scored = [
         [(log_probability(table_PxV, t) / ((5 + len(t)) / 6) ** alpha, t) for t in kind]
-        for kind in (ended, itertools.product(others, repeat=L))
+        for kind in (ended, itertools.product(not_end, repeat=L))
     ]
     return [(t, score) for kind in scored for score, t in sorted(kind, reverse=True)]
 
@@ -95,7 +95,7 @@ def every_sequence(table_PxV, alpha, L):
 @pytest.mark.parametrize("V, L", SIZES)
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.6, 1.0]))
 @settings(deadline=None, max_examples=25, derandomize=True)  # no two scores too close
-def test_enough_beams_find_every_sequence_in_order(V, L, seed, alpha):
+def test_beam_search_with_enough_beams_finds_every_sequence_in_order(V, L, seed, alpha):
     table = random_table(seed, V, L)
     K = (V - 1) ** L
     found = beams(table, alpha, K, L)
@@ -106,8 +106,8 @@ def test_enough_beams_find_every_sequence_in_order(V, L, seed, alpha):
         assert got == [padded(tokens, L) for tokens, _ in best]
 
 
-def beams_by_the_rules(table_PxV, alpha, K, L):
-    """Beam search as a list of sequences, which never stops early."""
+def plain_beam_search(table_PxV, alpha, K, L):
+    """Beam search over lists of sequences, without an early stop."""
     live, ended, V = [((), 0.0)], [], table_PxV.shape[1]
     logp = log_softmax(table_PxV.astype(np.float64))
     for _ in range(L):
@@ -127,26 +127,26 @@ def beams_by_the_rules(table_PxV, alpha, K, L):
 @pytest.mark.parametrize("K", [1, 2, 3])
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.6, 2.0]))
 @settings(deadline=None, max_examples=50, derandomize=True)  # no two scores too close
-def test_few_beams_find_what_a_search_without_an_early_end_finds(K, seed, alpha):
-    """The early end changes nothing, nor does what the other input of the batch still does."""
+def test_beam_search_equals_plain_beam_search_without_early_stop(K, seed, alpha):
+    """The early stop changes no result, nor does the other input of the batch."""
     V, L = 3, 4
     table = random_table(seed, V, L)
     found = beams(table, alpha, K, L)
     for row in range(B):
-        best = beams_by_the_rules(table[row], alpha, K, L)
+        best = plain_beam_search(table[row], alpha, K, L)
         np.testing.assert_allclose(found.score_BxK[row], [score for _, score in best], **CLOSE)
         got = np.asarray(found.token_BxKxL[row]).tolist()
         assert got == [padded(tokens, L) for tokens, _ in best]
 
 
 def test_the_length_penalty_prefers_the_longer_of_two():
-    """Two tokens of log probability -1.1 together, or one of -1; the penalty turns the order."""
+    """Two tokens with log probability -1.1 in total, or one with -1: the penalty decides."""
     V, L, K = 3, 3, 4
     table = np.full((B, num_prefixes(V, L), V), -30.0, np.float32)
     table[:, 0, [END, 2]] = [-1.0, np.log(1 - np.exp(-1))]
-    behind = prefix_number([2], V)
-    table[:, behind, END] = -1.1 - table[0, 0, 2]
-    table[:, behind, 2] = np.log(1 - np.exp(table[0, behind, END]))
+    after_2 = prefix_number([2], V)
+    table[:, after_2, END] = -1.1 - table[0, 0, 2]
+    table[:, after_2, 2] = np.log(1 - np.exp(table[0, after_2, END]))
 
     short, long = [END, 0, 0], [2, END, 0]
     for alpha, order in ((0.0, [short, long]), (0.6, [short, long]), (1.0, [long, short])):
@@ -158,40 +158,40 @@ def test_the_length_penalty_prefers_the_longer_of_two():
         np.testing.assert_allclose(found.score_BxK[0, :2], want, rtol=1e-5)
 
 
-def test_what_does_not_exist_scores_minus_infinity():
+def test_missing_sequences_score_minus_infinity():
     V, L, K = 3, 1, 5
     found = beams(random_table(0, V, L), 0.6, K, L)
     assert np.isfinite(found.score_BxK[:, :3]).all()
     assert (found.score_BxK[:, 3:] == -np.inf).all()
     assert (found.token_BxKxL[:, 3:] == 0).all()
-    assert found.token_BxKxL[0, 0, 0] == END  # found an end, so it comes before better tokens
+    assert found.token_BxKxL[0, 0, 0] == END  # ended sequences come before live ones
 
 
-def test_searches_stop_when_nothing_can_change():
+def test_decoding_stops_when_the_result_cannot_change():
     V, L = 3, 4
-    sure = np.zeros((B, num_prefixes(V, L), V), np.float32)
-    sure[:, prefix_number([2], V), END] = 20  # whoever begins with 2 ends
-    sure[:, 0] = [0, 0, 20]
-    endless = sure.copy()
+    ends_after_2 = np.zeros((B, num_prefixes(V, L), V), np.float32)
+    ends_after_2[:, prefix_number([2], V), END] = 20
+    ends_after_2[:, 0] = [0, 0, 20]
+    endless = ends_after_2.copy()
     endless[1, :, END] = -1e4  # the second input never ends
-    for length, table in ((2, sure), (L, endless)):
-        walked: list[int] = []
-        step, state = table_step(jnp.asarray(table), 1, walked)
+    for length, table in ((2, ends_after_2), (L, endless)):
+        greedy_positions: list[int] = []
+        step, state = table_step(jnp.asarray(table), 1, greedy_positions)
         jax.block_until_ready(
             jax.jit(lambda s, step=step: decode_loop(step, s, greedy_choice, B, L, END))(state)
         )
         jax.effects_barrier()
-        assert sorted(walked) == list(range(length))
+        assert sorted(greedy_positions) == list(range(length))
 
-    searched: list[int] = []
-    step, state = table_step(jnp.asarray(sure), 1, searched)
+    beam_positions: list[int] = []
+    step, state = table_step(jnp.asarray(ends_after_2), 1, beam_positions)
     found = jax.jit(lambda s: beam_search(step, s, 1, B, 1, L, END, 0.6))(state)
     jax.effects_barrier()
     assert np.asarray(found.token_BxKxL)[0, 0].tolist() == [2, END, 0, 0]
-    assert sorted(searched) == [0, 1]
+    assert sorted(beam_positions) == [0, 1]
 
 
-def test_greedy_takes_the_best_and_scores_what_it_took():
+def test_greedy_decoding_takes_and_scores_the_best_tokens():
     V, L = 4, 3
     table = random_table(3, V, L)
     step, state = table_step(jnp.asarray(table), 1)
@@ -204,19 +204,19 @@ def test_greedy_takes_the_best_and_scores_what_it_took():
         np.testing.assert_allclose(score[row], log_probability(table[row], want), rtol=1e-5)
 
 
-def drawn(logits_V, draws: int = 4000, **how) -> np.ndarray:
-    """How often each token was drawn."""
-    drawing = Sampler(jax.random.split(jax.random.key(0), draws), **how)
-    logits_NxV = jnp.tile(jnp.asarray(logits_V, jnp.float32), (draws, 1))
-    tokens = jax.jit(lambda d, logits: d.sample(logits, jnp.int32(5)))(drawing, logits_NxV)
-    return np.bincount(tokens, minlength=len(logits_V)) / draws
+def sampled_frequencies(logits_V, samples: int = 4000, **options) -> np.ndarray:
+    """[V] relative frequency of each token among the samples."""
+    sampler = Sampler(jax.random.split(jax.random.key(0), samples), **options)
+    logits_NxV = jnp.tile(jnp.asarray(logits_V, jnp.float32), (samples, 1))
+    tokens = jax.jit(lambda s, logits: s.sample(logits, jnp.int32(5)))(sampler, logits_NxV)
+    return np.bincount(tokens, minlength=len(logits_V)) / samples
 
 
 PROBS = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
 
 
 @pytest.mark.parametrize(
-    "how, want",
+    "options, want",
     [
         ({"temperature": 1.0}, PROBS),
         ({"temperature": 0.5}, PROBS**2),
@@ -231,26 +231,26 @@ PROBS = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
         ({"temperature": 0.5, "top_p": 0.7}, PROBS**2 * [0, 1, 0, 1, 0]),
     ],
 )
-def test_draws_have_the_probabilities_that_were_asked_for(how, want):
+def test_sampled_tokens_have_the_configured_probabilities(options, want):
     want = want / want.sum()
-    got = drawn(np.log(PROBS) + 7, **how)
+    got = sampled_frequencies(np.log(PROBS) + 7, **options)
     assert ((got > 0) == (want > 0)).all()
     np.testing.assert_allclose(got, want, atol=0.04)  # five standard deviations
 
 
-def test_of_equals_the_first_is_kept():
-    got = drawn(np.zeros(5), temperature=1.0, top_k=2)
+def test_top_k_keeps_the_first_of_equal_tokens():
+    got = sampled_frequencies(np.zeros(5), temperature=1.0, top_k=2)
     assert (got[:2] > 0.4).all() and (got[2:] == 0).all()
 
 
-def test_draws_depend_on_key_and_position_alone():
+def test_sampled_tokens_depend_on_key_and_position_only():
     key_N, logits = jax.random.split(jax.random.key(1), 64), jnp.zeros((64, 1000))
-    drawing = Sampler(key_N, 1.0)
-    at_3 = drawing.sample(logits, jnp.int32(3))
+    sampler = Sampler(key_N, 1.0)
+    at_3 = sampler.sample(logits, jnp.int32(3))
     alone = Sampler(key_N[7:8], 1.0).sample(logits[:1], jnp.int32(3))
     assert alone[0] == at_3[7]
-    assert (drawing.sample(logits, jnp.int32(4)) != at_3).mean() > 0.9
-    assert len(np.unique(at_3)) > 50  # and so do those of different sequences
+    assert (sampler.sample(logits, jnp.int32(4)) != at_3).mean() > 0.9
+    assert len(np.unique(at_3)) > 50  # different sequences have different keys
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_draws_depend_on_key_and_position_alone():
         ({"seed": -1}, ["seed=-1"]),
     ],
 )
-def test_options_that_make_no_sense_are_one_sentence(options, words):
+def test_wrong_options_are_an_error_of_one_sentence(options, words):
     with pytest.raises(UserError) as error:
         SamplingOptions(**options)
     message = str(error.value)

@@ -1,4 +1,4 @@
-"""What is exported, run where switch_jax is not installed, decodes the same."""
+"""An exported model, run without switch_jax, decodes the same tokens."""
 
 import json
 import os
@@ -19,23 +19,23 @@ from tests.support.configs import tiny
 
 INPUTS, OUTPUTS = 13, 9
 
-# Runs a script as `python SCRIPT` would, but with switch_jax out of reach.
-ALONE = """
+# Runs a script like `python SCRIPT`, but import of switch_jax fails.
+WITHOUT_SWITCH_JAX = """
 import runpy, sys
 sys.modules["switch_jax"] = None
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-def decoded_alone(folder, rows):
-    """What `greedy.py` prints, in a process that cannot import switch_jax."""
-    command = [sys.executable, "-c", ALONE, str(folder / "greedy.py")]
+def decode_without_switch_jax(folder, rows):
+    """Output of `greedy.py` in a process that cannot import switch_jax."""
+    command = [sys.executable, "-c", WITHOUT_SWITCH_JAX, str(folder / "greedy.py")]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     text = json.dumps(rows)
-    done = subprocess.run(
+    finished = subprocess.run(
         command, input=text, capture_output=True, text=True, env=environment, check=True
     )
-    return json.loads(done.stdout)
+    return json.loads(finished.stdout)
 
 
 def sources(rows: int, vocab_size: int) -> list[list[int]]:
@@ -49,14 +49,14 @@ def generated(model, rows):
 
 
 def random_model(**overrides) -> SwitchTransformer:
-    """Weights so large that outputs differ from token to token."""
+    """A model with large weights, whose outputs differ from token to token."""
     large = {"model.init_scale": 8.0, "model.tied_embeddings": False}
     return SwitchTransformer(tiny(**large | overrides), jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def model() -> SwitchTransformer:
-    """With experts in some layers only, and arrays in memory in another order than C's."""
+    """A model with experts in some layers only, and arrays in Fortran memory order."""
     model = random_model(**{"model.num_encoder_layers": 4, "moe.last": 2})
     values = {n: np.asfortranarray(leaf[...]) for n, leaf in named_parameters(model).items()}
     return with_parameters(model, values)
@@ -70,14 +70,14 @@ def folder(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_decodes_to_the_same_tokens_for_any_batch(model, folder, rows):
+def test_exported_programs_decode_the_same_tokens_for_any_batch(model, folder, rows):
     inputs = sources(rows, model.config.model.vocab_size)
     expected = generated(model, inputs)
-    assert decoded_alone(folder, inputs) == expected
+    assert decode_without_switch_jax(folder, inputs) == expected
     assert len({token for row in expected for token in row}) > 3
 
 
-def test_describes_itself(model, folder):
+def test_signature_describes_arguments_and_results(model, folder):
     signature = json.loads((folder / "signature.json").read_text())
     assert signature["encode"]["arguments"][1]["inputs"]["shape"] == ["batch", INPUTS]
     V = model.config.model.vocab_size
@@ -102,33 +102,33 @@ def test_describes_itself(model, folder):
     ],
     ids=["attention", "top-8 of many", "expert choice, bfloat16"],
 )
-def test_other_experts(moe, tmp_path):
+def test_exported_programs_of_other_routers_decode_the_same_tokens(moe, tmp_path):
     model = random_model(**moe)
     export_model(model, tmp_path / "out", inputs_length=INPUTS, max_length=OUTPUTS)
     inputs = sources(3, 32)
     expected = generated(model, inputs)
-    assert decoded_alone(tmp_path / "out", inputs) == expected
+    assert decode_without_switch_jax(tmp_path / "out", inputs) == expected
     assert len({token for row in expected for token in row}) > 3
 
 
-def test_weights_are_stored_as_they_are_used(tmp_path):
+def test_parameters_are_stored_in_the_dtype_of_their_use(tmp_path):
     model = random_model(**{"model.dtype": "bfloat16", "moe.num_experts": 2})
     export_model(model, tmp_path / "out", inputs_length=INPUTS, max_length=OUTPUTS)
     signature = json.loads((tmp_path / "out" / "signature.json").read_text())
-    for name, described in signature["parameters"].items():
-        precise = any(part in name for part in ("norm", "router", "relative_bias"))
-        assert described["dtype"] == ("float32" if precise else "bfloat16"), name
+    for name, parameter in signature["parameters"].items():
+        is_float32 = any(part in name for part in ("norm", "router", "relative_bias"))
+        assert parameter["dtype"] == ("float32" if is_float32 else "bfloat16"), name
 
 
-def test_what_fails_leaves_nothing_behind(model, tmp_path, capsys):
-    def write(output):
+def test_a_failed_export_leaves_no_files(model, tmp_path, capsys):
+    def export(output):
         export_model(model, output, inputs_length=INPUTS, max_length=OUTPUTS)
 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="exists"):
-        write(tmp_path / "file")
+        export(tmp_path / "file")
     with pytest.raises(UserError, match="cannot be made"):
-        write(tmp_path / "file" / "out")
+        export(tmp_path / "file" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert main(["export", "--workdir", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "is not a WORKDIR" in capsys.readouterr().err

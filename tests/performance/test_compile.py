@@ -1,4 +1,4 @@
-"""Compiling for machines that are not here."""
+"""Ahead-of-time compilation for machines that are not attached."""
 
 import json
 from importlib import metadata
@@ -46,17 +46,17 @@ def cache(tmp_path_factory) -> dict[str, str]:
     return {"SWITCH_JAX_CACHE": str(tmp_path_factory.mktemp("cache"))}
 
 
-def asked(config_file, *more: object) -> list[object]:
+def compile_arguments(config_file, *more: object) -> list[object]:
     mesh = ["--config.mesh.data=2", "--config.mesh.expert=2", "--config.mesh.model=2"]
     return ["compile", "--config", config_file, "--topology", "cpu:8", *mesh, *more]
 
 
 @pytest.fixture(scope="module")
 def result(config_file, cache) -> dict:
-    return json.loads(runs.run(*asked(config_file, "--json"), **cache)[0])
+    return json.loads(runs.run(*compile_arguments(config_file, "--json"), **cache)[0])
 
 
-def test_json_has_what_is_promised(result):
+def test_json_has_the_documented_values(result):
     assert result["devices"] == 8 and result["fits"] is True
     assert result["mesh"] == {"slice": 1, "data": 2, "expert": 2, "model": 2}
     assert result["hbm_bytes_per_device"] == result["argument_bytes"] + result["temp_bytes"]
@@ -65,26 +65,26 @@ def test_json_has_what_is_promised(result):
     assert result["compile_seconds"] > 0 and result["flops_per_device"] > 0
     assert result["collective_bytes"]["all-to-all"].keys() == {"expert"}
     assert set(result["collective_bytes"]["all-reduce"]) >= {"data+expert", "model"}
-    # Nobody publishes what a CPU can do.
+    # The rates of a CPU are unknown.
     assert result["step_seconds_roofline"] is result["mfu_roofline"] is None
-    placed = result["parameters"]["encoder/runs/0/layers/0/mlp/experts/wi"]
-    assert placed == {
+    placement = result["parameters"]["encoder/runs/0/layers/0/mlp/experts/wi"]
+    assert placement == {
         "shape": [1, 4, 16, 32],
         "spec": [None, ["expert"], None, ["model"]],
         "shard": [1, 2, 16, 16],
     }
 
 
-def test_a_program_is_compiled_once_and_drawn(config_file, cache, result, tmp_path):
+def test_a_program_is_compiled_once_and_plotted(config_file, cache, result, tmp_path):
     picture = tmp_path / "placement.png"
-    (kept,) = Path(cache["SWITCH_JAX_CACHE"], "compile").glob("*.json")
-    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"compile_seconds": 12345}))
-    out, _ = runs.run(*asked(config_file, "--output", picture), **cache)
+    (cached,) = Path(cache["SWITCH_JAX_CACHE"], "compile").glob("*.json")
+    cached.write_text(json.dumps(json.loads(cached.read_text()) | {"compile_seconds": 12345}))
+    out, _ = runs.run(*compile_arguments(config_file, "--output", picture), **cache)
     assert "compiled in 12345 s" in " ".join(out.split())
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_is_one_sentence(config_file):
+def test_impossible_meshes_and_topologies_are_an_error_of_one_sentence(config_file):
     arguments = ["compile", "--config", config_file, "--topology", "cpu:8"]
     _, err = runs.run(*arguments, "--config.mesh.expert=3", code=2)
     assert "mesh.expert can be" in err and err.strip().count("\n") == 0, err
@@ -97,7 +97,7 @@ def test_what_cannot_be_is_one_sentence(config_file):
             CompileTarget(topology, slices).devices()
 
 
-def test_without_the_tpu_compiler_it_is_named(monkeypatch):
+def test_a_missing_tpu_compiler_is_an_error_that_names_it(monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
@@ -106,7 +106,7 @@ def test_without_the_tpu_compiler_it_is_named(monkeypatch):
         CompileTarget("v5p:2x2x1").devices()
 
 
-def test_the_compilers_refusal_is_read():
+def test_memory_is_parsed_from_the_error_of_the_compiler():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
         " temporaries (39.20G) exceeds available HBM (30.75G)."
@@ -119,7 +119,7 @@ def test_the_compilers_refusal_is_read():
         _needed_and_available_bytes(RuntimeError("something else (3G) went wrong (4G)"))
 
 
-def test_what_does_not_fit_names_what_takes_it_and_a_change_that_was_compiled(monkeypatch):
+def test_the_remedy_names_memory_by_part_and_a_compiled_change(monkeypatch):
     config, target = tiny(**{"mesh.data": 2}), CompileTarget("v4:2x2x1")
     result = {
         "device_kind": "TPU v4",
@@ -146,7 +146,7 @@ def test_what_does_not_fit_names_what_takes_it_and_a_change_that_was_compiled(mo
     assert "more chips" in remedy(config, target, result)
 
 
-def test_traced_flops_are_those_of_the_accounting():
+def test_traced_flops_equal_those_of_the_cost_model():
     """Forward as computed; a train step takes three times that, four with recomputation."""
     values = {"mesh.data": 2, "mesh.expert": 2, "moe.eval_capacity_factor": 1.25}
     forward = sum(flops_by_part(tiny(**values)).values())
@@ -169,7 +169,7 @@ def test_roofline_by_hand():
     chip = Chip(100.0, memory_rate=10.0, link_rate=4.0, slice_rate=1.0)
     inside = Collective("all-reduce", ("data",), 4, size=8, times=2)  # sends 2 · 3/4 · 8 · 2
     assert network_seconds(chip, [inside], 1) == {"links": 6.0}
-    # Over two slices of four: 2 · 7/8 · 8 bytes inside, of which a quarter crosses from each.
+    # Over two slices of four: 2 · 7/8 · 8 bytes inside; each device sends a quarter between slices.
     across = Collective("all-reduce", ("slice", "data"), 8, size=8, times=1)
     seconds = network_seconds(chip, [across], 2)
     assert seconds == {"links": 3.5, "slices": 3.5}
@@ -183,7 +183,7 @@ def test_the_program_does_not_grow_with_depth():
         program = TrainProgram(config, make_mesh(config))
         lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
         sizes.append(len(lowered.as_text()))
-    # Each layer's metrics are scalars of their own; without them it would be nothing.
+    # The growth comes from the metrics of each layer, which are separate scalars.
     assert sizes[1] < 1.2 * sizes[0]
 
 
@@ -191,7 +191,7 @@ def test_the_program_does_not_grow_with_depth():
     not any(d.metadata["Name"] == "libtpu" for d in metadata.distributions()),
     reason="the TPU compiler is not installed",
 )
-def test_the_tpu_compiler_exchanges_in_bfloat16(config_file, cache):
+def test_the_tpu_compilers_all_to_all_is_in_bfloat16(config_file, cache):
     more = ["--config.model.dtype=bfloat16", "--config.mesh.data=2", "--config.mesh.expert=2"]
     arguments = ["compile", "--config", config_file, "--topology", "v5e:2x2", *more, "--json"]
     result = json.loads(runs.run(*arguments, **cache)[0])
@@ -200,14 +200,14 @@ def test_the_tpu_compiler_exchanges_in_bfloat16(config_file, cache):
     assert result["binding"] in ("compute", "memory", "links")
     assert 0 < result["mfu_roofline"] < 1
     layers = json.loads(runs.run("inspect", "--config", config_file, "--json")[0])["moe"]
-    # A device's slots: of 4 experts in the groups of its 4 rows. Half of them stay.
+    # A device's slots: those of 4 experts in the groups of its 4 rows. Half of them stay local.
     slots = sum(4 * layer["capacity"] * 4 // layer["group_rows"] for layer in layers)
     (exchanged,) = result["collective_bytes"]["all-to-all"].values()
     assert exchanged == 4 * slots * 16 * 2 // 2
 
 
-def test_pictures_know_every_mesh(tmp_path, result):
-    """Also one of more devices than can be outlined, and parameters that lie whole."""
+def test_placement_plots_of_a_large_mesh(tmp_path, result):
+    """Squares of many devices have no outlines; some parameters are not split."""
     large = result | {"mesh": {"slice": 2, "data": 4, "expert": 64, "model": 1}, "devices": 512}
     draw_placement(large, tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""The paper's exact figures, and slots by hand."""
+"""Cost model: exact figures of the paper, and expert slots computed by hand."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from switch_jax.config import load
+from switch_jax.config import Config
 from switch_jax.config.load import load_config
 from switch_jax.distributed.hardware import peak_flops
 from switch_jax.model.flops import (
@@ -23,7 +23,7 @@ from switch_jax.performance.cost_model import cost_summary, cost_table, state_by
 from tests.support.paths import CONFIGS
 
 
-def load(spec: str, **overrides) -> load.Config:
+def load(spec: str, **overrides) -> Config:
     return load_config(
         str(CONFIGS / spec), {key.replace("__", "."): str(v) for key, v in overrides.items()}
     )
@@ -73,7 +73,7 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize("spec, overrides, count", PARAMETERS)
-def test_parameters_are_exact(spec, overrides, count):
+def test_parameter_counts_are_exact(spec, overrides, count):
     assert sum(params_by_group(load(spec, **overrides)).values()) == count
 
 
@@ -91,7 +91,7 @@ def test_parameters_by_group_by_hand():
     assert params_by_group(load("switch_xxl.py"))["dense_ffn"] == 24 * 3 * 4096 * 10240
 
 
-# Convention's figure with its unit and printed digits; the paper's own, where it fits.
+# FLOPs by the paper's convention, with the digits to compare; the printed figure, where it fits.
 FLOPS = [
     ("t5_base.py", "124.6e9", 124e9),
     ("t5_base.py:variant=table9", "124.6e9", 124e9),
@@ -134,22 +134,22 @@ def test_computed_flops_without_routing_are_the_complete_count(spec, billions):
     assert float(f"{rest / 1e9:.4g}") == billions
 
 
-def test_two_experts_a_token_cost_twice_the_expert_flops():
+def test_two_experts_per_token_cost_twice_the_expert_flops():
     switch, moe = load("switch_base.py"), load("moe_base.py")
     experts = 6 * (512 + 114) * 2 * 2 * 768 * 3072
     assert flops_by_part(switch)["experts"] == experts
     assert flops_by_part(moe)["experts"] == 2 * experts
     assert flops_per_sequence(moe) - flops_per_sequence(switch) == experts
-    # At 1.25 slots a token, most second choices are never computed.
-    starved = load("moe_base.py", moe__capacity_factor=1.25, moe__num_experts=32)
-    layer = expert_layers(starved)[0]
+    # At 1.25 slots per token, most second choices are never computed.
+    small_capacity = load("moe_base.py", moe__capacity_factor=1.25, moe__num_experts=32)
+    layer = expert_layers(small_capacity)[0]
     assert layer.slots_per_token == 1.25
-    parts = flops_by_part(starved)
+    parts = flops_by_part(small_capacity)
     assert "empty_slots" not in parts
     assert experts < parts["experts"] < 2 * experts
 
 
-def test_other_experts_by_hand():
+def test_flops_of_other_expert_layers_by_hand():
     """Base: six expert layers a stack, 626 tokens, matrices of 768 × 768 in attention."""
     tokens, square = 6 * (512 + 114), 768 * 768
 
@@ -197,7 +197,7 @@ def test_expert_choice_fills_every_slot():
     parts = flops_by_part(config)
     assert "empty_slots" not in parts
     assert parts["experts"] == 6 * 512 * 1.25 * 2 * 2 * 768 * 3072
-    # 128 experts that choose 80 of 8192 tokens at random leave this many alone.
+    # The share of tokens that none of 128 experts chooses, each taking 80 of 8192 at random.
     assert layers[0].dropped_if_uniform == pytest.approx((1 - 80 / 8192) ** 128)
 
 
@@ -245,7 +245,7 @@ def test_slots_of_switch_c_in_small_groups_by_hand():
     assert empty == pytest.approx(15 * (together - 1) * tokens * 2 * 2 * 2080 * 6144)
 
 
-def test_why_the_effective_capacity_factor_differs():
+def test_reasons_why_slots_per_token_differ_from_the_capacity_factor():
     def changed_by(**overrides):
         return expert_layers(load("switch_base.py", **overrides))[0].changed_by
 
@@ -288,7 +288,7 @@ def test_state_bytes_by_hand():
     assert adamw["optimizer"] == 2 * adamw["parameters"] + 2 * 4
 
 
-def test_mfu_counts_neither_empty_slots_nor_unknown_devices():
+def test_mfu_excludes_empty_slots_and_is_none_for_unknown_devices():
     config = load("switch_base.py")
     parts = flops_by_part(config)
     useful = sum(parts.values()) - parts["empty_slots"]
@@ -302,7 +302,7 @@ def test_mfu_counts_neither_empty_slots_nor_unknown_devices():
 
 
 @pytest.mark.parametrize("spec", ["t5_base.py", "switch_c.py", "moe_base.py"])
-def test_summary_is_json_and_renders(spec):
+def test_summary_is_json_and_has_a_table(spec):
     summary = cost_summary(load(spec))
     assert json.loads(json.dumps(summary)) == summary
     assert sum(summary["params_by_group"].values()) == summary["params"]
@@ -315,12 +315,12 @@ def test_summary_is_json_and_renders(spec):
     assert max(map(len, text.splitlines())) < 100
 
 
-def test_what_changed_the_capacity_is_said():
+def test_the_table_names_the_reason_for_a_changed_capacity():
     text = cost_table(cost_summary(load("switch_c.py", **FLAXFORMER)))
     assert "configured 1.0, changed by min_capacity" in text
 
 
-def test_a_dropless_config_renders():
+def test_the_table_of_a_dropless_config():
     text = cost_table(cost_summary(load("switch_base.py", moe__capacity_factor=None)))
     assert "1.000  configured dropless" in text
 
@@ -329,17 +329,17 @@ def test_a_dropless_config_renders():
     "value, text",
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (29.7123e9, "29.71 GB"), (6.29e12, "6.29 TB")],
 )
-def test_si(value, text):
+def test_format_si(value, text):
     assert format_si(value, "B") == text
 
 
-def test_needs_no_device():
+def test_the_cost_model_needs_no_device():
     code = f"""
 from switch_jax.config import load_config
 from switch_jax.performance import cost_summary
 print(cost_summary(load_config({str(CONFIGS / "switch_c.py")!r}))["params"])
 """
-    run = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "JAX_PLATFORMS": "there_is_none"},
         stdout=subprocess.PIPE,
@@ -347,4 +347,4 @@ print(cost_summary(load_config({str(CONFIGS / "switch_c.py")!r}))["params"])
         check=True,
         timeout=60,
     )
-    assert run.stdout == "1571327875360\n"
+    assert finished.stdout == "1571327875360\n"

@@ -1,4 +1,4 @@
-"""What programs move, from hand-written texts in the compilers' styles."""
+"""HLO parser, on hand-written programs in the styles of the compilers."""
 
 from types import SimpleNamespace
 
@@ -57,25 +57,25 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
         ("{}", ("data", "expert", "model"), 16),
     ],
 )
-def test_groups_in_every_notation_are_mesh_axes(groups, axes, devices):
-    (found,) = HloProgram(LOOP.replace("GROUPS", groups)).collectives(MESH)
-    assert (found.kind, found.axes, found.devices) == ("all-reduce", axes, devices)
-    assert (found.size, found.times) == (8 * 4 * 4, 12)
-    assert found.bytes_sent == 2 * (devices - 1) / devices * 128 * 12
+def test_replica_groups_in_every_notation_become_mesh_axes(groups, axes, devices):
+    (collective,) = HloProgram(LOOP.replace("GROUPS", groups)).collectives(MESH)
+    assert (collective.kind, collective.axes, collective.devices) == ("all-reduce", axes, devices)
+    assert (collective.size, collective.times) == (8 * 4 * 4, 12)
+    assert collective.bytes_sent == 2 * (devices - 1) / devices * 128 * 12
 
 
-def test_parts_of_an_axis_are_the_devices_they_are_in_hlo():
+def test_groups_along_a_part_of_an_axis_follow_hlo():
     groups = _mesh_groups("'a'=2,'b'=4,'c'=2", "'b':(1)2")
     assert [sorted(group) for group in groups][:2] == [[0, 4], [1, 5]]
     groups = _mesh_groups("'a'=2,'b'=4,'c'=2", "'b':(2)2")
     assert [sorted(group) for group in groups][:2] == [[0, 2], [1, 3]]
 
 
-def test_a_group_of_one_is_no_collective():
+def test_a_group_of_one_device_is_no_collective():
     assert HloProgram(LOOP.replace("GROUPS", "[16,1]<=[16]")).collectives(MESH) == []
 
 
-def test_a_known_trip_count_is_believed():
+def test_a_known_trip_count_is_used():
     known = 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'
     text = LOOP.replace("body=%body", known).replace("GROUPS", "[8,2]<=[16]")
     assert HloProgram(text).collectives(MESH)[0].times == 5
@@ -94,20 +94,20 @@ ENTRY %main (a: bf16[8,4]) -> bf16[4,4] {
 """
 
 
-def test_what_each_kind_sends():
-    found = HloProgram(KINDS).collectives(MESH)
-    assert [c.kind for c in found] == [
+def test_bytes_sent_by_each_kind_of_collective():
+    collectives = HloProgram(KINDS).collectives(MESH)
+    assert [c.kind for c in collectives] == [
         "all-gather",
         "collective-permute",
         "all-to-all",
         "all-gather",
         "reduce-scatter",
     ]
-    # Half of 128 bytes gathered, all of 64 passed on, half of 64, again 64, half of 2 × 32.
-    assert [c.bytes_sent for c in found] == [64, 64, 32, 64, 32]
+    # Half of 128 gathered bytes, all of 64 bytes, half of 64, again 64, half of 2 × 32.
+    assert [c.bytes_sent for c in collectives] == [64, 64, 32, 64, 32]
 
 
-def test_what_crosses_tpu_slices_is_sent_by_hosts():
+def test_sends_by_hosts_between_tpu_slices_are_collectives():
     text = """
 ENTRY %main (a: f32[8]) -> f32[8] {
   %a = f32[8]{0} parameter(0)
@@ -117,9 +117,9 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 }
 """.replace("MORE", 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
     slices = SimpleNamespace(**vars(MESH) | {"shape": MESH.shape | {"slice": 4}})
-    (found,) = HloProgram(text).collectives(slices)
-    assert found == Collective("all-reduce", ("slice",), 4, size=32, times=1)
-    assert found.bytes_sent == 2 * 3 / 4 * 32
+    (collective,) = HloProgram(text).collectives(slices)
+    assert collective == Collective("all-reduce", ("slice",), 4, size=32, times=1)
+    assert collective.bytes_sent == 2 * 3 / 4 * 32
 
 
 def test_parts_of_one_overlapped_collective_count_once():
@@ -176,7 +176,7 @@ ROW = 64 * 4
         ("ROOT %x = (f32[10,64]{1,0}, s32[]) tuple(%a, %i)", 0),
     ],
 )
-def test_memory_traffic_counts_slices_and_not_what_they_are_cut_from(line, expected):
+def test_memory_traffic_counts_slices_instead_of_whole_arrays(line, expected):
     assert HloProgram(TRAFFIC.replace("LINE", line)).memory_bytes() == pytest.approx(
         expected, abs=4
     )
