@@ -1,4 +1,4 @@
-"""What launchers say, and where a process is alone whatever they say."""
+"""Detection of launchers, launches by flags, and host names."""
 
 import os
 
@@ -22,7 +22,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_LOCAL_RANK": "3",
 }
-# As GKE sets it; the names must be known, for JAX asks for their addresses.
+# As GKE sets it; the names must resolve, because JAX looks up their addresses.
 TPU = {
     "TPU_SKIP_MDS_QUERY": "true",
     "TPU_WORKER_HOSTNAMES": "localhost,127.0.0.1",
@@ -35,19 +35,19 @@ TPU = {
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """An environment without launchers."""
+    """Environment variables without those of launchers."""
     for name in os.environ:
         if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JAX_COORD")):
             monkeypatch.delenv(name)
     return monkeypatch
 
 
-def on_tpu(monkeypatch):
+def pretend_tpu_vm(monkeypatch):
     monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
     monkeypatch.setattr("jax._src.clusters.cluster.running_in_cloud_tpu_vm", True)
 
 
-def launched(monkeypatch, environment):
+def detect_with(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return detect_launch(5)
@@ -58,52 +58,54 @@ def launched(monkeypatch, environment):
     [
         {},
         SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
-        SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # a shell of the allocation
+        SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # the shell of an allocation
         {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},  # a batch script
         OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
-        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # a pod of its own
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # a pod without a job
     ],
 )
-def test_alone(environment, variables):
-    assert launched(environment, variables) is None
+def test_a_single_process_has_no_launch(environment, variables):
+    assert detect_with(environment, variables) is None
 
 
-def test_slurm(environment):
-    found = launched(environment, SLURM)
+def test_slurm_gives_index_count_coordinator_and_hosts(environment):
+    launch = detect_with(environment, SLURM)
     hosts = ("node01", "node01", "node02", "node02")
-    assert (found.count, found.index, found.hosts) == (4, 2, hosts)
-    assert found.coordinator == f"node01:{4711 % 4096 + 61440}"
-    assert found.name(3) == "process 3 (node02)"
+    assert (launch.count, launch.index, launch.hosts) == (4, 2, hosts)
+    assert launch.coordinator == f"node01:{4711 % 4096 + 61440}"
+    assert launch.name(3) == "process 3 (node02)"
 
 
-def test_hosts_that_slurm_deals_out_in_turn_are_not_guessed(environment):
-    found = launched(environment, SLURM | {"SLURM_DISTRIBUTION": "cyclic"})
-    assert found.hosts == () and found.name(3) == "process 3"
+def test_hosts_of_a_cyclic_slurm_distribution_are_not_guessed(environment):
+    launch = detect_with(environment, SLURM | {"SLURM_DISTRIBUTION": "cyclic"})
+    assert launch.hosts == () and launch.name(3) == "process 3"
 
 
-def test_open_mpi(environment):
-    found = launched(environment, OPEN_MPI)
-    assert (found.count, found.index) == (4, 3) and found.coordinator.startswith("10.0.0.1:")
+def test_open_mpi_gives_index_count_and_coordinator(environment):
+    launch = detect_with(environment, OPEN_MPI)
+    assert (launch.count, launch.index) == (4, 3) and launch.coordinator.startswith("10.0.0.1:")
 
 
-def test_tpu_pod(environment):
-    on_tpu(environment)
-    found = launched(environment, TPU)
-    assert (found.count, found.index) == (2, 1) and found.coordinator.startswith("localhost:")
-    assert found.hosts == ("localhost", "127.0.0.1")
+def test_a_tpu_pod_gives_index_count_coordinator_and_hosts(environment):
+    pretend_tpu_vm(environment)
+    launch = detect_with(environment, TPU)
+    assert (launch.count, launch.index) == (2, 1) and launch.coordinator.startswith("localhost:")
+    assert launch.hosts == ("localhost", "127.0.0.1")
 
 
-def test_tpu_pods_of_several_slices(environment):
-    on_tpu(environment)
-    found = launched(environment, TPU | {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2"})
-    assert (found.count, found.index, found.hosts) == (6, 5, ())
+def test_tpu_slices_count_all_processes_without_hosts(environment):
+    pretend_tpu_vm(environment)
+    launch = detect_with(
+        environment, TPU | {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2"}
+    )
+    assert (launch.count, launch.index, launch.hosts) == (6, 5, ())
 
 
-def test_several_that_cannot_find_each_other_do_not_start_alone(environment):
-    """Open MPI 5 does not tell what JAX reads; each for itself, they would spoil one WORKDIR."""
+def test_processes_that_jax_cannot_connect_are_refused(environment):
+    """Open MPI 5 sets no variable that JAX reads; single processes would corrupt one WORKDIR."""
     variables = {name: value for name, value in OPEN_MPI.items() if "orte" not in name}
     with pytest.raises(UserError, match="give --coordinator, --num_processes and --process_id"):
-        launched(environment, variables)
+        detect_with(environment, variables)
 
 
 @pytest.mark.parametrize(
@@ -116,12 +118,12 @@ def test_several_that_cannot_find_each_other_do_not_start_alone(environment):
         (("a:99999", 2, 0), "HOST:PORT"),
     ],
 )
-def test_flags_that_do_not_fit(flags, words):
+def test_wrong_flags_are_refused(flags, words):
     with pytest.raises(UserError, match=words):
         launch_from_flags(*flags)
 
 
-def test_flags():
+def test_flags_describe_a_launch():
     assert launch_from_flags(None, None, None) is None
     assert launch_from_flags("[::1]:80", 2, 1) == Launch("[::1]:80", 2, 1)
 
@@ -136,5 +138,5 @@ def test_flags():
         ("r[1-2]n[08-09]-x", ["r1n08-x", "r1n09-x", "r2n08-x", "r2n09-x"]),
     ],
 )
-def test_lists_of_nodes(nodes, names):
+def test_slurm_node_lists_are_expanded(nodes, names):
     assert expand_hostlist(nodes) == names

@@ -1,4 +1,4 @@
-"""Meshes that divide, and errors that say what would."""
+"""Meshes: sizes of axes, checks that they divide, and their error messages."""
 
 import re
 
@@ -41,11 +41,11 @@ def number_after(text: str, message: str) -> int:
         ({"slice": 2, "expert": 2}, 8, (2, 2, 2, 1)),
         ({"data": 1, "model": -1}, 6, (1, 1, 1, 6)),
         ({}, 1, (1, 1, 1, 1)),
-        ({"data": 2, "expert": 2}, 8, (1, 2, 2, 1)),  # fewer than there are
-        ({"expert": 3}, 8, (1, 2, 3, 1)),  # -1 is what fits
+        ({"data": 2, "expert": 2}, 8, (1, 2, 2, 1)),  # fewer than all devices
+        ({"expert": 3}, 8, (1, 2, 3, 1)),  # -1 is rounded down
     ],
 )
-def test_resolve(mesh, devices, expected):
+def test_free_axes_get_the_remaining_devices(mesh, devices, expected):
     assert tuple(resolve_mesh(MeshConfig(**mesh), devices).values()) == expected
 
 
@@ -56,7 +56,7 @@ def test_a_product_below_the_device_count_uses_the_first_devices():
     assert num_batch_shards(mesh) == 4
 
 
-def test_too_many_devices_names_how_many_there_are():
+def test_a_mesh_of_too_many_devices_is_refused_with_their_number():
     message = mesh_error(**{"mesh.data": 4, "mesh.expert": 4})
     assert "data=4" in message and "expert=4" in message and "16" in message
     assert number_after("product of mesh.* at most", message) == 8
@@ -78,18 +78,20 @@ def test_too_many_devices_names_how_many_there_are():
         ),
     ],
 )
-def test_a_size_that_does_not_divide_names_the_key_and_sizes_that_do(axis, size, given, overrides):
+def test_an_indivisible_size_is_refused_with_its_key_and_possible_sizes(
+    axis, size, given, overrides
+):
     overrides = {"mesh.data": 1} | overrides
     message = mesh_error(**(overrides | {f"mesh.{axis}": size}))
     assert given in message and f"mesh.{axis}={size}" in message
-    offered = re.search(rf"mesh\.{axis} can be ([\d, ]+)\.", message)
-    sizes = [int(number) for number in offered[1].split(",")]
-    assert len(sizes) > 1
-    for works in (size for size in sizes if size <= len(jax.devices())):
-        make_mesh(tiny(**(overrides | {f"mesh.{axis}": works})))
+    match = re.search(rf"mesh\.{axis} can be ([\d, ]+)\.", message)
+    suggestions = [int(number) for number in match[1].split(",")]
+    assert len(suggestions) > 1
+    for suggestion in (size for size in suggestions if size <= len(jax.devices())):
+        make_mesh(tiny(**(overrides | {f"mesh.{axis}": suggestion})))
 
 
-def test_long_lists_of_sizes_are_cut():
+def test_long_lists_of_sizes_are_shortened():
     dims = ("num_heads", "d_ff", "d_model", "vocab_size")
     config = tiny(**{f"model.{name}": 5040 for name in dims})
     with pytest.raises(UserError, match=r"can be 1, 2, .* …\."):
@@ -97,13 +99,13 @@ def test_long_lists_of_sizes_are_cut():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_rows_that_do_not_divide_name_a_batch_size_that_does(accumulate):
+def test_an_indivisible_microbatch_is_refused_with_a_batch_size_that_divides(accumulate):
     overrides = {"train.accumulate": accumulate, "mesh.data": 4}
     message = mesh_error(**overrides, **{"data.batch_size": 6})
     assert "data.batch_size" in message and f"of {6 // accumulate} rows" in message
-    works = number_after("data.batch_size a multiple of", message)
-    assert works == 4 * accumulate
-    make_mesh(tiny(**overrides, **{"data.batch_size": works, "moe.group_size": 8}))
+    suggestion = number_after("data.batch_size a multiple of", message)
+    assert suggestion == 4 * accumulate
+    make_mesh(tiny(**overrides, **{"data.batch_size": suggestion, "moe.group_size": 8}))
 
 
 @pytest.mark.parametrize(
@@ -116,18 +118,18 @@ def test_rows_that_do_not_divide_name_a_batch_size_that_does(accumulate):
         {"mesh.data": 8, "data.targets_length": 3},
     ],
 )
-def test_a_group_that_would_span_devices_names_a_group_size_that_does_not(overrides):
+def test_a_group_across_unsuitable_devices_is_refused_with_a_group_size_that_fits(overrides):
     message = mesh_error(**overrides, **{"moe.group_size": 64})
-    works = number_after("moe.group_size to", message)
-    make_mesh(tiny(**overrides, **{"moe.group_size": works}))
+    suggestion = number_after("moe.group_size to", message)
+    make_mesh(tiny(**overrides, **{"moe.group_size": suggestion}))
 
 
-def test_a_dense_model_has_no_groups_and_no_experts_to_divide():
+def test_a_dense_model_needs_no_divisible_groups_or_experts():
     dense = {"moe.num_experts": 0, "mesh.data": 2, "mesh.expert": 4}
     make_mesh(tiny(**dense, **{"moe.group_size": 8192}))
 
 
-def test_every_logical_axis_has_a_rule_and_others_raise():
+def test_every_logical_axis_has_a_rule_and_unknown_axes_raise():
     assert partition_spec(("layers", "expert", "embed", "mlp")) == P(None, "expert", None, "model")
     assert partition_spec(("layers", "expert", "embed", "mlp"), fsdp=True) == P(
         None, "expert", "data", "model"
@@ -143,7 +145,7 @@ def test_every_logical_axis_has_a_rule_and_others_raise():
         partition_spec(("vocab", "embedd"))
 
 
-def test_a_host_without_memory_of_its_own_is_refused():
+def test_optimizer_memory_host_is_refused_without_host_memory():
     config = tiny(**{"optimizer.memory": "host"})
     with pytest.raises(UserError, match=r"optimizer\.memory=device"):
         TrainProgram(config, make_mesh(config))

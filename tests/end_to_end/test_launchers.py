@@ -1,4 +1,4 @@
-"""scripts/launch/: what --dry-run prints is what is run, and ends in a command that trains."""
+"""scripts/launch/: --dry-run prints the commands of a launch, and the last one trains."""
 
 import os
 import re
@@ -38,7 +38,7 @@ STUBS = ["gcloud", "xpk", "git", "mkdir", "sbatch", "bash", "nvidia-smi"]
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """What launchers need of this project, committed."""
+    """A git checkout of the files that launchers need."""
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(FOLDER, folder / "scripts" / "launch")
@@ -52,7 +52,7 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture
 def launch(checkout):
-    """Runs a launcher; `first` is a folder that comes first on PATH, or `path` all of it."""
+    """Runs a launcher; `first`: a folder in front of PATH; `path`: replaces PATH."""
 
     def launch(name, arguments, *, first=None, path=None):
         path = path or os.environ["PATH"]
@@ -65,7 +65,7 @@ def launch(checkout):
 
 @pytest.fixture
 def dry_run(launch):
-    """The words of every command that --dry-run prints."""
+    """Returns the words of every command that --dry-run prints."""
 
     def dry_run(name, arguments, **where):
         done = launch(name, ["--dry-run", *arguments], **where)
@@ -75,8 +75,8 @@ def dry_run(launch):
     return dry_run
 
 
-def training(command):
-    """Parsed arguments of the `switch-jax train` that a command ends in, through ssh or not."""
+def train_arguments(command):
+    """Parses the arguments of the `switch-jax train` at the end of a command, also within ssh."""
     words = command
     if "train" not in words:
         (remote,) = (w for w in command if w.startswith("--command="))
@@ -91,13 +91,13 @@ def training(command):
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A folder of programs that write down how they were called, and the calls so far."""
+    """A folder of programs that log their arguments, and a function that returns the log."""
     folder, log = tmp_path / "bin", tmp_path / "log"
     folder.mkdir()
     log.touch()
     for name in STUBS:
         stub = folder / name
-        # What is asked for does not exist, until its state is asked for.
+        # `describe` fails, as if nothing existed; with --format it prints the state ACTIVE.
         stub.write_text(
             f"#!{BASH}\nprintf '%s\\0' {name} \"$@\" >>'{log}'; printf '\\n' >>'{log}'\n"
             'case "$*" in *--format=*) echo ACTIVE ;; *" describe "*) exit 1 ;; esac\n'
@@ -112,18 +112,18 @@ def stubs(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.sh")))
-def test_bash_understands_every_file(name):
+def test_every_script_has_valid_bash_syntax(name):
     done = subprocess.run(["bash", "-n", FOLDER / f"{name}.sh"], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_the_last_command_trains_with_all_that_was_given(name, dry_run):
-    args = training(dry_run(name, [*ARGUMENTS[name], *PASSED])[-1])
+def test_the_last_command_trains_with_all_given_arguments(name, dry_run):
+    args = train_arguments(dry_run(name, [*ARGUMENTS[name], *PASSED])[-1])
     assert args.run is train.run and args.coordinator == VOCABULARY
     assert args.config == "configs/switch_base.py:num_experts=64"
-    given = ARGUMENTS[name][3]
-    assert args.workdir == given.replace("gs://", "/mnt/")
+    workdir = ARGUMENTS[name][3]
+    assert args.workdir == workdir.replace("gs://", "/mnt/")
     slices = {"multislice": {"mesh.slice": "2"}, "gke_xpk": {"mesh.slice": "1"}}
     assert args.overrides == {
         "data.vocabulary": VOCABULARY,
@@ -133,23 +133,23 @@ def test_the_last_command_trains_with_all_that_was_given(name, dry_run):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_what_is_printed_is_what_is_run(name, launch, dry_run, stubs):
+def test_a_launch_runs_the_commands_that_dry_run_prints(name, launch, dry_run, stubs):
     folder, calls = stubs
     arguments = [*ARGUMENTS[name], *PASSED]
     printed = dry_run(name, arguments, first=folder)
-    # Whether something is committed is asked by a dry run as well, and is not part of the launch.
-    questions = calls()
-    assert all(c[:2] in (["git", "cat-file"], ["git", "diff"]) for c in questions)
-    if name == "gpu_box":  # it ends by becoming the training itself
+    # A dry run checks with git whether files are committed; that is not part of the launch.
+    git_checks = calls()
+    assert all(c[:2] in (["git", "cat-file"], ["git", "diff"]) for c in git_checks)
+    if name == "gpu_box":  # its last command is exec
         assert printed.pop()[:2] == ["exec", ".venv/bin/switch-jax"]
     done = launch(name, arguments, first=folder)
     assert done.returncode == (127 if name == "gpu_box" else 0), done.stderr
-    assert [c for c in calls() if c not in questions] == printed
+    assert [c for c in calls() if c not in git_checks] == printed
     assert [shlex.split(line) for line in done.stdout.splitlines()][: len(printed)] == printed
 
 
 @pytest.mark.parametrize(("name", "hosts"), [("tpu_vm", 1), ("multislice", 2)])
-def test_every_host_is_installed_and_started(name, hosts, dry_run):
+def test_commands_run_on_every_host(name, hosts, dry_run):
     remote = [words for words in dry_run(name, ARGUMENTS[name]) if {"ssh", "scp"} & {*words}]
     assert len(remote) == 4
     flags = ["--node=all", "--worker=all"][-hosts:]
@@ -157,7 +157,7 @@ def test_every_host_is_installed_and_started(name, hosts, dry_run):
 
 
 @pytest.mark.parametrize("name", ["tpu_vm", "multislice"])
-def test_a_tpu_that_exists_is_not_created_again(name, launch, stubs):
+def test_an_existing_tpu_is_not_created_again(name, launch, stubs):
     folder, calls = stubs
     stub = folder / "gcloud"
     stub.write_text(stub.read_text().replace("exit 1", "exit 0"))
@@ -166,7 +166,7 @@ def test_a_tpu_that_exists_is_not_created_again(name, launch, stubs):
     assert "describe" in verbs and "create" not in verbs and verbs[-1] == "ssh"
 
 
-def test_nothing_is_installed_on_hosts_that_train_already(launch, stubs):
+def test_nothing_is_installed_on_hosts_that_already_train(launch, stubs):
     folder, calls = stubs
     stub = folder / "gcloud"
     stub.write_text(stub.read_text() + 'case "$*" in *is-active*) exit 1 ;; esac\n')
@@ -174,7 +174,7 @@ def test_nothing_is_installed_on_hosts_that_train_already(launch, stubs):
     assert "is-active" in " ".join(calls()[-1])
 
 
-def test_slices_that_failed_are_not_waited_for(launch, stubs):
+def test_a_failed_slice_request_ends_the_wait(launch, stubs):
     folder, _ = stubs
     stub = folder / "gcloud"
     stub.write_text(stub.read_text().replace("ACTIVE", "SUSPENDED"))
@@ -209,7 +209,7 @@ def test_a_missing_option_is_named_in_one_sentence(name, launch):
         ("gpu_box", ["runs/a"], "'runs/a' is not an option"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(name, arguments, sentence, launch):
+def test_wrong_arguments_are_refused_in_one_sentence(name, arguments, sentence, launch):
     done = launch(name, ["--dry-run", *ARGUMENTS[name], *arguments])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert sentence in done.stderr
@@ -233,7 +233,7 @@ def test_help_lists_every_option(name, launch):
         assert re.search(rf"^  --{option}\b", done.stdout, re.M), option
 
 
-def test_a_job_near_its_time_limit_saves_and_is_queued_again(tmp_path):
+def test_a_job_near_its_time_limit_saves_and_is_requeued(tmp_path):
     log = tmp_path / "log"
     programs = {
         "srun": f"""trap 'echo saved >>{log}; exit 143' TERM
@@ -257,14 +257,14 @@ def test_a_job_near_its_time_limit_saves_and_is_queued_again(tmp_path):
 
 
 @pytest.mark.parametrize(("status", "expected"), [(0, 0), (2, 2), (143, 143)])
-def test_a_job_ends_as_its_step_did(status, expected, tmp_path):
+def test_a_job_has_the_exit_code_of_its_step(status, expected, tmp_path):
     (tmp_path / "srun").write_text(f"#!{BASH}\nexit {status}\n")
     (tmp_path / "srun").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
     assert subprocess.run(["bash", FOLDER / "slurm_job.sh"], env=env).returncode == expected
 
 
-def test_hosts_get_the_commit_that_is_checked_out(checkout, dry_run, tmp_path):
+def test_hosts_get_the_checked_out_commit(checkout, dry_run, tmp_path):
     bundle = dry_run("tpu_vm", ARGUMENTS["tpu_vm"])[3]
     assert bundle[:3] == ["git", "bundle", "create"]
     bundle[-2] = str(tmp_path / "switch_jax.bundle")
@@ -279,9 +279,7 @@ def test_hosts_get_the_commit_that_is_checked_out(checkout, dry_run, tmp_path):
     assert (tmp_path / "switch_jax" / "scripts" / "launch" / "tpu_host.sh").exists()
 
 
-def test_a_config_that_is_not_committed_is_refused_and_other_changes_are_mentioned(
-    checkout, launch
-):
+def test_an_uncommitted_config_is_refused_and_other_changes_are_mentioned(checkout, launch):
     new, changed = checkout / "configs" / "new.py", checkout / "configs" / "switch_c.py"
     before = changed.read_text()
     try:
@@ -298,7 +296,7 @@ def test_a_config_that_is_not_committed_is_refused_and_other_changes_are_mention
 
 
 def test_a_host_mounts_the_bucket_once(tmp_path):
-    """tpu_host.sh, where everything it calls only writes that down."""
+    """Runs tpu_host.sh with stubs that only log their arguments."""
     log, folder = tmp_path / "log", tmp_path / "bin"
     folder.mkdir()
     for name in ("python3", "mountpoint", "curl", "sudo", "gcsfuse"):
@@ -325,20 +323,22 @@ def test_a_host_mounts_the_bucket_once(tmp_path):
     assert calls("b") == install
 
 
-def documented():
-    """Every launch that docs/launch.md shows."""
+def documented_launches():
+    """Returns every launch command in docs/launch.md."""
     blocks = re.findall(r"^```\n(bash scripts/launch/.*?)^```", DOCS, re.M | re.S)
     return [shlex.split(block.replace("\\\n", " "))[1:] for block in blocks]
 
 
-def test_docs_show_every_launcher_and_no_other():
-    assert sorted(Path(command[0]).stem for command in documented()) == LAUNCHERS
+def test_docs_show_exactly_the_existing_launchers():
+    assert sorted(Path(command[0]).stem for command in documented_launches()) == LAUNCHERS
     assert set(re.findall(r"scripts/launch/(\w+)\.sh", DOCS)) == set(LAUNCHERS)
     assert "(docs/launch.md)" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("command", documented(), ids=lambda command: Path(command[0]).stem)
-def test_documented_launches_fit_their_machine_and_the_table_of_meshes(command, dry_run):
+@pytest.mark.parametrize(
+    "command", documented_launches(), ids=lambda command: Path(command[0]).stem
+)
+def test_documented_launches_match_the_table_of_meshes(command, dry_run):
     name = Path(command[0]).stem
     options = dict(zip(command[1::2], command[2::2], strict=False))
     kind = options.get("--type", "")
@@ -350,7 +350,7 @@ def test_documented_launches_fit_their_machine_and_the_table_of_meshes(command, 
         nodes = int(options.get("--nodes", 1))
         devices = 8 * nodes
         machine = f"{nodes} nodes × 8 GPUs" if nodes > 1 else "8 GPUs"
-    args = training(dry_run(name, command[1:])[-1])
+    args = train_arguments(dry_run(name, command[1:])[-1])
     loaded = load_config(str(ROOT / args.config), args.overrides)
     sizes = resolve_mesh(loaded.mesh, devices)
     check_mesh(loaded, sizes)

@@ -1,4 +1,4 @@
-"""Several processes as one run: started, stopped, killed, continued, refused; and their parts."""
+"""Multi-process runs: equal losses, stops, dead processes, continuation, and the rendezvous."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ from switch_jax.training.step import TrainProgram
 from tests.support import runs
 from tests.support import tasks as miniature
 
-# As small as a model with experts can be: every process but the first compiles for itself.
+# A tiny model with experts, because every process but the first compiles for itself.
 SMALL = {
     "model.num_encoder_layers": 1,
     "model.num_decoder_layers": 1,
@@ -39,7 +39,7 @@ SMALL = {
     "train.checkpoint_every": 20,
 }
 
-# `switch-jax` where process 1 cannot read checkpoint STEP and the others can.
+# `switch-jax` where process 1 cannot read checkpoint `step` and the other processes can.
 UNREADABLE = """
 import sys
 import jax
@@ -62,8 +62,8 @@ def config(tmp_path_factory):
     return runs.write_config(folder, runs.make_store(folder))
 
 
-def devices(count):
-    """The tests' compiler flags with another number of devices."""
+def xla_flags(count):
+    """Returns XLA_FLAGS of the tests with another number of devices."""
     return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")
 
 
@@ -78,7 +78,8 @@ def free_port(first=0, last=0):
     raise AssertionError("no free port")
 
 
-def by_flags(count):
+def launches_by_flags(count):
+    """Returns flags and environment variables of each process."""
     address = f"localhost:{free_port()}"
     return [
         ([f"--coordinator={address}", f"--num_processes={count}", f"--process_id={i}"], {})
@@ -86,8 +87,8 @@ def by_flags(count):
     ]
 
 
-def by_slurm(count):
-    """What Slurm sets, and JAX finds: the port follows from the number of the job."""
+def launches_by_slurm(count):
+    """Returns flags and environment variables of each process; the port follows from the job id."""
     port = free_port(61440, 65535)
     common = {
         "SLURM_JOB_ID": str(port - 61440),
@@ -99,72 +100,73 @@ def by_slurm(count):
 
 
 def start(launches, command, script=None):
-    """One process with one device for each of `launches`."""
+    """Starts a process with one device for each of `launches`."""
     program = ["-m", "switch_jax"] if script is None else ["-c", script]
     return [
-        runs.start(*command, *flags, program=program, XLA_FLAGS=devices(1), **environment)
+        runs.start(*command, *flags, program=program, XLA_FLAGS=xla_flags(1), **environment)
         for flags, environment in launches
     ]
 
 
-def ends(group, seconds=300):
-    """Exit code, stdout and stderr of each; none may outlast `seconds`."""
+def wait_for_exit(processes, seconds=300):
+    """Returns exit code, stdout and stderr of each process; kills them after `seconds`."""
     deadline = time.time() + seconds
     try:
-        outputs = [p.communicate(timeout=max(1, deadline - time.time())) for p in group]
+        outputs = [p.communicate(timeout=max(1, deadline - time.time())) for p in processes]
     finally:
-        for process in group:
+        for process in processes:
             process.kill()
-    return [(p.returncode, *output) for p, output in zip(group, outputs)]
+    return [(p.returncode, *output) for p, output in zip(processes, outputs)]
 
 
 def losses(workdir):
-    """Cross-entropy of training, by step."""
+    """Returns the cross-entropy of training by step."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {m["step"]: m["cross_entropy"] for m in lines if m["split"] == "train"}
 
 
-def same_losses(some, reference):
-    """Up to rounding: sums over devices have another order."""
-    assert some
-    for step, value in some.items():
+def same_losses(losses, reference):
+    """Compares losses by step up to rounding: sums over devices have another order."""
+    assert losses
+    for step, value in losses.items():
         assert value == pytest.approx(reference[step], abs=2e-5), step
     return True
 
 
-def restored_anywhere(workdir, step):
-    """The checkpoint of a step holds the same bits, and the same next rows, on any mesh."""
-    made_with = Workdir(workdir).config()
-    rows = next(itertools.islice(open_batches(made_with, "train"), step, None))
+def restores_on_any_mesh(workdir, step):
+    """Restores a checkpoint on several meshes, and compares states and next batches to the bit."""
+    trained_config = Workdir(workdir).config()
+    rows = next(itertools.islice(open_batches(trained_config, "train"), step, None))
     states = []
     for mesh in ("data=1", "expert=4", "data=2,model=2", "data=4,fsdp=True"):
         sizes = {"mesh.data": "1", "mesh.expert": "1", "mesh.model": "1"}
         sizes |= {f"mesh.{item.split('=')[0]}": item.split("=")[1] for item in mesh.split(",")}
-        config = override_config(made_with, sizes)
+        config = override_config(trained_config, sizes)
         program = TrainProgram(config, make_mesh(config))
         batches, checkpoints = open_batches(config, "train"), Checkpointer(Workdir(workdir), keep=3)
         state = restore_state(checkpoints, program.abstract_state, batches)
         checkpoints.close()
         assert int(state.step) == step
         assert jax.tree.all(jax.tree.map(np.array_equal, next(batches), rows))
-        wanted = jax.tree.leaves(program.state_sharding)
-        assert all(x.sharding == s for x, s in zip(jax.tree.leaves(state), wanted))
+        shardings = jax.tree.leaves(program.state_sharding)
+        assert all(x.sharding == s for x, s in zip(jax.tree.leaves(state), shardings))
         states.append(jax.device_get(state))
     for state in states[1:]:
         assert jax.tree.all(jax.tree.map(np.array_equal, state, states[0]))
     return True
 
 
-def test_four_two_and_one_process_are_one_run(config, tmp_path):
-    """One process begins. Four continue, experts and model cut across them, without a checkpoint
-    that one of them cannot read, until one signal stops them. One process continues that. Two
-    begin anew, and one of them dies. All losses are those of the first process.
+def test_losses_do_not_depend_on_the_number_of_processes(config, tmp_path):
+    """One process trains. Four continue from step 20, with experts and model split over them and
+    one checkpoint that process 1 cannot read, until a signal to one process stops them. One
+    process continues their run. Two processes train from the start, and one of them is killed. All
+    losses equal those of the first process.
     """
     small = [f"--config.{key}={value}" for key, value in SMALL.items()]
     command = ["train", "--config", config, *small]
     workdir, four_dir, two_dir = (tmp_path / name for name in ("one", "four", "two"))
-    one = [*command, "--config.mesh.data=2"]
-    runs.run(*one, "--workdir", workdir, XLA_FLAGS=devices(2))
+    one_process = [*command, "--config.mesh.data=2"]
+    runs.run(*one_process, "--workdir", workdir, XLA_FLAGS=xla_flags(2))
     reference = losses(workdir)
 
     # Four processes, each with half of the experts of half of the model
@@ -172,43 +174,43 @@ def test_four_two_and_one_process_are_one_run(config, tmp_path):
     shutil.rmtree(four_dir / "checkpoints" / "60")
     (four_dir / "metrics.jsonl").unlink()
     four = start(
-        by_flags(4),
+        launches_by_flags(4),
         [*command, "--workdir", four_dir, "--config.mesh.expert=2", "--config.mesh.model=2"],
         UNREADABLE.format(step=40),
     )
     runs.wait_for_step(four[0], four_dir, 22)
     four[3].send_signal(signal.SIGTERM)
-    codes, outs, errs = zip(*ends(four))
+    codes, outs, errs = zip(*wait_for_exit(four))
     assert codes == (128 + signal.SIGTERM,) * 4, errs
     assert "continuing from step 20" in errs[0]
     assert outs[0].startswith("Stopped at step ") and not any(outs[1:])
-    of_four = losses(four_dir)
-    stopped = max(of_four)
+    four_losses = losses(four_dir)
+    stopped = max(four_losses)
     assert {p.name for p in (four_dir / "checkpoints").iterdir()} == {
         "20",
         "corrupt-40",
         str(stopped),
     }
-    assert same_losses(of_four, reference)
-    assert restored_anywhere(four_dir, stopped)
+    assert same_losses(four_losses, reference)
+    assert restores_on_any_mesh(four_dir, stopped)
 
     last = f"--config.train.steps={stopped + 3}"
-    runs.run(*one, "--workdir", four_dir, last, XLA_FLAGS=devices(2))
+    runs.run(*one_process, "--workdir", four_dir, last, XLA_FLAGS=xla_flags(2))
     assert max(losses(four_dir)) == stopped + 3 and same_losses(losses(four_dir), reference)
 
     two = start(
-        by_slurm(2),
+        launches_by_slurm(2),
         [*command, "--workdir", two_dir, "--config.mesh.data=2", "--config.mesh.fsdp=True"],
     )
     runs.wait_for_step(two[0], two_dir, 4)
     two[1].kill()
-    (code, _, err), _ = ends(two, seconds=30)
+    (code, _, err), _ = wait_for_exit(two, seconds=30)
     assert code not in (0, 128 + signal.SIGTERM), err
     assert same_losses(losses(two_dir), reference)
 
 
-def test_two_processes_share_the_answers_to_a_task(config, tmp_path):
-    """Five examples in batches of four: the last one is ragged, and each process has half."""
+def test_two_processes_write_the_predictions_of_one_process(config, tmp_path):
+    """Five examples in batches of four: the last batch is not full; each process has half."""
     for split in ("train", "validation"):
         pairs = [{"inputs": "so " * i + str(i), "targets": "a" * (9 - i)} for i in range(5)]
         miniature.write_jsonl(tmp_path / f"{split}.jsonl", pairs)
@@ -225,8 +227,10 @@ def test_two_processes_share_the_answers_to_a_task(config, tmp_path):
     }
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     command = ["train", "--config", config, *flags]
-    runs.run(*command, "--workdir", tmp_path / "one", XLA_FLAGS=devices(2))
-    codes, outs, errs = zip(*ends(start(by_flags(2), [*command, "--workdir", tmp_path / "two"])))
+    runs.run(*command, "--workdir", tmp_path / "one", XLA_FLAGS=xla_flags(2))
+    codes, outs, errs = zip(
+        *wait_for_exit(start(launches_by_flags(2), [*command, "--workdir", tmp_path / "two"]))
+    )
     assert codes == (0, 0), errs
     assert "pairs." in outs[0] and "Best by cross_entropy" in outs[0] and not outs[1]
     [one], [two] = (list((tmp_path / name / "predictions/20").iterdir()) for name in ("one", "two"))
@@ -235,14 +239,16 @@ def test_two_processes_share_the_answers_to_a_task(config, tmp_path):
     assert len(written) == 5 and any(written)
 
 
-def test_missing_processes_are_named_by_those_that_are_there(config, tmp_path):
-    launches = by_flags(4)
+def test_every_started_process_names_the_missing_ones(config, tmp_path):
+    launches = launches_by_flags(4)
     hosts = {"TPU_WORKER_HOSTNAMES": "a,b,c,d", "SWITCH_JAX_START_TIMEOUT": "4"}
-    there = [(flags, hosts) for flags, _ in (launches[0], launches[2])]
-    began = time.monotonic()
-    found = ends(start(there, ["train", "--config", config, "--workdir", tmp_path / "run"]))
-    assert time.monotonic() - began < 60
-    for code, _, err in found:
+    started = [(flags, hosts) for flags, _ in (launches[0], launches[2])]
+    start_time = time.monotonic()
+    results = wait_for_exit(
+        start(started, ["train", "--config", config, "--workdir", tmp_path / "run"])
+    )
+    assert time.monotonic() - start_time < 60
+    for code, _, err in results:
         assert code == 2
         assert err.startswith(
             "switch-jax: 2 of 4 processes did not start within 4 s: process 1 (b)"
@@ -251,55 +257,56 @@ def test_missing_processes_are_named_by_those_that_are_there(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def meet(count, come, seconds=5.0, facts=None):
-    """What each of the processes in `come` is told, by threads that stand for them."""
+def rendezvous(count, indices, seconds=5.0, facts=None):
+    """Returns the error (None: no error) in each process of `indices`; a thread runs each."""
     address = f"localhost:{free_port()}"
-    facts = facts or [{}] * len(come)
-    said = [None] * len(come)
+    facts = facts or [{}] * len(indices)
+    errors = [None] * len(indices)
 
-    def run(place):
+    def run(position):
         try:
-            wait_for_processes(Launch(address, count, come[place]), facts[place], seconds)
+            launch = Launch(address, count, indices[position])
+            wait_for_processes(launch, facts[position], seconds)
         except UserError as error:
-            said[place] = str(error)
+            errors[position] = str(error)
 
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(come))]
+    threads = [threading.Thread(target=run, args=(position,)) for position in range(len(indices))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
         assert not thread.is_alive()
-    return said
+    return errors
 
 
-def test_processes_meet():
-    assert meet(4, [3, 1, 0, 2], facts=[{"a": 1}] * 4) == [None] * 4
+def test_rendezvous_of_all_processes():
+    assert rendezvous(4, [3, 1, 0, 2], facts=[{"a": 1}] * 4) == [None] * 4
 
 
-def test_missing_processes_are_named():
-    said = meet(4, [0, 2], seconds=1)
-    assert said[0] == said[1] and "2 of 4" in said[0] and "process 1, process 3;" in said[0]
+def test_the_rendezvous_names_missing_processes():
+    errors = rendezvous(4, [0, 2], seconds=1)
+    assert errors[0] == errors[1] and "2 of 4" in errors[0] and "process 1, process 3;" in errors[0]
 
 
-def test_process_0_that_is_missing_is_named():
-    said = meet(2, [1], seconds=1)
-    assert "Process 0 cannot be reached at localhost:" in said[0]
+def test_a_missing_process_0_is_named():
+    errors = rendezvous(2, [1], seconds=1)
+    assert "Process 0 cannot be reached at localhost:" in errors[0]
 
 
-def test_two_that_are_the_same_process_are_named():
-    said = meet(3, [0, 1, 1], seconds=2)
-    assert "started as process 1" in said[0] and said[0] in said[1:]
+def test_two_processes_with_one_index_are_named():
+    errors = rendezvous(3, [0, 1, 1], seconds=2)
+    assert "started as process 1" in errors[0] and errors[0] in errors[1:]
 
 
-def test_another_config_is_named():
+def test_different_facts_are_named():
     facts = [{"train.seed": 0, "verb": "train"}, {"train.seed": 0, "verb": "train"}]
-    said = meet(2, [0, 1], facts=[facts[0], facts[1] | {"train.seed": 7}])
-    assert said[0] == said[1] and "Process 1 on" in said[0]
-    assert "has train.seed = 7 and process 0 has 0" in said[0]
+    errors = rendezvous(2, [0, 1], facts=[facts[0], facts[1] | {"train.seed": 7}])
+    assert errors[0] == errors[1] and "Process 1 on" in errors[0]
+    assert "has train.seed = 7 and process 0 has 0" in errors[0]
 
 
-def test_strangers_and_those_who_left_are_no_processes():
-    """One that came and left may come again, and whoever else knocks at the port is let go."""
+def test_the_server_ignores_other_clients_and_clients_that_left():
+    """A process that left may connect again; clients of other protocols are disconnected."""
     address = f"localhost:{free_port()}"
     failures = []
 
@@ -311,17 +318,17 @@ def test_strangers_and_those_who_left_are_no_processes():
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(3)]
     threads[0].start()
-    left = {"process": 1, "count": 3, "host": "x", "facts": {}}
-    for message in ("GET / HTTP/1.1", json.dumps({"process": 1}), json.dumps(left)):
+    hello = {"process": 1, "count": 3, "host": "x", "facts": {}}
+    for message in ("GET / HTTP/1.1", json.dumps({"process": 1}), json.dumps(hello)):
         for _ in range(100):
             try:
-                talk = socket.create_connection(("localhost", int(address.split(":")[1])))
+                connection = socket.create_connection(("localhost", int(address.split(":")[1])))
                 break
             except OSError:
                 time.sleep(0.05)
-        talk.sendall(message.encode() + b"\n")
+        connection.sendall(message.encode() + b"\n")
         time.sleep(0.3)
-        talk.close()
+        connection.close()
     for thread in threads[1:]:
         thread.start()
     for thread in threads:
@@ -330,7 +337,7 @@ def test_strangers_and_those_who_left_are_no_processes():
     assert not failures
 
 
-def test_a_port_that_is_taken_is_named():
+def test_a_taken_port_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on port {port}"):

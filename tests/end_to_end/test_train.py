@@ -1,4 +1,4 @@
-"""Killed, stopped, continued, refused."""
+"""Interrupted, finished, damaged and refused training runs."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import runs
 
-VOLATILE = {"time", "tokens_per_second", "step_seconds", "data_wait_fraction"}
+TIMED_METRICS = {"time", "tokens_per_second", "step_seconds", "data_wait_fraction"}
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +19,19 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """WORKDIR of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     runs.run("train", "--config", config, "--workdir", workdir)
     return workdir
 
 
 def metrics(workdir):
+    """Returns the lines of metrics.jsonl without measured times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMED_METRICS} for line in lines]
 
 
-def test_killed_and_continued_equals_uninterrupted(config, finished, tmp_path):
+def test_an_interrupted_run_equals_an_uninterrupted_one_to_the_bit(config, finished, tmp_path):
     workdir = tmp_path / "killed"
     command = ("train", "--config", config, "--workdir", workdir)
 
@@ -51,7 +52,7 @@ def test_killed_and_continued_equals_uninterrupted(config, finished, tmp_path):
     assert metrics(workdir) == metrics(finished)
 
 
-def test_finished_run_says_so_and_stays_as_it_is(config, finished):
+def test_a_finished_run_is_reported_and_not_changed(config, finished):
     before = (finished / "metrics.jsonl").read_bytes()
     out, _ = runs.run("train", "--config", config, "--workdir", finished)
     assert "finished: step 90 of 90" in out
@@ -59,7 +60,7 @@ def test_finished_run_says_so_and_stays_as_it_is(config, finished):
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"60", "75", "90"}
 
 
-def test_damaged_checkpoint_is_set_aside(config, finished, tmp_path):
+def test_a_damaged_checkpoint_is_renamed_and_the_one_before_is_used(config, finished, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(finished, workdir)
     for file in (workdir / "checkpoints" / "90" / "params").rglob("*"):
@@ -74,7 +75,7 @@ def test_damaged_checkpoint_is_set_aside(config, finished, tmp_path):
 @pytest.mark.parametrize(
     "change", ["model.d_ff=48", "moe.num_experts=2", "optimizer.name=adamw", "data.reader=seqio"]
 )
-def test_workdir_of_another_model_is_refused(config, finished, change):
+def test_a_workdir_of_another_model_is_refused(config, finished, change):
     before = (finished / "config.json").read_bytes()
     key, value = change.split("=")
     _, err = runs.run(

@@ -1,4 +1,4 @@
-"""Distillation: a teacher's distribution beside the data's targets, on any mesh."""
+"""Distillation: soft loss, train step on any mesh, checks of the teacher, and its costs."""
 
 import dataclasses
 import math
@@ -40,9 +40,9 @@ from tests.support.configs import make_batch, tiny
 from tests.support.paths import ROOT
 
 STEPS = 3
-ALONE = {"data.reader": "synthetic", "mesh.data": 1, "optimizer.name": "sgd"}
-# Few slots, so that where a token is matters, and noise that must not reach its answers.
-TEACHER = ALONE | {
+BASE = {"data.reader": "synthetic", "mesh.data": 1, "optimizer.name": "sgd"}
+# Few slots, so that the groups of tokens matter, and noise that must not affect its logits.
+TEACHER = BASE | {
     "model.init_scale": 1.0,
     "model.d_ff": 48,
     "model.dropout_rate": 0.3,
@@ -51,7 +51,7 @@ TEACHER = ALONE | {
     "moe.eval_capacity_factor": 0.75,
     "train.seed": 7,
 }
-STUDENT = ALONE | {
+STUDENT = BASE | {
     "moe.num_experts": 0,
     "moe.group_size": 32,
     "model.dropout_rate": 0.1,
@@ -73,8 +73,8 @@ MESHES = {
 
 
 @pytest.fixture(scope="module")
-def taught_by(tmp_path_factory) -> str:
-    """A WORKDIR of a sparse model."""
+def teacher_workdir(tmp_path_factory) -> str:
+    """Path of the WORKDIR of a sparse model."""
     workdir, config = Workdir(tmp_path_factory.mktemp("teacher")), tiny(**TEACHER)
     workdir.prepare(config, None)
     state = TrainProgram(config, make_mesh(config)).init()
@@ -86,7 +86,7 @@ def taught_by(tmp_path_factory) -> str:
     return str(workdir.path)
 
 
-def made(overrides) -> TrainProgram:
+def make_program(overrides) -> TrainProgram:
     config = tiny(**overrides)
     teacher = teacher_config(config)
     return TrainProgram(config, make_mesh(config, teacher=teacher), teacher)
@@ -103,14 +103,14 @@ def softmax(logits) -> np.ndarray:
 
 
 def soft_sum(student, teacher, weights, temperature: float) -> float:
-    """Plainly: Σ over targets of -Σ p log q."""
+    """Returns Σ over targets of -Σ p log q, from the formula."""
     p, q = softmax(teacher / temperature), softmax(student / temperature)
     return float((weights * -(p * np.log(q)).sum(-1)).sum())
 
 
 @pytest.fixture(scope="module")
-def answers():
-    """A batch with padding, and logits of a student and a teacher for it."""
+def batch_and_logits():
+    """A batch with padding, and random logits of a student and a teacher."""
     batch = make_batch(tiny(**STUDENT))
     shape = (*batch["decoder_target_tokens"].shape, 32)
     assert 0 < (batch["decoder_loss_weights"] == 0).mean() < 1
@@ -118,96 +118,103 @@ def answers():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_soft_cross_entropy_is_that_of_the_formula(answers, temperature, in_parts, monkeypatch):
-    batch, student, teacher = answers
-    if in_parts:
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_the_soft_cross_entropy_follows_the_formula(
+    batch_and_logits, temperature, in_chunks, monkeypatch
+):
+    batch, student, teacher = batch_and_logits
+    if in_chunks:
         monkeypatch.setattr(loss, "LOGITS_BYTES", 2 * student.nbytes // 3)
     eye = jnp.eye(32)
     sums = token_losses(student, eye, batch, (teacher, eye), temperature)
     expected = soft_sum(student, teacher, batch["decoder_loss_weights"], temperature)
     np.testing.assert_allclose(sums.soft, expected, rtol=1e-5)
-    plain = token_losses(student, eye, batch)
-    assert plain.soft is None
-    np.testing.assert_allclose(sums[:3], plain[:3], rtol=1e-6)
-    # Of a model with itself, it is the entropy, which no student can go below.
-    own = token_losses(student, eye, batch, (student, eye), temperature)
-    assert own.soft < token_losses(teacher, eye, batch, (student, eye), temperature).soft
+    without_teacher = token_losses(student, eye, batch)
+    assert without_teacher.soft is None
+    np.testing.assert_allclose(sums[:3], without_teacher[:3], rtol=1e-6)
+    # With itself as the teacher, a model reaches the entropy, the minimum.
+    minimum = token_losses(student, eye, batch, (student, eye), temperature)
+    assert minimum.soft < token_losses(teacher, eye, batch, (student, eye), temperature).soft
 
 
-def test_the_gradient_is_the_students_alone_and_as_large_at_any_temperature(answers):
-    batch, student, teacher = answers
+def test_only_the_student_has_a_gradient_and_its_scale_does_not_depend_on_the_temperature(
+    batch_and_logits,
+):
+    batch, student, teacher = batch_and_logits
     weights, T = batch["decoder_loss_weights"][..., None], 3.0
 
     def soft(student, teacher):
         return token_losses(student, jnp.eye(32), batch, (teacher, jnp.eye(32)), T).soft
 
-    of_student, of_teacher = jax.grad(soft, argnums=(0, 1))(student, teacher)
-    assert not of_teacher.any()
+    student_gradient, teacher_gradient = jax.grad(soft, argnums=(0, 1))(student, teacher)
+    assert not teacher_gradient.any()
     expected = weights * (softmax(student / T) - softmax(teacher / T)) / T
-    np.testing.assert_allclose(of_student, expected, atol=1e-6)
+    np.testing.assert_allclose(student_gradient, expected, atol=1e-6)
 
     config = tiny(**STUDENT | {"distill.temperature": T})
-    totals = loss_denominators(batch, config)
+    denominators = loss_denominators(batch, config)
     sums = LossSums(*map(jnp.float32, (10.0, 5.0, 1.0, 8.0)))
-    terms = loss_terms(sums, {}, totals, config, 0.4)
-    np.testing.assert_allclose(terms["cross_entropy"], 0.6 * 10 / totals.targets, rtol=1e-6)
-    np.testing.assert_allclose(terms["distillation"], 0.4 * T**2 * 8 / totals.targets, rtol=1e-6)
-    np.testing.assert_allclose(terms["z_loss"], 1e-4 * 5 / totals.targets, rtol=1e-6)
+    terms = loss_terms(sums, {}, denominators, config, 0.4)
+    np.testing.assert_allclose(terms["cross_entropy"], 0.6 * 10 / denominators.targets, rtol=1e-6)
+    np.testing.assert_allclose(
+        terms["distillation"], 0.4 * T**2 * 8 / denominators.targets, rtol=1e-6
+    )
+    np.testing.assert_allclose(terms["z_loss"], 1e-4 * 5 / denominators.targets, rtol=1e-6)
 
 
-def steps_of(program: TrainProgram, compiled, start) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """Metrics of each step from the state `start`, and the parameters after the last."""
+def train_steps(program: TrainProgram, step, start) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Returns metrics of each step from the state `start`, and the parameters after the last."""
     state, metrics = jax.device_put(start, program.state_sharding), []
     teacher = teacher_parameters(program)
-    for step in range(STEPS):
-        batch = program.sharded.shard_batch(make_batch(program.config, seed=step))
-        state, m, _ = compiled(state, batch, teacher)
+    for seed in range(STEPS):
+        batch = program.sharded.shard_batch(make_batch(program.config, seed=seed))
+        state, m, _ = step(state, batch, teacher)
         metrics.append(jax.device_get(m))
     return metrics, jax.device_get(state.params)
 
 
 @pytest.fixture(scope="module")
-def runs(taught_by):
-    """Mesh → its run, with a sparse teacher and a dense student, from the same state."""
-    cases = {"alone": {}, "plain": {}} | MESHES
+def runs(teacher_workdir):
+    """Mesh → run with a sparse teacher and a dense student, and the state they all start from."""
+    cases = {"one device": {}, "no teacher": {}} | MESHES
     programs = {name: STUDENT | mesh for name, mesh in cases.items()}
-    for name in programs.keys() - {"plain"}:
-        programs[name] = programs[name] | {"distill.teacher": taught_by}
-    programs = {name: made(overrides) for name, overrides in programs.items()}
-    start = jax.device_get(programs["alone"].init())
+    for name in programs.keys() - {"no teacher"}:
+        programs[name] = programs[name] | {"distill.teacher": teacher_workdir}
+    programs = {name: make_program(overrides) for name, overrides in programs.items()}
+    start = jax.device_get(programs["one device"].init())
 
-    def compiled(p: TrainProgram):
+    def compile_step(p: TrainProgram):
         return p.train_step.lower(p.abstract_state, p.abstract_batch, p.abstract_teacher).compile()
 
     with ThreadPoolExecutor(2) as pool:
-        steps = dict(zip(programs, pool.map(compiled, programs.values())))
-    return {name: steps_of(p, steps[name], start) for name, p in programs.items()}, start
+        steps = dict(zip(programs, pool.map(compile_step, programs.values())))
+    return {name: train_steps(p, steps[name], start) for name, p in programs.items()}, start
 
 
-def test_the_step_adds_what_the_teacher_says_in_evaluation(runs, taught_by):
-    (metrics, _), start = runs[0]["alone"], runs[1]
-    plain = runs[0]["plain"][0]
-    # The first step is plain training, and from the second on the teacher counts.
+def test_the_step_adds_the_soft_loss_of_the_teacher_in_evaluation_mode(runs, teacher_workdir):
+    (metrics, _), start = runs[0]["one device"], runs[1]
+    plain = runs[0]["no teacher"][0]
+    # distill.start_step is 1: the first step ignores the teacher.
     assert metrics[0]["distillation"] == 0
     np.testing.assert_allclose(metrics[0]["loss"], plain[0]["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics[1]["cross_entropy"], plain[1]["cross_entropy"], rtol=1e-5)
     assert "distillation" not in plain[1]
     for m in metrics[1:]:
-        whole = 0.6 * m["cross_entropy"] + m["distillation"] + m["z_loss"]
-        np.testing.assert_allclose(m["loss"], whole, rtol=1e-6)
+        loss = 0.6 * m["cross_entropy"] + m["distillation"] + m["z_loss"]
+        np.testing.assert_allclose(m["loss"], loss, rtol=1e-6)
 
-    # Without dropout in the student, what it adds is known.
-    program = made(STUDENT | {"distill.teacher": taught_by} | OPEN)
+    # Without dropout in the student, the soft loss follows from both models' logits.
+    deterministic = {"model.dropout_rate": 0.0, "distill.start_step": 0}
+    program = make_program(STUDENT | {"distill.teacher": teacher_workdir} | deterministic)
     batch, params = make_batch(program.config), start.params
     student = program.sharded.model(params).forward(batch, capacity_factor=None)[0]
-    answering = load(taught_by)
-    grouped = dataclasses.replace(answering.config.moe, group_size=32)
-    config = dataclasses.replace(answering.config, moe=grouped)
-    answering = with_parameters(
-        SwitchTransformer(config, jax.random.key(0)), named_parameters(answering)
+    loaded = load(teacher_workdir)
+    moe = dataclasses.replace(loaded.config.moe, group_size=32)
+    config = dataclasses.replace(loaded.config, moe=moe)
+    teacher_model = with_parameters(
+        SwitchTransformer(config, jax.random.key(0)), named_parameters(loaded)
     )
-    teacher = answering.forward(batch, capacity_factor=0.75)[0]
+    teacher = teacher_model.forward(batch, capacity_factor=0.75)[0]
     _, m, _ = program.train_step(
         jax.device_put(start, program.state_sharding),
         program.sharded.shard_batch(batch),
@@ -216,39 +223,36 @@ def test_the_step_adds_what_the_teacher_says_in_evaluation(runs, taught_by):
     weights = batch["decoder_loss_weights"]
     expected = 0.4 * 2.0**2 * soft_sum(student, teacher, weights, 2.0) / weights.sum()
     np.testing.assert_allclose(m["distillation"], expected, rtol=1e-5)
-    other = answering.forward(batch, capacity_factor=0.25)[0]
-    wrong = 0.4 * 2.0**2 * soft_sum(student, other, weights, 2.0) / weights.sum()
+    training_capacity = teacher_model.forward(batch, capacity_factor=0.25)[0]
+    wrong = 0.4 * 2.0**2 * soft_sum(student, training_capacity, weights, 2.0) / weights.sum()
     assert abs(wrong - expected) > 1e-4
 
 
-OPEN = {"model.dropout_rate": 0.0, "distill.start_step": 0}
-
-
 @pytest.mark.parametrize("mesh", MESHES)
-def test_losses_do_not_depend_on_the_mesh_nor_on_accumulation(runs, mesh):
-    (metrics, params), (alone, alone_params) = runs[0][mesh], runs[0]["alone"]
-    assert alone[1]["distillation"] > 0.1
-    for one, other in zip(metrics, alone):
-        assert one.keys() == other.keys()
-        for key in other:
-            np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-6, err_msg=key)
-    for name, value in alone_params.items():
+def test_losses_depend_neither_on_the_mesh_nor_on_accumulation(runs, mesh):
+    (metrics, params), (expected, expected_params) = runs[0][mesh], runs[0]["one device"]
+    assert expected[1]["distillation"] > 0.1
+    for m, e in zip(metrics, expected):
+        assert m.keys() == e.keys()
+        for key in e:
+            np.testing.assert_allclose(m[key], e[key], rtol=1e-4, atol=1e-6, err_msg=key)
+    for name, value in expected_params.items():
         np.testing.assert_allclose(params[name], value, rtol=0, atol=1e-5, err_msg=name)
-    plain = runs[0]["plain"][1]
-    assert max(np.abs(plain[name] - alone_params[name]).max() for name in plain) > 1e-4
+    plain = runs[0]["no teacher"][1]
+    assert max(np.abs(plain[name] - expected_params[name]).max() for name in plain) > 1e-4
 
 
-def test_a_soft_weight_of_zero_is_plain_training_to_the_bit(tmp_path):
-    nowhere = str(tmp_path / "none")
-    settings = {"distill.teacher": nowhere, "distill.soft_weight": 0.0}
-    programs = [made(STUDENT), made(STUDENT | settings)]
+def test_a_soft_weight_of_zero_compiles_to_plain_training(tmp_path):
+    missing = str(tmp_path / "none")
+    settings = {"distill.teacher": missing, "distill.soft_weight": 0.0}
+    programs = [make_program(STUDENT), make_program(STUDENT | settings)]
     texts = [p.train_step.lower(p.abstract_state, p.abstract_batch).as_text() for p in programs]
     assert texts[0] == texts[1]
 
 
-def test_the_teacher_is_split_by_the_same_rules_and_in_no_state(taught_by):
-    program = made(
-        STUDENT | MESHES["fsdp, data=2 expert=2 model=2"] | {"distill.teacher": taught_by}
+def test_the_teacher_has_the_same_sharding_rules_and_is_not_in_the_state(teacher_workdir):
+    program = make_program(
+        STUDENT | MESHES["fsdp, data=2 expert=2 model=2"] | {"distill.teacher": teacher_workdir}
     )
     experts = program.abstract_teacher["encoder/runs/0/layers/1/mlp/experts/wi"]
     assert experts.shape == (1, 4, 16, 48)
@@ -260,37 +264,37 @@ def test_the_teacher_is_split_by_the_same_rules_and_in_no_state(taught_by):
     }
 
 
-def test_the_student_begins_with_the_teachers_weights_but_those_of_experts(taught_by):
-    config = {"model.init_scale": 1.0, "model.d_ff": 48, "distill.teacher": taught_by}
-    student = override_config(tiny(**STUDENT | config), {"init_from": taught_by})
+def test_init_from_the_teacher_copies_all_but_expert_weights(teacher_workdir):
+    config = {"model.init_scale": 1.0, "model.d_ff": 48, "distill.teacher": teacher_workdir}
+    student = override_config(tiny(**STUDENT | config), {"init_from": teacher_workdir})
     program = TrainProgram(student, make_mesh(student), teacher_config(student))
-    fresh, theirs = jax.device_get((program.init().params, teacher_parameters(program)))
-    begun = jax.device_get(make_initial_state(program).params)
+    fresh, teacher = jax.device_get((program.init().params, teacher_parameters(program)))
+    initial = jax.device_get(make_initial_state(program).params)
     for stack in ("encoder", "decoder"):
-        # Blocks of one layer here, and of a dense and a sparse one there.
-        ours = f"{stack}/runs/0/layers/0"
-        for place in (0, 1):
-            there = f"{stack}/runs/0/layers/{place}"
+        # The student has blocks of one layer, the teacher of a dense and a sparse one.
+        student_layer = f"{stack}/runs/0/layers/0"
+        for layer in (0, 1):
+            teacher_layer = f"{stack}/runs/0/layers/{layer}"
             name = "self_attention/query"
             np.testing.assert_array_equal(
-                begun[f"{ours}/{name}"][place], theirs[f"{there}/{name}"][0]
+                initial[f"{student_layer}/{name}"][layer], teacher[f"{teacher_layer}/{name}"][0]
             )
-        wi = begun[f"{ours}/mlp/wi"]
-        np.testing.assert_array_equal(wi[0], theirs[f"{stack}/runs/0/layers/0/mlp/wi"][0])
-        np.testing.assert_array_equal(wi[1], fresh[f"{ours}/mlp/wi"][1])
-    np.testing.assert_array_equal(begun["embedding"], theirs["embedding"])
+        wi = initial[f"{student_layer}/mlp/wi"]
+        np.testing.assert_array_equal(wi[0], teacher[f"{stack}/runs/0/layers/0/mlp/wi"][0])
+        np.testing.assert_array_equal(wi[1], fresh[f"{student_layer}/mlp/wi"][1])
+    np.testing.assert_array_equal(initial["embedding"], teacher["embedding"])
 
 
-def test_a_run_that_was_continued_ends_with_the_same_bits(taught_by, tmp_path):
+def test_a_continued_run_ends_with_the_same_bits(teacher_workdir, tmp_path):
     settings = {
-        "distill.teacher": taught_by,
+        "distill.teacher": teacher_workdir,
         "train.steps": 4,
         "train.checkpoint_every": 2,
         "train.log_every": 1,
         "train.eval_every": 4,
         "train.eval_batches": 1,
     }
-    ended = {}
+    final_params = {}
     for name, stops in {"whole": (4,), "stopped": (2, 4)}.items():
         workdir = Workdir(tmp_path / name)
         for steps in stops:
@@ -298,17 +302,18 @@ def test_a_run_that_was_continued_ends_with_the_same_bits(taught_by, tmp_path):
         folder = workdir.checkpoints / "4"
         shapes = parameter_shapes(folder)
         assert not [n for n in shapes if "experts" in n]
-        program = made(STUDENT | settings)
-        ended[name] = restore_params(folder, program.abstract_state.params)
+        program = make_program(STUDENT | settings)
+        final_params[name] = restore_params(folder, program.abstract_state.params)
         lines = read_metrics(workdir)
         distillation = [m["distillation"] for m in lines if m["split"] == "train"]
         assert len(distillation) == 4 and distillation[0] == 0 < min(distillation[1:])
         assert "distillation" not in [m for m in lines if m["split"] == "eval"][-1]
-    for name, value in ended["whole"].items():
-        np.testing.assert_array_equal(ended["stopped"][name], value)
+    for name, value in final_params["whole"].items():
+        np.testing.assert_array_equal(final_params["stopped"][name], value)
 
 
 def one_sentence(error: pytest.ExceptionInfo) -> str:
+    """Returns the message of an error, and asserts that it is one sentence."""
     message = str(error.value)
     assert "\n" not in message and message.endswith("."), message
     assert not re.search(r"[.?] ", message), message
@@ -324,14 +329,14 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
         ("start_step", -1, "distill.start_step must be at least 0, not -1"),
     ],
 )
-def test_numbers_that_cannot_be(key, value, words):
+def test_numbers_out_of_range_are_refused(key, value, words):
     with pytest.raises(UserError) as error:
         tiny(**{f"distill.{key}": value})
     assert words in one_sentence(error)
 
 
-def described(folder: Path) -> str:
-    """A config file of the teacher."""
+def teacher_config_file(folder: Path) -> str:
+    """Writes a config file of the teacher; returns its path."""
     path = folder / "teacher.py"
     path.write_text(
         "from switch_jax.config import defaults\n\n"
@@ -341,8 +346,8 @@ def described(folder: Path) -> str:
     return str(path)
 
 
-def test_teachers_that_cannot_be(taught_by, tmp_path):
-    def refused(words: str, overrides, teacher: str = taught_by):
+def test_unsuitable_teachers_are_refused(teacher_workdir, tmp_path):
+    def assert_refused(words: str, overrides, teacher: str = teacher_workdir):
         with pytest.raises(UserError) as error:
             train(
                 tiny(**STUDENT | {"distill.teacher": teacher} | overrides), Workdir(tmp_path / "x")
@@ -350,32 +355,36 @@ def test_teachers_that_cannot_be(taught_by, tmp_path):
         assert words in one_sentence(error)
         assert not (tmp_path / "x").exists()
 
-    refused("none does not exist; name a WORKDIR", {}, str(tmp_path / "none"))
-    refused("has 32 logits and the student 64; set model.vocab_size=32", {"model.vocab_size": 64})
-    refused("Of the teacher, moe.num_experts=4 does not divide", {"mesh.expert": 8})
-    refused("Of the teacher, A encoder group", {"mesh.data": 8, "moe.group_size": 256})
-    refused("teacher.py is a config and cannot answer; train it", {}, described(tmp_path))
+    assert_refused("none does not exist; name a WORKDIR", {}, str(tmp_path / "none"))
+    assert_refused(
+        "has 32 logits and the student 64; set model.vocab_size=32", {"model.vocab_size": 64}
+    )
+    assert_refused("Of the teacher, moe.num_experts=4 does not divide", {"mesh.expert": 8})
+    assert_refused("Of the teacher, A encoder group", {"mesh.data": 8, "moe.group_size": 256})
+    assert_refused(
+        "teacher.py is a config and cannot answer; train it", {}, teacher_config_file(tmp_path)
+    )
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(taught_by, monkeypatch):
-    config = tiny(**STUDENT | {"distill.teacher": taught_by, "data.reader": "store"})
-    source = distill.find_pretrained(taught_by)._replace(vocabulary=b"another")
+def test_a_teacher_of_another_vocabulary_is_refused(teacher_workdir, monkeypatch):
+    config = tiny(**STUDENT | {"distill.teacher": teacher_workdir, "data.reader": "store"})
+    source = distill.find_pretrained(teacher_workdir)._replace(vocabulary=b"another")
     monkeypatch.setattr(distill, "find_pretrained", lambda path: source)
-    own = type("", (), {"content": b"own"})
-    monkeypatch.setattr(distill, "open_vocabulary", lambda config: own)
+    vocabulary = type("", (), {"content": b"own"})
+    monkeypatch.setattr(distill, "open_vocabulary", lambda config: vocabulary)
     with pytest.raises(UserError, match="another vocabulary than"):
         check_distillation(config)
-    own.content = b"another"
+    vocabulary.content = b"another"
     check_distillation(config)
 
 
-def test_without_a_vocabulary_of_its_own_a_student_has_the_teachers(tmp_path):
+def test_a_student_without_a_vocabulary_gets_the_teachers(tmp_path):
     (tmp_path / VOCABULARY_FILE).write_bytes(BYTES.encode())
     settings = {"distill.teacher": str(tmp_path), "data.reader": "store", "model.vocab_size": 512}
     assert open_vocabulary(tiny(**settings)).name == BYTES
 
 
-def test_a_teacher_may_have_been_adapted():
+def test_a_teacher_may_have_lora_adapters():
     config = tiny(**TEACHER | {"lora.rank": 2})
     program, batch = TrainProgram(config, make_mesh(config)), make_batch(config)
     fresh = program.init().params
@@ -384,10 +393,10 @@ def test_a_teacher_may_have_been_adapted():
     assert teacher.abstract_params.keys() == params.keys()
 
     @jax.jit
-    def answer(params):
+    def forward(params):
         return teacher.model(params).forward(batch, capacity_factor=config.moe.capacity_factor)[0]
 
-    logits = [answer(of) for of in (params, fresh)]
+    logits = [forward(p) for p in (params, fresh)]
     expected, _ = program.sharded.model(params).forward(
         batch, capacity_factor=config.moe.capacity_factor
     )
@@ -395,36 +404,38 @@ def test_a_teacher_may_have_been_adapted():
     assert np.abs(logits[1] - expected).max() > 0.01
 
 
-def test_its_memory_and_work_are_counted(taught_by):
+def test_reports_count_the_teachers_memory_and_flops(teacher_workdir):
     mesh = {"mesh.data": 1, "mesh.expert": 4}
-    config = tiny(**STUDENT | mesh | {"distill.teacher": taught_by})
+    config = tiny(**STUDENT | mesh | {"distill.teacher": teacher_workdir})
     teacher = teacher_config(config)
     size = sum(
         math.prod(x.shape)
         for x in TrainProgram(config, make_mesh(config), teacher).abstract_teacher.values()
     )
-    alone, taught = cost_summary(config), cost_summary(config, teacher)
-    assert alone["teacher"] is None
-    assert taught["teacher"]["params"] == size
-    assert taught["teacher"]["bytes"] == 4 * size
-    assert taught["state_bytes"] == alone["state_bytes"]
-    passes = taught["teacher"]["flops_per_sequence_computed"]
-    assert taught["train_flops_per_step"] - alone["train_flops_per_step"] == passes * 16
-    assert f"{size:,}" in cost_table(taught)
+    student, both = cost_summary(config), cost_summary(config, teacher)
+    assert student["teacher"] is None
+    assert both["teacher"]["params"] == size
+    assert both["teacher"]["bytes"] == 4 * size
+    assert both["state_bytes"] == student["state_bytes"]
+    passes = both["teacher"]["flops_per_sequence_computed"]
+    assert both["train_flops_per_step"] - student["train_flops_per_step"] == passes * 16
+    assert f"{size:,}" in cost_table(both)
 
     chip = CHIPS["TPU v5"]
-    (mine,) = [s for s in suggest_meshes(config, chip, 4, 1, teacher) if s.mesh["expert"] == 4]
-    (without,) = [s for s in suggest_meshes(config, chip, 4) if s.mesh["data"] == 4]
-    assert without.memory_bytes["teacher"] == 0
-    assert size < mine.memory_bytes["teacher"] < 4 * size
-    flops = taught["train_flops_per_step"]
-    assert mine.seconds["compute"] == pytest.approx(flops / 4 / chip.flops)
-    assert mine.seconds["compute"] > without.seconds["compute"]
+    (with_teacher,) = [
+        s for s in suggest_meshes(config, chip, 4, 1, teacher) if s.mesh["expert"] == 4
+    ]
+    (without_teacher,) = [s for s in suggest_meshes(config, chip, 4) if s.mesh["data"] == 4]
+    assert without_teacher.memory_bytes["teacher"] == 0
+    assert size < with_teacher.memory_bytes["teacher"] < 4 * size
+    flops = both["train_flops_per_step"]
+    assert with_teacher.seconds["compute"] == pytest.approx(flops / 4 / chip.flops)
+    assert with_teacher.seconds["compute"] > without_teacher.seconds["compute"]
 
 
-def test_compiling_knows_of_it(tmp_path, monkeypatch):
+def test_a_compile_report_has_the_teachers_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
-    student = {"distill.teacher": described(tmp_path), "optimizer.name": "sgd"}
+    student = {"distill.teacher": teacher_config_file(tmp_path), "optimizer.name": "sgd"}
     monkeypatch.setattr(CompileTarget, "devices", lambda target: jax.devices()[:1])
     target = CompileTarget("cpu:1")
     results = [
@@ -440,20 +451,20 @@ def test_compiling_knows_of_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", ["mini", "gpu", "paper"])
 @pytest.mark.parametrize("table", [6, 7, 8])
-def test_sweeps_of_the_papers_tables(size, table, monkeypatch):
+def test_sweeps_of_the_papers_distillation_tables(size, table, monkeypatch):
     monkeypatch.chdir(ROOT)
-    loaded = load_sweep(f"configs/sweeps/distill.py:size={size},table={table}")
-    configs = loaded.configs()
-    (found,) = loaded.tables.values()
-    assert set(found.rows.values()) <= set(configs) and found.teachers
+    sweep = load_sweep(f"configs/sweeps/distill.py:size={size},table={table}")
+    configs = sweep.configs()
+    (table_spec,) = sweep.tables.values()
+    assert set(table_spec.rows.values()) <= set(configs) and table_spec.teachers
     students = {name for name, config in configs.items() if config.distilled}
-    assert {found.rows[row] for row in found.teachers} - students <= {"begun"}
+    assert {table_spec.rows[row] for row in table_spec.teachers} - students <= {"begun"}
     for name in students:
         assert not configs[name].sparse
-        assert configs[name].distill.teacher == f"{{run:{teacher_of(found, name)}}}"
+        assert configs[name].distill.teacher == f"{{run:{teacher_of(table_spec, name)}}}"
         assert configs[name].init_from is not None or name == "taught"
     if size == "paper":
-        assert set(found.paper) == set(found.rows)
+        assert set(table_spec.paper) == set(table_spec.rows)
 
 
 def teacher_of(table: Table, name: str) -> str:

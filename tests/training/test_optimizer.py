@@ -1,4 +1,4 @@
-"""Adafactor by slice, schedules, weight decay."""
+"""Adafactor per slice, schedules, weight decay, gradient clipping."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ SHAPES |= {"norm/scale": (2, 128)}
 
 
 def random_tree(seed: int) -> dict[str, np.ndarray]:
-    """Values whose slices differ in size, so that an average over slices would show."""
+    """Returns arrays whose slices have different scales, to reveal an average over slices."""
     rng = np.random.default_rng(seed)
     tree = {}
     for name, shape in SHAPES.items():
@@ -35,7 +35,7 @@ def random_tree(seed: int) -> dict[str, np.ndarray]:
 
 
 def two_updates(optimizer, params, gradients):
-    """The updates of two steps, so that the second moments and their decay count."""
+    """Returns the updates of two steps, the second of which depends on decayed second moments."""
 
     @jax.jit
     def run(params, gradients):
@@ -48,8 +48,8 @@ def two_updates(optimizer, params, gradients):
     return run(params, gradients)
 
 
-def by_itself(name: str, index: tuple[int, ...], params, gradients):
-    """optax's Adafactor on one matrix or vector alone, at a constant learning rate of 0.5."""
+def unstacked_updates(name: str, index: tuple[int, ...], params, gradients):
+    """Returns updates of one slice by optax's Adafactor, at a constant learning rate of 0.5."""
     optimizer = optax.adafactor(0.5, min_dim_size_to_factor=128, eps=1e-30)
     slices = [tree[name][index] for tree in (params, *gradients)]
     return two_updates(optimizer, slices[0], slices[1:])[0]
@@ -61,31 +61,31 @@ def adafactor():
     return make_optimizer(tiny(**{f"optimizer.{k}": v for k, v in values.items()}), METADATA)
 
 
-def test_adafactor_treats_every_layer_and_expert_as_if_it_were_not_stacked(adafactor):
+def test_adafactor_updates_every_layer_and_expert_separately(adafactor):
     params, gradients = random_tree(0), [random_tree(1), random_tree(2)]
     updates, state = two_updates(adafactor, params, gradients)
     slices = [("wi", (0, 0)), ("wi", (1, 3)), ("square", (1,)), ("embedding", ())]
     for name, index in [*slices, ("norm/scale", (0,))]:
-        alone = by_itself(name, index, params, gradients)
-        for stacked, expected in zip(updates, alone):
+        unstacked = unstacked_updates(name, index, params, gradients)
+        for stacked, expected in zip(updates, unstacked):
             np.testing.assert_allclose(stacked[name][index], expected, rtol=1e-4, atol=1e-7)
-    # Statistics are rows and columns, for every slice.
+    # Statistics of every slice are rows and columns.
     shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
     assert {(2, 4, 128), (2, 4, 256)} <= shapes
     assert SHAPES["wi"] not in shapes and SHAPES["square"] not in shapes
 
 
-def test_adafactor_over_the_whole_stack_would_differ():
+def test_adafactor_over_a_whole_stack_differs():
     params, gradients = random_tree(0), [random_tree(1), random_tree(2)]
-    whole = by_itself("square", (), params, gradients)
-    alone = by_itself("square", (1,), params, gradients)
-    assert np.abs(whole[1][1] / alone[1] - 1).max() > 0.1
+    whole = unstacked_updates("square", (), params, gradients)
+    slice_1 = unstacked_updates("square", (1,), params, gradients)
+    assert np.abs(whole[1][1] / slice_1[1] - 1).max() > 0.1
 
 
 @pytest.mark.parametrize(
     "values, expected",
     [
-        # T5's: flat during warm-up, then the inverse square root of the step.
+        # T5's schedule: constant during warm-up, then the inverse square root of the step.
         (
             {"schedule": "rsqrt", "learning_rate": 1.0, "warmup_steps": 10_000},
             {0: 0.01, 9_999: 0.01, 40_000: 0.005, 250_000: 0.002},
@@ -112,12 +112,12 @@ def test_adafactor_over_the_whole_stack_would_differ():
 )
 def test_schedules_at_given_steps(values, expected):
     rate = jax.jit(learning_rate_schedule(OptimizerConfig(**values), TrainConfig(steps=1000)))
-    got = [float(rate(step)) for step in expected]
-    np.testing.assert_allclose(got, list(expected.values()), rtol=1e-5, atol=1e-7)
+    rates = [float(rate(step)) for step in expected]
+    np.testing.assert_allclose(rates, list(expected.values()), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name, shrink", [("adamw", 0.5 * 0.1), ("adafactor", 0.1)])
-def test_weight_decay_leaves_norms_and_biases_alone(name, shrink):
+def test_weight_decay_applies_to_matrices_only(name, shrink):
     """Adafactor's decay is not scaled by the learning rate, as in optax and T5X."""
     metadata = {
         "encoder/runs/0/layers/0/self_norm/scale": (("layers", "norm"), "norm"),
@@ -151,12 +151,16 @@ def test_sharded_adafactor_gives_the_same_updates(adafactor):
     params, gradients = random_tree(0), [random_tree(1), random_tree(2)]
     expected, _ = two_updates(adafactor, params, gradients)
     mesh = make_mesh(tiny(**{"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2}))
-    where = {
+    shardings = {
         name: jax.sharding.NamedSharding(mesh, partition_spec(axes, fsdp=True))
         for name, axes in AXES.items()
     }
-    put = [jax.device_put(tree, where) for tree in (params, *gradients)]
-    updates, _ = two_updates(adafactor, put[0], put[1:])
+    sharded = [jax.device_put(tree, shardings) for tree in (params, *gradients)]
+    updates, _ = two_updates(adafactor, sharded[0], sharded[1:])
     assert not updates[0]["wi"].sharding.is_fully_replicated
-    for got, want in zip(updates, expected):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), got, want)
+    for update, expected_update in zip(updates, expected):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+            update,
+            expected_update,
+        )

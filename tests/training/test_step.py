@@ -1,4 +1,4 @@
-"""The same numbers on any mesh, and where everything lies."""
+"""Train step: equal losses on any mesh, its collectives, shardings, packing and padding."""
 
 import re
 from collections import Counter
@@ -20,8 +20,8 @@ from switch_jax.training.step import TrainProgram, _add_to_uint64
 from tests.support.configs import make_batch, tiny
 
 STEPS = 5
-# Everything whose noise might depend on the mesh; plain descent, because Adafactor takes as
-# long to compile as the rest (test_optim.py has it on a mesh).
+# All random numbers that might depend on the mesh. SGD, because Adafactor takes as long to compile
+# as all the rest (test_optimizer.py has it on a mesh).
 NOISY = {
     "model.dropout_rate": 0.1,
     "model.init_scale": 1.0,
@@ -33,7 +33,7 @@ NOISY = {
     "optimizer.learning_rate": 0.5,
     "optimizer.schedule": "constant",
 }
-ALONE = {"mesh.data": 1}
+ONE_DEVICE = {"mesh.data": 1}
 SMALL = {"moe.every": 1, "model.num_encoder_layers": 1, "model.num_decoder_layers": 1}
 MESHES = {
     "data=8": {"mesh.data": 8},
@@ -49,123 +49,124 @@ MESHES = {
 }
 
 
-def program(overrides) -> TrainProgram:
+def make_program(overrides) -> TrainProgram:
     config = tiny(**overrides)
     return TrainProgram(config, make_mesh(config))
 
 
 def compiled(overrides):
-    """A program and its compiled train step; XLA lets go of the interpreter meanwhile."""
-    made = program(overrides)
-    return made, made.train_step.lower(made.abstract_state, made.abstract_batch).compile()
+    """Returns a program and its compiled train step; XLA releases the GIL while it compiles."""
+    program = make_program(overrides)
+    step = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+    return program, step
 
 
 @pytest.fixture(scope="module")
 def initial() -> TrainState:
-    return jax.device_get(program(NOISY | ALONE).init())
+    return jax.device_get(make_program(NOISY | ONE_DEVICE).init())
 
 
 class Run(NamedTuple):
-    """The metrics of each step, the parameters after the last, and what crossed devices."""
+    """Metrics of each step, the parameters after the last one, and the collectives of a step."""
 
     metrics: list[dict]
     params: dict[str, np.ndarray]
-    collectives: Counter
+    collectives: Counter  # number by kind, mesh axes and number of devices
 
 
-def trained(initial: TrainState, made: TrainProgram, train_step) -> Run:
-    state, metrics = jax.device_put(initial, made.state_sharding), []
+def train_steps(initial: TrainState, program: TrainProgram, train_step) -> Run:
+    state, metrics = jax.device_put(initial, program.state_sharding), []
     for step in range(STEPS):
-        state, m, _ = train_step(
-            state, made.sharded.shard_batch(make_batch(made.config, seed=step))
-        )
+        batch = program.sharded.shard_batch(make_batch(program.config, seed=step))
+        state, m, _ = train_step(state, batch)
         metrics.append(jax.device_get(m))
     assert state.step == STEPS
-    found = HloProgram(train_step.as_text()).collectives(made.mesh)
+    found = HloProgram(train_step.as_text()).collectives(program.mesh)
     collectives = Counter((c.kind, "+".join(c.axes), c.devices) for c in found)
     return Run(metrics, jax.device_get(state.params), collectives)
 
 
-def same(one: Run, other: Run) -> None:
-    """Losses within 1e-5, and all else as close as float32 sums in another order are."""
-    losses = [np.array([m["loss"] for m in run.metrics]) for run in (one, other)]
+def assert_same(run: Run, expected: Run) -> None:
+    """Asserts losses within 1e-5; the rest as close as float32 sums in another order are."""
+    losses = [np.array([m["loss"] for m in r.metrics]) for r in (run, expected)]
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
-    for a, b in zip(one.metrics, other.metrics):
+    for a, b in zip(run.metrics, expected.metrics):
         assert a.keys() == b.keys()
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
         for key in b:
             np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-6, err_msg=key)
-    for name, value in other.params.items():
-        np.testing.assert_allclose(one.params[name], value, rtol=0, atol=1e-5, err_msg=name)
+    for name, value in expected.params.items():
+        np.testing.assert_allclose(run.params[name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def runs(initial):
-    """Mesh → its run, from the same state over the same batches."""
-    cases = {"alone": ALONE} | MESHES
+    """Mesh → run, all from the same state over the same batches."""
+    cases = {"one device": ONE_DEVICE} | MESHES
     with ThreadPoolExecutor(2) as pool:
         programs = dict(zip(cases, pool.map(compiled, [NOISY | c for c in cases.values()])))
-    return {name: trained(initial, *program) for name, program in programs.items()}
+    return {name: train_steps(initial, *program) for name, program in programs.items()}
 
 
-def test_the_run_that_others_are_compared_with_has_it_all(runs):
-    first, last = (runs["alone"].metrics[i] for i in (0, -1))
+def test_the_reference_run_drops_tokens_and_has_every_loss_term(runs):
+    first, last = (runs["one device"].metrics[i] for i in (0, -1))
     assert 0.1 < first["router/dropped_fraction"] < 0.9
     assert abs(last["loss"] - first["loss"]) > 0.05
     terms = ("cross_entropy", "z_loss", "aux_loss", "router_z_loss")
     assert all(first[term] > 0 for term in terms)
     np.testing.assert_allclose(first["loss"], sum(first[term] for term in terms), rtol=1e-6)
-    seen = [make_batch(tiny(), seed)["decoder_loss_weights"].sum() for seed in range(STEPS)]
-    assert first["tokens"].tolist() == [seen[0], 0]
-    assert last["tokens"].tolist() == [sum(seen), 0]
-    assert sum(seen) < STEPS * 16 * 8
+    targets = [make_batch(tiny(), seed)["decoder_loss_weights"].sum() for seed in range(STEPS)]
+    assert first["tokens"].tolist() == [targets[0], 0]
+    assert last["tokens"].tolist() == [sum(targets), 0]
+    assert sum(targets) < STEPS * 16 * 8
     assert first["learning_rate"] < last["learning_rate"] == 0.5
 
 
-def test_the_count_of_tokens_has_64_bits():
+def test_the_token_count_has_64_bits():
     words = _add_to_uint64(jnp.array([2**32 - 2, 7], jnp.uint32), jnp.array(5))
     assert words.tolist() == [3, 8]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_metrics_and_parameters_do_not_depend_on_the_mesh_nor_on_accumulation(runs, mesh):
-    same(runs[mesh], runs["alone"])
-    initial, final = (runs["alone"].metrics[i]["param_norm"] for i in (0, -1))
+    assert_same(runs[mesh], runs["one device"])
+    initial, final = (runs["one device"].metrics[i]["param_norm"] for i in (0, -1))
     assert abs(final - initial) > 1e-3
 
 
 @pytest.fixture(scope="module")
-def hopping():
-    """Groups of the whole batch, on one device, and in two hops on eight with one expert each."""
+def two_hop_runs():
+    """Runs with groups of the whole batch: on one device, and in two hops on eight devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cross_device_dispatch, "split_hops", lambda *_: (2, 4))
         patch.setattr(
             cross_device_dispatch, "padded_size", lambda mean: 32
         )  # for all of a device's tokens
         values = NOISY | SMALL | {"moe.num_experts": 8, "moe.group_size": 256}
-        spread = {"mesh.data": 1, "mesh.expert": 8}
-        programs = [compiled(values | mesh) for mesh in (ALONE, spread)]
+        eight_devices = {"mesh.data": 1, "mesh.expert": 8}
+        programs = [compiled(values | mesh) for mesh in (ONE_DEVICE, eight_devices)]
     start = jax.device_get(programs[0][0].init())
-    return [trained(start, *program) for program in programs]
+    return [train_steps(start, *program) for program in programs]
 
 
-def test_two_hops_give_the_same_numbers_as_one_device(hopping):
-    alone, spread = hopping
-    assert spread.metrics[0]["router/dropped_fraction"] > 0.1
-    same(spread, alone)
+def test_two_hops_give_the_same_numbers_as_one_device(two_hop_runs):
+    one_device, eight_devices = two_hop_runs
+    assert eight_devices.metrics[0]["router/dropped_fraction"] > 0.1
+    assert_same(eight_devices, one_device)
 
 
-# What each mesh's train step sends, and nothing else: how often along which axes. Gradients and
-# sums over the batch are all-reduced; tokens go to experts and back, forwards and backwards, in
-# both stacks; every sub-layer is summed over `model`; FSDP gathers weights. Accumulating gathers
-# ids to deal them out anew, and expert dropout the keys of groups.
+# All collectives of each mesh's train step: number by kind, mesh axes and number of devices.
+# Gradients and sums over the batch are all-reduced. Tokens are exchanged to experts and back,
+# forwards and backwards, in both stacks. Every sub-layer is summed over `model`. FSDP gathers
+# weights. Accumulation gathers token ids to split them again, and expert dropout gathers the keys
+# of groups.
 COLLECTIVES = {
     "data=8": {("all-reduce", "data", 8): 5},
     "expert=4, accumulate=4": {
         ("all-gather", "expert", 4): 5,
         ("all-reduce", "expert", 4): 6,
         ("collective-permute", "expert", 2): 1,
-        ("all-to-all", "expert", 4): 10,  # decoder groups span two devices: numbers travel too
+        ("all-to-all", "expert", 4): 10,  # decoder groups span two devices: expert indices, too
         ("all-reduce", "expert", 2): 2,
     },
     "data=2 expert=2 model=2": {
@@ -186,7 +187,7 @@ COLLECTIVES = {
         ("all-gather", "model", 2): 8,
         ("all-reduce", "slice+data+model", 8): 5,
     },
-    # In each hop as often, and the experts' numbers there and the slots' back.
+    # Each hop has all exchanges, expert indices with the tokens, and slot indices back.
     "two hops": {
         ("all-reduce", "expert", 8): 7,
         ("all-to-all", "expert", 2): 12,
@@ -196,47 +197,47 @@ COLLECTIVES = {
 
 
 @pytest.mark.parametrize("mesh", [*MESHES, "two hops"])
-def test_each_form_of_parallelism_has_its_collectives_and_no_others(runs, hopping, mesh):
-    found = hopping[1].collectives if mesh == "two hops" else runs[mesh].collectives
+def test_each_mesh_has_the_expected_collectives(runs, two_hop_runs, mesh):
+    found = two_hop_runs[1].collectives if mesh == "two hops" else runs[mesh].collectives
     expected = COLLECTIVES[mesh]
-    if jax.__version__.startswith("0.10."):  # others combine a little differently
+    if jax.__version__.startswith("0.10."):  # other versions combine some collectives differently
         assert found == expected
     assert found.keys() == expected.keys()
     exchanges = {key: count for key, count in expected.items() if key[0] == "all-to-all"}
     assert found.items() >= exchanges.items()
 
 
-def test_no_array_is_made_whole_for_want_of_a_better_way(capfd):
-    made = program(NOISY | SMALL | {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2})
-    lowered = made.train_step.lower(made.abstract_state, made.abstract_batch)
-    # Not from the cache, which says nothing.
+def test_xla_replicates_no_array_to_reshard_it(capfd):
+    program = make_program(NOISY | SMALL | {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2})
+    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+    # Compiler options avoid the compilation cache, from which there is no message.
     lowered.compile(compiler_options={"xla_llvm_disable_expensive_passes": True})
     assert "full rematerialization" not in capfd.readouterr().err
 
 
 def test_initial_values_do_not_depend_on_the_mesh(initial):
-    made = program(NOISY | MESHES["data=2 expert=2 model=2"] | {"mesh.fsdp": True})
-    for (path, one), other in zip(
-        jax.tree_util.tree_leaves_with_path(made.init()), jax.tree.leaves(initial)
+    program = make_program(NOISY | MESHES["data=2 expert=2 model=2"] | {"mesh.fsdp": True})
+    for (path, value), expected in zip(
+        jax.tree_util.tree_leaves_with_path(program.init()), jax.tree.leaves(initial)
     ):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7, err_msg=str(path))
+        np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7, err_msg=str(path))
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_optimizer_state_lies_where_its_parameter_lies(name):
-    """And nothing of a parameter's size lies whole on every device."""
+def test_optimizer_state_has_the_sharding_of_its_parameter(name):
+    """No array as large as a matrix is replicated."""
     sizes = {"model.d_model": 128, "model.d_ff": 256, "model.vocab_size": 512}
     sizes |= {"model.head_dim": 64, "model.tied_embeddings": False}
     mesh = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2, "mesh.fsdp": True}
-    made = program(sizes | mesh | {"optimizer.name": name})
-    params = made.abstract_state.params
+    program = make_program(sizes | mesh | {"optimizer.name": name})
+    params = program.abstract_state.params
     matrices = [n for n in params if not n.endswith(("scale", "table"))]
     for path in matrices:
         assert not params[path].sharding.is_fully_replicated, path
     smallest = min(np.prod(params[path].shape[-2:]) for path in matrices if "router" not in path)
 
     experts = 0
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(made.abstract_state.opt_state):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state.opt_state):
         path = next((k.key for k in keys if getattr(k, "key", None) in params), None)
         if path is None:
             assert leaf.size == 1
@@ -255,8 +256,9 @@ def test_optimizer_state_lies_where_its_parameter_lies(name):
 
 @pytest.fixture(scope="module")
 def packed():
-    """A packed batch and a function from batches to logits; dropless, for drops would couple
-    the documents of a group.
+    """A packed batch, and a function from batches to logits.
+
+    The model is dropless, because dropped tokens would couple the documents of a group.
     """
     config = tiny(**{"data.pack": True, "data.batch_size": 4, "model.init_scale": 1.0})
     model = SwitchTransformer(config, jax.random.key(0))
@@ -264,8 +266,8 @@ def packed():
     return make_batch(config, seed=3), lambda batch: np.asarray(forward(model, batch))
 
 
-def changed(batch, segment: int) -> dict[str, np.ndarray]:
-    """The batch with other tokens in one segment, of inputs and decoder inputs alike."""
+def change_segment(batch, segment: int) -> dict[str, np.ndarray]:
+    """Returns the batch with other tokens in one segment of encoder and decoder inputs."""
     batch = dict(batch)
     for stack in ("encoder", "decoder"):
         tokens = batch[f"{stack}_input_tokens"]
@@ -275,21 +277,23 @@ def changed(batch, segment: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("segment", [1, 2])
-def test_packed_documents_do_not_see_each_other(packed, segment):
+def test_packed_documents_do_not_affect_each_other(packed, segment):
     batch, logits = packed
-    difference = np.abs(logits(batch) - logits(changed(batch, segment))).max(-1)
+    difference = np.abs(logits(batch) - logits(change_segment(batch, segment))).max(-1)
     segments = batch["decoder_segment_ids"]
     other = segments == 3 - segment
     assert other.any(-1).all()
     assert difference[other].max() < 1e-5
     assert difference[segments == segment].max() > 0.1
-    # Were they one document, the change would be seen.
+    # In one document, the change affects all logits.
     one = batch | {k: np.minimum(v, 1) for k, v in batch.items() if k.endswith("segment_ids")}
-    both = one | {k: v for k, v in changed(batch, segment).items() if k.endswith("input_tokens")}
+    both = one | {
+        k: v for k, v in change_segment(batch, segment).items() if k.endswith("input_tokens")
+    }
     assert np.abs(logits(one) - logits(both)).max(-1)[other].max() > 0.01
 
 
-def test_padding_changes_no_logits(packed):
+def test_padding_tokens_do_not_affect_logits(packed):
     batch, logits = packed
     other = dict(batch)
     for stack in ("encoder", "decoder"):
@@ -300,7 +304,7 @@ def test_padding_changes_no_logits(packed):
     np.testing.assert_allclose(logits(batch)[real], logits(other)[real], rtol=0, atol=1e-5)
 
 
-def test_names_of_parameters_and_their_axes_agree():
+def test_parameters_and_their_logical_axes_agree():
     config = tiny(**{"model.activation": "geglu", "model.tied_embeddings": False})
     model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
     axes = logical_axes(model)

@@ -1,4 +1,4 @@
-"""The same numbers on a mesh, in bfloat16 too."""
+"""Train step with every router: equal losses on a mesh, and exchanges in bfloat16."""
 
 import re
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.configs import make_batch
-from tests.training.test_step import ALONE, SMALL, program
+from tests.training.test_step import ONE_DEVICE, SMALL, make_program
 
 SPLIT = {
     "mesh.data": 2,
@@ -16,7 +16,7 @@ SPLIT = {
     "mesh.fsdp": True,
     "train.accumulate": 2,
 }
-OTHERS = {
+ROUTERS = {
     "expert choice, in attention too, a shared expert": {
         "moe.router": "expert_choice",
         "moe.eval_capacity_factor": 1.25,
@@ -52,25 +52,27 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_routers_give_the_same_numbers_on_a_mesh(name):
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_give_the_same_metrics_on_a_mesh(name):
     descent = {"optimizer.name": "sgd", "optimizer.learning_rate": 0.5}
     descent |= {"optimizer.schedule": "constant", "model.init_scale": 1.0}
     curves = []
-    for mesh in (ALONE, SPLIT):
-        made = program(SMALL | descent | OTHERS[name] | mesh)
-        state, curve = made.init(), []
+    for mesh in (ONE_DEVICE, SPLIT):
+        program = make_program(SMALL | descent | ROUTERS[name] | mesh)
+        state, curve = program.init(), []
         for step in range(3):
-            state, metrics, _ = made.train_step(
-                state, made.sharded.shard_batch(make_batch(made.config, seed=step))
+            state, metrics, _ = program.train_step(
+                state, program.sharded.shard_batch(make_batch(program.config, seed=step))
             )
             curve.append(jax.device_get(metrics))
         curves.append(curve)
-    for one, other in zip(*curves):
-        assert one.keys() == other.keys()
-        for key in one:
-            np.testing.assert_allclose(other[key], one[key], rtol=1e-4, atol=1e-5, err_msg=key)
-    if name.startswith(("expert choice", "hash")):  # balanced by construction; nothing to learn
+    for expected, metrics in zip(*curves):
+        assert metrics.keys() == expected.keys()
+        for key in expected:
+            np.testing.assert_allclose(
+                metrics[key], expected[key], rtol=1e-4, atol=1e-5, err_msg=key
+            )
+    if name.startswith(("expert choice", "hash")):  # balanced without a loss
         assert all(metrics["aux_loss"] == 0 for metrics in curves[0])
     losses = [float(metrics["loss"]) for metrics in curves[0]]
     assert len(set(losses)) == 3
@@ -80,10 +82,12 @@ def test_other_routers_give_the_same_numbers_on_a_mesh(name):
 
 def test_top_2_trains_on_packed_rows_with_adafactor():
     values = {"moe.router": "top_k", "model.activation": "geglu", "data.pack": True}
-    made = program(SMALL | {"mesh.data": 2, "mesh.expert": 2} | values)
-    state = made.init()
+    program = make_program(SMALL | {"mesh.data": 2, "mesh.expert": 2} | values)
+    state = program.init()
     before = jax.device_get(state.params)
-    state, metrics, _ = made.train_step(state, made.sharded.shard_batch(make_batch(made.config)))
+    state, metrics, _ = program.train_step(
+        state, program.sharded.shard_batch(make_batch(program.config))
+    )
     assert all(np.isfinite(value).all() for value in metrics.values()), metrics
     for path, value in state.params.items():
         assert np.isfinite(value).all() and (value != before[path]).any(), path
@@ -93,26 +97,28 @@ def test_top_2_trains_on_packed_rows_with_adafactor():
 @pytest.mark.parametrize(
     "values, exchange, count",
     [
-        # To the experts and back, forwards and backwards, in both stacks.
+        # Dispatch and combine, forwards and backwards, in both stacks.
         ({}, "all_to_all", 8),
-        # Queries come back on their own.
+        # Queries are combined separately.
         ({"moe.sublayer": "attention"}, "all_to_all", 12),
-        # Gathered backwards is what was scattered forwards.
+        # The backward pass of a reduce-scatter is an all-gather.
         ({"moe.capacity_factor": None}, "reduce_scatter", None),
         ({"moe.capacity_factor": None}, "all_gather", None),
     ],
 )
 def test_bfloat16_activations_are_exchanged_in_bfloat16(values, exchange, count):
-    """No float32 tensor of a token's size crosses devices on its way to an expert (paper §2.4).
+    """No float32 activations are exchanged between devices (paper §2.4).
 
-    As lowered; the CPU's compiler then widens them, having no such exchange of its own.
+    In the lowered program; the CPU's compiler has no bfloat16 exchange and widens them.
     """
     mesh = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2}
-    made = program(SMALL | mesh | values | {"model.dtype": "bfloat16", "optimizer.name": "sgd"})
-    lowered = made.train_step.lower(made.abstract_state, made.abstract_batch)
-    asked = re.findall(
+    program = make_program(
+        SMALL | mesh | values | {"model.dtype": "bfloat16", "optimizer.name": "sgd"}
+    )
+    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+    exchanges = re.findall(
         rf"stablehlo\.{exchange}.*?\(tensor<([\dx]*)x(\w+)>\)", lowered.as_text(), re.S
     )
-    assert len(asked) == count or (count is None and len(asked) >= 8)
-    # Which expert a token goes to is a whole number.
-    assert {kind for _, kind in asked} in ({"bf16"}, {"bf16", "i32"})
+    assert len(exchanges) == count or (count is None and len(exchanges) >= 8)
+    # Expert indices are int32.
+    assert {kind for _, kind in exchanges} in ({"bf16"}, {"bf16", "i32"})
