@@ -1,4 +1,4 @@
-"""Made once, whole or not at all."""
+"""Atomic writes and the cache: `build_once` builds once, completely or not at all."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ import pytest
 from switch_jax.errors import UserError
 from switch_jax.files import build_once, cache_root
 
-# Each process notes that it builds, and takes long enough for the other to arrive.
+# Each process logs that it builds, and takes long enough for the other process to wait.
 _BUILDER = """
 import sys, time
 from pathlib import Path
@@ -30,7 +30,7 @@ print(sorted(p.name for p in made.iterdir()))
 """
 
 
-def test_two_processes_build_once_and_see_it_whole(tmp_path):
+def test_two_processes_build_once_and_both_see_the_complete_folder(tmp_path):
     args = [sys.executable, "-c", _BUILDER, str(tmp_path / "made"), str(tmp_path / "log")]
     processes = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
@@ -38,7 +38,7 @@ def test_two_processes_build_once_and_see_it_whole(tmp_path):
     assert (tmp_path / "log").read_text() == "built\n"
 
 
-def test_a_failed_build_leaves_nothing_and_is_tried_again(tmp_path):
+def test_a_failed_build_leaves_nothing_and_the_next_call_builds(tmp_path):
     def fail(path):
         path.mkdir()
         (path / "half").write_text("1")
@@ -63,13 +63,13 @@ def test_remains_of_a_killed_build_are_replaced(tmp_path):
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_what_exists_is_not_built_again(tmp_path):
+def test_an_existing_file_is_not_built_again(tmp_path):
     (tmp_path / "made").write_text("old")
     build_once(tmp_path / "made", lambda p: pytest.fail("built again"))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
-def test_trouble_with_the_disk_is_one_sentence(tmp_path, code):
+def test_disk_errors_become_one_sentence(tmp_path, code):
     def fail(path):
         raise OSError(code, os.strerror(code))
 

@@ -1,4 +1,4 @@
-"""Every token once, the same rows anywhere."""
+"""Rows of a token store: every token once an epoch, the same rows on any number of processes."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ SIZE = 900
 @pytest.fixture(scope="module")
 def texts():
     documents = [document.text for document in python_documents()]
-    # Short and long ones, so that packing has something to do.
+    # Short and long documents, so that packed rows have several segments.
     short = [text[: 40 + 17 * i] for i, text in enumerate(documents[12:30])]
     return {"train": documents[:12] + short, "validation": documents[40:41]}
 
@@ -46,17 +46,17 @@ def same(a, b):
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
-def stored(split="train"):
-    """The tokens of a split."""
+def stored_tokens(split="train"):
+    """Opens the tokens of a split."""
     return open_store(config().data, open_vocabulary(config())).tokens("text", split)
 
 
-def whole(tokens):
+def all_tokens(tokens):
     return tokens.take(np.zeros(1, int), len(tokens))[0]
 
 
 def uncorrupted(inputs, targets):
-    """The tokens of one corrupted sequence, sentinels resolved and EOS removed."""
+    """Returns the tokens of one corrupted sequence, sentinels replaced by their spans."""
     first = open_vocabulary(config()).sentinel(0)
     assert inputs[-1] == targets[-1] == EOS
     cuts, current = {}, None
@@ -90,15 +90,15 @@ def packed_segments(batch):
 def test_the_store_holds_every_document(texts):
     vocabulary = open_vocabulary(config())
     for split in SPLITS:
-        opened = stored(split)
+        opened = stored_tokens(split)
         for i, text in enumerate(texts[split]):
-            ids = whole(opened)[opened.offsets[i] : opened.offsets[i + 1]]
+            ids = all_tokens(opened)[opened.offsets[i] : opened.offsets[i + 1]]
             assert ids.dtype == np.uint16 and ids.tolist() == vocabulary.encode(text)
         assert len(opened.offsets) == len(texts[split]) + 1
 
 
 @pytest.mark.parametrize("reader", ["store", "synthetic"])
-def test_runs_with_other_seeds_train_on_other_rows_and_are_validated_on_the_same(reader):
+def test_seeds_change_training_rows_but_not_validation_rows(reader):
     train, validation = (
         [next(open_batches(config(reader=reader, seed=seed), split)) for seed in (1, 2)]
         for split in ("train", "validation")
@@ -108,7 +108,7 @@ def test_runs_with_other_seeds_train_on_other_rows_and_are_validated_on_the_same
 
 @pytest.mark.parametrize("reader", ["store", "synthetic"])
 @pytest.mark.parametrize("pack", [False, True])
-def test_batches_keep_the_contract(reader, pack):
+def test_batches_have_the_documented_features(reader, pack):
     c = config(reader=reader, pack=pack, targets_length=30, batch_size=200)
     batch = next(open_batches(c, "train"))
     assert set(batch) == set(FEATURES + (PACKED_FEATURES if pack else ()))
@@ -131,8 +131,8 @@ def test_synthetic_batches_have_no_padding_and_two_segments():
     assert len(np.unique(batch["encoder_input_tokens"], axis=0)) == 8
 
 
-def test_every_chunk_comes_once_an_epoch_in_another_order():
-    tokens = whole(stored())
+def test_an_epoch_has_every_chunk_once_in_another_order():
+    tokens = all_tokens(stored_tokens())
     length = span_lengths(64, 20).tokens
     chunks = len(tokens) // length
     it = open_batches(config(batch_size=chunks), "train")
@@ -142,8 +142,8 @@ def test_every_chunk_comes_once_an_epoch_in_another_order():
     assert sum(a == b for a, b in zip(*epochs)) < 10
 
 
-def test_an_epoch_corrupts_anew():
-    chunks = len(stored()) // span_lengths(64, 20).tokens
+def test_epochs_corrupt_other_spans():
+    chunks = len(stored_tokens()) // span_lengths(64, 20).tokens
     it = open_batches(config(batch_size=chunks), "train")
     first, second = (set(map(tuple, next(it)["encoder_input_tokens"].tolist())) for _ in range(2))
     assert len(first & second) < 0.05 * chunks
@@ -160,7 +160,7 @@ def test_processes_share_the_same_global_batch(reader, pack):
         assert same(batch, {name: np.concatenate([p[name] for p in parts]) for name in batch})
 
 
-def test_a_feed_need_not_be_neighbours():
+def test_a_process_may_read_parts_that_are_not_consecutive():
     batch = next(open_batches(config(), "train"))
     part = next(open_batches(config(), "train", ProcessRows(4, (1, 3), 1, 2)))
     assert same(part, {name: rows[[2, 3, 6, 7]] for name, rows in batch.items()})
@@ -196,8 +196,12 @@ def test_positions_in_other_data_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("targets_length", [14, 45])
-def test_packing_loses_nothing_and_keeps_documents_apart(targets_length):
-    opened, tokens, length = stored(), whole(stored()), span_lengths(64, 20).tokens
+def test_packed_rows_have_every_token_and_separate_documents(targets_length):
+    opened, tokens, length = (
+        stored_tokens(),
+        all_tokens(stored_tokens()),
+        span_lengths(64, 20).tokens,
+    )
     pieces = [
         tuple(tokens[i : min(i + length, end)].tolist())
         for begin, end in zip(opened.offsets, opened.offsets[1:])
@@ -236,7 +240,7 @@ def test_longer_targets_are_padding_without_weight():
 
 
 def test_a_split_smaller_than_a_batch_is_repeated():
-    assert len(stored("validation")) < 300 * 64
+    assert len(stored_tokens("validation")) < 300 * 64
     batch = next(open_batches(config(batch_size=300), "validation"))
     rows = list(map(tuple, joined_rows(batch)))
     assert len(rows) == 300 > len(set(rows)) > 1
@@ -249,10 +253,10 @@ def test_lengths_that_do_not_fit_are_refused(data):
 
 
 def test_a_split_shorter_than_a_row_is_one_short_row():
-    longer = len(stored("validation")) + 100
+    longer = len(stored_tokens("validation")) + 100
     long = config(inputs_length=longer, targets_length=longer, batch_size=2)
     batch = next(open_batches(long, "validation"))
-    lengths = corrupted_lengths(len(stored("validation")))
+    lengths = corrupted_lengths(len(stored_tokens("validation")))
     assert ((batch["encoder_input_tokens"] > 0).sum(1) == lengths.inputs).all()
     assert (batch["decoder_loss_weights"].sum(1) == lengths.targets).all()
     assert (batch["encoder_input_tokens"][0] != batch["encoder_input_tokens"][1]).any()

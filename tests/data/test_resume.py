@@ -1,5 +1,6 @@
-"""Feeds in processes of their own, killed and continued: the same batches, on any number of them
-from packed text, and on as many from streamed text.
+"""Resuming the input data in killed and restarted processes: the same batches continue.
+
+A token store resumes on any number of processes, streamed text on the same number.
 """
 
 import itertools
@@ -11,17 +12,17 @@ import pytest
 from switch_jax.config.load import load_config
 from switch_jax.data import open_batches
 from tests.support import runs
+from tests.support.batch_logger import row_digests
 from tests.support.configs import share
-from tests.support.feeder import digests
 from tests.support.paths import ROOT
 
-FEEDER = str(ROOT / "tests" / "support" / "feeder.py")
-KILLED_AFTER, THEN = 8, 10  # batches
+BATCH_LOGGER = str(ROOT / "tests" / "support" / "batch_logger.py")
+KILLED_AFTER, RESUMED_FOR = 8, 10  # batches
 
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
-    """A config of each reader, of the same text in the same vocabulary."""
+    """Configs of both readers, with the same text and vocabulary."""
     folder = tmp_path_factory.mktemp("data")
     store = runs.make_store(folder)
     packed = runs.write_config(folder, store)
@@ -33,16 +34,16 @@ def configs(tmp_path_factory):
     return {"store": packed, "seqio": streamed}
 
 
-def feed(config, folder, count, last, *position):
+def start_loggers(config, folder, count, last, *position):
     folder.mkdir()
     return [
-        runs.start(config, folder, index, count, last, *position, program=[FEEDER])
+        runs.start(config, folder, index, count, last, *position, program=[BATCH_LOGGER])
         for index in range(count)
     ]
 
 
-def noted(folder, count):
-    """Rows of the batches that all feeds have consumed, as one global batch each."""
+def logged_batches(folder, count):
+    """Yields the row digests of each global batch that all processes have read."""
     logs = []
     for path in (folder / f"batches-{index}.jsonl" for index in range(count)):
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -52,11 +53,11 @@ def noted(folder, count):
         yield [row for part in parts for row in part["rows"]]
 
 
-def kill(config, folder, count):
-    """Runs feeds until they have consumed enough, and kills them; the newest whole position."""
-    processes = feed(config, folder, count, 10_000)
+def kill_after_some_batches(config, folder, count):
+    """Starts processes, kills them after some batches; returns the newest complete position."""
+    processes = start_loggers(config, folder, count, 10_000)
     deadline = time.time() + 120
-    while len(list(noted(folder, count))) < KILLED_AFTER:
+    while len(list(logged_batches(folder, count))) < KILLED_AFTER:
         assert time.time() < deadline and all(p.poll() is None for p in processes), [
             p.communicate() for p in processes if p.poll() is not None
         ]
@@ -79,21 +80,21 @@ def kill(config, folder, count):
         *(("seqio", 1, 1), ("seqio", 2, 2)),
     ],
 )
-def test_killed_feeds_go_on_with_the_next_batch(configs, tmp_path, reader, before, after):
+def test_killed_processes_resume_with_the_next_batch(configs, tmp_path, reader, before, after):
     if reader == "seqio":
         pytest.importorskip("seqio")
     spec = str(configs[reader])
-    position = kill(spec, tmp_path / "before", before)
-    last = int(position.name) + THEN
-    for process in feed(spec, tmp_path / "after", after, last, position):
+    position = kill_after_some_batches(spec, tmp_path / "before", before)
+    last = int(position.name) + RESUMED_FOR
+    for process in start_loggers(spec, tmp_path / "after", after, last, position):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err or out
     config = load_config(spec)
-    whole = [open_batches(config, "train", share(i, before)) for i in range(before)]
+    uninterrupted = [open_batches(config, "train", share(i, before)) for i in range(before)]
     expected = [
-        [row for batch in batches for row in digests(batch)]
-        for batches in itertools.islice(zip(*whole), last)
+        [row for batch in batches for row in row_digests(batch)]
+        for batches in itertools.islice(zip(*uninterrupted), last)
     ]
-    consumed = list(noted(tmp_path / "before", before))[:last]
-    assert len(consumed) >= KILLED_AFTER and consumed == expected[: len(consumed)]
-    assert list(noted(tmp_path / "after", after)) == expected[-THEN:]
+    logged = list(logged_batches(tmp_path / "before", before))[:last]
+    assert len(logged) >= KILLED_AFTER and logged == expected[: len(logged)]
+    assert list(logged_batches(tmp_path / "after", after)) == expected[-RESUMED_FOR:]

@@ -1,4 +1,4 @@
-"""T5's examples, and exact positions."""
+"""The seqio reader: T5's examples, token for token, and exact positions."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def same(a, b):
 
 
 def golden(name):
-    """The rows of a ragged array in the reference."""
+    """Returns the rows of a ragged array in the reference."""
     return np.split(GOLDEN[name], np.cumsum(GOLDEN[f"{name}_lengths"])[:-1])
 
 
@@ -62,7 +62,7 @@ def as_dataset(documents):
     return tf.data.Dataset.from_tensor_slices({"targets": ragged})
 
 
-def test_masks_are_t5s_to_the_bit():
+def test_noise_masks_equal_t5_bit_for_bit():
     from switch_jax.data.seqio_preprocessors import noise_mask
 
     masks = golden("spans/masks")
@@ -72,7 +72,7 @@ def test_masks_are_t5s_to_the_bit():
 
 
 @pytest.mark.parametrize("case, seed", [("spans", 0), ("chain", 7)])
-def test_corruption_is_t5s_to_the_token(case, seed):
+def test_corruption_equals_t5_token_for_token(case, seed):
     from switch_jax.data.seqio_preprocessors import corrupt_example
 
     feature = seqio.Feature(seqio.PassThroughVocabulary(32_100))
@@ -88,7 +88,7 @@ def test_corruption_is_t5s_to_the_token(case, seed):
         assert example["targets"].numpy().tolist() == targets.tolist()
 
 
-def test_documents_are_cut_as_t5_does():
+def test_rows_equal_t5():
     from switch_jax.data.seqio_preprocessors import (
         concatenate_documents,
         select_random_chunk,
@@ -108,14 +108,14 @@ def test_documents_are_cut_as_t5_does():
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_batches_have_the_format_of_the_store(pack):
+def test_batches_have_the_features_of_the_token_store(pack):
     c = config(pack=pack, targets_length=24)
     ours = next(open_batches(config(pack=pack, targets_length=24, reader="store"), "train"))
     batch = next(open_batches(c, "train"))
     assert set(batch) == set(ours)
     for name, (shape, dtype) in feature_shapes(c).items():
         assert batch[name].shape == shape and batch[name].dtype == dtype, name
-    # Decoder inputs and weights follow from the targets, in both readers alike.
+    # In both readers, the targets determine decoder inputs and weights.
     for b in (batch, ours):
         targets = b["decoder_target_tokens"]
         starts = b["decoder_positions"] == 0 if pack else np.arange(24) == 0
@@ -126,8 +126,8 @@ def test_batches_have_the_format_of_the_store(pack):
             assert ((b["decoder_segment_ids"] > 0) == (targets > 0)).all()
 
 
-def test_corruption_is_equal_in_distribution_to_the_store():
-    """Full rows have the same counts; each span's length, kept or cut, has the same mean."""
+def test_corruption_has_the_distribution_of_the_token_store():
+    """Full rows have the same counts; the length of each kept or noise span has the same mean."""
     first = open_vocabulary(config()).sentinel(0)
     lengths = span_lengths(64, 20)
     noise, count = noise_and_spans(lengths.tokens)
@@ -138,13 +138,13 @@ def test_corruption_is_equal_in_distribution_to_the_store():
         inputs = np.concatenate([b["encoder_input_tokens"] for b in batches])
         full = (inputs > 0).sum(1) == lengths.inputs
         assert full.mean() > 0.95
-        for name, side in (("kept", inputs[full]), ("cut", targets[full])):
+        for name, side in (("kept", inputs[full]), ("noise", targets[full])):
             marks = np.argwhere(side > first - 100)[:, 1].reshape(-1, count)
             assert (np.take_along_axis(side, marks, 1) == first - np.arange(count)).all()
             sizes[name, reader] = np.diff(marks, axis=1) - 1
         assert ((targets[full] > 0).sum(1) == noise + count + 1).all()
         assert (targets[full, lengths.targets - 1] == EOS).all()
-    for name in ("kept", "cut"):
+    for name in ("kept", "noise"):
         a, b = sizes[name, "seqio"], sizes[name, "store"]
         error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
         assert (np.abs(a.mean(0) - b.mean(0)) < 5 * error).all()
@@ -177,7 +177,7 @@ def test_processes_read_different_documents():
     assert not same(*parts)
 
 
-def test_a_process_without_a_document_is_told_so():
+def test_a_process_without_a_document_is_refused():
     with pytest.raises(UserError, match=r"no text for process_7_of_8.*data\.reader=store"):
         next(open_batches(config(), "validation", share(7, 8)))
     with pytest.raises(UserError, match=r"python_docs has fewer documents .*\(1000\)"):
@@ -190,13 +190,13 @@ def test_lengths_that_do_not_fit_are_refused():
         open_batches(config(targets_length=13), "train")
 
 
-def test_packed_text_is_not_streamed(tmp_path):
+def test_a_token_store_is_refused(tmp_path):
     store = runs.make_store(tmp_path)
     with pytest.raises(UserError, match=r"is packed text; set data\.reader=store"):
         open_batches(config(mixture="text", data_dir=str(store)), "train")
 
 
-def test_bytes_are_streamed_as_they_are_packed():
+def test_byte_vocabulary():
     c = config(vocabulary="bytes", inputs_length=64)
     streamed = next(open_batches(c, "validation"))["encoder_input_tokens"]
     vocabulary = open_vocabulary(c)
@@ -206,21 +206,21 @@ def test_bytes_are_streamed_as_they_are_packed():
     assert all(part.strip() in document[:80] for part in words.split("<extra_id_")[0:1])
 
 
-def test_bad_records_are_told_once_and_the_rest_is_read(tmp_path, capfd):
+def test_bad_records_are_reported_once_and_the_rest_is_read(tmp_path, capfd):
     lines = Path(runs.TEXT.replace("{split}", "train")).read_text().splitlines()
     (tmp_path / "mine.jsonl").write_text("\n".join([*lines[:3], "{broken", '{"a": 1}', *lines[3:]]))
     mixture = str(tmp_path / "mine.jsonl")
     vocabulary = open_vocabulary(config()).name
     c = config(mixture=mixture, vocabulary=vocabulary)
     take(open_batches(c, "train"), 3)
-    told = capfd.readouterr().err
-    assert told.count("left out") == 1 and "mine.jsonl, line 4" in told
+    stderr = capfd.readouterr().err
+    assert stderr.count("left out") == 1 and "mine.jsonl, line 4" in stderr
     strict = config(mixture=mixture, vocabulary=vocabulary, on_bad_record="error")
     with pytest.raises(UserError, match=r"mine\.jsonl, line 4 is not"):
         take(open_batches(strict, "train"), 3)
 
 
-def test_sources_of_a_mixture_come_in_their_shares(tmp_path):
+def test_sources_are_mixed_at_their_rates(tmp_path):
     mixtures = []
     for name, letter in (("a", "a"), ("b", "b")):
         path = tmp_path / f"{name}.txt"

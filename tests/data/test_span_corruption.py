@@ -1,4 +1,4 @@
-"""Span corruption, exact in count and uniform in place."""
+"""Span corruption: exact counts, uniform placement; random permutations."""
 
 import collections
 import itertools
@@ -28,23 +28,23 @@ FIRST_SENTINEL = 31_999
     "inputs, tokens, targets",
     [(512, 568, 114), (128, 141, 29), (256, 284, 58), (1024, 1137, 229), (2048, 2274, 456)],
 )
-def test_lengths_are_those_of_t5(inputs, tokens, targets):
+def test_lengths_equal_t5(inputs, tokens, targets):
     assert span_lengths(inputs, targets) == (tokens, inputs, targets)
 
 
-def test_counts_are_those_of_t5():
+def test_span_counts_equal_t5():
     counted = np.load(GOLDEN / "t5_span_corruption.npz")["span_counts"]
     assert [noise_and_spans(n) for n in range(2, 3001)] == list(map(tuple, counted[1:]))
 
 
-def test_a_longer_text_would_not_fit():
+def test_the_longest_text_that_fits_is_chosen():
     for inputs in range(3, 300):
         lengths = span_lengths(inputs, 1000)
         assert lengths.inputs <= inputs < corrupted_lengths(lengths.tokens + 1).inputs
         assert lengths == corrupted_lengths(lengths.tokens)
 
 
-def test_lengths_that_cannot_be_say_what_would():
+def test_impossible_lengths_are_refused_with_the_length_needed():
     with pytest.raises(UserError, match=r"data\.targets_length=113 .* needs 114"):
         span_lengths(512, 113)
     with pytest.raises(UserError, match=r"data\.inputs_length must be at least 3"):
@@ -52,7 +52,7 @@ def test_lengths_that_cannot_be_say_what_would():
 
 
 def uncorrupted(inputs, targets, num_sentinels):
-    """Puts each target span back where its sentinel stands in the inputs."""
+    """Restores the tokens: replaces each sentinel of the inputs by its span of the targets."""
     sentinels = [FIRST_SENTINEL - i for i in range(num_sentinels)]
     spans_by_sentinel, current = collections.defaultdict(list), None
     for token in targets[:-1]:
@@ -92,14 +92,14 @@ def test_corruption_can_be_undone_and_counts_are_exact(length, rows, seed, first
         assert restored == tokens[row].tolist() and not left
 
 
-def test_one_token_is_kept():
+def test_a_single_token_is_kept():
     inputs, targets = corrupt_spans(np.array([[7]]), 0, np.array([0]), FIRST_SENTINEL)
     assert inputs.tolist() == [[7, EOS]]
     assert targets.tolist() == [[FIRST_SENTINEL, EOS]]
     assert corrupted_lengths(1) == (1, 2, 2)
 
 
-def test_a_row_depends_on_seed_and_number_only():
+def test_a_row_depends_only_on_seed_and_number():
     masks = noise_mask(100, 3, np.arange(50))
     shuffled = np.random.default_rng(0).permutation(50)
     assert (noise_mask(100, 3, shuffled) == masks[shuffled]).all()
@@ -115,7 +115,7 @@ def test_all_placements_are_equally_likely():
     first_noise = (~mask[np.arange(rows)[:, None], (first_kept[:, None] + np.arange(7))]).argmax(1)
     counts = np.zeros((30, 5))
     np.add.at(counts, (first_kept - 1, first_noise - 1), 1)
-    expected = rows / counts.size  # 30 places to cut the kept, 5 to cut the noise tokens
+    expected = rows / counts.size  # 30 cuts of the kept tokens × 5 of the noise tokens
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 149 + 5 * np.sqrt(2 * 149)
 
@@ -134,7 +134,7 @@ def test_partitions_are_uniform(total, parts):
 
 @settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 10**6))
-def test_permuted_is_a_bijection(size, seed, epoch):
+def test_permute_is_a_bijection(size, seed, epoch):
     image = permute(np.arange(size), size, seed, epoch)
     assert (np.sort(image) == np.arange(size)).all()
 

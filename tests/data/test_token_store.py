@@ -1,4 +1,4 @@
-"""The same files however they are made, and told damage."""
+"""Token stores: the same files from any number of workers, resumed builds, damaged files."""
 
 import fcntl
 import gzip
@@ -29,7 +29,7 @@ SHARDS = 12
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """Text in several shards: every file is one."""
+    """Text in several shards, one file each."""
     folder = tmp_path_factory.mktemp("text")
     texts = [document.text for document in python_documents()]
     for i in range(SHARDS):
@@ -41,7 +41,7 @@ def mixture(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_file_a_shard(monkeypatch):
+def one_file_per_shard(monkeypatch):
     monkeypatch.setattr("switch_jax.data.sources.source._SHARD_BYTES", 1)
 
 
@@ -54,12 +54,13 @@ def words(mixture, tmp_path_factory):
 
 
 def contents(folder):
+    """Returns the content of every file, by path."""
     return {
         path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
 
 
-def test_the_files_do_not_depend_on_who_writes_them(mixture, words, tmp_path):
+def test_files_do_not_depend_on_the_number_of_workers(mixture, words, tmp_path):
     data = DataConfig(mixture=mixture)
     manifest = build_token_store(data, words, tmp_path / "one", workers=1)
     build_token_store(data, words, tmp_path / "two", workers=2)
@@ -71,7 +72,7 @@ def test_the_files_do_not_depend_on_who_writes_them(mixture, words, tmp_path):
     assert contents(tmp_path / "one") == before
 
 
-def test_rows_run_across_shards(mixture, words, tmp_path):
+def test_tokens_are_read_across_shards(mixture, words, tmp_path):
     build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
     opened = TokenStore(tmp_path / "store")
     (name,) = opened.documents()
@@ -91,7 +92,7 @@ def test_rows_run_across_shards(mixture, words, tmp_path):
     assert (np.diff(tokens.offsets) == lengths).all() and tokens.offsets[-1] == len(whole)
 
 
-# `switch-jax` whose shards are the files, and which does two of them and then waits.
+# `switch-jax` with one file per shard, which tokenises two shards and then waits.
 STALLING = """
 import sys, time
 from switch_jax.cli import main
@@ -111,7 +112,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_killed_and_continued_gives_the_same_files(mixture, words, tmp_path):
+def test_a_resumed_build_gives_the_same_files(mixture, words, tmp_path):
     build_token_store(DataConfig(mixture=mixture), words, tmp_path / "whole", workers=1)
     config = tmp_path / "config.py"
     config.write_text(
@@ -133,16 +134,16 @@ def test_killed_and_continued_gives_the_same_files(mixture, words, tmp_path):
         out, err = process.communicate()
         assert process.returncode == (130 if number == signal.SIGINT else -number), err
     assert "same command continues" in out
-    done = [path for path in output.rglob("*.tokens") if path.with_suffix(".json").exists()]
-    when = {path: path.stat().st_mtime_ns for path in done}
-    assert len(when) == 4 < len(list((tmp_path / "whole").rglob("*.tokens")))
+    finished = [path for path in output.rglob("*.tokens") if path.with_suffix(".json").exists()]
+    written_at = {path: path.stat().st_mtime_ns for path in finished}
+    assert len(written_at) == 4 < len(list((tmp_path / "whole").rglob("*.tokens")))
     out, _ = runs.run("go", *arguments, program=("-c", STALLING))
-    assert {path: path.stat().st_mtime_ns for path in done} == when
+    assert {path: path.stat().st_mtime_ns for path in finished} == written_at
     assert contents(output) == contents(tmp_path / "whole")
     assert "data.data_dir=" in out
 
 
-def test_what_is_in_the_way_is_left_alone(mixture, words, tmp_path):
+def test_other_files_are_refused_and_left_unchanged(mixture, words, tmp_path):
     data = DataConfig(mixture=mixture)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -160,7 +161,7 @@ def test_what_is_in_the_way_is_left_alone(mixture, words, tmp_path):
         build_token_store(data, words, tmp_path / "store", workers=1)
 
 
-def test_of_two_packs_one_is_refused(mixture, words, tmp_path):
+def test_two_builds_of_one_store_are_refused(mixture, words, tmp_path):
     (tmp_path / "store").mkdir()
     with open(tmp_path / "store" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -188,7 +189,7 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+def test_workers_exit_when_the_parent_is_killed(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text("some words of text " * 200_000)
     (tmp_path / "workers.py").write_text(WORKERS)
@@ -205,7 +206,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     assert len(list(tmp_path.rglob("*.tokens"))) == before < 40
 
 
-def test_changed_text_is_packed_anew(words, tmp_path, monkeypatch):
+def test_changed_text_gives_another_store(words, tmp_path, monkeypatch):
     monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
     opened = []
     for letter in "ab":
@@ -224,7 +225,7 @@ def test_records_of_a_source_without_validation_are_counted_once(words, tmp_path
     assert manifest["left_out"] == {"not a JSON object": 2}
 
 
-def test_bad_records_are_counted_in_the_manifest_and_said(words, tmp_path, capfd):
+def test_bad_records_are_counted_in_the_manifest_and_reported(words, tmp_path, capfd):
     good = [document.text[:300] for document in python_documents()[:20]]
     lines = [json.dumps({"text": text}) for text in good]
     lines[3:3] = ['{"no": 1}', '{"text": "  "}', "{"]
@@ -233,13 +234,13 @@ def test_bad_records_are_counted_in_the_manifest_and_said(words, tmp_path, capfd
     (tmp_path / "part-00002-of-00003.jsonl.gz").write_bytes(compressed[: len(compressed) // 2])
     data = DataConfig(mixture=f"{tmp_path}/part-*")
     manifest = build_token_store(data, words, tmp_path / "store", workers=2)
-    told = capfd.readouterr().err
-    assert told.count("left out") == 1
+    stderr = capfd.readouterr().err
+    assert stderr.count("left out") == 1
     assert set(manifest["left_out"]) == {
         *("empty", "not a JSON object", "without a text", "cut short or damaged"),
         "missing or unreadable",
     }
-    assert "part-00001-of-00003" in told and "part-00000-of-00003.jsonl, line 4" in told
+    assert "part-00001-of-00003" in stderr and "part-00000-of-00003.jsonl, line 4" in stderr
     tokens = TokenStore(tmp_path / "store").documents()["part"]
     assert 20 <= tokens < 40
     with pytest.raises(UserError, match=r"set data\.on_bad_record=skip"):
@@ -260,7 +261,7 @@ def config(packed, **data):
     return Config(model=ModelConfig(vocab_size=SIZE), data=DataConfig(**settings))
 
 
-def test_damage_is_told(packed):
+def test_damaged_files_are_refused(packed):
     folder = packed / config(packed).data.mixture / "train"
     tokens = folder / "00003.tokens"
     whole = tokens.read_bytes()
@@ -276,7 +277,7 @@ def test_damage_is_told(packed):
             open_batches(Config(data=DataConfig(data_dir=str(packed), vocabulary="bytes")), "train")
 
 
-def test_a_named_store_must_be_there_and_of_the_vocabulary(packed, tmp_path):
+def test_a_named_store_must_exist_and_have_the_vocabulary(packed, tmp_path):
     with pytest.raises(UserError, match=r"'text'.* is not known|names text"):
         open_batches(config(packed, mixture="text"), "train")
     with pytest.raises(UserError, match="packed with another vocabulary than 'bytes'"):
@@ -285,7 +286,7 @@ def test_a_named_store_must_be_there_and_of_the_vocabulary(packed, tmp_path):
         open_batches(config(packed, data_dir="/no/such"), "train")
 
 
-def test_too_much_text_is_not_packed_unasked(mixture, words, monkeypatch):
+def test_large_text_is_not_packed_automatically(mixture, words, monkeypatch):
     monkeypatch.setattr(open_store_module, "_MAX_AUTOMATIC", 1000)
     with pytest.raises(UserError, match=r"GiB of text; pack it once with `switch-jax data pack`"):
         open_store(DataConfig(mixture=mixture), words)

@@ -1,4 +1,4 @@
-"""T5's ids, sentinels in text, training on first use."""
+"""Vocabularies: T5's ids, sentinels in text, training on first use."""
 
 import dataclasses
 import io
@@ -38,7 +38,7 @@ def config(vocab_size=SIZE, **data):
     return Config(model=ModelConfig(vocab_size=vocab_size), data=DataConfig(**data))
 
 
-def test_ids_are_those_of_t5():
+def test_ids_equal_t5():
     v = open_vocabulary(config())
     assert v.size == SIZE
     assert (v.sentinel(0), v.sentinel(99)) == (SIZE - 1, SIZE - 100)
@@ -97,7 +97,7 @@ def test_first_use_trains_with_one_line_and_later_uses_are_silent(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_t5_sizes_leave_the_padding_of_the_embeddings_free(monkeypatch):
+def test_vocabularies_for_t5_sizes_leave_the_padding_unused(monkeypatch):
     sizes = []
 
     def train(texts, path, size):
@@ -110,7 +110,7 @@ def test_t5_sizes_leave_the_padding_of_the_embeddings_free(monkeypatch):
     assert sizes == [32100, 250100, 4096]
 
 
-def test_too_few_ids_are_told_the_least_that_will_do(tmp_path, texts):
+def test_a_size_too_small_is_refused_with_the_least_size(tmp_path, texts):
     with pytest.raises(UserError, match=r"set model\.vocab_size to at least (\d+)") as caught:
         train_vocabulary(texts, tmp_path / "v", 200)
     least = int(re.search(r"at least (\d+)", str(caught.value))[1])
@@ -130,7 +130,7 @@ def test_a_vocabulary_must_fit_the_model():
         open_vocabulary(config(SIZE - 1, vocabulary=path))
 
 
-def test_files_that_will_not_do_are_named(tmp_path, texts):
+def test_unusable_files_are_refused_by_name(tmp_path, texts):
     with pytest.raises(UserError, match=r"no\.model' cannot be read"):
         open_vocabulary(config(vocabulary=str(tmp_path / "no.model")))
     (tmp_path / "text").write_text("not a model")
@@ -149,7 +149,7 @@ def test_files_that_will_not_do_are_named(tmp_path, texts):
         read_vocabulary(tmp_path / "other")
 
 
-def test_packed_text_brings_its_vocabulary(tmp_path):
+def test_a_token_store_provides_its_vocabulary(tmp_path):
     own = open_vocabulary(config())
     (tmp_path / VOCABULARY_FILE).write_bytes(own.content)
     packed = dataclasses.replace(config().data, mixture="elsewhere", data_dir=str(tmp_path))
@@ -157,7 +157,7 @@ def test_packed_text_brings_its_vocabulary(tmp_path):
     assert opened.fingerprint == own.fingerprint
 
 
-def test_bytes_are_a_vocabulary_of_their_own(tmp_path):
+def test_byte_vocabulary(tmp_path):
     v = open_vocabulary(config(vocabulary="bytes"))
     assert isinstance(v, ByteVocabulary) and (v.size, v.padded_size) == (359, 384)
     text = "naïve 日本語 <extra_id_0> x"
@@ -170,7 +170,7 @@ def test_bytes_are_a_vocabulary_of_their_own(tmp_path):
     assert read_vocabulary(tmp_path / "vocabulary.model").fingerprint == v.fingerprint
 
 
-def test_a_sample_takes_of_every_source_its_share(tmp_path, texts):
+def test_a_sample_has_the_share_of_every_source(tmp_path, texts):
     long, short = ("l" * 1000 + "\n", "s" * 10 + "\n")
     for name, text in (("long", long), ("short", short)):
         runs.write_text(tmp_path / name, train=[text] * 400)
@@ -189,13 +189,13 @@ def test_long_lines_count(tmp_path):
     assert len(v.encode("wonderful wonderful")) <= 4
 
 
-def test_settings_that_cannot_be_are_told(tmp_path):
+def test_impossible_settings_are_refused(tmp_path):
     for size, coverage in ((500, 2.0), (500, float("nan")), (100, 1.0)):
         with pytest.raises(UserError, match=r"--coverage|model\.vocab_size"):
             train_vocabulary(["to be"], tmp_path / "v", size, coverage)
 
 
-def test_characters_beyond_the_coverage_are_bytes(tmp_path):
+def test_characters_beyond_the_coverage_are_encoded_as_bytes(tmp_path):
     text = ["aaaa bbbb cccc dddd " * 50 + "日"]
     train_vocabulary(text, tmp_path / "some", 420, coverage=0.98)
     train_vocabulary(text, tmp_path / "all", 420, coverage=1.0)

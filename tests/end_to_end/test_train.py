@@ -48,7 +48,9 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_to_the_bit(config, finis
 
     _, err = runs.run(*command)
     assert "continuing from step" in err
-    assert runs.same_parameters(runs.parameters(workdir, 90), runs.parameters(finished, 90))
+    assert runs.same_parameters(
+        runs.checkpoint_parameters(workdir, 90), runs.checkpoint_parameters(finished, 90)
+    )
     assert metrics(workdir) == metrics(finished)
 
 
@@ -68,7 +70,9 @@ def test_a_damaged_checkpoint_is_renamed_and_the_one_before_is_used(config, fini
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     _, err = runs.run("train", "--config", config, "--workdir", workdir)
     assert "Checkpoint 90 cannot be read" in err and "continuing from step 75" in err
-    assert runs.same_parameters(runs.parameters(workdir, 90), runs.parameters(finished, 90))
+    assert runs.same_parameters(
+        runs.checkpoint_parameters(workdir, 90), runs.checkpoint_parameters(finished, 90)
+    )
     assert (workdir / "checkpoints" / "corrupt-90").exists()
 
 

@@ -1,4 +1,4 @@
-"""Real runs for the tests: a small token store, and `switch-jax` as its own process."""
+"""A small token store and config for tests, and `switch-jax` in processes of their own."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def get_config(arg=""):
 
 
 def write_text(folder: Path, **splits: Sequence[str]) -> str:
-    """Texts as JSON lines; returns what `data.mixture` calls them, whose name is `text`."""
+    """Writes texts as JSON lines, a file per split; returns the `data.mixture` of source `text`."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, texts in splits.items():
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
@@ -54,7 +54,7 @@ def write_text(folder: Path, **splits: Sequence[str]) -> str:
 
 
 def make_store(folder: Path) -> Path:
-    """A token store of some of the standard library's text, with its own vocabulary."""
+    """Builds a token store of 16 documents of the standard library and its own vocabulary."""
     texts: dict[str, list[str]] = {"train": [], "validation": []}
     for document in python_documents():
         split = "validation" if is_held_out_path(document.path) else "train"
@@ -71,6 +71,7 @@ def make_store(folder: Path) -> Path:
 
 
 def write_config(folder: Path, store_folder: Path) -> Path:
+    """Writes a config file of a tiny model that trains on a token store; returns its path."""
     path = folder / "tiny.py"
     path.write_text(CONFIG.format(store=str(store_folder)))
     return path
@@ -82,6 +83,7 @@ def start(
     cwd: Path | None = None,
     **environment: str,
 ) -> subprocess.Popen:
+    """Starts `switch-jax ARGUMENTS`, or another Python program, with output to pipes."""
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -93,7 +95,7 @@ def start(
 
 
 def run(*arguments: object, code: int = 0, **settings: Any) -> tuple[str, str]:
-    """stdout and stderr of a process that must end with `code`; settings as for `start`."""
+    """Runs a program that must exit with `code`; returns stdout and stderr. Settings as `start`."""
     process = start(*arguments, **settings)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err or out
@@ -101,7 +103,7 @@ def run(*arguments: object, code: int = 0, **settings: Any) -> tuple[str, str]:
 
 
 def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
-    """Until the run has logged `step`."""
+    """Waits until a running `switch-jax train` has logged `step`."""
     deadline = time.time() + 300
     while time.time() < deadline:
         assert process.poll() is None, process.communicate()
@@ -112,8 +114,8 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-def parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """What the checkpoint of a step holds."""
+def checkpoint_parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Returns the parameters, by path, of the checkpoint of a step."""
     config = Workdir(workdir).config()
     program = TrainProgram(config, make_mesh(config))
     params = restore_params(workdir / "checkpoints" / str(step), program.abstract_state.params)
@@ -121,4 +123,5 @@ def parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def same_parameters(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """Whether two models have the same parameters, bit for bit."""
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)

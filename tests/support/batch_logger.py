@@ -1,11 +1,11 @@
-"""A process that consumes batches and notes what they were, to be killed and continued.
+"""A process that reads batches and logs their digests; tests kill it and start it again.
 
-    python feeder.py CONFIG FOLDER INDEX COUNT LAST [POSITION]
+    python batch_logger.py CONFIG FOLDER INDEX COUNT LAST [POSITION]
 
-As feed INDEX of COUNT, it consumes batches to LAST, from the first or from POSITION, which is
-named after the batch before. FOLDER/batches-INDEX.jsonl gets a line for each: its number, and a
-digest of every row. After every third, FOLDER/NUMBER gets the position, as in training: before
-the next batch is drawn.
+The process is INDEX of COUNT. It reads batches up to number LAST, from the first or from the saved
+POSITION, a folder named by the number of the batch before. FOLDER/batches-INDEX.jsonl gets a line
+for each batch: its number and a digest of every row. After every third batch, the position is saved
+to FOLDER/NUMBER, before the next batch is read, as in training.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from switch_jax.data import open_batches
 from switch_jax.data.batch import ProcessRows
 
 
-def digests(batch):
-    """One for each row of a batch."""
+def row_digests(batch):
+    """Returns a digest of each row of a batch."""
     return [
         hashlib.blake2b(b"".join(batch[name][i].tobytes() for name in sorted(batch))).hexdigest()
         for i in range(len(batch["encoder_input_tokens"]))
@@ -29,13 +29,13 @@ def digests(batch):
 
 def main(spec, folder, index, count, last, position=None):
     batches = open_batches(load_config(spec), "train", ProcessRows(count, (index,), index, count))
-    first = 0
+    last_read = 0
     if position is not None:
         batches.restore(position)
-        first = int(position.name)
+        last_read = int(position.name)
     with open(folder / f"batches-{index}.jsonl", "a") as log:
-        for number in range(first + 1, last + 1):
-            log.write(json.dumps({"number": number, "rows": digests(next(batches))}) + "\n")
+        for number in range(last_read + 1, last + 1):
+            log.write(json.dumps({"number": number, "rows": row_digests(next(batches))}) + "\n")
             log.flush()
             if number % 3 == 0:
                 partial = folder / f"partial-{index}"
