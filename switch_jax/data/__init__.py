@@ -1,4 +1,4 @@
-"""From files of text to batches of token ids; NumPy only."""
+"""Input data: sources of text, vocabularies, token stores, and readers that make NumPy batches."""
 
 from switch_jax.data.batch import (
     Batch,
