@@ -131,7 +131,7 @@ class SeqioIterator:
             if documents is not None and documents < process_rows.num_groups:
                 raise UserError(
                     f"The {split} split of {source.name} has fewer documents than there are"
-                    f" processes to feed ({process_rows.num_groups}); set data.reader=store."
+                    f" processes to read them ({process_rows.num_groups}); set data.reader=store."
                 )
             for path in source.missing_files(split):
                 self._bad_records.add(MISSING, path)
