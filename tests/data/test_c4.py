@@ -163,7 +163,7 @@ def test_mc4_trains_streamed_and_packed_without_tensorflow(roots, words, tmp_pat
     baseline = small("mt5_base", roots["allenai"], words)
     out, _ = runs.run("data", "pack", *baseline, "--output", store)
     assert all(name in out for name in languages)
-    assert TokenStore(store).documents() == {
+    assert TokenStore(store).num_documents() == {
         f"mc4.{code}": count for code, (count, _) in corpora.LANGUAGES.items()
     }
     blocked = (

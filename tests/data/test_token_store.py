@@ -75,7 +75,7 @@ def test_files_do_not_depend_on_the_number_of_workers(mixture, words, tmp_path):
 def test_tokens_are_read_across_shards(mixture, words, tmp_path):
     build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
     opened = TokenStore(tmp_path / "store")
-    (name,) = opened.documents()
+    (name,) = opened.num_documents()
     tokens = opened.tokens(name, "train")
     folder = tmp_path / "store" / name / "train"
     whole = np.concatenate(
@@ -241,8 +241,8 @@ def test_bad_records_are_counted_in_the_manifest_and_reported(words, tmp_path, c
         "missing or unreadable",
     }
     assert "part-00001-of-00003" in stderr and "part-00000-of-00003.jsonl, line 4" in stderr
-    tokens = TokenStore(tmp_path / "store").documents()["part"]
-    assert 20 <= tokens < 40
+    documents = TokenStore(tmp_path / "store").num_documents()["part"]
+    assert 20 <= documents < 40
     with pytest.raises(UserError, match=r"set data\.on_bad_record=skip"):
         strict = DataConfig(mixture=f"{tmp_path}/part-*", on_bad_record="error")
         build_token_store(strict, words, tmp_path / "strict", workers=2)

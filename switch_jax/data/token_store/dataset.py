@@ -41,7 +41,7 @@ def open_batches(
 ) -> "StoreIterator":
     """Returns an iterator over all sources, mixed at their rates; raises `UserError`."""
     store, vocabulary = _open_checked(config)
-    rates = mixture_rates(config.data, store.documents(), store.specs())
+    rates = mixture_rates(config.data, store.num_documents(), store.specs())
     return StoreIterator(config.data, split, process_rows, store, vocabulary, rates)
 
 
@@ -50,7 +50,7 @@ def open_batches_by_source(
 ) -> dict[str, "StoreIterator"]:
     """Returns an iterator over each source, by name; raises `UserError`."""
     store, vocabulary = _open_checked(config)
-    documents = store.documents(split)
+    documents = store.num_documents(split)
     names = [
         name for _, names in select_sources(config.data, documents, store.specs()) for name in names
     ]
@@ -64,7 +64,7 @@ def open_batches_by_source(
 def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Returns the validation examples of the mixture's tasks, by task; raises `UserError`."""
     store, _ = _open_checked(config)
-    documents = store.documents("validation")
+    documents = store.num_documents("validation")
     selected = select_sources(config.data, documents, store.specs())
     pairs = [name for _, names in selected for name in names if store.has_targets(name)]
     return {name: examples for name in pairs if (examples := store.examples(name))}
@@ -74,7 +74,7 @@ def _open_checked(config: Config) -> tuple[TokenStore, Vocabulary]:
     """Returns the store and the vocabulary; raises `UserError` if the vocabulary is too small."""
     vocabulary = open_vocabulary(config)
     store = open_store(config.data, vocabulary)
-    if not all(map(store.has_targets, store.documents())):
+    if not all(map(store.has_targets, store.num_documents())):
         check_sentinels(config.data, vocabulary)
     return store, vocabulary
 

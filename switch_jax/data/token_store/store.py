@@ -63,7 +63,7 @@ class TokenStore:
         except (OSError, ValueError, KeyError, TypeError):
             raise _damaged(directory) from None
 
-    def documents(self, split: Split = "train") -> dict[str, int]:
+    def num_documents(self, split: Split = "train") -> dict[str, int]:
         """Returns the number of documents of each source, or of pairs of inputs and targets."""
         return {name: source[split]["documents"] for name, source in self._sources.items()}
 
