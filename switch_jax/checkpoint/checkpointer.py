@@ -1,9 +1,9 @@
 """Checkpointer: parameters, optimizer state and data position, written by Orbax in the background.
 
-checkpoints/STEP/params      dict path → array, all that `load` needs
+checkpoints/STEP/params      dict path → array; `load` reads nothing else
 checkpoints/STEP/optimizer   the rest of the training state: steps, tokens, optimizer
 checkpoints/STEP/data        position of the last batch consumed
-checkpoints/STEP/metrics     the metrics by which the best checkpoint is kept
+checkpoints/STEP/metrics     evaluation metrics, by which the best checkpoint is kept
 """
 
 import dataclasses
@@ -17,27 +17,31 @@ from typing import Any, Protocol
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint import checkpoint_managers
 
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed import all_gather_int, raise_if_any_failed
 from switch_jax.errors import UserError
 
-_NONE = -1  # in place of a step
+_NO_STEP = -1
 
 
 class DataPosition(Protocol):
-    """An object that writes its position to a folder and reads it back."""
+    """An object, such as a batch iterator, with a position that can be saved and restored."""
 
     def save(self, folder: Path) -> None:
-        """Writes the position."""
+        """Writes the position to a folder."""
 
     def restore(self, folder: Path) -> None:
-        """Moves to the position in a folder."""
+        """Sets the position to the one in a folder."""
 
 
 class _PositionHandler(ocp.CheckpointHandler):
-    """Saves a position before `Checkpointer.save` returns, since the position moves on after it."""
+    """Orbax handler of a `DataPosition`.
+
+    It is not asynchronous: the position is written before `Checkpointer.save` returns, because it
+    changes afterwards.
+    """
 
     def save(self, directory, args):
         args.item.save(Path(directory))
@@ -53,39 +57,45 @@ class _PositionArgs(ocp.args.CheckpointArgs):
 
 
 class Checkpointer:
-    """The checkpoints of a WORKDIR; the newest `keep` stay.
+    """Writes and reads the checkpoints of a WORKDIR.
 
     Args:
-      goodness: of metrics given to `save`; the checkpoint where it is highest stays too.
+      workdir: the run's folder.
+      keep: number of checkpoints to keep, the newest first; older ones are deleted.
+      sort_key: function of the metrics given to `save`; the checkpoint with its highest value is
+        kept too. None: only the newest are kept.
     """
 
     def __init__(
         self,
         workdir: Workdir,
         keep: int,
-        goodness: Callable[[Mapping[str, float]], float] | None = None,
+        sort_key: Callable[[Mapping[str, float]], float] | None = None,
     ):
         self._folder = workdir.checkpoints.absolute()
-        self._goodness = goodness
-        kept: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
-        if goodness is not None:
-            best = preservation_policy.BestN(
-                get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False
+        self._sort_key = sort_key
+        policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(keep)]
+        if sort_key is not None:
+            best = checkpoint_managers.BestN(
+                get_metric_fn=sort_key, n=1, keep_checkpoints_without_metrics=False
             )
-            kept.append(best)
+            policies.append(best)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
-            best_fn=goodness,  # without it, Orbax writes no metrics
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=sort_key,  # without it, Orbax writes no metrics
             enable_async_checkpointing=True,
             create=True,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        # Each process reads by itself: one that cannot must not leave the others waiting in Orbax.
-        me = jax.process_index()
+        # Each process reads without Orbax's barriers: where one process fails to read, the others
+        # would wait in them.
+        process = jax.process_index()
         self._reader = ocp.Checkpointer(
             ocp.CompositeCheckpointHandler(),
             multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader-{me}"
+                primary_host=process,
+                active_processes={process},
+                barrier_sync_key_prefix=f"reader-{process}",
             ),
         )
 
@@ -100,42 +110,44 @@ class Checkpointer:
         """Starts writing a checkpoint in the background.
 
         Args:
+          step: number of the checkpoint.
           params: parameters by path.
-          rest: the rest of the training state.
-          position: of the data; its position at the time of the call is saved.
-          metrics: of an evaluation of these parameters.
+          rest: the rest of the training state, a pytree of arrays by name.
+          position: data position; its value at the time of the call is saved.
+          metrics: metrics of an evaluation of these parameters; ignored without a `sort_key`.
         """
         items = {
             "params": ocp.args.StandardSave(dict(params)),
             "optimizer": ocp.args.StandardSave(dict(rest)),
             "data": _PositionArgs(position),
         }
-        given = dict(metrics or {}) if self._goodness else None
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=given)
+        saved_metrics = dict(metrics or {}) if self._sort_key else None
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=saved_metrics)
 
     def best(self) -> tuple[int, dict[str, float]] | None:
-        """Step and metrics of the best checkpoint; None where none is known to be."""
-        goodness = self._goodness
-        if goodness is None:
+        """Returns step and metrics of the best checkpoint; None where none has the metric."""
+        sort_key = self._sort_key
+        if sort_key is None:
             return None
         self._manager.wait_until_finished()
         saved = ((step, self._manager.metrics(step)) for step in self._manager.all_steps())
-        rated = [(goodness(metrics), step, metrics) for step, metrics in saved if metrics]
-        good = [one for one in rated if one[0] > -math.inf]
-        return max(good, key=lambda one: one[:2])[1:] if good else None
+        ranked = [(sort_key(metrics), step, metrics) for step, metrics in saved if metrics]
+        comparable = [entry for entry in ranked if entry[0] > -math.inf]
+        return max(comparable, key=lambda entry: entry[:2])[1:] if comparable else None
 
     def restore(
         self, params: Mapping[str, Any], rest: Mapping[str, Any], position: DataPosition
     ) -> tuple[dict[str, jax.Array], dict[str, Any]] | None:
-        """Returns parameters and the rest of the state from the newest good checkpoint.
+        """Returns parameters and the rest of the state from the newest readable checkpoint.
 
-        A checkpoint may come from another mesh and another number of processes. One that any
-        process cannot read is renamed to `corrupt-STEP` and the one before it is used.
+        A checkpoint may come from another mesh and another number of processes. A checkpoint that
+        any process fails to read is renamed to `corrupt-STEP`, and the one before it is used. All
+        processes must call this.
 
         Args:
           params: shapes and shardings of the parameters, by path.
           rest: shapes and shardings of the rest of the state.
-          position: of the data; it is moved to the position in the checkpoint.
+          position: data position; it is set to the position in the checkpoint.
 
         Returns None where there is no checkpoint. Raises `UserError` where no checkpoint can be
         read.
@@ -143,26 +155,26 @@ class Checkpointer:
         unreadable: list[int] = []
         reason = "by another process"
         steps = sorted(self._manager.all_steps())
-        # What process 0 sees counts; another may not see the folder at all.
-        while (step := all_gather_int(steps.pop() if steps else _NONE)[0]) != _NONE:
-            restored, refusal, failed = None, None, False
+        # The list of process 0 is used: another process may not see the folder at all.
+        while (step := all_gather_int(steps.pop() if steps else _NO_STEP)[0]) != _NO_STEP:
+            restored, user_error, failed = None, None, False
             try:
                 restored = self._restore_step(step, params, rest, position)
             except UserError as error:
-                refusal = error
-            except Exception as error:  # whatever Orbax says of a damaged file
-                reason = str(error).strip().split("\n")[0][:200]
+                user_error = error
+            except Exception as error:  # Orbax raises many types for damaged files
+                reason = _first_line(error)
                 print(f"Checkpoint {step} cannot be read: {reason}", file=sys.stderr)
                 failed = True
-            raise_if_any_failed(refusal)
+            raise_if_any_failed(user_error)
             if any(all_gather_int(failed)):
                 unreadable.append(step)
                 continue
-            # Only now: where none can be read, the files may not be what is wrong.
+            # Renamed only after one could be read: where none can, the files may not be the cause.
             if unreadable and jax.process_index() == 0:
-                for bad in unreadable:
-                    (self._folder / str(bad)).rename(self._folder / f"corrupt-{bad}")
-            all_gather_int(0)  # they are renamed before any process looks again
+                for corrupt in unreadable:
+                    (self._folder / str(corrupt)).rename(self._folder / f"corrupt-{corrupt}")
+            all_gather_int(0)  # no process lists the folder again before the renaming is done
             self._manager.reload()
             return restored
         if unreadable:
@@ -190,14 +202,17 @@ class Checkpointer:
         return restored["params"], restored["optimizer"]
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits until all checkpoints are written, and closes the readers and writers."""
         self._manager.wait_until_finished()
         self._manager.close()
         self._reader.close()
 
 
 def find_checkpoint(path: str | Path) -> tuple[Workdir, Path]:
-    """WORKDIR and checkpoint folder of a path that is either; a WORKDIR means its newest.
+    """Returns the WORKDIR and the checkpoint folder of a path.
+
+    Args:
+      path: a checkpoint folder, or a WORKDIR, whose newest checkpoint is returned.
 
     Raises `UserError` where there is no checkpoint.
     """
@@ -216,21 +231,27 @@ def find_checkpoint(path: str | Path) -> tuple[Workdir, Path]:
 
 
 def find_checkpoint_together(path: str | Path) -> tuple[Workdir, Path]:
-    """As `find`; of several processes, the choice of process 0 holds. All must call it."""
+    """Returns the same as `find_checkpoint`, with the step found by process 0.
+
+    All processes must call it.
+    """
     workdir, folder = find_checkpoint(path)
     return workdir, folder.with_name(str(all_gather_int(int(folder.name))[0]))
 
 
 def parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a checkpoint's parameters, by path; raises `UserError`."""
-    with _readable(checkpoint):
-        stored = _stored(checkpoint / "params")
+    """Returns the shapes of a checkpoint's parameters, by path.
+
+    Raises `UserError` where the checkpoint cannot be read.
+    """
+    with _reading(checkpoint):
+        stored = _array_metadata(checkpoint / "params")
         return {name: tuple(array.shape) for name, array in stored.items()}
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    """Shapes and dtypes of the arrays in a folder, as the tree that they are."""
-    # Not from a Checkpointer: it warns of a file that its manager would have written.
+def _array_metadata(folder: Path) -> dict[str, Any]:
+    """Returns the pytree in a folder, with shape and dtype in place of each array."""
+    # Not from an Orbax Checkpointer, which warns of a file that only its manager writes.
     handler = ocp.PyTreeCheckpointHandler()
     try:
         return handler.metadata(epath.Path(folder.absolute())).tree
@@ -241,33 +262,54 @@ def _stored(folder: Path) -> dict[str, Any]:
 def restore_params(
     checkpoint: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Those parameters that `abstract` names, with its shapes and shardings; raises `UserError`."""
-    arguments = ocp.checkpoint_utils.construct_restore_args(dict(abstract))
-    wanted = ocp.args.PyTreeRestore(dict(abstract), restore_args=arguments, partial_restore=True)
-    with _readable(checkpoint), ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(checkpoint.absolute() / "params", args=wanted)
+    """Returns the parameters of a checkpoint whose paths are in `abstract`.
+
+    Args:
+      checkpoint: folder of the checkpoint.
+      abstract: shapes and shardings of the parameters to restore, by path.
+
+    Raises `UserError` where the checkpoint cannot be read.
+    """
+    return _partial_restore(checkpoint, "params", dict(abstract))
 
 
 def restore_opt_state(checkpoint: Path, abstract: Any) -> Any:
-    """The optimizer's state, sharded as `abstract`; raises `UserError` where shapes differ."""
-    folder, wanted = checkpoint.absolute() / "optimizer", {"opt_state": abstract}
-    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-    restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
-    with _readable(checkpoint), ocp.PyTreeCheckpointer() as reader:
-        stored = ocp.tree.to_flat_dict(_stored(folder))
+    """Returns the optimizer state of a checkpoint.
+
+    Args:
+      checkpoint: folder of the checkpoint.
+      abstract: shapes and shardings of the optimizer state, a pytree.
+
+    Raises `UserError` where shapes differ or the checkpoint cannot be read.
+    """
+    tree = {"opt_state": abstract}
+    with _reading(checkpoint):
+        stored = ocp.tree.to_flat_dict(_array_metadata(checkpoint / "optimizer"))
         shapes = {path: tuple(array.shape) for path, array in stored.items()}
-        for path, array in ocp.tree.to_flat_dict(wanted).items():
-            if shapes.get(path) != array.shape:  # Orbax would cut or pad it
+        for path, array in ocp.tree.to_flat_dict(tree).items():
+            if shapes.get(path) != array.shape:  # Orbax would truncate or pad it
                 raise ValueError(f"{'/'.join(path)} is {shapes.get(path)}, not {array.shape}")
-        return reader.restore(folder, args=restore)["opt_state"]
+    return _partial_restore(checkpoint, "optimizer", tree)["opt_state"]
+
+
+def _partial_restore(checkpoint: Path, item: str, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Returns those arrays of a checkpoint's item that are in `abstract`."""
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+    with _reading(checkpoint), ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(checkpoint.absolute() / item, args=args)
 
 
 @contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Raises `UserError` in place of the errors of a checkpoint that cannot be read."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"Checkpoint {checkpoint} cannot be read ({reason}); take another one."
+            f"Checkpoint {checkpoint} cannot be read ({_first_line(error)}); take another one."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, TensorBoard, and the progress display."""
+"""Metrics of a run, in metrics.jsonl and TensorBoard: writing them, and reading metrics.jsonl."""
 
 import json
 import math
@@ -10,32 +10,34 @@ from tensorboardX import SummaryWriter
 
 from switch_jax.checkpoint.workdir import Workdir
 
-QUALITY = "neg_log_perplexity"  # the metric that runs are compared by: nats a target token
-_LAST_LINES = 2**18  # bytes, many times those of a line of metrics
+QUALITY = "neg_log_perplexity"  # metric that runs are compared by, in nats per target token
+_TAIL_BYTES = 2**18  # read at the end of metrics.jsonl; a line of metrics is much shorter
 
 
 class MetricsWriter:
-    """Appends metrics to a WORKDIR, one line per step and split."""
+    """Appends metrics to metrics.jsonl and TensorBoard, one line per step and split.
+
+    Args:
+      workdir: the run's folder.
+      first_step: number of steps done before; lines of later steps are removed.
+      active: False in all processes but one, which then write nothing.
+    """
 
     def __init__(self, workdir: Workdir, first_step: int, *, active: bool = True):
-        """Continues after `first_step` steps: what was written past them is dropped.
-
-        Of several processes one is `active`; the others write nothing.
-        """
         self._active = active
         if not active:
             return
         self._path = workdir.metrics_file
         if self._path.exists():
-            kept = [m for m in read_metrics(workdir) if m["step"] <= first_step]
+            lines = [line for line in read_metrics(workdir) if line["step"] <= first_step]
             partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
             partial.replace(self._path)
         self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(workdir.tensorboard), purge_step=first_step + 1)
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of a step; a metric that is not finite becomes null in JSON."""
+        """Writes the metrics of a step; metrics.jsonl has null for a value that is not finite."""
         if not self._active:
             return
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
@@ -55,7 +57,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Workdir) -> list[dict]:
-    """All lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    """Returns all lines of metrics.jsonl, without a last line that is not complete."""
     if not workdir.metrics_file.exists():
         return []
     *lines, _ = workdir.metrics_file.read_text().split("\n")
@@ -63,12 +65,12 @@ def read_metrics(workdir: Workdir) -> list[dict]:
 
 
 def last_logged_step(workdir: Workdir) -> int:
-    """The last step that metrics.jsonl tells of, 0 where there is none; reads its end alone."""
+    """Returns the last step in metrics.jsonl, 0 where there is none; reads only the file's end."""
     try:
         with workdir.metrics_file.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - _LAST_LINES, 0))
+            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return 0
-    # What stands after the last end of line is not complete.
+    # lines[-1] is empty or a line that is not complete.
     return json.loads(lines[-2])["step"] if len(lines) > 1 else 0

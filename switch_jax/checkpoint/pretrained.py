@@ -1,4 +1,4 @@
-"""Models that exist already, of this program or another: what `load` and `init_from` begin with."""
+"""Pretrained models: WORKDIRs, checkpoints and foreign checkpoints, for `load` and `init_from`."""
 
 import functools
 import sys
@@ -23,14 +23,15 @@ from switch_jax.model import SwitchTransformer, merge_adapters, with_parameters
 
 
 class PretrainedModel(NamedTuple):
-    """A model's parameters, wherever they lie.
+    """A model on disk, whose parameters are read on demand.
 
-    config: what it was made with.
-    shapes: of its parameters (and adapters), by path.
-    restore: those that are named, with the shapes and shardings given; raises `UserError`.
+    config: the model's config.
+    shapes: shapes of its parameters and adapters, by path.
+    restore: function of the shapes and shardings of some parameters by path, which returns these
+      parameters, float32; raises `UserError` where they cannot be read.
     vocabulary: content of its `vocabulary.model`, where there is one.
-    restore_optimizer: as `checkpoint.restore_opt_state`, where there is an optimizer of ours.
-    notes: what was repaired or assumed when it was read, for the user.
+    restore_optimizer: `restore_opt_state` of its checkpoint; None for a foreign checkpoint.
+    notes: a sentence for each repair or assumption, for the user.
     """
 
     config: Config
@@ -40,24 +41,28 @@ class PretrainedModel(NamedTuple):
     restore_optimizer: Callable[[Any], Any] | None = None
     notes: tuple[str, ...] = ()
 
-    def say_notes(self) -> None:
-        """Prints them on stderr; of several processes, the first does."""
+    def print_notes(self) -> None:
+        """Prints the notes on stderr, in process 0 only."""
         for note in self.notes if jax.process_index() == 0 else ():
             print(note, file=sys.stderr)
 
 
 def find_pretrained(path: str | Path, *, together: bool = False) -> PretrainedModel:
-    """The model of a WORKDIR (its newest checkpoint), a checkpoint, or a foreign one's folder.
+    """Opens a pretrained model.
 
-    `together`: several processes call this, and the choice of process 0 holds. Raises `UserError`
-    where there is none.
+    Args:
+      path: a WORKDIR (its newest checkpoint is opened), a checkpoint, or the folder of a foreign
+        checkpoint.
+      together: all processes call this, and use the checkpoint that process 0 finds.
+
+    Raises `UserError` where there is no model.
     """
     foreign = read_foreign(Path(path).expanduser())
     if foreign is not None:
         return PretrainedModel(
             foreign.config,
             foreign.shapes,
-            foreign.place,
+            foreign.restore,
             foreign.vocabulary,
             notes=foreign.notes,
         )
@@ -72,17 +77,17 @@ def find_pretrained(path: str | Path, *, together: bool = False) -> PretrainedMo
 
 
 def load(path: str | Path) -> SwitchTransformer:
-    """The model of a WORKDIR, of a checkpoint or of a Hugging Face folder, on one device.
+    """Loads a model from a WORKDIR, a checkpoint or a foreign checkpoint, on one device.
 
-    Raises `UserError` where there is nothing to load.
+    Parameters are float32; adapters are merged. Raises `UserError` where there is no model.
     """
-    found = find_pretrained(path)
-    found.say_notes()
-    config = found.config
+    pretrained = find_pretrained(path)
+    pretrained.print_notes()
+    config = pretrained.config
     model: Any = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    where = SingleDeviceSharding(jax.local_devices()[0])
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-        for name, shape in found.shapes.items()
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        for name, shape in pretrained.shapes.items()
     }
-    return with_parameters(model, merge_adapters(found.restore(abstract), config))
+    return with_parameters(model, merge_adapters(pretrained.restore(abstract), config))

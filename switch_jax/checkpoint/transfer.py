@@ -1,18 +1,20 @@
-"""Which parameters of a model are taken from another one, and which begin anew: names and shapes.
+"""Parameter transfer: which parameters of a model are loaded from another model's checkpoint.
 
-Parameters are named by layer (`by_layer.py`), so that the models may have their experts in
-different layers. `init_rules` are `PATTERN -> NAME; …`: the first whose regular expression matches
-the whole name of a parameter says which one of the checkpoint it is taken from (`\\1` is the first
-group), and with an empty NAME that it begins anew. Where no rule matches, the name there is the
-same.
+The other parameters are initialised. Only names and shapes are read here. Parameters are named by
+layer (`model/parameters.py`), so the two models may have their experts in different layers.
 
-    decoder/(.*) -> encoder/\\1        the decoder begins as the encoder
-    .*/router/.* ->                    routers begin anew
+`init_rules` are `PATTERN -> NAME; …`. The first rule whose regular expression matches the whole
+name of a parameter gives the name of the checkpoint's parameter to load (`\\1` is the first group);
+with an empty NAME, the parameter is initialised. Without a matching rule, the names are equal.
 
-Where a layer is dense in one model and sparse in the other, its feed-forward weights have no
-namesake. From dense to sparse, every expert begins as a copy of the dense weights and the router
-anew (sparse upcycling, Komatsuzaki et al. 2022). From sparse to dense, they begin anew, and all
-else is taken: how the paper initialises the students of distillation.
+    decoder/(.*) -> encoder/\\1        loads the decoder from the encoder
+    .*/router/.* ->                    initialises the routers
+
+Where a layer is dense in one model and sparse in the other, its feed-forward weights have different
+names. From dense to sparse, every expert is a copy of the dense weights, and the router is
+initialised (sparse upcycling, Komatsuzaki et al. 2022). From sparse to dense, the feed-forward
+weights are initialised and the rest is loaded, as the paper initialises the students of
+distillation.
 """
 
 import re
@@ -26,52 +28,56 @@ from switch_jax.model import LayerSlice, is_adapter, layer_shapes, layer_slices
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-# The vocabulary may grow: ids that were there before keep their embeddings.
+# Axis of the vocabulary, along which a parameter may grow: existing ids keep their embeddings.
 VOCABULARY_AXES = {"embedding": 0, "head": 1}
 
 
 class Transfer(NamedTuple):
-    """What becomes of parameters, by name."""
+    """Names of the parameters that are loaded, initialised and ignored."""
 
-    loaded: dict[str, str]  # name → name in the checkpoint
-    initialised: list[str]
-    ignored: list[str]  # of the checkpoint
+    loaded: dict[str, str]  # name in the model → name in the checkpoint
+    initialised: list[str]  # names in the model
+    ignored: list[str]  # names in the checkpoint
 
 
 def plan_transfer(target: Shapes, source: Shapes, rules: str) -> Transfer:
-    """Decides, for every parameter of `target`, where in `source` it is taken from.
+    """Decides for every parameter of `target` which parameter of `source` it is loaded from.
+
+    Args:
+      target: shapes of the model's parameters, by layer.
+      source: shapes of the checkpoint's parameters, by layer.
+      rules: `init_rules`.
 
     Raises `UserError` for rules that cannot be read or match nothing, and for a parameter that is
-    not there, or is there with another shape.
+    missing in `source` or has another shape there.
     """
     parsed = _parse(rules)
     loaded: dict[str, str] = {}
     initialised = []
-    lost = [name for name in source if is_adapter(name) and name not in target]
-    if lost:
+    if any(is_adapter(name) and name not in target for name in source):
         raise UserError(
             "The checkpoint of init_from was trained with LoRA; set lora.* to what it was trained"
             " with."
         )
     for name, shape in target.items():
-        theirs = _renamed(name, parsed)
-        if theirs not in source:
-            theirs = _instead(theirs, source)
-        if theirs == "":
+        source_name = _apply_rules(name, parsed)
+        if source_name not in source:
+            source_name = _default_source(source_name, source)
+        if source_name == "":
             initialised.append(name)
             continue
-        if theirs not in source:
+        if source_name not in source:
             raise UserError(
-                f"{name} is taken from {theirs}, which the source checkpoint does not have;"
-                f" add a rule such as '{re.escape(name)} ->' to init_rules, and it begins anew."
+                f"{name} is taken from {source_name}, which the source checkpoint does not have;"
+                f" add a rule such as '{re.escape(name)} ->' to init_rules, and it is initialised."
             )
-        if not any(fits(name, source[theirs], shape) for fits in (_equal, grows, copied)):
+        if not _shape_fits(name, source[source_name], shape):
             raise UserError(
-                f"{name} has the shape {list(shape)} and {theirs} in the source checkpoint"
-                f" {list(source[theirs])}; make the models alike, or add a rule such as"
-                f" '{re.escape(name)} ->' to init_rules, and it begins anew."
+                f"{name} has the shape {list(shape)} and {source_name} in the source checkpoint"
+                f" {list(source[source_name])}; make the models alike, or add a rule such as"
+                f" '{re.escape(name)} ->' to init_rules, and it is initialised."
             )
-        loaded[name] = theirs
+        loaded[name] = source_name
     for rule in parsed:
         if not rule.used:
             raise UserError(
@@ -82,31 +88,31 @@ def plan_transfer(target: Shapes, source: Shapes, rules: str) -> Transfer:
     return Transfer(loaded, initialised, ignored)
 
 
-def _instead(name: str, source: Shapes) -> str:
-    """What to take for a parameter that is not in `source`; "": it begins anew."""
+def _default_source(name: str, source: Shapes) -> str:
+    """Returns the name to load for a parameter that is not in `source`; "": it is initialised."""
     if is_adapter(name):
         return ""
-    layer, found, own = name.partition("/mlp/")
-    if found and f"{layer}/mlp/wi" in source:  # dense there
-        if own.startswith("router/"):
+    layer, separator, weight = name.partition("/mlp/")
+    if separator and f"{layer}/mlp/wi" in source:  # the layer is dense in the checkpoint
+        if weight.startswith("router/"):
             return ""
         return name.replace("/mlp/experts/", "/mlp/")
-    if own in ("wi", "gate", "wo") and f"{layer}/mlp/experts/wi" in source:
+    if weight in ("wi", "gate", "wo") and f"{layer}/mlp/experts/wi" in source:
         return ""
     return name
 
 
-def _equal(name: str, old: Shape, new: Shape) -> bool:
-    return old == new
+def _shape_fits(name: str, old: Shape, new: Shape) -> bool:
+    return old == new or _only_vocabulary_grows(name, old, new) or _is_expert_copy(name, old, new)
 
 
-def copied(name: str, old: Shape, new: Shape) -> bool:
-    """Whether every expert gets the weights of a dense layer."""
+def _is_expert_copy(name: str, old: Shape, new: Shape) -> bool:
+    """Whether the parameter is of experts, which all get the weights of a dense layer."""
     return "/experts/" in name and old == new[1:]
 
 
-def grows(name: str, old: Shape, new: Shape) -> bool:
-    """Whether a parameter is only longer than it was, by ids of the vocabulary."""
+def _only_vocabulary_grows(name: str, old: Shape, new: Shape) -> bool:
+    """Whether the shapes differ only by more ids along the axis of the vocabulary."""
     axis = VOCABULARY_AXES.get(name)
     if axis is None or len(old) != len(new) or new[axis] < old[axis]:
         return False
@@ -114,10 +120,10 @@ def grows(name: str, old: Shape, new: Shape) -> bool:
 
 
 class _Rule:
-    """A pattern, what to take for names that it matches, and whether it has matched any."""
+    """A rule of `init_rules`: a pattern, the template of a name, and whether it was used."""
 
-    def __init__(self, pattern: re.Pattern, theirs: str):
-        self.pattern, self.theirs, self.used = pattern, theirs, False
+    def __init__(self, pattern: re.Pattern, template: str):
+        self.pattern, self.template, self.used = pattern, template, False
 
 
 def _parse(rules: str) -> list[_Rule]:
@@ -136,81 +142,98 @@ def _parse(rules: str) -> list[_Rule]:
     return parsed
 
 
-def _renamed(name: str, rules: list[_Rule]) -> str:
+def _apply_rules(name: str, rules: list[_Rule]) -> str:
+    """Returns the name of the first rule that matches; `name` itself where none does."""
     for rule in rules:
         match = rule.pattern.fullmatch(name)
         if match:
             rule.used = True
             try:
-                return match.expand(rule.theirs)
+                return match.expand(rule.template)
             except (re.error, IndexError) as error:
                 raise UserError(
-                    f"init_rules has the name {rule.theirs!r}, which does not fit"
+                    f"init_rules has the name {rule.template!r}, which does not fit"
                     f" {rule.pattern.pattern!r} ({error}); refer to groups that it has."
                 ) from error
     return name
 
 
-# By parameter as the model has it, for each of its blocks that is taken from somewhere, from where.
+# By parameter of the model and by its block: the slice of the checkpoint to load. Blocks that are
+# initialised are missing.
 Origins = dict[str, dict[int | None, LayerSlice]]
 
 
-def parameter_origins(target: Shapes, config: Config, source: Shapes, made_with: Config) -> Origins:
-    """Decides as `plan`, for parameters as models of these two configs have them."""
-    ours, theirs = layer_slices(target, config), layer_slices(source, made_with)
-    found: Origins = {}
-    for name, old in _plan(target, config, source, made_with).loaded.items():
-        part = ours[name]
-        found.setdefault(part.name, {})[part.block] = theirs[old]
-    return found
+def parameter_origins(
+    target: Shapes, config: Config, source: Shapes, source_config: Config
+) -> Origins:
+    """Returns the slices of the checkpoint that the parameters of a model are loaded from.
+
+    Args:
+      target: shapes of the model's parameters, by path.
+      config: the model's config.
+      source: shapes of the checkpoint's parameters, by path.
+      source_config: config of the checkpoint's model.
+
+    Raises `UserError` as `plan_transfer` does.
+    """
+    slices, source_slices = layer_slices(target, config), layer_slices(source, source_config)
+    shapes = layer_shapes(target, config), layer_shapes(source, source_config)
+    origins: Origins = {}
+    for name, source_name in plan_transfer(*shapes, config.init_rules).loaded.items():
+        parameter, block = slices[name]
+        origins.setdefault(parameter, {})[block] = source_slices[source_name]
+    return origins
 
 
-def transfer_report(target: Shapes, config: Config, source: Shapes, made_with: Config) -> str:
-    """What `origins` finds, as a table."""
-    shapes = layer_shapes(target, config), layer_shapes(source, made_with)
-    return render_transfer(_plan(target, config, source, made_with), *shapes)
-
-
-def _plan(target: Shapes, config: Config, source: Shapes, made_with: Config) -> Transfer:
-    shapes = layer_shapes(target, config), layer_shapes(source, made_with)
-    return plan_transfer(*shapes, config.init_rules)
+def transfer_report(target: Shapes, config: Config, source: Shapes, source_config: Config) -> str:
+    """Returns the result of `parameter_origins`, with the same arguments, as a table."""
+    shapes = layer_shapes(target, config), layer_shapes(source, source_config)
+    return render_transfer(plan_transfer(*shapes, config.init_rules), *shapes)
 
 
 def render_transfer(transfer: Transfer, target: Shapes, source: Shapes) -> str:
-    """A table of what is loaded, what begins anew, and what is left in the checkpoint.
+    """Returns a table of the parameters that are loaded, initialised and ignored.
 
-    Layers that have the same fate share a line.
+    Layers with the same entry share a line.
     """
-    lines: dict[str, list[str]] = {}
+    layers_of_line: dict[str, list[str]] = {}
 
-    def add(fate: str, name: str, shape: Shape, rest: str = "") -> None:
-        pattern, layer = _without_layer(name)
-        lines.setdefault(f"{fate:11}  {pattern:48} {_shape(shape)}{rest}", []).append(layer)
+    def add(status: str, name: str, shape: Shape, details: str = "") -> None:
+        pattern, layer = _split_layer(name)
+        line = f"{status:11}  {pattern:48} {_format_shape(shape)}{details}"
+        layers_of_line.setdefault(line, []).append(layer)
 
-    for name, theirs in transfer.loaded.items():
-        pattern, other = _without_layer(theirs)
-        layer = _without_layer(name)[1]
-        rest = "" if theirs == name else f"  from {pattern if layer == other else theirs}"
-        if copied(name, source[theirs], target[name]):
-            rest += ", for every expert"
-        elif source[theirs] != target[name]:
-            rest += f"  {_shape(source[theirs])}, the rest initialised"
-        add("loaded", name, target[name], rest)
+    for name, source_name in transfer.loaded.items():
+        source_pattern, source_layer = _split_layer(source_name)
+        layer = _split_layer(name)[1]
+        origin = source_pattern if layer == source_layer else source_name
+        details = "" if source_name == name else f"  from {origin}"
+        if _is_expert_copy(name, source[source_name], target[name]):
+            details += ", for every expert"
+        elif source[source_name] != target[name]:
+            details += f"  {_format_shape(source[source_name])}, the rest initialised"
+        add("loaded", name, target[name], details)
     for name in transfer.initialised:
         add("initialised", name, target[name])
     for name in transfer.ignored:
         add("ignored", name, source[name])
-    rows = [line + (f"  layers {','.join(of)}" if of[0] else "") for line, of in lines.items()]
+    rows = [
+        line + (f"  layers {','.join(layers)}" if layers[0] else "")
+        for line, layers in layers_of_line.items()
+    ]
     counts = (len(transfer.loaded), len(transfer.initialised), len(transfer.ignored))
     return "\n".join([*rows, "{} loaded, {} initialised, {} ignored".format(*counts)])
 
 
-def _without_layer(name: str) -> tuple[str, str]:
-    """`encoder/layers/*/mlp/wi` and `3` of `encoder/layers/3/mlp/wi`; the second may be empty."""
-    stack, found, rest = name.partition("/layers/")
+def _split_layer(name: str) -> tuple[str, str]:
+    """Returns `encoder/layers/*/mlp/wi` and `3` for `encoder/layers/3/mlp/wi`.
+
+    The second is empty for a parameter outside of the layers.
+    """
+    stack, separator, rest = name.partition("/layers/")
     number, _, own = rest.partition("/")
-    return (f"{stack}/layers/*/{own}", number) if found else (name, "")
+    return (f"{stack}/layers/*/{own}", number) if separator else (name, "")
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))

@@ -1,6 +1,6 @@
-"""A dense model with experts made of its feed-forward layers, read slice by slice.
+"""Sparse upcycling: a sparse model whose experts are copies of a dense model's feed-forward layers.
 
-Experts are copies, so a model that is much larger than memory can be written from one that fits.
+The sparse model is read slice by slice, so it may be much larger than memory.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, Index, foreign_parameters
+from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, SliceIndex, stacked_shapes
 from switch_jax.checkpoint.pretrained import PretrainedModel
 from switch_jax.checkpoint.transfer import parameter_origins
 from switch_jax.config import Config, LoRAConfig
@@ -20,9 +20,13 @@ from switch_jax.model import SwitchTransformer, is_adapter, logical_axes, merge_
 
 
 def upcycle_dense_model(source: PretrainedModel, config: Config) -> ForeignCheckpoint:
-    """The parameters of a model of `config` that begin as `transfer.py` says.
+    """Returns the sparse model, with parameters loaded or initialised as in `transfer.py`.
 
-    Raises `UserError` as `transfer.plan` does, and for a `config` without experts.
+    Args:
+      source: the dense model.
+      config: config of the sparse model, with its `init_rules`.
+
+    Raises `UserError` as `transfer.plan_transfer` does, and for a `config` without experts.
     """
     if not config.sparse:
         raise UserError(
@@ -30,56 +34,58 @@ def upcycle_dense_model(source: PretrainedModel, config: Config) -> ForeignCheck
             " like."
         )
     merged = {name: s for name, s in source.shapes.items() if not is_adapter(name)}
-    target = foreign_parameters(config)
+    target = stacked_shapes(config)
     shapes = {name: stacked.shape for name, stacked in target.items()}
     origins = parameter_origins(shapes, config, merged, source.config)
 
-    # Few blocks of a parameter come from different ones: as many as a sparse block has layers.
+    # The blocks of a parameter are loaded from at most as many parameters as a block has layers.
     @functools.lru_cache(maxsize=4)
-    def old(name: str) -> np.ndarray:
-        return _restored(source, name)
+    def loaded(name: str) -> np.ndarray:
+        return _load_merged(source, name)
 
     @functools.lru_cache(maxsize=1)
-    def fresh(name: str) -> np.ndarray:
-        return _initialised(config, name)
+    def initialised(name: str) -> np.ndarray:
+        return _initialise(config, name)
 
-    def read(name: str, index: Index) -> np.ndarray:
-        stacked = "/runs/" in name
-        block, own = (index[0], index[1:]) if stacked else (None, index)
-        part = origins.get(name, {}).get(block)
-        if part is None:
-            return fresh(name)[index]
-        value = old(part.name) if part.block is None else old(part.name)[part.block]
-        shape = shapes[name][1:] if stacked else shapes[name]
-        if len(value.shape) < len(shape):  # dense weights, which every expert gets
+    def read_slice(name: str, index: SliceIndex) -> np.ndarray:
+        has_blocks = "/runs/" in name
+        block, index_in_block = (index[0], index[1:]) if has_blocks else (None, index)
+        origin = origins.get(name, {}).get(block)
+        if origin is None:
+            return initialised(name)[index]
+        value = loaded(origin.name)
+        if origin.block is not None:
+            value = value[origin.block]
+        shape = shapes[name][1:] if has_blocks else shapes[name]
+        if len(value.shape) < len(shape):  # dense weights, the same for every expert
             return value
         if value.shape != shape:  # a larger vocabulary
-            grown = fresh(name).copy()
+            grown = initialised(name).copy()
             grown[tuple(map(slice, value.shape))] = value
             value = grown
-        return value[own]
+        return value[index_in_block]
 
-    clean = dataclasses.replace(config, init_from=None, init_rules="", lora=LoRAConfig())
-    return ForeignCheckpoint(clean, read, vocabulary=source.vocabulary)
+    own_config = dataclasses.replace(config, init_from=None, init_rules="", lora=LoRAConfig())
+    return ForeignCheckpoint(own_config, read_slice, vocabulary=source.vocabulary)
 
 
-def _restored(source: PretrainedModel, name: str) -> np.ndarray:
-    """A parameter with what its adapters add."""
-    where = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    wanted = {
-        other: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-        for other, shape in source.shapes.items()
-        if other == name or (is_adapter(other) and other.startswith(f"{name}."))
+def _load_merged(source: PretrainedModel, name: str) -> np.ndarray:
+    """Returns a parameter with its adapters merged into it."""
+    sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    abstract = {
+        path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        for path, shape in source.shapes.items()
+        if path == name or (is_adapter(path) and path.startswith(f"{name}."))
     }
-    return np.asarray(merge_adapters(source.restore(wanted), source.config)[name])
+    return np.asarray(merge_adapters(source.restore(abstract), source.config)[name])
 
 
-def _initialised(config: Config, name: str) -> np.ndarray:
-    """A parameter as training would begin with it; the others are not computed."""
+def _initialise(config: Config, name: str) -> np.ndarray:
+    """Returns a parameter with the values that training starts from; computes no other."""
 
-    def one():
+    def parameter():
         model = SwitchTransformer(config, jax.random.key(config.train.seed))
         return dict(zip(logical_axes(model), jax.tree.leaves(model)))[name]
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return np.asarray(jax.jit(one)())
+        return np.asarray(jax.jit(parameter)())

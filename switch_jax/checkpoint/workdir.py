@@ -1,13 +1,14 @@
-"""WORKDIR, the folder of a run: its configuration, and where everything in it lies.
+"""WORKDIR, the folder of a run: its config and the paths of its files.
 
-config.json            resolved config, package versions, git revision, devices
-metrics.jsonl          one JSON object a line
-tensorboard/           the same
-checkpoints/STEP/      state, data position
-figures/*.png
-experts/experts.*       what each expert specialises in, as HTML and JSON
-predictions/STEP/*.jsonl  what the model answers to the examples of fine-tuning tasks;
-                          eval-STEP/ where a checkpoint was evaluated alone
+config.json               resolved config, package versions, git revision, devices
+vocabulary.model          the run's vocabulary
+metrics.jsonl             metrics, one JSON object per line
+tensorboard/              the same metrics
+checkpoints/STEP/         parameters, optimizer state, data position
+figures/*.png             figures of the metrics
+experts/experts.*         expert specialisation report, as HTML and JSON
+predictions/STEP/*.jsonl  the model's answers to the examples of fine-tuning tasks; eval-STEP/ where
+                          `switch-jax eval` evaluated a checkpoint
 """
 
 import importlib.metadata
@@ -28,7 +29,7 @@ from switch_jax.files import write_atomically
 
 
 class Workdir:
-    """Paths of a run's folder; nothing is created until `prepare`."""
+    """Paths in a run's folder; creates nothing before `prepare`."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
@@ -42,7 +43,7 @@ class Workdir:
         self.predictions = self.path / "predictions"
 
     def config(self) -> Config:
-        """The config the run was made with; raises `UserError` where there is none."""
+        """Returns the run's config; raises `UserError` where config.json is missing or invalid."""
         try:
             content = json.loads(self.config_file.read_text())
             if "model_type" in content:
@@ -80,11 +81,16 @@ class Workdir:
             )
 
     def prepare(self, config: Config, vocabulary: bytes | None, devices: str | None = None) -> None:
-        """Creates the folder for a run of `config`, which has passed `check`.
+        """Creates the folder and writes config.json and vocabulary.model.
 
-        The vocabulary's content stays with the run: the cache's own may be another one on
-        another Python. `devices` says what trains it. Raises `UserError` for a WORKDIR of
-        another vocabulary, before anything is written, and for a folder that cannot be written.
+        Args:
+          config: the run's config, which has passed `check`.
+          vocabulary: content of its `vocabulary.model`. It is stored with the run, because the
+            cache of another Python version may have another vocabulary.
+          devices: description of the devices that train the run.
+
+        Raises `UserError` for a WORKDIR of another vocabulary, before anything is written, and for
+        a folder that cannot be written.
         """
         if self.vocabulary.exists() and vocabulary not in (None, self.vocabulary.read_bytes()):
             raise UserError(
@@ -114,10 +120,10 @@ def _versions() -> dict[str, str]:
 
 
 def _git_revision() -> str | None:
-    """The revision of this source tree, where it is a git checkout."""
+    """Returns the git revision of this source tree; None where it is no git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return process.stdout.strip() or None

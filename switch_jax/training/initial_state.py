@@ -54,7 +54,7 @@ def make_initial_state(program: TrainProgram) -> TrainState:
     if config.init_from is None:
         return state
     source = find_pretrained(config.init_from, together=True)
-    source.say_notes()
+    source.print_notes()
     growth = _vocabulary_growth(source, config)
     params = dict(state.params)
     origins = parameter_origins(_shapes(params), config, source.shapes, source.config)

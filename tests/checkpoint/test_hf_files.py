@@ -1,4 +1,4 @@
-"""Hugging Face's folders that cannot be read: told what is wrong, and nothing left behind."""
+"""Hugging Face folders that cannot be read: the error names the cause, and nothing is left."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def folder(stored, tmp_path) -> Path:
     return write_folder(tmp_path / "hf", stored)
 
 
-def fails(folder: Path, tmp_path: Path, capsys, *words: str) -> None:
-    """Exit code 2, one sentence that names all these, and nothing left behind."""
+def check_fails(folder: Path, tmp_path: Path, capsys, *words: str) -> None:
+    """Checks for exit code 2, one sentence that contains `words`, and no new files."""
     before = set(tmp_path.iterdir())
     capsys.readouterr()
     assert main(["convert", "from-hf", str(folder), str(tmp_path / "out")]) == 2
@@ -59,34 +59,34 @@ def edit_config(folder: Path, **changes) -> None:
         ({"router_dtype": "float16"}, ("router_dtype", "float16")),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(changes, words, folder, tmp_path, capsys):
+def test_error_names_the_config_key_that_does_not_fit(changes, words, folder, tmp_path, capsys):
     edit_config(folder, **changes)
-    fails(folder, tmp_path, capsys, *words)
+    check_fails(folder, tmp_path, capsys, *words)
 
 
-def test_missing_files_are_named(folder, tmp_path, capsys):
-    fails(tmp_path / "nowhere", tmp_path, capsys, "nowhere", "config.json")
+def test_error_names_missing_files(folder, tmp_path, capsys):
+    check_fails(tmp_path / "nowhere", tmp_path, capsys, "nowhere", "config.json")
     (folder / "model.safetensors").unlink()
-    fails(folder, tmp_path, capsys, "model.safetensors")
+    check_fails(folder, tmp_path, capsys, "model.safetensors")
 
 
-def test_a_missing_tensor_is_named(stored, folder, tmp_path, capsys):
+def test_error_names_a_missing_tensor(stored, folder, tmp_path, capsys):
     left = weights(stored)
     del left["decoder.block.1.layer.2.mlp.experts.expert_2.wo.weight"]
     save_file(left, folder / "model.safetensors")
-    fails(folder, tmp_path, capsys, "decoder.block.1.layer.2.mlp.experts.expert_2.wo.weight")
+    check_fails(folder, tmp_path, capsys, "decoder.block.1.layer.2.mlp.experts.expert_2.wo.weight")
 
 
-def test_a_tensor_nobody_knows_is_named(stored, folder, tmp_path, capsys):
+def test_error_names_an_unknown_tensor(stored, folder, tmp_path, capsys):
     extra = {"classification_head.dense.weight": np.zeros(3, np.float32)}
     save_file(weights(stored) | extra, folder / "model.safetensors")
-    fails(folder, tmp_path, capsys, "classification_head.dense.weight")
+    check_fails(folder, tmp_path, capsys, "classification_head.dense.weight")
 
 
-def test_an_alias_with_other_values_is_named(stored, folder, tmp_path, capsys):
+def test_error_names_an_alias_with_other_values(stored, folder, tmp_path, capsys):
     other = {"encoder.embed_tokens.weight": weights(stored)[SHARED] + 1}
     save_file(weights(stored) | other, folder / "model.safetensors")
-    fails(folder, tmp_path, capsys, SHARED, "encoder.embed_tokens.weight")
+    check_fails(folder, tmp_path, capsys, SHARED, "encoder.embed_tokens.weight")
 
 
 @pytest.mark.parametrize(
@@ -98,27 +98,27 @@ def test_an_alias_with_other_values_is_named(stored, folder, tmp_path, capsys):
         ("other.safetensors", ("other.safetensors", SHARED)),
     ],
 )
-def test_an_index_that_is_wrong_is_named(file, words, stored, folder, tmp_path, capsys):
+def test_error_names_a_wrong_entry_of_the_index(file, words, stored, folder, tmp_path, capsys):
     save_file({"x": np.zeros(1, np.float32)}, folder / "other.safetensors")
     weight_map = dict.fromkeys(weights(stored), "model.safetensors") | {SHARED: file}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    fails(folder, tmp_path, capsys, *words)
+    check_fails(folder, tmp_path, capsys, *words)
 
 
 @pytest.mark.parametrize("write", [None, torch_bin.write_zip, torch_bin.write_legacy])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
-def test_a_truncated_file_is_named(write, share, stored, folder, tmp_path, capsys):
+def test_error_names_a_truncated_file(write, share, stored, folder, tmp_path, capsys):
     path = folder / "model.safetensors"
     if write is not None:
         path.unlink()
         path = folder / "pytorch_model.bin"
         write(path, weights(stored))
     os.truncate(path, int(share * path.stat().st_size))
-    fails(folder, tmp_path, capsys, path.name)
+    check_fails(folder, tmp_path, capsys, path.name)
 
 
-class Runs:
-    """A pickle of this runs a command when it is read by `pickle.load`."""
+class RunsCommand:
+    """An object whose pickle runs a command when `pickle.load` reads it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -128,33 +128,33 @@ class Runs:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_nothing_in_a_file_is_executed(legacy, folder, tmp_path, capsys):
+def test_commands_in_a_pickle_are_refused_and_not_run(legacy, folder, tmp_path, capsys):
     (folder / "model.safetensors").unlink()
     ran = tmp_path / "hf" / "ran"
-    evil = pickle.dumps({SHARED: Runs(ran)}, 2)
-    pickle.loads(evil)
-    assert ran.exists()  # it would work
+    malicious = pickle.dumps({SHARED: RunsCommand(ran)}, 2)
+    pickle.loads(malicious)
+    assert ran.exists()  # pickle.load runs the command
     ran.unlink()
     path = folder / "pytorch_model.bin"
     if legacy:
         head = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
-        path.write_bytes(b"".join([*head, evil, pickle.dumps([], 2)]))
+        path.write_bytes(b"".join([*head, malicious, pickle.dumps([], 2)]))
     else:
-        torch_bin.write_archive(path, evil, {})
-    fails(folder, tmp_path, capsys, "system", "do not use that file")
+        torch_bin.write_archive(path, malicious, {})
+    check_fails(folder, tmp_path, capsys, "system", "do not use that file")
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("entry", ["../data/0", "/data/0", "pytorch_model/../../x"])
-def test_an_archive_that_points_outside_is_refused(entry, folder, tmp_path, capsys):
+def test_archive_entries_outside_of_the_folder_are_refused(entry, folder, tmp_path, capsys):
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     torch_bin.write_archive(path, pickle.dumps({}, 2), {}, **{entry: b"x"})
-    fails(folder, tmp_path, capsys, repr(entry), "outside")
+    check_fails(folder, tmp_path, capsys, repr(entry), "outside")
 
 
-def test_a_view_beyond_its_storage_is_refused(stored, folder, tmp_path, capsys):
-    """A tensor that claims more than there is would show what lies behind it."""
+def test_a_tensor_larger_than_its_storage_is_refused(stored, folder, tmp_path, capsys):
+    """Reading it would return bytes behind the storage."""
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     torch_bin.write_zip(path, weights(stored))
@@ -166,16 +166,15 @@ def test_a_view_beyond_its_storage_is_refused(stored, folder, tmp_path, capsys):
     longer = described[:shape] + b"K\x41" + described[shape + 2 :]
     arrays = {key: np.frombuffer(content, np.uint8) for key, content in storages.items()}
     torch_bin.write_archive(path, longer, arrays)
-    fails(folder, tmp_path, capsys, path.name, f"{SHARED} are not in it")
+    check_fails(folder, tmp_path, capsys, path.name, f"{SHARED} are not in it")
 
 
-def test_a_folder_of_theirs_is_no_workdir(folder, capsys):
+def test_eval_of_a_hugging_face_folder_names_the_conversion(folder, capsys):
     assert main(["eval", "--workdir", str(folder)]) == 2
     assert "convert from-hf" in capsys.readouterr().err
 
 
-def test_a_file_that_ends_while_it_is_read_leaves_nothing(folder, stored, tmp_path):
-    """As when a disk fails half-way."""
+def test_a_file_truncated_during_the_conversion_leaves_nothing(folder, stored, tmp_path):
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     torch_bin.write_zip(path, weights(stored))
@@ -187,7 +186,7 @@ def test_a_file_that_ends_while_it_is_read_leaves_nothing(folder, stored, tmp_pa
 
 
 def test_symbolic_links_are_followed(folder, tmp_path):
-    """As in Hugging Face's cache, where every file is one."""
+    """In Hugging Face's cache every file is a symbolic link."""
     linked = tmp_path / "linked"
     linked.mkdir()
     for file in folder.iterdir():

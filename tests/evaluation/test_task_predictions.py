@@ -280,7 +280,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(config, tmp_path):
     quality = {1: 0.3, 2: 0.9, 3: 0.5, 4: None, 5: 0.1}
 
     def open_again():
-        return Checkpointer(workdir, keep=2, goodness=lambda m: m.get("quality", -1.0))
+        return Checkpointer(workdir, keep=2, sort_key=lambda m: m.get("quality", -1.0))
 
     checkpoints = open_again()
     for step, value in quality.items():
@@ -321,7 +321,7 @@ def test_a_metric_that_is_not_finite_is_never_the_best(config, tmp_path):
     assert sort_key("cross_entropy", {"cross_entropy": 2.0}) == -2.0
     workdir, program = Workdir(tmp_path), TrainProgram(config, make_mesh(config))
     state, batches = program.init(), open_batches(config, "train")
-    checkpoints = Checkpointer(workdir, keep=1, goodness=rank)
+    checkpoints = Checkpointer(workdir, keep=1, sort_key=rank)
     for step, value in enumerate((0.3, np.nan, 0.9, 0.5, np.nan, 0.1), start=1):
         state = dataclasses.replace(state, step=jnp.int32(step))
         save_state(checkpoints, state, batches, {"accuracy": float(value)})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import switch_jax
-from switch_jax.checkpoint.interop.foreign import foreign_parameters
+from switch_jax.checkpoint.interop.foreign import stacked_shapes
 from switch_jax.checkpoint.interop.hf_names import name_table
 from switch_jax.inference.decoding import SamplingOptions
 from switch_jax.inference.generation import encode_inputs
@@ -68,7 +68,7 @@ def check_passes(model, stored) -> None:
 
 def check_gradients(config, gradients, stored) -> None:
     got = {name: np.asarray(leaf[...]) for name, leaf in named_parameters(gradients).items()}
-    table = name_table(config, foreign_parameters(config))
+    table = name_table(config, stacked_shapes(config))
     assert {source.name for source in table.values()} == {
         name.removeprefix("grad/") for name in stored if name.startswith("grad/")
     }

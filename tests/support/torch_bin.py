@@ -1,4 +1,4 @@
-"""Files as PyTorch writes them, without PyTorch: what `torch.save` of a state_dict makes."""
+"""Writes the files that `torch.save` of a state_dict writes, without PyTorch."""
 
 import collections
 import io
@@ -17,7 +17,7 @@ _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "B
 
 
 class _Tensor:
-    """What pickles as a tensor does; several may share a storage."""
+    """An object that pickles as a PyTorch tensor does; several may share a storage."""
 
     def __init__(self, key: str, value: np.ndarray):
         self.key, self.value = key, value
@@ -47,8 +47,8 @@ class _Pickler(pickle.Pickler):
 
 
 @contextmanager
-def _names() -> Iterator[None]:
-    """While pickling, the names that PyTorch's modules have exist."""
+def _torch_modules() -> Iterator[None]:
+    """Provides modules with PyTorch's names while an object is pickled."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     for name in _STORAGES.values():
         setattr(torch, name, type(name, (), {"__module__": "torch"}))
@@ -58,12 +58,12 @@ def _names() -> Iterator[None]:
     _rebuild_tensor_v2.__module__ = "torch._utils"
     _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
     utils._rebuild_tensor_v2 = _rebuild_tensor_v2
-    kept = {name: sys.modules.get(name) for name in ("torch", "torch._utils")}
+    original = {name: sys.modules.get(name) for name in ("torch", "torch._utils")}
     sys.modules |= {"torch": torch, "torch._utils": utils}
     try:
         yield
     finally:
-        for name, module in kept.items():
+        for name, module in original.items():
             if module is None:
                 del sys.modules[name]
             else:
@@ -71,43 +71,43 @@ def _names() -> Iterator[None]:
 
 
 def _state(arrays: Mapping[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
-    """Tensors by name, of which equal objects share a storage, and the storages."""
+    """Returns tensors by name, and their storages; equal objects share a storage."""
     keys: dict[int, str] = {}
     state, storages = collections.OrderedDict(), {}
     for name, value in arrays.items():
         key = keys.setdefault(id(value), str(len(keys)))
         state[name], storages[key] = _Tensor(key, value), value
-    state._metadata = {"": {"version": 1}}  # as modules leave it behind
+    state._metadata = {"": {"version": 1}}  # as state_dict() of a module adds it
     return state, storages
 
 
 def write_zip(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """A file of PyTorch 1.6 and later."""
+    """Writes a file in the format of PyTorch 1.6 and later."""
     state, storages = _state(arrays)
-    described = io.BytesIO()
-    with _names():
-        _Pickler(described, 2).dump(state)
-    write_archive(path, described.getvalue(), storages)
+    content = io.BytesIO()
+    with _torch_modules():
+        _Pickler(content, 2).dump(state)
+    write_archive(path, content.getvalue(), storages)
 
 
 def write_archive(
-    path: Path, described: bytes, storages: Mapping[str, np.ndarray], **named: bytes
+    path: Path, pickled: bytes, storages: Mapping[str, np.ndarray], **entries: bytes
 ) -> None:
-    """An archive with that pickle; `named` are further entries."""
+    """Writes an archive with a pickle, storages, and further entries by name."""
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("pytorch_model/data.pkl", described)
+        archive.writestr("pytorch_model/data.pkl", pickled)
         archive.writestr("pytorch_model/byteorder", "little")
         for key, value in storages.items():
             archive.writestr(f"pytorch_model/data/{key}", _in_memory_order(value))
         archive.writestr("pytorch_model/version", "3\n")
-        for name, content in named.items():
+        for name, content in entries.items():
             archive.writestr(name, content)
 
 
 def write_legacy(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """A file of PyTorch before 1.6."""
+    """Writes a file in the format of PyTorch before 1.6."""
     state, storages = _state(arrays)
-    with path.open("wb") as file, _names():
+    with path.open("wb") as file, _torch_modules():
         for constant in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
             pickle.dump(constant, file, 2)
         pickler = _Pickler(file, 2)
@@ -120,5 +120,5 @@ def write_legacy(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _in_memory_order(value: np.ndarray) -> bytes:
-    """The bytes of a contiguous array, or of a transposed one as it lies."""
+    """Returns the bytes of a contiguous or a transposed array in the order of its memory."""
     return (value if value.flags.c_contiguous else value.T).tobytes()

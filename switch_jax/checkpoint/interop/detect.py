@@ -1,4 +1,4 @@
-"""Detection of the program that wrote a foreign checkpoint."""
+"""Detection of the program that wrote a foreign checkpoint, by the files in its folder."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ _FORMATS = ((is_hugging_face, read_hugging_face), (is_t5x, read_t5x))
 
 
 def read_foreign(path: Path) -> ForeignCheckpoint | None:
-    """Returns the checkpoint in a folder that another program wrote; None where none did.
+    """Opens the foreign checkpoint in a folder; returns None where there is none.
 
-    Raises `UserError` where it is one that cannot be read.
+    Raises `UserError` for a foreign checkpoint that cannot be read.
     """
     for matches, read in _FORMATS:
         if matches(path):

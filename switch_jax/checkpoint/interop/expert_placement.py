@@ -1,4 +1,4 @@
-"""Which layers have experts, as the keys of `moe` that say so."""
+"""Config keys of `moe` that place experts in given layers."""
 
 import itertools
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from switch_jax.errors import UserError
 def infer_placement(
     layers: Mapping[str, int], sparse: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """`moe.every`, `moe.stacks`, `moe.first` and `moe.last` of a model.
+    """Returns `every`, `stacks`, `first` and `last` of `moe` for a model.
 
     Args:
-      layers: how many each stack has.
-      sparse: numbers of those with experts, from 0.
+      layers: number of layers, by stack.
+      sparse: numbers of the layers with experts, from 0, by stack.
 
-    Raises `UserError` where no values of these keys give them.
+    Raises `UserError` where no values of these keys place the experts in these layers.
     """
     stacks = [stack for stack in STACKS if sparse[stack]]
     model = ModelConfig(num_encoder_layers=layers["encoder"], num_decoder_layers=layers["decoder"])
     counts = range(1, max(layers.values()) + 1)
-    among = [(None, None), *((n, None) for n in counts), *((None, n) for n in counts)]
-    for (first, last), every in itertools.product(among, counts):
+    ranges = [(None, None), *((n, None) for n in counts), *((None, n) for n in counts)]
+    for (first, last), every in itertools.product(ranges, counts):
         if not stacks or any((first or last or layers[stack]) % every for stack in stacks):
             continue
         keys: dict[str, Any] = {"every": every, "first": first, "last": last}
@@ -33,6 +33,6 @@ def infer_placement(
             return keys
     raise UserError(
         f"The encoder has experts in its layers {list(sparse['encoder'])} and the decoder in"
-        f" {list(sparse['decoder'])}, counted from 0; what can be had is the last of every so many"
-        " layers, of all or of the first or last so many."
+        f" {list(sparse['decoder'])}, counted from 0; the keys of moe can place experts only in"
+        " the last of every n layers, among all layers or among the first or the last of them."
     )

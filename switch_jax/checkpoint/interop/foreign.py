@@ -1,8 +1,8 @@
-"""A foreign checkpoint in the one form that everything behind it knows.
+"""Foreign checkpoints: a config, and a function that reads one slice of a parameter.
 
-Our parameters are stacked: the layers of a run and the experts are leading dimensions. Others'
-files hold them one by one, so an importer offers slices, and no more than what is asked for is
-ever in memory.
+In this program's parameters, the blocks of a run of layers and the experts are leading dimensions.
+Files of other programs have an array for each layer or expert. A checkpoint is therefore read slice
+by slice, and only the slices in use are in memory.
 """
 
 import dataclasses
@@ -18,84 +18,85 @@ import numpy as np
 from switch_jax.config import Config
 from switch_jax.model import BATCH_DIMS, SwitchTransformer, logical_axes, named_parameters
 
-Index = tuple[int, ...]
+SliceIndex = tuple[int, ...]  # along the stacked dimensions of a parameter
 
 
-class Stacked(NamedTuple):
-    """Shape of one of our parameters, and how many of its leading dimensions only stack."""
+class StackedShape(NamedTuple):
+    """Shape of a parameter, and the number of its leading dimensions that are stacked."""
 
     shape: tuple[int, ...]
-    batch: int
+    num_stacked: int
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
-        """Shape of what one index stands for."""
-        return self.shape[self.batch :]
+        """Shape of one slice."""
+        return self.shape[self.num_stacked :]
 
-    def indices(self) -> Iterator[Index]:
-        """Every index, in order; `()` alone where nothing is stacked."""
-        return itertools.product(*map(range, self.shape[: self.batch]))
+    def indices(self) -> Iterator[SliceIndex]:
+        """Yields the index of every slice, in order; only `()` where no dimension is stacked."""
+        return itertools.product(*map(range, self.shape[: self.num_stacked]))
 
 
-def foreign_parameters(config: Config) -> dict[str, Stacked]:
-    """The parameters of a model, by path."""
+def stacked_shapes(config: Config) -> dict[str, StackedShape]:
+    """Returns the shapes of a model's parameters, by path."""
     model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
     axes = logical_axes(model)
     return {
-        name: Stacked(tuple(leaf.shape), sum(axis in BATCH_DIMS for axis in axes[name]))
+        name: StackedShape(tuple(leaf.shape), sum(axis in BATCH_DIMS for axis in axes[name]))
         for name, leaf in named_parameters(model).items()
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class ForeignCheckpoint:
-    """A foreign checkpoint.
+    """A checkpoint of another program, or a model computed slice by slice.
 
-    config: validated; its model has exactly the parameters of the checkpoint.
-    read: (path of our parameter, index) → one slice, float32, of `Stacked.slice_shape`. Shapes
-        were checked when the checkpoint was opened; what is damaged further in raises `UserError`.
-    vocabulary: content of a `vocabulary.model`, where there is one.
-    carried: other files that belong to the model, by their path in a WORKDIR.
-    notes: what was repaired or assumed, a sentence each, for the user.
+    config: validated config; its model has exactly the parameters of the checkpoint.
+    read_slice: function (path, index) → one slice of a parameter, float32, of shape
+      `StackedShape.slice_shape`. Shapes were checked when the checkpoint was opened; raises
+      `UserError` for damaged data.
+    vocabulary: content of its `vocabulary.model`, where there is one.
+    companion_files: other files of the model, by their path in a WORKDIR.
+    notes: a sentence for each repair or assumption, for the user.
     """
 
     config: Config
-    read: Callable[[str, Index], np.ndarray]
+    read_slice: Callable[[str, SliceIndex], np.ndarray]
     vocabulary: bytes | None = None
-    carried: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    companion_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @functools.cached_property
-    def parameters(self) -> dict[str, Stacked]:
-        """Every parameter of the model, by path."""
-        return foreign_parameters(self.config)
+    def parameters(self) -> dict[str, StackedShape]:
+        """Shapes of all parameters with their stacked dimensions, by path."""
+        return stacked_shapes(self.config)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Their shapes."""
+        """Shapes of all parameters, by path."""
         return {name: stacked.shape for name, stacked in self.parameters.items()}
 
-    def place(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """Those parameters that `abstract` names, with its shardings.
+    def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Returns the parameters whose paths are in `abstract`, with its shardings, float32.
 
-        A process reads only what its devices hold, one parameter after the other.
+        A process reads only the shards of its own devices, one parameter after the other.
         """
         return {
             name: jax.make_array_from_callback(
-                wanted.shape,
-                wanted.sharding,
-                functools.partial(self._part, name),
+                leaf.shape,
+                leaf.sharding,
+                functools.partial(self._read_shard, name),
                 dtype=jnp.float32,
             )
-            for name, wanted in abstract.items()
+            for name, leaf in abstract.items()
         }
 
-    def _part(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
-        """What `where` cuts from a parameter."""
-        shape, batch = self.parameters[name]
-        ranges = [range(size)[cut] for size, cut in zip(shape, where)]
-        part = np.empty([len(r) for r in ranges], np.float32)
-        for place in itertools.product(*(range(len(r)) for r in ranges[:batch])):
-            index = tuple(r[i] for r, i in zip(ranges, place))
-            part[place] = self.read(name, index)[where[batch:]]
-        return part
+    def _read_shard(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """Returns the part of a parameter that `slices` select, one slice for each dimension."""
+        shape, num_stacked = self.parameters[name]
+        ranges = [range(size)[selected] for size, selected in zip(shape, slices)]
+        shard = np.empty([len(r) for r in ranges], np.float32)
+        for position in itertools.product(*(range(len(r)) for r in ranges[:num_stacked])):
+            index = tuple(r[i] for r, i in zip(ranges, position))
+            shard[position] = self.read_slice(name, index)[slices[num_stacked:]]
+        return shard

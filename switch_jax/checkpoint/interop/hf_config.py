@@ -1,7 +1,7 @@
-"""Hugging Face's config.json and our configuration, both ways.
+"""Conversion of Hugging Face's config.json to a config, and back.
 
-T5 and mT5 of any version, and Switch Transformers, whose published configurations contradict the
-weights in places: there the weights are believed, and a note says so.
+Models are T5 and mT5 of any version, and Switch Transformers. Published config.json files of Switch
+Transformers contradict the weights in places; the weights are then used, with a note for the user.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from switch_jax.errors import UserError
 SWITCH = "switch_transformers"
 MODEL_TYPES = ("t5", "mt5", SWITCH)
 
-# Theirs → ours, in `model` and in `moe`.
+# Hugging Face's key → key of `model` or of `moe`.
 _MODEL = {
     "vocab_size": "vocab_size",
     "d_model": "d_model",
@@ -35,7 +35,7 @@ _MOE = {
     "router_dtype": "router_dtype",
 }
 
-# What their classes take where a file is silent, as older ones are.
+# Defaults of Hugging Face's classes, for keys that older files do not have.
 _DEFAULTS = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
@@ -49,74 +49,77 @@ _DEFAULTS = {
     "router_bias": False,
 }
 
-# The first of equals is what is written; all GELUs there are the tanh form, as ours.
+# Hugging Face's name → `model.activation`; of equal values, the first name is written. All their
+# GELUs have the tanh form, as ours.
 _ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu", "gated-gelu_new": "geglu"}
-_BATCH = 8  # sequences: a checkpoint does not tell, and this one evaluates anywhere
+_BATCH_SIZE = 8  # sequences; not in a checkpoint, and small enough to evaluate on any machine
 
 
-def from_hugging_face(raw: Mapping[str, Any], found: Structure) -> tuple[Config, tuple[str, ...]]:
-    """Our configuration of a model, and what was repaired.
+def config_from_hugging_face(
+    raw: Mapping[str, Any], structure: Structure
+) -> tuple[Config, tuple[str, ...]]:
+    """Returns the config of a Hugging Face model, and a note for each repair.
 
     Args:
       raw: content of its config.json, of one of `MODEL_TYPES`.
-      found: what its tensors tell.
+      structure: the structure that the names of its tensors have.
 
-    Raises `UserError` for a model that we do not have.
+    Raises `UserError` for a model that this program does not have.
     """
-    known = {**_DEFAULTS, **raw}
-    for key, only in (("layer_norm_epsilon", 1e-6), ("router_bias", False)):
-        if known[key] != only:
+    complete = {**_DEFAULTS, **raw}
+    for key, supported in (("layer_norm_epsilon", 1e-6), ("router_bias", False)):
+        if complete[key] != supported:
             raise UserError(
-                f"config.json has {key}={known[key]}, and models here have {only}; this one cannot"
-                " be converted."
+                f"config.json has {key}={complete[key]}, and models here have {supported}; this"
+                " one cannot be converted."
             )
     notes: list[str] = []
-    layers = {stack: _num_layers(stack, known, found, notes) for stack in STACKS}
-    model = {ours: _given(known, theirs) for theirs, ours in _MODEL.items()} | {
+    layers = {stack: _num_layers(stack, complete, structure, notes) for stack in STACKS}
+    model = {ours: _required(complete, theirs) for theirs, ours in _MODEL.items()} | {
         "num_encoder_layers": layers["encoder"],
         "num_decoder_layers": layers["decoder"],
-        "activation": _activation(known, found),
-        "tied_embeddings": _tied(known, found, notes),
+        "activation": _activation(complete, structure),
+        "tied_embeddings": _tied(complete, structure, notes),
         "dtype": "bfloat16"
         if raw.get("dtype", raw.get("torch_dtype")) == "bfloat16"
         else "float32",
     }
     moe = {}
     if raw["model_type"] == SWITCH:
-        moe = {ours: _given(known, theirs) for theirs, ours in _MOE.items()}
-        # Each sequence is a group of its own, and padding a token as any other.
+        moe = {ours: _required(complete, theirs) for theirs, ours in _MOE.items()}
+        # There, each sequence is a routing group, and padding is routed as other tokens are.
         moe |= {"group_size": 1, "padding": "routed"}
-        moe |= _placement(known, found, notes)
+        moe |= _placement(complete, structure, notes)
     try:
-        config = config_from_dict({"model": model, "moe": moe, "data": {"batch_size": _BATCH}})
+        config = config_from_dict({"model": model, "moe": moe, "data": {"batch_size": _BATCH_SIZE}})
     except UserError as error:
         raise UserError(f"config.json describes a model that is none here: {error}") from None
     return config, tuple(notes)
 
 
-def to_hugging_face(config: Config, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of our model.
+def config_to_hugging_face(config: Config, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of config.json for a model.
 
     Args:
-      config: ours.
-      source: the config.json that it came with, whose other keys are kept; {} for none.
+      config: the model's config.
+      source: the config.json that the model was imported with, whose other keys are kept; {} for
+        none.
 
-    Raises `UserError` where theirs have no such model.
+    Raises `UserError` for a model that Hugging Face's classes do not have.
     """
     check_expressible(config)
     model, moe = config.model, config.moe
     ff_key = "dense_act_fn" if config.sparse else "feed_forward_proj"
-    kind = "switch_transformers" if config.sparse else "t5"
     family = "SwitchTransformers" if config.sparse else "T5"
-    assumed = {
-        "model_type": kind,
+    defaults = {
+        "model_type": SWITCH if config.sparse else "t5",
         "architectures": [f"{family}ForConditionalGeneration"],
         "is_encoder_decoder": True,
         "layer_norm_epsilon": 1e-6,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
-        ff_key: next(a for a, ours in _ACTIVATIONS.items() if ours == model.activation),
+        ff_key: next(name for name, ours in _ACTIVATIONS.items() if ours == model.activation),
     }
     raw: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in _MODEL.items()}
     raw |= {
@@ -127,24 +130,24 @@ def to_hugging_face(config: Config, source: Mapping[str, Any]) -> dict[str, Any]
     if config.sparse:
         raw |= {theirs: getattr(moe, ours) for theirs, ours in _MOE.items()}
         if moe.expert_capacity is None:
-            raw["expert_capacity"] = widest(config)
+            raw["expert_capacity"] = dropless_capacity(config)
         for stack in STACKS:
             raw[f"num_sparse_{stack}_layers"] = len(config.sparse_layers(stack))
             raw[f"{stack}_sparse_step"] = moe.every
-    return assumed | dict(source) | raw
+    return defaults | dict(source) | raw
 
 
-def widest(config: Config) -> int:
-    """A capacity at which no token of a sequence of our lengths is dropped."""
+def dropless_capacity(config: Config) -> int:
+    """Returns an expert capacity with which no token of a sequence is dropped: its length."""
     return max(config.length(stack) for stack in STACKS)
 
 
 def check_expressible(config: Config) -> None:
-    """Raises `UserError` for a model that Hugging Face's classes cannot be."""
+    """Raises `UserError` for a model that Hugging Face's classes do not have."""
     moe = config.moe
     if not config.sparse:
         return
-    for key, value, only in (
+    for key, value, supported in (
         ("moe.router", moe.router, ("switch",)),
         ("moe.every", moe.every, (1, 2)),
         ("moe.first", moe.first, (None,)),
@@ -154,70 +157,74 @@ def check_expressible(config: Config) -> None:
         ("moe.shared_d_ff", moe.shared_d_ff, (0,)),
         ("moe.balance_bias_rate", moe.balance_bias_rate, (0.0,)),
     ):
-        if value not in only:
+        if value not in supported:
             raise UserError(
-                f"Hugging Face's Switch Transformers have {key}={' or '.join(map(str, only))}, and"
-                f" this model has {value}; it cannot be written as one."
+                f"Hugging Face's Switch Transformers have {key}={' or '.join(map(str, supported))},"
+                f" and this model has {value}; it cannot be written as one."
             )
 
 
-def _given(known: Mapping[str, Any], key: str) -> Any:
-    if key not in known:
-        raise UserError(f"config.json does not say what {key} is; take the one of the model.")
-    return known[key]
+def _required(raw: Mapping[str, Any], key: str) -> Any:
+    if key not in raw:
+        raise UserError(f"config.json has no {key}; take the one of the model.")
+    return raw[key]
 
 
 def _num_layers(
-    stack: str, known: Mapping[str, Any], found: Structure, notes: list[str]
+    stack: str, raw: Mapping[str, Any], structure: Structure, notes: list[str]
 ) -> int | Any:
-    said = known.get("num_decoder_layers") if stack == "decoder" else None
-    said = _given(known, "num_layers") if said is None else said
-    if isinstance(said, int) and found.layers[stack] > said:
+    configured = raw.get("num_decoder_layers") if stack == "decoder" else None
+    configured = _required(raw, "num_layers") if configured is None else configured
+    if isinstance(configured, int) and structure.layers[stack] > configured:
         notes.append(
-            f"config.json says that the {stack} has {said} layers, and the weights are of"
-            f" {found.layers[stack]}: these are taken."
+            f"config.json has {configured} layers for the {stack}, and the weights have"
+            f" {structure.layers[stack]} layers: the number in the weights is used."
         )
-        return found.layers[stack]
-    return said
+        return structure.layers[stack]
+    return configured
 
 
-def _activation(known: Mapping[str, Any], found: Structure) -> str:
-    given = known.get("feed_forward_proj") or known.get("dense_act_fn", "relu")
-    name = f"gated-{given}" if found.gated and not str(given).startswith("gated-") else given
+def _activation(raw: Mapping[str, Any], structure: Structure) -> str:
+    name = raw.get("feed_forward_proj") or raw.get("dense_act_fn", "relu")
+    if structure.gated and not str(name).startswith("gated-"):
+        name = f"gated-{name}"
     if name not in _ACTIVATIONS:
         raise UserError(
-            f"config.json has the activation {name!r}; what can be converted is"
+            f"config.json has the activation {name!r}; activations that can be converted are"
             f" {', '.join(_ACTIVATIONS)}."
         )
     return _ACTIVATIONS[name]
 
 
-def _tied(known: Mapping[str, Any], found: Structure, notes: list[str]) -> bool:
-    """Whether the head is the embedding, and decoder states are scaled for it."""
-    if known["model_type"] == "mt5":
-        scaled = False  # whatever newer files say
-    else:  # T5 says it in two ways, the newer of which is the true one
-        scaled = known.get("scale_decoder_outputs", known.get("tie_word_embeddings") is not False)
-    if scaled and found.own_head:
+def _tied(raw: Mapping[str, Any], structure: Structure, notes: list[str]) -> bool:
+    """Whether the head is the embedding, applied to scaled decoder states."""
+    if raw["model_type"] == "mt5":
+        scaled = False  # also where newer files have tie_word_embeddings=true
+    else:  # two keys of T5 have it; where they differ, the newer one is right
+        scaled = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
+    if scaled and structure.own_head:
         notes.append(
-            "config.json says that the head is the embedding, and the weights have another one:"
-            " that is taken."
+            "config.json ties the head to the embedding, and the weights have another one: the"
+            " head in the weights is used."
         )
         return False
-    if not scaled and not found.own_head:
-        notes.append("The head is the embedding, without scaling; here it becomes its own.")
+    if not scaled and not structure.own_head:
+        notes.append(
+            "The head is the embedding, without scaling; it becomes a parameter of its own."
+        )
     return bool(scaled)
 
 
-def _placement(known: Mapping[str, Any], found: Structure, notes: list[str]) -> dict[str, Any]:
-    """Where `moe` has its experts, from which layers have a router."""
-    keys = infer_placement(found.layers, found.sparse)
+def _placement(raw: Mapping[str, Any], structure: Structure, notes: list[str]) -> dict[str, Any]:
+    """Returns the keys of `moe` that place the experts in the layers with a router."""
+    keys = infer_placement(structure.layers, structure.sparse)
     every = keys["every"]
-    for stack in filter(found.sparse.get, STACKS):
-        said = known.get(f"{stack}_sparse_step", every)
-        if said != every:
+    for stack in filter(structure.sparse.get, STACKS):
+        step = raw.get(f"{stack}_sparse_step", every)
+        if step != every:
             notes.append(
-                f"config.json has {stack}_sparse_step={said}, and the weights have experts in"
-                f" {'every layer' if every == 1 else f'one of {every} layers'}: that is taken."
+                f"config.json has {stack}_sparse_step={step}, and the weights have experts in"
+                f" {'every layer' if every == 1 else f'one of {every} layers'}: the placement in"
+                " the weights is used."
             )
     return keys

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a folder of Hugging Face's, one parameter after the other."""
+"""Export of a checkpoint as a Hugging Face folder, one parameter at a time."""
 
 import itertools
 import json
@@ -12,45 +12,55 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from switch_jax.checkpoint.checkpointer import find_checkpoint, parameter_shapes, restore_params
-from switch_jax.checkpoint.interop.foreign import Stacked, foreign_parameters
-from switch_jax.checkpoint.interop.hf_config import to_hugging_face, widest
-from switch_jax.checkpoint.interop.hf_import import CARRIED, CONFIG, LEFTOVER, RECORD
+from switch_jax.checkpoint.interop.foreign import StackedShape, stacked_shapes
+from switch_jax.checkpoint.interop.hf_config import config_to_hugging_face, dropless_capacity
+from switch_jax.checkpoint.interop.hf_import import (
+    COMPANION_FOLDER,
+    CONFIG,
+    DTYPE_RECORD,
+    UNUSED_FILE,
+)
 from switch_jax.checkpoint.interop.hf_names import ALIASES, HEAD, SHARED, name_table
-from switch_jax.checkpoint.interop.hf_tensors import DTYPES, INDEX, safetensors
+from switch_jax.checkpoint.interop.hf_tensors import DTYPES, INDEX, import_safetensors
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config import Config
 from switch_jax.data import BYTES, HUGGING_FACE_VOCABULARY_FILE
 from switch_jax.files import create_folder_atomically
 from switch_jax.model import is_adapter, merge_adapters
 
-FILE_BYTES = 4 * 10**9  # of a file of weights, at the most; so much is kept in memory
+FILE_BYTES = 4 * 10**9  # largest size of a weights file, and of the tensors kept in memory
 
 
 class _Source(NamedTuple):
-    """What a WORKDIR keeps of the folder that it was read from; empty where it was not."""
+    """Data in a WORKDIR from the Hugging Face folder it was imported from; empty without one."""
 
-    config: dict[str, Any]
-    types: dict[str, str]  # of its tensors, by name
-    leftover: dict[str, np.ndarray]  # tensors that no model uses
-    companions: dict[str, bytes]  # other files, by name
+    config: dict[str, Any]  # content of config.json
+    dtypes: dict[str, str]  # key of `DTYPES` by tensor name
+    unused: dict[str, np.ndarray]  # tensors that no model uses
+    companions: dict[str, bytes]  # content of other files, by name
 
 
 def export_hugging_face(path: str | Path, output: Path) -> tuple[str, ...]:
-    """Writes a WORKDIR's newest checkpoint, or the one that `path` is, as Hugging Face's.
+    """Writes a checkpoint as a Hugging Face folder, and returns notes for the user.
 
-    What was read from there is written as it was: names, types, tokenizer. `output` is complete or
-    not there. Returns notes for the user. Raises `UserError` where `output` exists, or theirs have
-    no such model.
+    A model imported from Hugging Face keeps its tensor names, dtypes and tokenizer. After an error
+    nothing is left of `output`.
+
+    Args:
+      path: a checkpoint, or a WORKDIR, whose newest checkpoint is written.
+      output: the folder to create.
+
+    Raises `UserError` where `output` exists, or Hugging Face's classes do not have the model.
     """
     workdir, folder = find_checkpoint(path)
     config, source = workdir.config(), _source(workdir)
-    raw = to_hugging_face(config, source.config)
+    raw = config_to_hugging_face(config, source.config)
     with create_folder_atomically(output) as partial:
         for name, content in source.companions.items():
             (partial / name).write_bytes(content)
         (partial / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
-        tensors = itertools.chain(_tensors(config, folder, source), source.leftover.items())
-        _write(tensors, partial)
+        tensors = itertools.chain(_tensors(config, folder, source), source.unused.items())
+        _write_tensors(tensors, partial)
     return _notes(config)
 
 
@@ -58,93 +68,102 @@ def _notes(config: Config) -> tuple[str, ...]:
     if not config.sparse or config.moe.expert_capacity is not None:
         return ()
     return (
-        f"There, expert_capacity is {widest(config)} for each sequence, whatever the"
-        " batch: up to that length, no token is dropped.",
+        f"In Hugging Face's model, expert_capacity is {dropless_capacity(config)} per sequence in"
+        " any batch: no token of a sequence up to that length is dropped.",
     )
 
 
 def _source(workdir: Workdir) -> _Source:
-    files = {file.name: file.read_bytes() for file in (workdir.path / CARRIED).glob("*")}
-    leftover = files.pop(LEFTOVER, None)
-    config, types = (json.loads(files.pop(name, b"{}")) for name in (CONFIG, RECORD))
+    files = {file.name: file.read_bytes() for file in (workdir.path / COMPANION_FOLDER).glob("*")}
+    stored_unused = files.pop(UNUSED_FILE, None)
+    config, dtypes = (json.loads(files.pop(name, b"{}")) for name in (CONFIG, DTYPE_RECORD))
     if workdir.vocabulary.is_file() and workdir.vocabulary.read_bytes() != BYTES.encode():
         files[HUGGING_FACE_VOCABULARY_FILE] = workdir.vocabulary.read_bytes()
-    unused = {} if leftover is None else safetensors().numpy.load(leftover)
-    return _Source(config, types, unused, files)
+    unused = {} if stored_unused is None else import_safetensors().numpy.load(stored_unused)
+    return _Source(config, dtypes, unused, files)
 
 
 def _tensors(config: Config, folder: Path, source: _Source) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor to be written, with its name."""
-    known = foreign_parameters(config)
-    table = name_table(config, known)
+    """Yields the name and the values of every tensor to write."""
+    parameters = stacked_shapes(config)
+    table = name_table(config, parameters)
     embedding = np.empty(0)
-    for path, value in _values(config, folder, known):
+    for path, value in _parameter_values(config, folder, parameters):
         if path == "embedding":
             embedding = value
-        for index in known[path].indices():
+        for index in parameters[path].indices():
             name, transposed = table[path, index]
-            own = value[index].T if transposed else value[index]
-            types = _names(name, config, source)
-            if not types and not np.array_equal(own, embedding):
-                types = {name: source.types[SHARED]}  # was the embedding, and is no longer
-            for each, kind in types.items():
-                yield each, np.ascontiguousarray(own, DTYPES[kind])
+            tensor = value[index].T if transposed else value[index]
+            dtypes = _dtypes_by_name(name, config, source)
+            if not dtypes and not np.array_equal(tensor, embedding):
+                dtypes = {name: source.dtypes[SHARED]}  # the head was equal to the embedding before
+            for written_name, dtype in dtypes.items():
+                yield written_name, np.ascontiguousarray(tensor, DTYPES[dtype])
 
 
-def _names(name: str, config: Config, source: _Source) -> dict[str, str]:
-    """Under which names a tensor is written and as what types; under aliases if it came so."""
-    if not source.types:
+def _dtypes_by_name(name: str, config: Config, source: _Source) -> dict[str, str]:
+    """Returns the dtype of a tensor by each of the names to write it under.
+
+    Aliases are among the names if the imported folder had them.
+    """
+    if not source.dtypes:
         return {name: "F32"}
-    same = {name}
+    names = {name}
     if name == SHARED and config.model.tied_embeddings:
-        same.add(HEAD)
-    same |= {alias for alias, other in ALIASES.items() if other in same}
-    return {each: kind for each, kind in source.types.items() if each in same}
+        names.add(HEAD)
+    names |= {alias for alias, same_tensor in ALIASES.items() if same_tensor in names}
+    return {written: dtype for written, dtype in source.dtypes.items() if written in names}
 
 
-def _values(
-    config: Config, folder: Path, known: Mapping[str, Stacked]
+def _parameter_values(
+    config: Config, folder: Path, parameters: Mapping[str, StackedShape]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Our parameters in the host's memory, one at a time, with what adapters add."""
+    """Yields the path and the values of each parameter, with its adapters merged, float32."""
     shapes = parameter_shapes(folder)
-    where = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    for path in known:
-        wanted = {
-            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=where)
+    sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    for path in parameters:
+        abstract = {
+            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
             for name, shape in shapes.items()
             if name == path or (is_adapter(name) and name.startswith(f"{path}."))
         }
-        restored = restore_params(folder, wanted)
+        restored = restore_params(folder, abstract)
         yield path, np.asarray(merge_adapters(restored, config)[path])
 
 
-def _write(tensors: Iterable[tuple[str, np.ndarray]], folder: Path) -> None:
-    """Writes tensors to one file, or where they are large to several and an index."""
-    total, contents = 0, []
-    for number, part in enumerate(_parts(tensors)):
-        # transformers does not read a file without this.
-        safetensors().numpy.save_file(part, folder / f"{number}", {"format": "pt"})
-        shutil.copymode(folder / CONFIG, folder / f"{number}")  # or no one else could read it
-        contents.append(list(part))
-        total += sum(value.nbytes for value in part.values())
-    if len(contents) == 1:
+def _write_tensors(tensors: Iterable[tuple[str, np.ndarray]], folder: Path) -> None:
+    """Writes tensors to one file, or to several files of `FILE_BYTES` and an index."""
+    total, names_by_file = 0, []
+    for number, tensors_in_file in enumerate(_split_into_files(tensors)):
+        # transformers refuses a file without the format.
+        import_safetensors().numpy.save_file(
+            tensors_in_file, folder / f"{number}", {"format": "pt"}
+        )
+        shutil.copymode(
+            folder / CONFIG, folder / f"{number}"
+        )  # safetensors lets only its owner read
+        names_by_file.append(list(tensors_in_file))
+        total += sum(value.nbytes for value in tensors_in_file.values())
+    if len(names_by_file) == 1:
         (folder / "0").rename(folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
-    for number, written in enumerate(contents):
-        name = f"model-{number + 1:05}-of-{len(contents):05}.safetensors"
-        (folder / f"{number}").rename(folder / name)
-        weight_map |= dict.fromkeys(written, name)
+    for number, names in enumerate(names_by_file):
+        file = f"model-{number + 1:05}-of-{len(names_by_file):05}.safetensors"
+        (folder / f"{number}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _parts(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """The same tensors, as many at a time as fit a file."""
-    part: dict[str, np.ndarray] = {}
+def _split_into_files(
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the tensors of each file, by name."""
+    in_file: dict[str, np.ndarray] = {}
     for name, value in tensors:
-        if part and sum(v.nbytes for v in part.values()) + value.nbytes > FILE_BYTES:
-            yield part
-            part = {}
-        part[name] = value
-    yield part
+        if in_file and sum(v.nbytes for v in in_file.values()) + value.nbytes > FILE_BYTES:
+            yield in_file
+            in_file = {}
+        in_file[name] = value
+    yield in_file

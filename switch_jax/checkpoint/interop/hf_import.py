@@ -1,4 +1,4 @@
-"""A folder of Hugging Face's, read: T5, mT5 or Switch Transformers."""
+"""Import of Hugging Face folders: T5, mT5 and Switch Transformers."""
 
 import functools
 import json
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, Index, foreign_parameters
-from switch_jax.checkpoint.interop.hf_config import MODEL_TYPES, from_hugging_face
+from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, SliceIndex, stacked_shapes
+from switch_jax.checkpoint.interop.hf_config import MODEL_TYPES, config_from_hugging_face
 from switch_jax.checkpoint.interop.hf_names import (
     ALIASES,
     HEAD,
@@ -19,14 +19,16 @@ from switch_jax.checkpoint.interop.hf_names import (
     infer_structure,
     name_table,
 )
-from switch_jax.checkpoint.interop.hf_tensors import Tensors, safetensors
+from switch_jax.checkpoint.interop.hf_tensors import TensorFolder, import_safetensors
 from switch_jax.config import Config
 from switch_jax.data import HUGGING_FACE_VOCABULARY_FILE
 from switch_jax.errors import UserError
 
-# Where a WORKDIR keeps what came with the weights, and is written out again.
-CARRIED = "huggingface"
-CONFIG, RECORD, LEFTOVER = "config.json", "tensors.json", "unused.safetensors"
+# Folder in a WORKDIR with the other files of a Hugging Face folder, which an export writes again.
+COMPANION_FOLDER = "huggingface"
+CONFIG = "config.json"
+DTYPE_RECORD = "tensors.json"  # dtype of each tensor
+UNUSED_FILE = "unused.safetensors"  # the tensor `UNUSED`
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -37,7 +39,7 @@ _COMPANIONS = (
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Whether a folder has a config.json that is Hugging Face's."""
+    """Whether a folder has a config.json of Hugging Face."""
     try:
         return "model_type" in json.loads((path / CONFIG).read_text())
     except (OSError, ValueError, TypeError):
@@ -45,47 +47,48 @@ def is_hugging_face(path: Path) -> bool:
 
 
 def read_hugging_face(path: Path) -> ForeignCheckpoint:
-    """Opens a folder; raises `UserError` for one that is incomplete, or of another model."""
-    raw = _config(path)
-    tensors = Tensors(path)
-    stored = _stored(path, tensors)
-    found = infer_structure(stored)
+    """Opens a Hugging Face folder.
+
+    Raises `UserError` for a folder that is incomplete, damaged, or of another model.
+    """
+    raw = _read_config(path)
+    tensors = TensorFolder(path)
+    stored_names = _stored_names(path, tensors)
     try:
-        config, notes = from_hugging_face(raw, found)
+        config, notes = config_from_hugging_face(raw, infer_structure(stored_names))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    table = name_table(config, foreign_parameters(config))
-    _check(path, config, table, tensors, stored)
+    table = name_table(config, stacked_shapes(config))
+    _check_tensors(path, config, table, tensors, stored_names)
     return ForeignCheckpoint(
         config,
-        functools.partial(_slice, tensors, table, stored),
+        functools.partial(_read_slice, tensors, table, stored_names),
         vocabulary=_content(path / HUGGING_FACE_VOCABULARY_FILE),
-        carried=_carried(path, tensors),
+        companion_files=_companion_files(path, tensors),
         notes=notes,
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     if not is_hugging_face(path):
-        raise UserError(
-            f"{path} has no {CONFIG} with a model_type; name a folder of Hugging Face's."
-        )
+        raise UserError(f"{path} has no {CONFIG} with a model_type; name a Hugging Face folder.")
     raw = json.loads((path / CONFIG).read_text())
     if raw["model_type"] not in MODEL_TYPES:
         raise UserError(
-            f"{path} is a model of the type {raw['model_type']!r}; what can be converted is"
+            f"{path} is a model of the type {raw['model_type']!r}; types that can be converted are"
             f" {', '.join(MODEL_TYPES)}."
         )
     return raw
 
 
-def _stored(path: Path, tensors: Tensors) -> dict[str, str]:
-    """Name that a tensor is known by → name that it is read by; tied weights are one.
+def _stored_names(path: Path, tensors: TensorFolder) -> dict[str, str]:
+    """Returns the name that a tensor is stored under, by its name without aliases.
 
-    Raises `UserError` where names of one tensor have different values.
+    A head that is equal to the embedding is left out. Raises `UserError` where two names of one
+    tensor have different values.
     """
-    stored = {name: name for name in tensors.known if name not in ALIASES and name != UNUSED}
-    for alias in sorted(ALIASES.keys() & tensors.known.keys(), reverse=True):
+    stored = {name: name for name in tensors.specs if name not in ALIASES and name != UNUSED}
+    for alias in sorted(ALIASES.keys() & tensors.specs.keys(), reverse=True):
         first = stored.setdefault(ALIASES[alias], alias)
         if first != alias and not _equal(tensors, first, alias):
             raise UserError(
@@ -97,47 +100,51 @@ def _stored(path: Path, tensors: Tensors) -> dict[str, str]:
     return stored
 
 
-def _equal(tensors: Tensors, one: str, other: str) -> bool:
-    if tensors.known[one] != tensors.known[other]:
+def _equal(tensors: TensorFolder, first: str, second: str) -> bool:
+    if tensors.specs[first] != tensors.specs[second]:
         return False
-    return tensors.read(one).tobytes() == tensors.read(other).tobytes()
+    return tensors.read(first).tobytes() == tensors.read(second).tobytes()
 
 
-def _check(
+def _check_tensors(
     path: Path,
     config: Config,
     table: NameTable,
-    tensors: Tensors,
-    stored: dict[str, str],
+    tensors: TensorFolder,
+    stored_names: dict[str, str],
 ) -> None:
-    """Raises `UserError` where a tensor is missing, has another shape, or is not known."""
-    shapes = foreign_parameters(config)
+    """Raises `UserError` where a tensor is missing, has another shape, or is unknown."""
+    shapes = stacked_shapes(config)
     for (parameter, _), (name, transposed) in table.items():
         shape = shapes[parameter].slice_shape
-        wanted = shape[::-1] if transposed else shape
-        if name == HEAD and HEAD not in stored:
-            continue  # the embedding, which is checked as itself
-        if name not in stored:
-            raise UserError(f"{path} has no {name}, which its config.json asks for; copy it there.")
-        given = tensors.known[stored[name]].shape
-        if given != wanted:
+        expected = shape[::-1] if transposed else shape
+        if name == HEAD and HEAD not in stored_names:
+            continue  # equal to the embedding, which is checked under its own name
+        if name not in stored_names:
+            raise UserError(f"{path} has no {name}, which its config.json requires; copy it there.")
+        found = tensors.specs[stored_names[name]].shape
+        if found != expected:
             raise UserError(
-                f"{name} in {path} has the shape {list(given)}, and by config.json it is"
-                f" {list(wanted)}; take the config.json of these weights."
+                f"{name} in {path} has the shape {list(found)}, and by config.json it is"
+                f" {list(expected)}; take the config.json of these weights."
             )
-    unknown = stored.keys() - {source.name for source in table.values()}
+    unknown = stored_names.keys() - {source.name for source in table.values()}
     if unknown:
         raise UserError(
-            f"{path} has {min(unknown)}, which the model that its config.json describes has not;"
+            f"{path} has {min(unknown)}, which the model in its config.json does not have;"
             " take the config.json of these weights."
         )
 
 
-def _slice(
-    tensors: Tensors, table: NameTable, stored: Mapping[str, str], path: str, index: Index
+def _read_slice(
+    tensors: TensorFolder,
+    table: NameTable,
+    stored_names: Mapping[str, str],
+    path: str,
+    index: SliceIndex,
 ) -> np.ndarray:
     name, transposed = table[path, index]
-    value = tensors.read(stored.get(name, stored[SHARED])).astype(np.float32)
+    value = tensors.read(stored_names.get(name, stored_names[SHARED])).astype(np.float32)
     return value.T if transposed else value
 
 
@@ -145,12 +152,16 @@ def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _carried(path: Path, tensors: Tensors) -> dict[str, bytes]:
-    """What a WORKDIR keeps: companions, and which tensors there were of what type."""
-    companions = {name: _content(path / name) for name in (CONFIG, *_COMPANIONS)}
-    types = {name: tensor.dtype for name, tensor in tensors.known.items()}
-    companions[RECORD] = json.dumps(types, indent=0).encode()
-    if UNUSED in tensors.known:
-        save = safetensors().numpy.save
-        companions[LEFTOVER] = save({UNUSED: tensors.read(UNUSED)})
-    return {f"{CARRIED}/{n}": c for n, c in companions.items() if c is not None}
+def _companion_files(path: Path, tensors: TensorFolder) -> dict[str, bytes]:
+    """Returns the files that an export needs to write the same folder, by path in a WORKDIR."""
+    files = {name: _content(path / name) for name in (CONFIG, *_COMPANIONS)}
+    dtypes = {name: spec.dtype for name, spec in tensors.specs.items()}
+    files[DTYPE_RECORD] = json.dumps(dtypes, indent=0).encode()
+    if UNUSED in tensors.specs:
+        save = import_safetensors().numpy.save
+        files[UNUSED_FILE] = save({UNUSED: tensors.read(UNUSED)})
+    return {
+        f"{COMPANION_FOLDER}/{name}": content
+        for name, content in files.items()
+        if content is not None
+    }

@@ -1,28 +1,29 @@
-"""Hugging Face's names of our parameters: one table, read in both directions.
+"""Table of Hugging Face's tensor names by parameter and slice, for import and export.
 
-T5, mT5 and Switch Transformers name everything alike but the feed-forward layers. Others' kernels
-are [out, in] and one for each layer and expert; ours are [in, out] and stacked.
+T5, mT5 and Switch Transformers differ only in the names of feed-forward layers. Hugging Face has a
+kernel [out, in] for each layer and expert; a parameter here has kernels [in, out], stacked.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from switch_jax.checkpoint.interop.foreign import Index, Stacked
+from switch_jax.checkpoint.interop.foreign import SliceIndex, StackedShape
 from switch_jax.config import STACKS, Config
 
 SHARED, HEAD = "shared.weight", "lm_head.weight"
 
-# Names that tied weights have besides, or instead, in some files: which one they are the same as.
+# Other names of tied weights, besides or in place of the first, in some files.
 ALIASES = {
     "encoder.embed_tokens.weight": SHARED,
     "decoder.embed_tokens.weight": SHARED,
     "decoder.lm_head.weight": HEAD,
 }
 
-# In T5's first files, and never used: cross-attention has no relative positions.
+# A tensor in T5's first files that no model uses: cross-attention has no relative positions.
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
-# Our sub-layer → theirs within a block; {last} is the feed-forward one, {mlp} the module in it.
+# Sub-layer of a parameter → Hugging Face's module in a block. {last} is the number of the
+# feed-forward sub-layer, {mlp} the module in it.
 _SUBLAYERS = {
     "self_norm": "layer.0.layer_norm",
     "self_attention": "layer.0.SelfAttention",
@@ -41,17 +42,17 @@ _FEED_FORWARD = {
 
 
 class TensorSource(NamedTuple):
-    """Where one slice of a parameter of ours is."""
+    """Hugging Face's tensor of one slice of a parameter."""
 
     name: str
     transposed: bool
 
 
-NameTable = Mapping[tuple[str, Index], TensorSource]
+NameTable = Mapping[tuple[str, SliceIndex], TensorSource]
 
 
-def name_table(config: Config, parameters: Mapping[str, Stacked]) -> NameTable:
-    """(path, index) → theirs, for every slice of a model's parameters, in our order.
+def name_table(config: Config, parameters: Mapping[str, StackedShape]) -> NameTable:
+    """Returns the tensor of every slice (path, index) of a model's parameters, in their order.
 
     Raises `KeyError` for a parameter that Hugging Face's models do not have.
     """
@@ -62,11 +63,11 @@ def name_table(config: Config, parameters: Mapping[str, Stacked]) -> NameTable:
     }
 
 
-def _transposed(path: str, stacked: Stacked) -> bool:
+def _transposed(path: str, stacked: StackedShape) -> bool:
     return len(stacked.slice_shape) == 2 and path != "embedding"
 
 
-def _name(config: Config, path: str, index: Index) -> str:
+def _name(config: Config, path: str, index: SliceIndex) -> str:
     match path.split("/"):
         case ["embedding"]:
             return SHARED
@@ -76,14 +77,14 @@ def _name(config: Config, path: str, index: Index) -> str:
             return f"{stack}.final_layer_norm.weight"
         case [stack, "relative_bias", "table"]:
             return f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        case [stack, "runs", run, "layers", place, *sublayer, leaf]:
-            layer = _layer(config, stack, int(run), index[0], int(place))
-            within = _SUBLAYERS["/".join(sublayer)].format(
+        case [stack, "runs", run, "layers", position, *sublayer, leaf]:
+            layer = _layer(config, stack, int(run), index[0], int(position))
+            module = _SUBLAYERS["/".join(sublayer)].format(
                 last=2 if stack == "decoder" else 1,
                 mlp="mlp" if config.sparse else "DenseReluDense",
                 expert=index[-1],
             )
-            return f"{stack}.block.{layer}.{within}{_leaf(config, sublayer, leaf)}.weight"
+            return f"{stack}.block.{layer}.{module}{_leaf(config, sublayer, leaf)}.weight"
     raise KeyError(path)
 
 
@@ -94,24 +95,24 @@ def _leaf(config: Config, sublayer: list[str], leaf: str) -> str:
     return "." + (_ATTENTION if attention else _FEED_FORWARD[config.model.activation])[leaf]
 
 
-def _layer(config: Config, stack: str, run: int, block: int, place: int) -> int:
-    """Number of a layer in its stack, from its place in a block of a run."""
+def _layer(config: Config, stack: str, run: int, block: int, position: int) -> int:
+    """Returns the number of a layer in its stack, from its position in a block of a run."""
     runs = config.block_runs(stack)
-    before = sum(r.blocks * r.layers for r in runs[:run])
-    return before + block * runs[run].layers + place
+    first_layer = sum(r.blocks * r.layers for r in runs[:run])
+    return first_layer + block * runs[run].layers + position
 
 
 class Structure(NamedTuple):
-    """What names alone tell of a model; by stack where there are two."""
+    """Structure of a model, as far as the names of its tensors have it."""
 
-    layers: dict[str, int]
-    sparse: dict[str, tuple[int, ...]]  # numbers of the layers with experts
-    gated: bool
-    own_head: bool
+    layers: dict[str, int]  # number of layers, by stack
+    sparse: dict[str, tuple[int, ...]]  # numbers of the layers with experts, by stack
+    gated: bool  # whether feed-forward layers are gated
+    own_head: bool  # whether the head is another tensor than the embedding
 
 
 def infer_structure(names: Iterable[str]) -> Structure:
-    """The structure of the model that has tensors of these names."""
+    """Returns the structure of the model that has tensors of these names."""
     layers = {stack: 0 for stack in STACKS}
     sparse: dict[str, set[int]] = {stack: set() for stack in STACKS}
     gated = own_head = False

@@ -1,6 +1,6 @@
-"""The tensors of a model's folder: in safetensors or PyTorch's files, in one or in several.
+"""Tensors in a Hugging Face folder: safetensors or PyTorch `.bin` files, one or several.
 
-Nothing is read but what is asked for.
+A tensor is read on demand.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from switch_jax.checkpoint.interop.torch_bin import TorchFile
 from switch_jax.errors import UserError
 
-# The types that weights come in, by the names that safetensors has for them.
+# Dtypes of weights, by their names in safetensors.
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -21,70 +21,72 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# What a folder may hold, the best first; an index says which tensor is in which file.
+# Files that a folder may have, in order of preference. An index has the file of each tensor.
 INDEX = "model.safetensors.index.json"
 _INDICES = (INDEX, "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
-class Tensor(NamedTuple):
-    """What a file says of a tensor before it is read."""
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a tensor, from a file's header."""
 
     shape: tuple[int, ...]
     dtype: str  # a key of `DTYPES`
 
 
-class _File(Protocol):
-    tensors: dict[str, Tensor]
+class _TensorFile(Protocol):
+    specs: dict[str, TensorSpec]
 
     def read(self, name: str) -> np.ndarray: ...
     def close(self) -> None: ...
 
 
-class Tensors:
-    """The tensors of a folder, by name.
+class TensorFolder:
+    """The tensors of a folder.
 
-    known: shape and type of each.
+    specs: shape and dtype of each tensor, by name.
+
+    Raises `UserError` where a file is missing or damaged.
     """
 
     def __init__(self, folder: Path):
-        self._files: dict[str, _File] = {}
-        self._reading: _File | None = None
+        self._files: dict[str, _TensorFile] = {}
+        self._open_file: _TensorFile | None = None
         self._folder = folder
-        self._file_of = self._weight_map()
-        self.known: dict[str, Tensor] = {}
-        for name, file in self._file_of.items():
+        self._weight_map = self._find_files()
+        self.specs: dict[str, TensorSpec] = {}
+        for name, file in self._weight_map.items():
             try:
-                self.known[name] = self._open(file).tensors[name]
+                self.specs[name] = self._file(file).specs[name]
             except KeyError:
                 raise UserError(
-                    f"{folder / file} has no {name}, which the index says is in it; copy the file"
+                    f"{folder / file} has no {name}, which the index lists for it; copy the file"
                     " again."
                 ) from None
 
     def read(self, name: str) -> np.ndarray:
-        """Values of a tensor, in its own type; one file at a time is held in memory."""
-        file = self._open(self._file_of[name])
-        if file is not self._reading:
-            if self._reading is not None:
-                self._reading.close()
-            self._reading = file
+        """Returns the values of a tensor, in its own dtype; keeps one file at a time open."""
+        file = self._file(self._weight_map[name])
+        if file is not self._open_file:
+            if self._open_file is not None:
+                self._open_file.close()
+            self._open_file = file
         return file.read(name)
 
-    def _weight_map(self) -> dict[str, str]:
-        """Tensor → name of its file."""
+    def _find_files(self) -> dict[str, str]:
+        """Returns the name of the file of each tensor, by tensor name."""
         for index in _INDICES:
             if (self._folder / index).is_file():
-                return self._indexed(index)
+                return self._read_index(index)
         for file in _SINGLE:
             if (self._folder / file).is_file():
-                return dict.fromkeys(self._open(file).tensors, file)
+                return dict.fromkeys(self._file(file).specs, file)
         raise UserError(
             f"{self._folder} has neither {_SINGLE[0]} nor {_SINGLE[1]}, nor an index of several;"
             " copy the weights there."
         )
 
-    def _indexed(self, index: str) -> dict[str, str]:
+    def _read_index(self, index: str) -> dict[str, str]:
         path = self._folder / index
         try:
             weight_map = json.loads(path.read_text())["weight_map"]
@@ -100,18 +102,19 @@ class Tensors:
                 raise UserError(f"{self._folder / file}, named by {index}, is missing; copy it.")
         return files
 
-    def _open(self, file: str) -> _File:
+    def _file(self, file: str) -> _TensorFile:
         if file not in self._files:
             path = self._folder / file
-            self._files[file] = _Torch(path) if file.endswith(".bin") else _Safetensors(path)
+            open_file = _BinFile if file.endswith(".bin") else _SafetensorsFile
+            self._files[file] = open_file(path)
         return self._files[file]
 
 
-class _Torch:
+class _BinFile:
     def __init__(self, path: Path):
         self._file = TorchFile(path)
-        self.tensors = {
-            name: Tensor(tensor.shape, _NAMES[tensor.dtype])
+        self.specs = {
+            name: TensorSpec(tensor.shape, _NAMES[tensor.dtype])
             for name, tensor in self._file.tensors.items()
         }
 
@@ -119,20 +122,23 @@ class _Torch:
         return self._file.read(name)
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Does nothing: `read` closes the file."""
 
 
-class _Safetensors:
+class _SafetensorsFile:
     def __init__(self, path: Path):
         self._path = path
-        self._mapped: Any = None  # while tensors of this file are read
+        self._mapped: Any = None  # the memory-mapped file; None while it is closed
         file = self._open()
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        self.tensors = {n: Tensor(tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-        for name, tensor in self.tensors.items():
-            if tensor.dtype not in DTYPES:
+        self.specs = {
+            name: TensorSpec(tuple(tensor.get_shape()), tensor.get_dtype())
+            for name, tensor in slices.items()
+        }
+        for name, spec in self.specs.items():
+            if spec.dtype not in DTYPES:
                 raise UserError(
-                    f"{name} in {path} is {tensor.dtype}, and weights can be"
+                    f"{name} in {path} is {spec.dtype}, and weights can be"
                     f" {', '.join(DTYPES)}; save it in one of these."
                 )
 
@@ -145,20 +151,20 @@ class _Safetensors:
         self._mapped = None
 
     def _open(self) -> Any:
-        library = safetensors()
+        library = import_safetensors()
         try:
             return library.safe_open(self._path, "numpy")
         except (OSError, library.SafetensorError) as error:
             raise UserError(f"{self._path} cannot be read ({error}); copy it again.") from error
 
 
-def safetensors() -> Any:
-    """The library; raises `UserError` where it is missing."""
+def import_safetensors() -> Any:
+    """Imports and returns `safetensors`; raises `UserError` where it is not installed."""
     try:
         import safetensors.numpy
     except ImportError as error:
         raise UserError(
-            "Files of Hugging Face are read and written with safetensors, which is missing: pip"
+            "Hugging Face files are read and written with safetensors, which is missing: pip"
             " install 'switch_jax[interop]'."
         ) from error
     return safetensors

@@ -1,8 +1,8 @@
-"""The parameter arrays of a T5X checkpoint, in either of the layouts that T5X wrote.
+"""Parameter arrays of a T5X checkpoint, in both of T5X's layouts.
 
-*Legacy*: a msgpack index named `checkpoint`, whose leaves are small arrays themselves or point to a
-folder with one zarr array each. *Orbax*: a folder `state` with all arrays in one OCDBT database, or
-in a folder each. Arrays are opened, not read: a slice of one is read when it is asked for.
+*Legacy*: a msgpack index named `checkpoint`. Its leaves are small arrays, or references to a folder
+with one zarr array each. *Orbax*: a folder `state` with all arrays in one OCDBT database, or in one
+folder per array. Arrays are opened here; slices of them are read on demand.
 """
 
 import re
@@ -19,32 +19,32 @@ from switch_jax.errors import UserError
 
 INDEX, STATE, MANIFEST = "checkpoint", "state", "manifest.ocdbt"
 _PARAMETERS = "target."
-_PLACEHOLDER = "PLACEHOLDER://"  # what Orbax had in an index, before it had databases
-_CACHE = 256 * 2**20  # bytes of chunks that are kept: slices that follow each other share them
+_PLACEHOLDER = "PLACEHOLDER://"  # prefix of a reference in indices of Orbax before OCDBT
+_CACHE_BYTES = 256 * 2**20  # of chunks, which consecutive slices share
 
-# What an array is cut with.
-Cut = tuple[int | slice, ...]
+ArrayIndex = tuple[int | slice, ...]  # index of an array, one entry for each dimension
 
 
 class T5XArray(NamedTuple):
     """An array of a checkpoint.
 
-    read: what a cut gives, float32; raises `UserError` where the files are damaged.
+    read: function of an index that returns this part of the array, float32; raises `UserError`
+      where the files are damaged.
     """
 
     shape: tuple[int, ...]
-    read: Callable[[Cut], np.ndarray]
+    read: Callable[[ArrayIndex], np.ndarray]
 
 
-class Arrays(NamedTuple):
-    """The arrays of a checkpoint, by path such as `encoder/layers_0/mlp/wi/kernel`."""
+class T5XArrays(NamedTuple):
+    """The arrays of a checkpoint."""
 
-    parameters: dict[str, T5XArray]
-    others: int  # of the optimizer
+    parameters: dict[str, T5XArray]  # by path, such as `encoder/layers_0/mlp/wi/kernel`
+    num_optimizer_arrays: int
 
 
-def find_arrays(path: Path) -> Path | None:
-    """The checkpoint in a folder: itself, or the newest `checkpoint_N` in it."""
+def find_t5x_checkpoint(path: Path) -> Path | None:
+    """Returns the folder of a checkpoint: `path`, or the newest `checkpoint_N` in it, or None."""
     if _is_checkpoint(path):
         return path
     numbered = {
@@ -60,20 +60,23 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _is_index(path: Path) -> bool:
-    """Whether this is a msgpack map; TensorFlow has text in a file of that name."""
+    """Whether a file has a msgpack map; TensorFlow's file of the same name has text."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        first = file.read(1)
-    return bool(first) and (0x80 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
+        first_byte = file.read(1)
+    return bool(first_byte) and (0x80 <= first_byte[0] <= 0x8F or first_byte[0] in (0xDE, 0xDF))
 
 
 def _is_state(path: Path) -> bool:
     return (path / MANIFEST).is_file() or any(path.glob(f"{_PARAMETERS}*/.zarray"))
 
 
-def open_arrays(checkpoint: Path) -> Arrays:
-    """Opens what `find` found; raises `UserError` for what is missing, damaged or elsewhere."""
+def open_arrays(checkpoint: Path) -> T5XArrays:
+    """Opens the arrays of a checkpoint from `find_t5x_checkpoint`.
+
+    Raises `UserError` for an array that is missing, damaged or outside of the checkpoint's folder.
+    """
     folder = (
         checkpoint if _is_state(checkpoint) or _is_index(checkpoint / INDEX) else checkpoint / STATE
     )
@@ -84,58 +87,67 @@ def open_arrays(checkpoint: Path) -> Arrays:
     return _from_store(folder, {"driver": "file", "path": f"{folder.absolute()}/"})
 
 
-def _from_store(folder: Path, base: dict[str, Any]) -> Arrays:
-    """All arrays of a key-value store."""
+def _from_store(folder: Path, base: dict[str, Any]) -> T5XArrays:
+    """Opens all arrays of a key-value store."""
     context = _context()
     try:
         keys = ts.KvStore.open(base, context=context).result().list().result()
     except ValueError as error:
         raise _damaged(folder, error) from error
-    ends = "/.zarray"
-    names = sorted(key.decode().removesuffix(ends) for key in keys if key.decode().endswith(ends))
-    mine = [name for name in names if name.startswith(_PARAMETERS)]
+    suffix = "/.zarray"
+    paths = (key.decode() for key in keys)
+    names = sorted(path.removesuffix(suffix) for path in paths if path.endswith(suffix))
+    parameter_names = [name for name in names if name.startswith(_PARAMETERS)]
     arrays = {}
-    for name in mine:
+    for name in parameter_names:
         store = base | {"path": f"{base.get('path', '')}{name}/"}
         path = name.removeprefix(_PARAMETERS).replace(".", "/")
-        arrays[path] = _opened(folder / name, store, context)
-    return Arrays(arrays, len(names) - len(mine))
+        arrays[path] = _open_zarr(folder / name, store, context)
+    return T5XArrays(arrays, len(names) - len(parameter_names))
 
 
-def _from_index(checkpoint: Path) -> Arrays:
+def _from_index(checkpoint: Path) -> T5XArrays:
+    """Opens all arrays of a legacy index."""
     try:
         content = serialization.msgpack_restore((checkpoint / INDEX).read_bytes())
         state = content.get("optimizer", content)
         leaves = dict(_leaves(state["target"], ()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # msgpack has no one class
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # msgpack has no common class
         raise _damaged(checkpoint / INDEX, error) from error
     context = _context()
     arrays = {name: _from_leaf(checkpoint, leaf, context) for name, leaf in leaves.items()}
-    return Arrays(arrays, sum(1 for _ in _leaves(state.get("state", {}), ())))
+    return T5XArrays(arrays, sum(1 for _ in _leaves(state.get("state", {}), ())))
 
 
 def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and not _points(tree):
+    """Yields path and value of each leaf of an index."""
+    if isinstance(tree, dict) and not _is_reference(tree):
         for key, child in tree.items():
             yield from _leaves(child, (*path, str(key)))
     else:
         yield "/".join(path), tree
 
 
-def _points(tree: dict) -> bool:
-    """Whether a node of the index stands for an array in a folder."""
+def _is_reference(tree: dict) -> bool:
+    """Whether a node of the index refers to an array in a folder."""
     return {"driver", "kvstore"} <= tree.keys()
 
 
 def _from_leaf(checkpoint: Path, leaf: Any, context: ts.Context) -> T5XArray:
-    # Of what the index says of an array elsewhere, only the name of its folder counts.
+    """Returns the array of a leaf of the index, which may be a reference to a folder."""
+    # Only the folder's name is used of a reference; shape and dtype come from the folder.
     if isinstance(leaf, dict):
         name = str(leaf["kvstore"].get("path", leaf.get("path", ""))).rstrip("/")
     elif isinstance(leaf, str):
         name = leaf.removeprefix(_PLACEHOLDER)
     else:
         value = np.asarray(leaf)
-        return T5XArray(value.shape, lambda cut: np.asarray(value[cut], np.float32))
+        return T5XArray(value.shape, lambda index: np.asarray(value[index], np.float32))
     folder = (checkpoint / name).resolve()
     if not folder.is_relative_to(checkpoint.resolve()) or not name:
         raise UserError(
@@ -144,17 +156,20 @@ def _from_leaf(checkpoint: Path, leaf: Any, context: ts.Context) -> T5XArray:
         )
     if not (folder / ".zarray").is_file():
         raise UserError(f"{checkpoint} lacks the array {name}; copy its folder there.")
-    return _opened(folder, {"driver": "file", "path": f"{folder}/"}, context, check=True)
+    return _open_zarr(folder, {"driver": "file", "path": f"{folder}/"}, context, check=True)
 
 
 def _context() -> ts.Context:
-    return ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
+    return ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
 
-def _opened(
-    where: Path, store: dict[str, Any], context: ts.Context, check: bool = False
+def _open_zarr(
+    path: Path, store: dict[str, Any], context: ts.Context, check: bool = False
 ) -> T5XArray:
-    """A zarr array; with `check`, one that lacks no chunk, which would be read as zeros."""
+    """Opens a zarr array.
+
+    With `check`, a missing chunk is an error; TensorStore reads it as zeros.
+    """
     spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
     try:
         array = ts.open(spec, open=True, read=True, context=context).result()
@@ -162,20 +177,20 @@ def _opened(
             raise ValueError(f"its numbers are {array.dtype.name}")
         chunks = np.prod(-(-np.array(array.shape) // array.chunk_layout.read_chunk.shape))
         files = ts.KvStore.open(store, context=context).result().list() if check else None
-        if files is not None and (there := len(files.result()) - 1) < chunks:
-            raise ValueError(f"{there} of {chunks:.0f} chunks are there")
+        if files is not None and (found := len(files.result()) - 1) < chunks:
+            raise ValueError(f"{found} of {chunks:.0f} chunks are there")
     except ValueError as error:
-        raise _damaged(where, error) from error
+        raise _damaged(path, error) from error
 
-    def read(cut: Cut) -> np.ndarray:
+    def read(index: ArrayIndex) -> np.ndarray:
         try:
-            return np.asarray(array[cut].read().result()).astype(np.float32)
+            return np.asarray(array[index].read().result()).astype(np.float32)
         except ValueError as error:
-            raise _damaged(where, error) from error
+            raise _damaged(path, error) from error
 
     return T5XArray(tuple(array.shape), read)
 
 
-def _damaged(where: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: Exception) -> UserError:
     reason = str(error).strip().split("\n")[0][:200]
-    return UserError(f"{where} cannot be read ({reason}); copy it again from where it comes from.")
+    return UserError(f"{path} cannot be read ({reason}); copy it again from where it comes from.")

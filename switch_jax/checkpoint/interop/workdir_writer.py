@@ -1,8 +1,8 @@
-"""A foreign checkpoint as a WORKDIR, written slice by slice.
+"""Writes a foreign checkpoint as a WORKDIR, slice by slice.
 
-Orbax would want whole arrays. Its own extension point for other kinds of leaves, a
-`TypeHandler`, gives each slice to TensorStore as a chunk instead; what lies on disk afterwards
-is read as any other checkpoint.
+Orbax saves whole arrays, and one expert parameter of Switch-C has 1.6 TB. Therefore a
+`TypeHandler`, Orbax's extension point for other types of leaves, writes each slice as a TensorStore
+chunk, and memory stays constant. The files have Orbax's layout; a test reads them with Orbax alone.
 """
 
 import asyncio
@@ -18,28 +18,28 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, Index, Stacked
+from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, SliceIndex, StackedShape
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.files import create_folder_atomically
 
-_BYTES_AT_ONCE = 128 * 2**20  # of slices that are being written
+_MAX_BYTES_IN_FLIGHT = 128 * 2**20  # of slices that are being written
 
 
 def write_workdir(imported: ForeignCheckpoint, output: Path) -> None:
     """Writes a WORKDIR whose only checkpoint, 0, has the parameters of `imported`.
 
-    Made beside `output`, which it becomes when it is complete; what fails leaves nothing behind.
-    Raises `UserError` where `output` exists or cannot be written.
+    The folder is written under another name and renamed to `output` when it is complete; after an
+    error nothing is left. Raises `UserError` where `output` exists or cannot be written.
     """
     with create_folder_atomically(output) as partial:
         workdir = Workdir(partial)
         config = imported.config
-        if imported.vocabulary is not None:  # what is evaluated later must be read with it
+        if imported.vocabulary is not None:  # evaluation must use the model's vocabulary
             vocabulary = str(Workdir(output.absolute()).vocabulary)
             data = dataclasses.replace(config.data, vocabulary=vocabulary)
             config = dataclasses.replace(config, data=data)
         workdir.prepare(config, imported.vocabulary)
-        for name, content in imported.carried.items():
+        for name, content in imported.companion_files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
         _write_parameters(imported, workdir.checkpoints / "0" / "params")
@@ -47,12 +47,12 @@ def write_workdir(imported: ForeignCheckpoint, output: Path) -> None:
 
 def _write_parameters(imported: ForeignCheckpoint, folder: Path) -> None:
     leaves = {
-        name: _Slices(stacked, functools.partial(imported.read, name))
+        name: _Slices(stacked, functools.partial(imported.read_slice, name))
         for name, stacked in imported.parameters.items()
     }
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Slices, _SliceHandler()),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # without it, Orbax warns
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns without it
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     with ocp.Checkpointer(handler) as writer:
@@ -61,33 +61,33 @@ def _write_parameters(imported: ForeignCheckpoint, folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Slices:
-    """A parameter, as a leaf of what Orbax saves."""
+    """A parameter as a leaf of the pytree that Orbax saves: its shape, and a function of slices."""
 
-    stacked: Stacked
-    read: Callable[[Index], np.ndarray]
+    stacked: StackedShape
+    read: Callable[[SliceIndex], np.ndarray]
 
 
 class _SliceHandler(ocp.type_handlers.TypeHandler):
-    """Writes `_Slices` where Orbax would have written an array with a slice as its chunk."""
+    """Writes `_Slices` as Orbax writes an array, with one chunk for each slice."""
 
     def typestr(self) -> str:
-        return "np.ndarray"  # what it is to those who read it
+        return "np.ndarray"  # the type that Orbax restores
 
     async def serialize(self, values: Sequence[_Slices], infos: Sequence[Any], args=None):
         for slices, info in zip(values, infos):
-            await _write(slices, info)
+            await _write_slices(slices, info)
         return []
 
     async def deserialize(self, infos, args=None):
-        raise NotImplementedError("Read as arrays.")
+        raise NotImplementedError("Written only; Orbax reads arrays.")
 
     async def metadata(self, infos):
-        raise NotImplementedError("Read as arrays.")
+        raise NotImplementedError("Written only; Orbax reads arrays.")
 
 
-async def _write(slices: _Slices, info: Any) -> None:
-    shape, batch = slices.stacked
-    chunk = [1] * batch + list(slices.stacked.slice_shape)
+async def _write_slices(slices: _Slices, info: ocp.type_handlers.ParamInfo) -> None:
+    shape, num_stacked = slices.stacked
+    chunk = [1] * num_stacked + list(slices.stacked.slice_shape)
     array = await ts.open(
         {
             "driver": "zarr",
@@ -107,7 +107,8 @@ async def _write(slices: _Slices, info: Any) -> None:
         create=True,
         context=info.ts_context,
     )
-    at_once = max(1, _BYTES_AT_ONCE // (4 * int(np.prod(slices.stacked.slice_shape))))
-    waiting = slices.stacked.indices()
-    while indices := tuple(itertools.islice(waiting, at_once)):
+    slice_bytes = 4 * int(np.prod(slices.stacked.slice_shape))
+    max_in_flight = max(1, _MAX_BYTES_IN_FLIGHT // slice_bytes)
+    remaining = slices.stacked.indices()
+    while indices := tuple(itertools.islice(remaining, max_in_flight)):
         await asyncio.gather(*(array[index].write(slices.read(index)) for index in indices))

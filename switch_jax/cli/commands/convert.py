@@ -55,7 +55,7 @@ def from_dense(args: argparse.Namespace) -> None:
 
     start(args)
     source = find_pretrained(args.source)
-    source.say_notes()
+    source.print_notes()
     if args.config:
         config = load_config_argument(args)
     else:
