@@ -1,4 +1,4 @@
-"""Checkpoints as T5X wrote them, in both layouts, scanned and not."""
+"""Import of T5X checkpoints: both layouts, with scanned layers and without."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from switch_jax.model.parameters import layer_slices, named_parameters
 from switch_jax.model.transformer import SwitchTransformer
 from tests.support.configs import tiny
 
-# Theirs by ours, written down on their own: the reader's table must not test itself.
+# T5X's name by parameter, independent of the tables in `t5x_import`.
 LAYER = {
     "self_norm/scale": "pre_{self}_layer_norm/scale",
     "cross_norm/scale": "pre_cross_attention_layer_norm/scale",
@@ -32,8 +32,8 @@ LAYER = {
     "mlp/wo": "mlp/wo/kernel",
     "mlp/experts/wo": "mlp/expert/wo/kernel",
 } | {
-    f"{ours}/{leaf}": f"{theirs}/{leaf}/kernel"
-    for ours, theirs in (
+    f"{ours}/{leaf}": f"{t5x}/{leaf}/kernel"
+    for ours, t5x in (
         ("self_attention", "{self}"),
         ("cross_attention", "encoder_decoder_attention"),
     )
@@ -73,30 +73,31 @@ MODELS = {
 def random_model(name: str) -> SwitchTransformer:
     shape = {"model.vocab_size": 40, "model.d_ff": 24, "model.head_dim": 4}
     other = {"model.relative_buckets": 16, "model.init_scale": 1.0}
-    routing = {"moe.group_size": 8192, "moe.min_capacity": 4}  # T5X's, which nothing tells
+    # T5X's defaults, which a checkpoint does not have.
+    routing = {"moe.group_size": 8192, "moe.min_capacity": 4}
     return SwitchTransformer(tiny(**shape | other | routing | MODELS[name]), jax.random.key(1))
 
 
-def renamed(model: SwitchTransformer) -> dict[str, np.ndarray]:
-    """A model's parameters, one by one, as T5X has them."""
+def t5x_arrays(model: SwitchTransformer) -> dict[str, np.ndarray]:
+    """Returns a model's parameters as arrays of T5X by path, one array for each layer."""
     params = {name: np.asarray(leaf[...]) for name, leaf in named_parameters(model).items()}
     layer = LAYER | (GATED if model.config.model.activation == "geglu" else PLAIN)
-    theirs = {}
+    arrays = {}
     for name, (whole, block) in layer_slices(params, model.config).items():
         if block is None:
-            theirs[TOP[name]] = params[whole]
+            arrays[TOP[name]] = params[whole]
         else:
             stack, _, number, own = name.split("/", 3)
             own = layer[own].format(self="attention" if stack == "encoder" else "self_attention")
-            theirs[f"{stack}/layers_{number}/{own}"] = params[whole][block]
-    return theirs
+            arrays[f"{stack}/layers_{number}/{own}"] = params[whole][block]
+    return arrays
 
 
-def scanned(theirs: dict[str, np.ndarray], every: int, axis: int) -> dict[str, np.ndarray]:
-    """The same with the layers of a stack stacked, `every` of them in a block."""
+def scan_layers(arrays: dict[str, np.ndarray], every: int, axis: int) -> dict[str, np.ndarray]:
+    """Returns the arrays with the layers of a stack stacked, `every` layers in a block."""
     stacked: dict[str, list[np.ndarray]] = {}
     result = {}
-    for name, value in theirs.items():
+    for name, value in arrays.items():
         match = re.fullmatch(r"(\w+)/layers_(\d+)/(.+)", name)
         if match is None:
             result[name] = value
@@ -106,18 +107,18 @@ def scanned(theirs: dict[str, np.ndarray], every: int, axis: int) -> dict[str, n
     return result | {name: np.stack(values, axis) for name, values in stacked.items()}
 
 
-def nested(theirs: dict[str, np.ndarray]) -> dict:
-    """The state that T5X saves, with what it keeps of the optimizer."""
-    states = {f"{name}/v": np.ones(2, np.float32) for name in theirs}
-    target, states = (traverse_util.unflatten_dict(x, sep="/") for x in (theirs, states))
+def train_state(arrays: dict[str, np.ndarray]) -> dict:
+    """Returns the pytree that T5X saves, with an optimizer state."""
+    states = {f"{name}/v": np.ones(2, np.float32) for name in arrays}
+    target, states = (traverse_util.unflatten_dict(x, sep="/") for x in (arrays, states))
     return {"target": target, "state": {"step": np.int32(7), "param_states": states}}
 
 
-def write_legacy(folder: Path, theirs: dict[str, np.ndarray], dtype: str = "float32") -> Path:
-    """A msgpack index with a zarr folder for each array that is not small."""
+def write_legacy(folder: Path, arrays: dict[str, np.ndarray], dtype: str = "float32") -> Path:
+    """Writes a msgpack index, with a zarr folder for each array that is not small."""
     folder.mkdir(parents=True)
     leaves = {}
-    for name, value in theirs.items():
+    for name, value in arrays.items():
         if value.size <= 16:
             leaves[name] = value
             continue
@@ -130,16 +131,17 @@ def write_legacy(folder: Path, theirs: dict[str, np.ndarray], dtype: str = "floa
         array[...].write(value.astype(array.dtype.numpy_dtype)).result()
         metadata |= {"shape": list(value.shape), "compressor": {"id": "gzip", "level": 1}}
         leaves[name] = spec | {"metadata": metadata}
-    state = nested({})
+    state = train_state({})
     state["target"] = traverse_util.unflatten_dict(leaves, sep="/")
     content = serialization.msgpack_serialize({"version": 3, "optimizer": state})
     (folder / "checkpoint").write_bytes(content)
     return folder
 
 
-def write_orbax(folder: Path, theirs: dict[str, np.ndarray], use_ocdbt: bool = True) -> Path:
+def write_orbax(folder: Path, arrays: dict[str, np.ndarray], use_ocdbt: bool = True) -> Path:
+    """Writes the Orbax layout: one database, or with `use_ocdbt=False` a folder for each array."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as writer:
-        writer.save(folder / "state", args=ocp.args.PyTreeSave(nested(theirs)))
+        writer.save(folder / "state", args=ocp.args.PyTreeSave(train_state(arrays)))
     return folder
 
 
@@ -150,7 +152,7 @@ def logits(model: SwitchTransformer) -> np.ndarray:
 
 
 def check_same(path: Path, model: SwitchTransformer) -> SwitchTransformer:
-    """That a checkpoint gives a model's parameters, and what a checkpoint tells of its config."""
+    """Checks the parameters and the config of a loaded checkpoint; returns the loaded model."""
     loaded = switch_jax.load(path)
     expected = named_parameters(model)
     assert named_parameters(loaded).keys() == expected.keys()
@@ -169,88 +171,91 @@ def switch() -> SwitchTransformer:
 
 @pytest.fixture(scope="module")
 def legacy(switch, tmp_path_factory) -> Path:
-    return write_legacy(tmp_path_factory.mktemp("t5x") / "checkpoint_7", renamed(switch))
+    return write_legacy(tmp_path_factory.mktemp("t5x") / "checkpoint_7", t5x_arrays(switch))
 
 
 @pytest.mark.parametrize("layout", ["legacy", "orbax"])
-def test_logits_are_those_of_the_model(layout, switch, legacy, tmp_path):
-    path = legacy if layout == "legacy" else write_orbax(tmp_path / "checkpoint_7", renamed(switch))
+def test_loaded_model_has_the_same_logits(layout, switch, legacy, tmp_path):
+    path = (
+        legacy if layout == "legacy" else write_orbax(tmp_path / "checkpoint_7", t5x_arrays(switch))
+    )
     loaded = check_same(path, switch)
     np.testing.assert_allclose(logits(loaded), logits(switch), rtol=1e-6, atol=1e-6)
     assert switch_jax.load(path.parent).config == loaded.config  # the newest in a folder
 
 
 @pytest.mark.parametrize("name", ["switch-c", "top", "t5-1.0", "t5-1.1"])
-def test_the_config_is_read_from_names_and_shapes(name, tmp_path):
+def test_the_config_is_inferred_from_names_and_shapes(name, tmp_path):
     model = random_model(name)
-    loaded = check_same(write_legacy(tmp_path / "checkpoint_1", renamed(model)), model)
-    ours, theirs = loaded.config.model, model.config.model
+    loaded = check_same(write_legacy(tmp_path / "checkpoint_1", t5x_arrays(model)), model)
+    inferred, original = loaded.config.model, model.config.model
     for key in ("vocab_size", "num_heads", "head_dim", "activation", "relative_buckets"):
-        assert getattr(ours, key) == getattr(theirs, key), key
+        assert getattr(inferred, key) == getattr(original, key), key
 
 
 @pytest.mark.parametrize("name, every", [("switch", 2), ("t5-1.1", 1)])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_scanned_layers(name, every, axis, tmp_path):
     model = random_model(name)
-    theirs = scanned(renamed(model), every, axis)
-    check_same(write_orbax(tmp_path / "checkpoint_1", theirs), model)
+    arrays = scan_layers(t5x_arrays(model), every, axis)
+    check_same(write_orbax(tmp_path / "checkpoint_1", arrays), model)
 
 
-def test_scanned_layers_with_biases_of_their_own(tmp_path):
-    """A model of T5X itself, whose scanned layers repeat the table."""
+def test_scanned_layers_with_a_relative_bias_each(tmp_path):
+    """T5X's own models repeat the table in scanned layers."""
     model = random_model("t5-1.1")
-    theirs = scanned(renamed(model), 1, 1)
+    arrays = scan_layers(t5x_arrays(model), 1, 1)
     for stack in t5x_import.STACKS:
-        table = theirs.pop(f"{stack}/relpos_bias/rel_embedding")
-        theirs[f"{stack}/{stack}/relpos_bias/rel_embedding"] = np.stack([table, table], 1)
-    check_same(write_legacy(tmp_path / "checkpoint_1", theirs), model)
-    theirs["decoder/decoder/relpos_bias/rel_embedding"][0, 1, 0] += 1
-    write_legacy(tmp_path / "checkpoint_2", theirs)
+        table = arrays.pop(f"{stack}/relpos_bias/rel_embedding")
+        arrays[f"{stack}/{stack}/relpos_bias/rel_embedding"] = np.stack([table, table], 1)
+    check_same(write_legacy(tmp_path / "checkpoint_1", arrays), model)
+    arrays["decoder/decoder/relpos_bias/rel_embedding"][0, 1, 0] += 1
+    write_legacy(tmp_path / "checkpoint_2", arrays)
     with pytest.raises(UserError, match="differs from layer to layer"):
         read_t5x(tmp_path / "checkpoint_2")
 
 
-def test_a_folder_for_each_array_as_orbax_once_wrote(switch, tmp_path):
-    theirs = renamed(switch)
-    path = write_orbax(tmp_path / "checkpoint_1", theirs, use_ocdbt=False)
+def test_orbax_layout_with_a_folder_for_each_array(switch, tmp_path):
+    arrays = t5x_arrays(switch)
+    path = write_orbax(tmp_path / "checkpoint_1", arrays, use_ocdbt=False)
     check_same(path, switch)
-    small = "encoder/encoder_norm/scale"  # then with an index, which has small arrays itself
-    leaves = {name: "PLACEHOLDER://target." + name.replace("/", ".") for name in theirs}
-    content = serialization.msgpack_serialize(nested(leaves | {small: theirs[small] + 1}))
+    # The same folder with an index, which contains small arrays.
+    small = "encoder/encoder_norm/scale"
+    leaves = {name: "PLACEHOLDER://target." + name.replace("/", ".") for name in arrays}
+    content = serialization.msgpack_serialize(train_state(leaves | {small: arrays[small] + 1}))
     (path / "state" / "checkpoint").write_bytes(content)
     for folder in (path, path / "state"):
         imported = read_t5x(folder)
-        np.testing.assert_array_equal(imported.read("encoder/final_norm/scale", ()), 2)
-        router = imported.read("decoder/runs/0/layers/1/mlp/router/kernel", (0,))
+        np.testing.assert_array_equal(imported.read_slice("encoder/final_norm/scale", ()), 2)
+        router = imported.read_slice("decoder/runs/0/layers/1/mlp/router/kernel", (0,))
         np.testing.assert_array_equal(
-            router, theirs["decoder/layers_1/mlp/router/router_weights/w/kernel"]
+            router, arrays["decoder/layers_1/mlp/router/router_weights/w/kernel"]
         )
 
 
 def test_bfloat16_arrays(switch, tmp_path):
-    rounded = {n: v.astype("bfloat16").astype(np.float32) for n, v in renamed(switch).items()}
+    rounded = {n: v.astype("bfloat16").astype(np.float32) for n, v in t5x_arrays(switch).items()}
     imported = read_t5x(write_legacy(tmp_path / "checkpoint_1", rounded, "bfloat16"))
-    value = imported.read("encoder/runs/0/layers/1/mlp/experts/wi", (1, 2))
+    value = imported.read_slice("encoder/runs/0/layers/1/mlp/experts/wi", (1, 2))
     assert value.dtype == np.float32
     assert (value == rounded["encoder/layers_3/mlp/expert/wi/kernel"][2]).all()
 
 
-def test_arrays_that_are_no_weights_are_refused(switch, tmp_path):
-    path = write_legacy(tmp_path / "checkpoint_1", renamed(switch), "uint16")
+def test_integer_arrays_are_refused(switch, tmp_path):
+    path = write_legacy(tmp_path / "checkpoint_1", t5x_arrays(switch), "uint16")
     assert "uint16" in failure(path)
 
 
-def test_becomes_a_workdir(switch, legacy, tmp_path, capsys):
+def test_from_t5x_writes_a_workdir(switch, legacy, tmp_path, capsys):
     assert main(["convert", "from-t5x", str(legacy), str(tmp_path / "out")]) == 0
     assert "optimizer's state" in capsys.readouterr().out
     check_same(tmp_path / "out", switch)
     assert Workdir(tmp_path / "out").config().moe.aux_loss_reduction == "mean"
 
 
-def edited(theirs, **changes):
-    """Arrays with others in place of some; None removes one."""
-    changed = theirs | {name.replace("__", "/"): value for name, value in changes.items()}
+def edited(arrays, **changes):
+    """Returns the arrays with some of them replaced, or removed with None."""
+    changed = arrays | {name.replace("__", "/"): value for name, value in changes.items()}
     return {name: value for name, value in changed.items() if value is not None}
 
 
@@ -271,8 +276,10 @@ def edited(theirs, **changes):
         ),
     ],
 )
-def test_other_models_are_named_in_one_sentence(changes, words, switch, tmp_path, capsys):
-    path = write_legacy(tmp_path / "checkpoint_1", edited(renamed(switch), **changes))
+def test_error_names_the_array_of_another_model_in_one_sentence(
+    changes, words, switch, tmp_path, capsys
+):
+    path = write_legacy(tmp_path / "checkpoint_1", edited(t5x_arrays(switch), **changes))
     assert main(["convert", "from-t5x", str(path), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in [str(path), *words]), error
@@ -293,7 +300,7 @@ def failure(path: Path) -> str:
     return str(raised.value)
 
 
-def test_a_missing_array_or_part_of_one_is_named(copy):
+def test_error_names_a_missing_array_or_chunk(copy):
     chunk = min(file for file in (copy / ARRAY).iterdir() if not file.name.startswith("."))
     chunk.unlink()
     assert ARRAY in failure(copy) and "chunks are there" in failure(copy)
@@ -301,7 +308,7 @@ def test_a_missing_array_or_part_of_one_is_named(copy):
     assert f"lacks the array {ARRAY}" in failure(copy)
 
 
-def test_damaged_files_leave_nothing_half_written(copy, tmp_path, capsys):
+def test_damaged_files_leave_nothing(copy, tmp_path, capsys):
     chunk = min(file for file in (copy / ARRAY).iterdir() if not file.name.startswith("."))
     chunk.write_bytes(b"not gzip")
     assert main(["convert", "from-t5x", str(copy), str(tmp_path / "out")]) == 2
@@ -314,24 +321,24 @@ def test_damaged_files_leave_nothing_half_written(copy, tmp_path, capsys):
     assert "checkpoint cannot be read" in failure(copy)
 
 
-@pytest.mark.parametrize("place", ["../outside", "/etc", "", "link"])
-def test_paths_out_of_the_folder_are_refused(place, copy, tmp_path):
+@pytest.mark.parametrize("path_in_index", ["../outside", "/etc", "", "link"])
+def test_paths_outside_of_the_folder_are_refused(path_in_index, copy, tmp_path):
     shutil.copytree(copy / ARRAY, tmp_path / "outside")
     (copy / "link").symlink_to(tmp_path / "outside")
     content = serialization.msgpack_restore((copy / "checkpoint").read_bytes())
     leaf = content["optimizer"]["target"]["encoder"]["layers_1"]["mlp"]["expert"]["wi"]
-    leaf["kernel"]["kvstore"]["path"] = place
+    leaf["kernel"]["kvstore"]["path"] = path_in_index
     (copy / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
     assert "outside of its folder" in failure(copy)
 
 
-def test_what_is_no_checkpoint_is_told(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-1"\n')
     assert not is_t5x(tmp_path) and not is_t5x(tmp_path / "none")
     assert "is no T5X checkpoint" in failure(tmp_path)
 
 
-def test_experts_where_no_keys_would_have_them_are_told():
+def test_expert_placements_without_config_keys_are_refused():
     layers = {"encoder": 6, "decoder": 6}
     keys = infer_placement(layers, {"encoder": (0, 1, 2), "decoder": (0, 1, 2)})
     assert keys == {"every": 1, "first": 3, "last": None, "stacks": "both"}

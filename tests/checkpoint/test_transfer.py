@@ -1,4 +1,4 @@
-"""What training begins with, and what of it changes."""
+"""Parameter transfer: loaded, initialised and trained parameters."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ from tests.support.configs import make_batch, tiny
 OLD = {"embedding": (8, 4), "encoder/wi": (4, 6), "encoder/wo": (6, 4), "router": (4, 2)}
 
 
-def test_without_rules_all_must_be_there_in_the_same_shape():
+def test_without_rules_every_parameter_must_have_the_same_name_and_shape():
     loaded, initialised, ignored = plan_transfer(OLD, OLD | {"head": (4, 8)}, "")
     assert loaded == {name: name for name in OLD} and not initialised and ignored == ["head"]
     with pytest.raises(UserError, match=r"head is taken from head, which .* 'head ->'"):
@@ -36,7 +36,7 @@ def test_without_rules_all_must_be_there_in_the_same_shape():
         plan_transfer(OLD | {"encoder/wi": (4, 7)}, OLD, "")
 
 
-def test_the_first_rule_that_matches_the_whole_path_counts():
+def test_the_first_rule_that_matches_the_whole_name_is_applied():
     target = {"decoder/wi": (4, 6), "decoder/wo": (6, 4), "router": (4, 3), "embedding": (8, 4)}
     rules = r"decoder/wo ->; decoder/(.*) -> encoder/\1; router ->"
     loaded, initialised, ignored = plan_transfer(target, OLD, rules)
@@ -49,12 +49,12 @@ def test_the_first_rule_that_matches_the_whole_path_counts():
 
 
 @pytest.mark.parametrize("rules", ["embed ->", "router ->; rout.* -> encoder/wi"])
-def test_a_rule_that_matches_nothing_is_told(rules):
+def test_a_rule_that_matches_nothing_is_refused(rules):
     with pytest.raises(UserError, match=r"init_rules has '(embed|rout\.\*)', which is the whole"):
         plan_transfer(OLD, OLD, rules)
 
 
-def test_the_vocabulary_may_grow_and_nothing_else():
+def test_only_the_vocabulary_may_grow():
     grown = plan_transfer(OLD | {"embedding": (12, 4)}, OLD, "")
     assert grown.loaded["embedding"] == "embedding"
     for wrong in ({"embedding": (6, 4)}, {"embedding": (12, 5)}, {"encoder/wi": (8, 6)}):
@@ -63,7 +63,7 @@ def test_the_vocabulary_may_grow_and_nothing_else():
 
 
 @pytest.mark.parametrize("rules", ["router", "( -> x", r"router -> \3"])
-def test_rules_that_cannot_be_read_are_told(rules):
+def test_invalid_rules_are_refused(rules):
     with pytest.raises(UserError, match="init_rules"):
         plan_transfer(OLD, OLD, rules)
 
@@ -88,7 +88,8 @@ def trained(tmp_path_factory):
     return workdir.path, jax.device_get(state.params), jax.device_get(state.opt_state)
 
 
-def started(trained, **overrides):
+def start_from(trained, **overrides):
+    """Returns parameters of the initial state, fresh parameters, and the initial state."""
     settings = override_config(config(**overrides), {"init_from": str(trained[0])})
     program = TrainProgram(settings, make_mesh(settings))
     fresh = {name: np.asarray(p) for name, p in program.init().params.items()}
@@ -98,14 +99,14 @@ def started(trained, **overrides):
 
 
 @pytest.mark.parametrize("mesh", [{}, {"mesh.expert": 4, "mesh.model": 2}])
-def test_parameters_are_taken_and_the_rest_begins_anew(trained, mesh):
-    params, _, state = started(trained, **mesh)
+def test_init_from_loads_parameters_and_not_the_step(trained, mesh):
+    params, _, state = start_from(trained, **mesh)
     assert int(state.step) == 0
     assert all((params[name] == value).all() for name, value in trained[1].items())
 
 
 @pytest.mark.parametrize("mesh", [{}, {"mesh.expert": 4, "mesh.model": 2}])
-def test_the_optimizer_is_taken_when_asked_and_its_schedule_begins_anew(trained, mesh):
+def test_init_optimizer_loads_statistics_and_restarts_the_schedule(trained, mesh):
     settings = override_config(
         config(**mesh), {"init_from": str(trained[0]), "init_optimizer": "loaded"}
     )
@@ -115,16 +116,16 @@ def test_the_optimizer_is_taken_when_asked_and_its_schedule_begins_anew(trained,
     def by_kind(opt_state):
         scheduled, statistics = [], []
         for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
-            of_schedule = jax.tree_util.keystr(path) == "[2].count"
-            (scheduled if of_schedule else statistics).append(np.asarray(leaf))
+            is_schedule = jax.tree_util.keystr(path) == "[2].count"
+            (scheduled if is_schedule else statistics).append(np.asarray(leaf))
         return scheduled, statistics
 
     (schedule,), statistics = by_kind(state.opt_state)
     assert int(state.step) == 0 == schedule and by_kind(trained[2])[0] == [1]
     assert all(map(np.array_equal, statistics, by_kind(trained[2])[1]))
     assert not all(map(np.array_equal, statistics, by_kind(fresh.opt_state)[1]))
-    wanted = jax.tree.leaves(program.state_sharding.opt_state)
-    assert all(x.sharding == s for x, s in zip(jax.tree.leaves(state.opt_state), wanted))
+    shardings = jax.tree.leaves(program.state_sharding.opt_state)
+    assert all(x.sharding == s for x, s in zip(jax.tree.leaves(state.opt_state), shardings))
 
 
 def test_an_optimizer_that_does_not_fit_is_refused(trained):
@@ -139,14 +140,14 @@ def test_an_optimizer_that_does_not_fit_is_refused(trained):
 
 
 def test_a_larger_vocabulary_keeps_the_old_ids(trained):
-    params, fresh, _ = started(trained, **{"model.vocab_size": 48})
+    params, fresh, _ = start_from(trained, **{"model.vocab_size": 48})
     old = trained[1]["embedding"]
     assert (params["embedding"][: len(old)] == old).all()
     assert (params["embedding"][len(old) :] == fresh["embedding"][len(old) :]).all()
 
 
 def test_sentinels_move_with_a_vocabulary_that_grows(tmp_path):
-    """Of one that was trained on, by pieces that a later one has behind its own."""
+    """The new vocabulary has all pieces of the old one, and another piece behind them."""
     rng = np.random.default_rng(0)
     texts = ["".join(chr(97 + i) for i in rng.integers(0, 26, 60)) for _ in range(400)]
     train_vocabulary(texts, tmp_path / "old.model", 480)
@@ -185,7 +186,7 @@ def test_sentinels_move_with_a_vocabulary_that_grows(tmp_path):
         initial_state_report(with_vocabulary("other", init_from=str(workdir.path)))
 
 
-def test_adapters_go_on_from_adapters(tmp_path):
+def test_init_from_loads_adapters(tmp_path):
     adapted = config(**{"lora.rank": 2})
     workdir, program = Workdir(tmp_path), TrainProgram(adapted, make_mesh(adapted))
     workdir.prepare(adapted, None)
@@ -199,7 +200,7 @@ def test_adapters_go_on_from_adapters(tmp_path):
     )
 
 
-def test_rules_reach_the_model(trained):
+def test_init_rules_apply_to_the_initial_state(trained):
     settings = override_config(
         config(), {"init_from": str(trained[0]), "init_rules": ".*/router/.* ->"}
     )
@@ -238,7 +239,7 @@ def test_only_the_trained_parameters_change_and_have_state(trained_by, moves):
     assert float(metrics["grad_norm"]) > 0
 
 
-def test_patterns_that_find_nothing_are_told():
+def test_trained_patterns_that_match_nothing_are_refused():
     for wrong in ("adapters", "("):
         with pytest.raises(UserError, match=r"optimizer\.trained="):
             trained_parameters(config(**{"optimizer.trained": wrong}), ["encoder/wi"])

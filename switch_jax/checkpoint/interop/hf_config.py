@@ -50,7 +50,7 @@ _DEFAULTS = {
 }
 
 # Hugging Face's name → `model.activation`; of equal values, the first name is written. All their
-# GELUs have the tanh form, as ours.
+# GELUs have the tanh form, as here.
 _ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu", "gated-gelu_new": "geglu"}
 _BATCH_SIZE = 8  # sequences; not in a checkpoint, and small enough to evaluate on any machine
 
@@ -75,7 +75,7 @@ def config_from_hugging_face(
             )
     notes: list[str] = []
     layers = {stack: _num_layers(stack, complete, structure, notes) for stack in STACKS}
-    model = {ours: _required(complete, theirs) for theirs, ours in _MODEL.items()} | {
+    model = {key: _required(complete, hf_key) for hf_key, key in _MODEL.items()} | {
         "num_encoder_layers": layers["encoder"],
         "num_decoder_layers": layers["decoder"],
         "activation": _activation(complete, structure),
@@ -86,7 +86,7 @@ def config_from_hugging_face(
     }
     moe = {}
     if raw["model_type"] == SWITCH:
-        moe = {ours: _required(complete, theirs) for theirs, ours in _MOE.items()}
+        moe = {key: _required(complete, hf_key) for hf_key, key in _MOE.items()}
         # There, each sequence is a routing group, and padding is routed as other tokens are.
         moe |= {"group_size": 1, "padding": "routed"}
         moe |= _placement(complete, structure, notes)
@@ -119,16 +119,16 @@ def config_to_hugging_face(config: Config, source: Mapping[str, Any]) -> dict[st
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
-        ff_key: next(name for name, ours in _ACTIVATIONS.items() if ours == model.activation),
+        ff_key: next(n for n, activation in _ACTIVATIONS.items() if activation == model.activation),
     }
-    raw: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in _MODEL.items()}
+    raw: dict[str, Any] = {hf_key: getattr(model, key) for hf_key, key in _MODEL.items()}
     raw |= {
         "num_layers": model.num_encoder_layers,
         "num_decoder_layers": model.num_decoder_layers,
         "tie_word_embeddings": model.tied_embeddings,
     }
     if config.sparse:
-        raw |= {theirs: getattr(moe, ours) for theirs, ours in _MOE.items()}
+        raw |= {hf_key: getattr(moe, key) for hf_key, key in _MOE.items()}
         if moe.expert_capacity is None:
             raw["expert_capacity"] = dropless_capacity(config)
         for stack in STACKS:

@@ -122,10 +122,10 @@ def _check_tensors(
             continue  # equal to the embedding, which is checked under its own name
         if name not in stored_names:
             raise UserError(f"{path} has no {name}, which its config.json requires; copy it there.")
-        found = tensors.specs[stored_names[name]].shape
-        if found != expected:
+        actual = tensors.specs[stored_names[name]].shape
+        if actual != expected:
             raise UserError(
-                f"{name} in {path} has the shape {list(found)}, and by config.json it is"
+                f"{name} in {path} has the shape {list(actual)}, and by config.json it is"
                 f" {list(expected)}; take the config.json of these weights."
             )
     unknown = stored_names.keys() - {source.name for source in table.values()}

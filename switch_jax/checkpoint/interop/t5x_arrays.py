@@ -177,8 +177,8 @@ def _open_zarr(
             raise ValueError(f"its numbers are {array.dtype.name}")
         chunks = np.prod(-(-np.array(array.shape) // array.chunk_layout.read_chunk.shape))
         files = ts.KvStore.open(store, context=context).result().list() if check else None
-        if files is not None and (found := len(files.result()) - 1) < chunks:
-            raise ValueError(f"{found} of {chunks:.0f} chunks are there")
+        if files is not None and (existing := len(files.result()) - 1) < chunks:
+            raise ValueError(f"{existing} of {chunks:.0f} chunks are there")
     except ValueError as error:
         raise _damaged(path, error) from error
 

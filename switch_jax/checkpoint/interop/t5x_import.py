@@ -52,14 +52,14 @@ _ATTENTIONS = {
 }
 _WEIGHTS = {"wi": "wi", "wi_0": "gate", "wi_1": "wi", "wo": "wo"}
 _LAYER = {
-    **{f"pre_{t5x}_layer_norm/scale": f"{ours}/scale" for t5x, ours in _NORMS.items()},
+    **{f"pre_{t5x}_layer_norm/scale": f"{name}/scale" for t5x, name in _NORMS.items()},
     **{
-        f"{t5x}/{projection}/kernel": f"{ours}/{projection}"
-        for t5x, ours in _ATTENTIONS.items()
+        f"{t5x}/{projection}/kernel": f"{name}/{projection}"
+        for t5x, name in _ATTENTIONS.items()
         for projection in ("query", "key", "value", "out")
     },
-    **{f"mlp/{t5x}/kernel": f"mlp/{ours}" for t5x, ours in _WEIGHTS.items()},
-    **{f"mlp/expert/{t5x}/kernel": f"mlp/experts/{ours}" for t5x, ours in _WEIGHTS.items()},
+    **{f"mlp/{t5x}/kernel": f"mlp/{name}" for t5x, name in _WEIGHTS.items()},
+    **{f"mlp/expert/{t5x}/kernel": f"mlp/experts/{name}" for t5x, name in _WEIGHTS.items()},
     "mlp/router/router_weights/w/kernel": "mlp/router/kernel",
     "relpos_bias/rel_embedding": "relative_bias/table",  # in scanned models of T5X
 }
