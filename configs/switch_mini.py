@@ -1,4 +1,4 @@
-"""Switch-Mini: the quickstart, a small model that learns on two CPU cores in minutes.
+"""Switch-Mini: the model of the quickstart, trained in minutes on two CPU cores.
 
 switch-jax train --config configs/switch_mini.py --workdir runs/mini
 """

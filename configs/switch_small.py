@@ -1,4 +1,4 @@
-"""Switch-Small: what sweeps of size=gpu train, T5-Small with experts on one GPU.
+"""Switch-Small: T5-Small with experts, the model of sweeps of size=gpu on one GPU.
 
 python scripts/data/package_text.py
 switch-jax train --config configs/switch_small.py:num_experts=16 --workdir runs/small
@@ -13,7 +13,7 @@ from switch_jax.config import defaults, parse_arg
 
 def get_config(arg: str = "") -> ConfigDict:
     """`num_experts` (32; 0 for the FLOP-matched dense model), `large` (0; 1: about 3.5 times the
-    FLOPs a token, as T5-Large has of T5-Base's)."""
+    FLOPs a token, as T5-Large compared with T5-Base)."""
     args = parse_arg(arg, num_experts=32, large=0)
     config = defaults()
     config.model.update(

@@ -1,4 +1,4 @@
-"""Switch-Tiny: what sweeps of size=mini train, a run in a minute or two on two CPU cores.
+"""Switch-Tiny: the model of sweeps of size=mini, trained in a minute or two on two CPU cores.
 
 switch-jax train --config configs/switch_tiny.py:num_experts=4 --workdir runs/tiny
 """
@@ -10,7 +10,7 @@ from switch_jax.config import defaults, parse_arg
 
 def get_config(arg: str = "") -> ConfigDict:
     """`num_experts` (16; 0 for the FLOP-matched dense model), `large` (0; 1: about 3.5 times the
-    FLOPs a token, as T5-Large has of T5-Base's)."""
+    FLOPs a token, as T5-Large compared with T5-Base)."""
     args = parse_arg(arg, num_experts=16, large=0)
     config = defaults()
     config.model.update(

@@ -1,9 +1,9 @@
-"""The quickstart's dense model, taught by its sparse one: minutes on two CPU cores.
+"""Distillation of the quickstart's model into its dense counterpart: minutes on two CPU cores.
 
     bash scripts/quickstart.sh
     switch-jax train --config configs/distill/mini.py --workdir runs/distilled
 
-As long, and on the same data, as `configs/switch_mini.py:num_experts=0`, to compare with.
+Steps and data are those of `configs/switch_mini.py:num_experts=0`, for comparison.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,12 @@
-"""T5-Base, taught by Switch-Base while it is pretrained (the paper's Tables 6 and 7).
+"""Distillation of a pretrained Switch-Base into T5-Base during pretraining (paper, Tables 6 and 7).
 
     switch-jax train --config configs/distill/switch_to_t5_base.py:teacher=runs/switch_base \\
         --workdir runs/distilled --config.data.data_dir=DIR
 
-The student begins with the teacher's weights wherever it has the same ones, which is everywhere
-but in the feed-forward layers that are sparse there, and a quarter of its loss is the teacher's.
-`init_from=none` begins anew, `distill.soft_weight=0` begins so and learns alone. Table 6 is
-`configs/sweeps/distill.py`.
+The student is initialised with the teacher's non-expert weights: all parameters except the
+feed-forward layers that have experts in the teacher. A quarter of its loss comes from the teacher's
+probabilities. `init_from=none` initialises it randomly; `distill.soft_weight=0` trains without the
+teacher. Table 6 is `configs/sweeps/distill.py`.
 """
 
 from ml_collections import ConfigDict
