@@ -9,7 +9,7 @@ import time
 import pytest
 
 from switch_jax.errors import UserError
-from switch_jax.files import build_once, cache_root
+from switch_jax.files import build_once, cache_root, create_folder_atomically, write_atomically
 
 # Each process logs that it builds, and takes long enough for the other process to wait.
 _BUILDER = """
@@ -96,3 +96,32 @@ def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
     assert cache_root() == tmp_path
     monkeypatch.delenv("SWITCH_JAX_CACHE")
     assert cache_root().parts[-2:] == (".cache", "switch_jax")
+
+
+def test_write_atomically_replaces_the_file_and_leaves_no_other(tmp_path):
+    write_atomically(tmp_path / "file", b"old")
+    write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "parent" / "folder"
+    with create_folder_atomically(path) as partial:
+        (partial / "file").write_text("content")
+        assert not path.exists()
+    assert [p.name for p in path.parent.iterdir()] == ["folder"]
+    assert (path / "file").read_text() == "content"
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no"), create_folder_atomically(tmp_path / "folder"):
+        raise ValueError("no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_or_impossible_folder_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, words in (("file", "exists; name a folder"), ("file/folder", "cannot be made")):
+        with pytest.raises(UserError, match=words), create_folder_atomically(tmp_path / path):
+            pass
