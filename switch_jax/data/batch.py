@@ -30,16 +30,17 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ProcessRows:
-    """The rows of each global batch that one process reads, of a batch split into equal parts.
+    """The rows of each global batch that one process reads.
 
-    Processes whose devices hold the same rows read the same rows; they form a group.
+    A batch is split into `num_parts` equal parts. Processes whose devices hold the same parts read
+    the same rows; they form a group.
     """
 
     num_parts: int = 1
     parts: tuple[int, ...] = (0,)  # read by this process; ascending, not always consecutive
     group: int = 0  # index of this process's group
     num_groups: int = 1
-    first_in_group: bool = True
+    first_in_group: bool = True  # this process saves the position of its group
 
     def indices(self, batch_size: int) -> np.ndarray:
         """[B] int64 indices of the rows in a global batch, ascending.
