@@ -129,7 +129,7 @@ def finetuned_run(upstream: str, run: SweepRun, size: Size, task: str) -> SweepR
 
     The model is that of `run`; dropout, data and schedule are the task's.
     """
-    made = load_config(run.config, run.texts())
+    made = load_config(run.config, run.override_texts())
     spec = f"finetune:task={task},num_experts={made.moe.num_experts}"
     ours, theirs = flatten_config(made), flatten_config(load_config(spec))
     model = {

@@ -13,15 +13,16 @@ with them is soon better than its teacher: there, dense models train for a quart
 
 from switch_jax.config import flatten_config, load_config, parse_arg
 from switch_jax.errors import UserError
-from switch_jax.sweeps import PAPER_SERIES, Sweep, SweepRun, Table
+from switch_jax.sweeps import Sweep, SweepRun, Table
 
+from _paper_numbers import TABLE_7
 from _sizes import Size, find_size, finetuned_run
 
 SCALED = ("train.steps", "optimizer.warmup_steps", "optimizer.cooldown_steps")
 TAUGHT, INIT = {"distill.teacher": "{run:teacher}"}, {"init_from": "{run:teacher}"}
 ALONE = {"distill.soft_weight": 1.0}  # the teacher's probabilities are all that is learned from
 
-PAPER_7 = {point.experts: f"{point.quality:.3f}" for point in PAPER_SERIES["table_7"].points}
+PAPER_7 = {point.experts: f"{point.quality:.3f}" for point in TABLE_7.points}
 STUDENTS = {
     16: "-1.587 (37 %)",
     32: "-1.585 (32 %)",
@@ -40,7 +41,7 @@ def get_sweep(arg: str = "") -> Sweep:
     size = find_size(args.size)
     if args.size == "paper":
         return makers[args.table](size, size.dense, size.switch(64))
-    full = flatten_config(load_config(size.dense.config, size.dense.texts()))
+    full = flatten_config(load_config(size.dense.config, size.dense.override_texts()))
     dense = size.dense.but({key: full[key] // 4 for key in SCALED})
     return makers[args.table](size, dense, size.switch())
 

@@ -9,6 +9,7 @@ size=paper add --config.data.data_dir=DIR, where C4 is.
 from switch_jax.config import parse_arg
 from switch_jax.sweeps import Curves, Scaling, Sweep, SweepRun, Table
 
+from _paper_numbers import TABLE_7
 from _sizes import find_size
 
 
@@ -34,14 +35,14 @@ def get_sweep(arg: str = "") -> Sweep:
                 "Loss against sparse parameters (Figures 1 and 4, left)",
                 "From 1 to 256 experts the loss falls steadily.",
                 named,
-                published="table_7",
+                published=TABLE_7,
             ),
             "count": Scaling(
                 "Loss against the number of experts",
                 "From 1 to 256 experts the loss falls steadily.",
                 named,
                 x="experts",
-                published="table_7",
+                published=TABLE_7,
             ),
             "steps": Curves(
                 "Quality by step (Figures 1 and 4, right)",

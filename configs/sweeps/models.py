@@ -7,15 +7,16 @@ what machine they need of: add --config.data.data_dir=DIR, where C4 is, and --co
 """
 
 from switch_jax.config import parse_arg
-from switch_jax.sweeps import PAPER_SERIES, Scaling, Sweep, SweepRun, Table
+from switch_jax.sweeps import Scaling, Sweep, SweepRun, Table
 
+from _paper_numbers import TABLE_9_DENSE, TABLE_9_SPARSE
 from _sizes import find_size
 
 CLAIM = "At the same FLOPs a token, experts are better than dense at every size."
 PAPER = {
     point.name: f"{point.quality:.3f}"
-    for series in ("table_9_dense", "table_9_sparse")
-    for point in PAPER_SERIES[series].points
+    for series in (TABLE_9_DENSE, TABLE_9_SPARSE)
+    for point in series.points
 }
 LARGEST = {
     "T5-XXL": "t5_xxl",
@@ -56,7 +57,7 @@ def get_sweep(arg: str = "") -> Sweep:
                 "Loss of dense models against their size",
                 "The loss falls with parameters and with FLOPs at once.",
                 {name: name for name in dense},
-                published="table_9_dense",
+                published=TABLE_9_DENSE,
             ),
         },
     )

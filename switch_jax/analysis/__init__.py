@@ -2,6 +2,7 @@
 
 from switch_jax.analysis.expert_report import expert_table, write_expert_report
 from switch_jax.analysis.expert_specialization import analyse_experts
+from switch_jax.analysis.html_report import escape_markdown, html_page, markdown_to_html
 from switch_jax.analysis.learning_curves import (
     PowerLaw,
     SpeedUp,
@@ -28,8 +29,11 @@ __all__ = [
     "comparison_to_json",
     "draw_run_plots",
     "draw_source_losses",
+    "escape_markdown",
     "expert_table",
+    "html_page",
     "import_matplotlib",
+    "markdown_to_html",
     "mean_spread",
     "new_figure",
     "power_law",

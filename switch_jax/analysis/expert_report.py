@@ -1,6 +1,5 @@
-"""The report of `experts.analyse`: one HTML file that needs no other, JSON, and a short table."""
+"""Report on expert specialization: one HTML file that needs no other, JSON, and a short table."""
 
-import base64
 import html
 import io
 import json
@@ -9,20 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from switch_jax.analysis.html_report import html_page, html_table, png_data_url
 from switch_jax.analysis.plotting import import_matplotlib, new_figure
 from switch_jax.errors import UserError
 from switch_jax.files import write_atomically
 
-Analysis = Mapping[str, Any]  # as from `experts.analyse`
-ReportLayer = Mapping[str, Any]  # one of its `layers`
-ReportToken = Mapping[str, Any]  # one of the tokens of an expert
+Analysis = Mapping[str, Any]  # from `analyse_experts`
+ReportLayer = Mapping[str, Any]  # an element of its `layers`
+ReportToken = Mapping[str, Any]  # a token of an expert: token, id, count, share, lift
 
-# Text and lines of the figures; their background is the page's.
+# Colours of text and lines in the figures on a light and on a dark page. Figures are transparent.
 _LIGHT, _DARK = "#24292f", "#d4d8dd"
 
 
 def write_expert_report(analysis: Analysis, folder: Path) -> list[Path]:
-    """Writes `experts.html` and `experts.json`, each all or not at all; returns their paths.
+    """Writes `experts.html` and `experts.json`, each atomically; returns their paths.
 
     Raises `UserError` for a folder that cannot be written, and without Matplotlib.
     """
@@ -42,14 +42,14 @@ def write_expert_report(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def expert_table(analysis: Analysis) -> str:
-    """The layers as aligned lines for people."""
+    """Returns the layers as a table of aligned text, a line each."""
     lines = [
         f"{'':20}{'mutual information':>31}{'load, 1 = fair share':>24}",
         f"{'':20}{'nats':>8}{'by chance':>11}{'of entropy':>12}{'max':>12}{'min':>12}",
     ]
     for layer in analysis["layers"]:
         lines.append(
-            f"{place(layer):20}"
+            f"{layer_name(layer):20}"
             f"{layer['mutual_information']:>8.3f}"
             f"{layer['mutual_information_by_chance']:>11.3f}"
             f"{_percent(layer['mutual_information_of_entropy']):>12}"
@@ -59,20 +59,20 @@ def expert_table(analysis: Analysis) -> str:
     return "\n".join(lines)
 
 
-def place(layer: ReportLayer) -> str:
-    """Where an expert layer is: `encoder 3`, `encoder 3 attention`."""
+def layer_name(layer: ReportLayer) -> str:
+    """Returns stack, layer and sublayer: `encoder 3`, `encoder 3 attention`."""
     sublayer = "" if layer["sublayer"] == "ff" else f" {layer['sublayer']}"
     return f"{layer['stack']} {layer['layer']}{sublayer}"
 
 
-def visible(token: str) -> str:
-    """A token as HTML, with the code of every character that would not be seen."""
-    shown = (c if c.isprintable() and c != " " else f"⟨U+{ord(c):04X}⟩" for c in token)
-    return html.escape("".join(shown)).replace("▁", "<i>▁</i>")  # else it looks like `_`
+def token_to_html(token: str) -> str:
+    """Returns a token as HTML, with invisible characters as their codes."""
+    text = "".join(c if c.isprintable() and c != " " else f"⟨U+{ord(c):04X}⟩" for c in token)
+    return html.escape(text).replace("▁", "<i>▁</i>")  # coloured, to differ from `_`
 
 
 def expert_page(analysis: Analysis) -> str:
-    """The report as HTML, figures included. Raises `UserError` without Matplotlib."""
+    """Returns the report as HTML, figures included. Raises `UserError` without Matplotlib."""
     layers, factor = analysis["layers"], analysis["eval_capacity_factor"]
     facts = {
         "checkpoint": analysis["checkpoint"],
@@ -82,8 +82,9 @@ def expert_page(analysis: Analysis) -> str:
         "experts": f"{analysis['num_experts']:,}",
         "capacity factor": "none" if factor is None else f"{factor:g}",
     }
-    light, dark = (_png(layers, colour) for colour in (_LIGHT, _DARK))
+    light, dark = (_figure_url(layers, colour) for colour in (_LIGHT, _DARK))
     body = [
+        _INTRODUCTION,
         "<dl>",
         *(f"<div><dt>{name}<dd>{html.escape(value)}</div>" for name, value in facts.items()),
         "</dl>",
@@ -91,56 +92,57 @@ def expert_page(analysis: Analysis) -> str:
         f'<img src="{light}" alt="Loads of the experts, and mutual information by layer">'
         "</picture>",
         _overview(layers),
-        *map(_section, enumerate(layers)),
+        *(_layer_section(number, layer) for number, layer in enumerate(layers)),
     ]
-    return _HEAD + "\n".join(body) + "\n</html>\n"
+    return html_page(_TITLE, "\n".join(body), _STYLE)
 
 
-def _png(layers: Sequence[ReportLayer], colour: str) -> str:
-    """Loads and mutual information as a data URL; text and lines have the colour."""
+def _figure_url(layers: Sequence[ReportLayer], colour: str) -> str:
+    """Returns the figure of all layers as a data URL; text and lines have the colour."""
     kinds = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     file = io.BytesIO()
     with import_matplotlib().rc_context(dict.fromkeys(kinds, colour)):
-        _figure(layers, colour).savefig(file, format="png", dpi=144, transparent=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        _draw_figure(layers, colour).savefig(file, format="png", dpi=144, transparent=True)
+    return png_data_url(file.getvalue())
 
 
-def _figure(layers: Sequence[ReportLayer], colour: str) -> Any:
-    rows, names = range(len(layers)), [place(layer) for layer in layers]
+def _draw_figure(layers: Sequence[ReportLayer], colour: str) -> Any:
+    """Draws the load of every expert, and the mutual information of every layer."""
+    rows, names = range(len(layers)), [layer_name(layer) for layer in layers]
     figure = new_figure(1, 2, (12, 1.6 + 0.35 * len(layers)), width_ratios=[3, 2])
-    loads, information = figure.axes
-    share_LxE = [[expert["load"] for expert in layer["experts"]] for layer in layers]
-    E = len(share_LxE[0])
-    image = loads.imshow(
-        [[E * share for share in share_E] for share_E in share_LxE],
+    load_axes, information_axes = figure.axes
+    load_LxE = [[expert["load"] for expert in layer["experts"]] for layer in layers]
+    E = len(load_LxE[0])
+    image = load_axes.imshow(
+        [[E * load for load in load_E] for load_E in load_LxE],
         aspect="auto",
         interpolation="nearest",
         vmin=0,
     )
-    loads.grid(False)
-    loads.set(xlabel="expert", title="Load (1 = fair share)")
-    loads.locator_params("x", integer=True)
+    load_axes.grid(False)
+    load_axes.set(xlabel="expert", title="Load (1 = fair share)")
+    load_axes.locator_params("x", integer=True)
     entropy, mutual, chance = (
         [layer[key] for layer in layers]
         for key in ("expert_entropy", "mutual_information", "mutual_information_by_chance")
     )
-    information.barh(rows, entropy, color="none", edgecolor=colour, label="entropy of experts")
-    information.barh(rows, mutual, color="C0", label="mutual information")
-    information.plot(chance, rows, "|", ms=12, mew=2, color="C1", label="by chance")
-    information.set(xlabel="nats", title="What a token tells about its expert")
-    information.set(ylim=loads.get_ylim())
-    information.set_axisbelow(True)
-    information.grid(False, axis="y")
-    for axes in (loads, information):
+    information_axes.barh(rows, entropy, color="none", edgecolor=colour, label="entropy of experts")
+    information_axes.barh(rows, mutual, color="C0", label="mutual information")
+    information_axes.plot(chance, rows, "|", ms=12, mew=2, color="C1", label="by chance")
+    information_axes.set(xlabel="nats", title="Mutual information of token and expert")
+    information_axes.set(ylim=load_axes.get_ylim())
+    information_axes.set_axisbelow(True)
+    information_axes.grid(False, axis="y")
+    for axes in (load_axes, information_axes):
         axes.set_yticks(rows, names)
-    figure.colorbar(image, ax=loads, pad=0.01)
+    figure.colorbar(image, ax=load_axes, pad=0.01)
     figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower right")
     return figure
 
 
 def _overview(layers: Sequence[ReportLayer]) -> str:
-    """A line for each layer, which leads to its section."""
-    columns = {
+    """Returns a table with a line for each layer, linked to the section of that layer."""
+    columns: dict[str, Callable[[ReportLayer], str]] = {
         "Mutual information (nats)": lambda layer: f"{layer['mutual_information']:.3f}",
         "By chance": lambda layer: f"{layer['mutual_information_by_chance']:.3f}",
         "Of entropy": lambda layer: _percent(layer["mutual_information_of_entropy"]),
@@ -150,54 +152,53 @@ def _overview(layers: Sequence[ReportLayer]) -> str:
         "Idle experts": lambda layer: f"{layer['idle_experts']:,}",
         "Assignments": lambda layer: f"{layer['assignments']:,}",
     }
-    rows = []
-    for number, layer in enumerate(layers):
-        cells = "".join(f"<td>{cell(layer)}" for cell in columns.values())
-        rows.append(f'<tr><th><a href="#layer{number}">{place(layer)}</a>{cells}')
-    return _table("overview", ["Layer", *columns], rows)
+    rows = [
+        [
+            f'<th><a href="#layer{number}">{layer_name(layer)}</a>',
+            *(f"<td>{cell(layer)}" for cell in columns.values()),
+        ]
+        for number, layer in enumerate(layers)
+    ]
+    return html_table("overview", ["Layer", *columns], rows)
 
 
-def _section(numbered: tuple[int, ReportLayer]) -> str:
-    """The experts of a layer."""
-    number, layer = numbered
+def _layer_section(number: int, layer: ReportLayer) -> str:
+    """Returns a heading and a table of the experts of a layer."""
     rows = []
     for expert in layer["experts"]:
-        fair = expert["load"] * len(layer["experts"])
+        load = expert["load"] * len(layer["experts"])  # 1: a fair share
         gate = expert["mean_gate"]
-        cells = (
-            f'<td class="load" style="--part:{fair / max(layer["load_max"], 1):.3f}">'
-            f"{_percent(expert['load'])}<small>{fair:.2f} × fair</small>",
-            f"<td>{'–' if gate is None else f'{gate:.3f}'}",
-            f"<td>{_tokens(expert['tokens'], _share)}",
-            f"<td>{_tokens(expert['characteristic'], _lift)}",
-            f"<td>{_tokens(expert['preceding'], _share)}",
+        rows.append(
+            [
+                f"<th>{expert['expert']}",
+                f'<td class="load" style="--part:{load / max(layer["load_max"], 1):.3f}">'
+                f"{_percent(expert['load'])}<small>{load:.2f} × fair</small>",
+                f"<td>{'–' if gate is None else f'{gate:.3f}'}",
+                f"<td>{_tokens(expert['tokens'], _count_and_share)}",
+                f"<td>{_tokens(expert['characteristic'], _count_and_lift)}",
+                f"<td>{_tokens(expert['preceding'], _count_and_share)}",
+            ]
         )
-        rows.append(f"<tr><th>{expert['expert']}{''.join(cells)}")
     columns = ["Expert", "Load", "Mean gate", "Tokens", "Characteristic", "Preceding"]
-    title = f'<h2 id="layer{number}">{place(layer).capitalize()}</h2>'
-    return title + _table("experts", columns, rows)
-
-
-def _table(kind: str, columns: Sequence[str], rows: Sequence[str]) -> str:
-    head = "".join(f"<th>{column}" for column in columns)
-    return "\n".join([f'<table class="{kind}"><thead><tr>{head}<tbody>', *rows, "</table>"])
+    title = f'<h2 id="layer{number}">{layer_name(layer).capitalize()}</h2>'
+    return title + html_table("experts", columns, rows)
 
 
 def _tokens(tokens: Sequence[ReportToken], note: Callable[[ReportToken], str]) -> str:
-    """Tokens side by side, each with a note; those that are no text look different."""
+    """Returns tokens side by side, each with a note; special tokens have another colour."""
     return " ".join(
         f"<span{' class=sign' if re.fullmatch('<.+>', token['token']) else ''}"
-        f' title="id {token["id"]}"><code>{visible(token["token"])}</code>'
+        f' title="id {token["id"]}"><code>{token_to_html(token["token"])}</code>'
         f"<small>{note(token)}</small></span>"
         for token in tokens
     )
 
 
-def _share(token: ReportToken) -> str:
+def _count_and_share(token: ReportToken) -> str:
     return f"{token['count']:,} · {_percent(token['share'])}"
 
 
-def _lift(token: ReportToken) -> str:
+def _count_and_lift(token: ReportToken) -> str:
     return f"{token['count']:,} · {token['lift']:.3g}×"
 
 
@@ -205,42 +206,24 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-_HEAD = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What the experts specialise in</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --page: #fff; --text: #24292f; --dim: #656d76; --line: #d8dee4; --chip: #f3f5f7;
-  --bar: #d5e4f5; --link: #0a5cb8; --sign: #8a4b00;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #16191d; --text: #d4d8dd; --dim: #8d96a0; --line: #30363d; --chip: #22272d;
-    --bar: #1f3a57; --link: #6cb0ff; --sign: #e3a857;
-  }
-}
-body {
-  margin: 2rem auto; max-width: 84rem; padding: 0 1.5rem;
-  background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sans-serif;
-}
-h1 { font-size: 1.6rem; margin: 0 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-p { max-width: 48rem; color: var(--dim); }
-a { color: var(--link); text-decoration: none; }
+_TITLE = "Expert specialization"
+_INTRODUCTION = f"""<h1>{_TITLE}</h1>
+<p>The counts are of the router’s assignments in evaluation, before any is dropped for want of a
+slot (ntlb and expert choice: only assignments with a slot), of real tokens only; each of a token’s
+several experts counts. The decoder’s tokens are its inputs, which begin with
+<code>&lt;start&gt;</code>; <code><i>▁</i></code> is a space.</p>
+<p>“Tokens” are the most frequent tokens of an expert, and “Preceding” the most frequent tokens
+before its tokens, with their counts and their shares of the expert’s total. “Characteristic” tokens
+add most to the mutual information of token and expert; × is the ratio of their count to the count
+that is expected if experts do not depend on tokens. Mutual information by chance is that of the
+same tokens with their experts shuffled: only the part above it means something. Loads of layers are
+in units of a fair share.</p>
+"""
+_STYLE = """\
 dl { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 0 0 1.5rem; }
 dt, small { color: var(--dim); font-size: .8rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
-img { width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-thead th {
-  position: sticky; top: 0; background: var(--page); color: var(--dim);
-  font-size: .8rem; font-weight: 600; box-shadow: inset 0 -1px var(--line);
-}
-th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; }
-tbody tr { border-bottom: 1px solid var(--line); }
+img, table { width: 100%; }
 .overview { margin: 1.5rem 0; }
 .overview td, .overview thead th + th { text-align: right; }
 .experts td:nth-child(n + 4) { width: 27%; }
@@ -257,16 +240,4 @@ span small { margin-left: .4rem; }
 code { font: .85rem ui-monospace, monospace; unicode-bidi: isolate; white-space: pre; }
 .sign code { color: var(--sign); }
 i { color: var(--link); font-style: normal; }
-</style>
-<h1>What the experts specialise in</h1>
-<p>Counted are the assignments that the router made in evaluation, before any was dropped for want
-of a slot (ntlb, expert choice: those with a slot), of real tokens only; with several experts a
-token, each counts. A decoder’s tokens are its inputs, which begin with <code>&lt;start&gt;</code>;
-<code><i>▁</i></code> is a space.</p>
-<p>Tokens and preceding tokens are those an expert takes, or takes the successor of, most often,
-with counts and shares of the expert’s total. Characteristic ones add most to the mutual
-information of token and expert; × says how many times as often the expert takes them as if
-experts did not depend on tokens. Mutual information by chance is what the same tokens show with
-their experts shuffled: only what is above it means something. Loads of layers are in units of a
-fair share.</p>
 """

@@ -1,13 +1,13 @@
-"""What each expert specialises in: the tokens it takes, the tokens before those, and how much a
-token tells about its expert.
+"""Expert specialization: tokens of each expert, preceding tokens, and mutual information.
 
-Counted are the assignments that the router makes in evaluation, before any is dropped for want
-of a slot (ntlb, expert choice: those with a slot, for there routing looks at the room), of real
-tokens only; where a token has several experts, each counts. A decoder's tokens are its inputs:
-the start token, then the targets one place to the right.
+The counts are of the router's assignments in evaluation, before any is dropped for want of a slot
+(ntlb and expert choice, whose routing depends on the capacity: only assignments with a slot). They
+are of real tokens only; each of a token's several experts counts. The decoder's tokens are its
+inputs: the start token, then the targets shifted right by one.
 
-    V vocabulary          N tokens of a batch     E experts    K experts a token may be in
-    P pairs of token and expert that occur
+    V vocabulary          N tokens of a batch     E experts    K experts per token, at the most
+    P pairs of token and expert with a count      G groups     S tokens per group
+    B rows of a batch     L length of a row
 """
 
 import itertools
@@ -34,38 +34,37 @@ from switch_jax.errors import UserError
 from switch_jax.evaluation import check_vocabulary, validation_batches
 from switch_jax.model import MeshJit, ShardedModel, process_rows, token_masks
 
-TOP = 10  # tokens of each kind that are named for an expert
-NONE = -1  # in place of a preceding token, where there is none
+TOP_TOKENS = 10  # tokens of each kind in the report of an expert
+NO_TOKEN = -1  # id in place of a preceding token if there is none
 
-# Name of a token, from its id.
-Names = Callable[[int], str]
+TokenNames = Callable[[int], str]  # token id → text
 _SUBLAYERS = {"mlp": "ff", "self_attention": "attention"}
 
 
 class RoutedTokens(NamedTuple):
-    """The tokens of one stack of a batch, rows one after the other."""
+    """Tokens of one stack of a batch, row after row."""
 
-    token_N: np.ndarray
-    preceding_N: np.ndarray  # the token before, in the same row and segment; or `NONE`
+    token_N: np.ndarray  # int32 ids
+    preceding_N: np.ndarray  # int32, the token before in the same row and segment, or `NO_TOKEN`
     real_N: np.ndarray  # bool, false for padding
 
 
 class TokenExpertPairs(NamedTuple):
-    """The pairs that occur in a table of counts, by expert and then by token."""
+    """Pairs with a count above 0, sorted by expert and then by token."""
 
     token_P: np.ndarray
     expert_P: np.ndarray
     count_P: np.ndarray
-    lift_P: np.ndarray  # how many times as often as if experts did not depend on tokens
+    lift_P: np.ndarray  # count / count expected if experts did not depend on tokens
     nats_P: np.ndarray  # contribution to the mutual information: count / Σ count · log lift
 
 
-class Counts:
-    """What one expert layer did, added up over batches.
+class AssignmentCounts:
+    """Assignments of one expert layer, summed over batches.
 
     Attributes:
-      token_VxE: int32, how often each token went to each expert.
-      preceding_VxE: int32, how often each token was the one before.
+      token_VxE: int32, assignments of each token to each expert.
+      preceding_VxE: int32, assignments to each expert by the token before the assigned one.
       gate_E: float64, sums of the gates.
     """
 
@@ -75,78 +74,84 @@ class Counts:
         self.gate_E = np.zeros(num_experts)
 
     def add(self, tokens: RoutedTokens, expert_NxK: np.ndarray, gate_NxK: np.ndarray) -> None:
-        """Counts the assignments of a batch; expert E and above is none."""
+        """Adds the assignments of a batch; expert indices of E and above mean no expert."""
         E = len(self.gate_E)
-        token, choice = np.nonzero((expert_NxK < E) & tokens.real_N[:, None])
-        expert, gate = expert_NxK[token, choice], gate_NxK[token, choice]
-        _count(self.token_VxE, tokens.token_N[token], expert)
-        before = tokens.preceding_N[token]
-        _count(self.preceding_VxE, before[before != NONE], expert[before != NONE])
+        n, k = np.nonzero((expert_NxK < E) & tokens.real_N[:, None])
+        expert, gate = expert_NxK[n, k], gate_NxK[n, k]
+        _add_counts(self.token_VxE, tokens.token_N[n], expert)
+        preceding = tokens.preceding_N[n]
+        exists = preceding != NO_TOKEN
+        _add_counts(self.preceding_VxE, preceding[exists], expert[exists])
         self.gate_E += np.bincount(expert, gate, E)
 
 
-def _count(counts_VxE: np.ndarray, token: np.ndarray, expert: np.ndarray) -> None:
-    place = token.astype(np.intp)
-    place *= counts_VxE.shape[1]
-    place += expert
-    # Flat, and in the counts' own type: a tenth of the time of two indices and a plain 1.
-    np.add.at(counts_VxE.reshape(-1), place, np.int32(1))
+def _add_counts(counts_VxE: np.ndarray, token: np.ndarray, expert: np.ndarray) -> None:
+    """Adds 1 for every pair of token and expert, in place."""
+    index = token.astype(np.intp)
+    index *= counts_VxE.shape[1]
+    index += expert
+    # A flat index and an int32 1 take a tenth of the time of two indices and a Python 1.
+    np.add.at(counts_VxE.reshape(-1), index, np.int32(1))
 
 
 def batch_tokens(batch: Batch) -> dict[str, RoutedTokens]:
-    """The tokens that are routed, by stack."""
+    """Returns the routed tokens of a batch, by stack."""
     result = {}
     for stack, mask_BxL in zip(STACKS, token_masks(batch)):
         token_BxL = batch[f"{stack}_input_tokens"]
         segment_BxL = batch.get(f"{stack}_segment_ids", mask_BxL.astype(np.int32))
         same_BxL = segment_BxL[:, 1:] == segment_BxL[:, :-1]
-        before_BxL = np.where(same_BxL & mask_BxL[:, :-1], token_BxL[:, :-1], NONE)
-        before_BxL = np.pad(before_BxL, ((0, 0), (1, 0)), constant_values=NONE)
-        result[stack] = RoutedTokens(*(x.reshape(-1) for x in (token_BxL, before_BxL, mask_BxL)))
+        preceding_BxL = np.where(same_BxL & mask_BxL[:, :-1], token_BxL[:, :-1], NO_TOKEN)
+        preceding_BxL = np.pad(preceding_BxL, ((0, 0), (1, 0)), constant_values=NO_TOKEN)
+        arrays = (token_BxL, preceding_BxL, mask_BxL)
+        result[stack] = RoutedTokens(*(array.reshape(-1) for array in arrays))
     return result
 
 
 def count_assignments(
     sharded: ShardedModel, params: Mapping[str, jax.Array], batches: Iterable[Batch]
-) -> dict[str, list[Counts]]:
-    """The counts of every expert layer, by `Stats` key, at the evaluation capacity.
+) -> dict[str, list[AssignmentCounts]]:
+    """Returns the counts of every expert layer at the evaluation capacity.
 
-    A layer's two tables take 8 · V · E bytes, far less than its experts.
+    They are by `STACK/SUBLAYER`, as router statistics are: `encoder/mlp`, `encoder/self_attention`.
+    The two tables of a layer take 8 · V · E bytes, far less than its experts.
     """
     config = sharded.config
-    names = [f"{stack}_{name}" for stack in STACKS for name in ("input_tokens", "segment_ids")]
+    features = [f"{stack}_{name}" for stack in STACKS for name in ("input_tokens", "segment_ids")]
+    features.append("decoder_loss_weights")
 
-    def run(params, batch):
+    def route_batch(params, batch):
         _, routes = sharded.model(params).route(
             batch, capacity_factor=config.moe.eval_capacity_factor
         )
         assignments = {
             f"{stack}/{sublayer}": (routed.assignment.expert_SxK, routed.assignment.gate_SxK)
-            for stack, of_stack in routes.items()
-            for sublayer, routed in of_stack.items()
+            for stack, sublayers in routes.items()
+            for sublayer, routed in sublayers.items()
         }
-        # The batch comes back whole: of several processes each has fed a part of it.
-        shown = {n: batch[n] for n in (*names, "decoder_loss_weights") if n in batch}
-        return shown, assignments
+        # Returned because a process has only its own rows of the batch, and counts all rows.
+        global_batch = {name: batch[name] for name in features if name in batch}
+        return global_batch, assignments
 
-    on_mesh = MeshJit(sharded.mesh, run, out_shardings=replicated(sharded.mesh))
-    counts: dict[str, list[Counts]] = {}
+    jitted = MeshJit(sharded.mesh, route_batch, out_shardings=replicated(sharded.mesh))
+    counts: dict[str, list[AssignmentCounts]] = {}
     for batch in batches:
-        shown, assignments = jax.device_get(on_mesh(params, sharded.shard_batch(batch)))
-        tokens = batch_tokens(shown)
+        global_batch, assignments = jax.device_get(jitted(params, sharded.shard_batch(batch)))
+        tokens = batch_tokens(global_batch)
         for key, layers in assignments.items():
             stack, _ = key.split("/")
             if key not in counts:
                 shape = config.model.vocab_size, config.moe.num_experts
-                counts[key] = [Counts(*shape) for _ in config.sparse_layers(stack)]
-            for layer, expert_GxSxK, gate_GxSxK in zip(counts[key], *layers):
+                counts[key] = [AssignmentCounts(*shape) for _ in config.sparse_layers(stack)]
+            for layer_counts, expert_GxSxK, gate_GxSxK in zip(counts[key], *layers):
                 K = expert_GxSxK.shape[-1]
-                layer.add(tokens[stack], expert_GxSxK.reshape(-1, K), gate_GxSxK.reshape(-1, K))
+                expert_NxK, gate_NxK = expert_GxSxK.reshape(-1, K), gate_GxSxK.reshape(-1, K)
+                layer_counts.add(tokens[stack], expert_NxK, gate_NxK)
     return counts
 
 
 def token_expert_pairs(counts_VxE: np.ndarray) -> TokenExpertPairs:
-    """The pairs of a table of counts; the sum of their `nats_P` is the mutual information."""
+    """Returns the pairs of a table of counts; the sum of `nats_P` is the mutual information."""
     expert_P, token_P = np.nonzero(counts_VxE.T)
     count_P = counts_VxE[token_P, expert_P]
     token_V, expert_E = counts_VxE.sum(1, dtype=float), counts_VxE.sum(0, dtype=float)
@@ -155,32 +160,33 @@ def token_expert_pairs(counts_VxE: np.ndarray) -> TokenExpertPairs:
     return TokenExpertPairs(token_P, expert_P, count_P, lift_P, count_P / total * np.log(lift_P))
 
 
-def shuffle_information(found: TokenExpertPairs, shape: tuple[int, int]) -> np.ndarray:
-    """[V, E] counts after dealing out the same experts to the same tokens at random.
+def shuffle_experts(pairs: TokenExpertPairs, shape: tuple[int, int]) -> np.ndarray:
+    """Returns [V, E] int32 counts of the same tokens and experts, paired at random.
 
-    Its mutual information is what a text of that length shows where there is none: a token that
-    occurs once has one expert, whatever the router does.
+    Their mutual information is that of a text of this length if experts do not depend on tokens. It
+    is above 0: a token that occurs once has one expert, whatever the router does.
     """
-    token = np.repeat(found.token_P.astype(np.int32), found.count_P)
-    expert = np.repeat(found.expert_P.astype(np.int32), found.count_P)
+    token = np.repeat(pairs.token_P.astype(np.int32), pairs.count_P)
+    expert = np.repeat(pairs.expert_P.astype(np.int32), pairs.count_P)
     np.random.default_rng(0).shuffle(expert)
     counts_VxE = np.zeros(shape, np.int32)
-    _count(counts_VxE, token, expert)
+    _add_counts(counts_VxE, token, expert)
     return counts_VxE
 
 
-def describe_experts(counts: Counts, names: Names) -> dict[str, Any]:
-    """One expert layer and each of its experts, as JSON values.
+def describe_experts(counts: AssignmentCounts, names: TokenNames) -> dict[str, Any]:
+    """Returns one expert layer and each of its experts, as JSON values.
 
-    Mutual information and entropy are in nats, of the tokens' experts; `share` of a token is
-    among the assignments of the expert, and `lift` as in `Pairs`. Tokens are `characteristic`
-    by their contribution to the mutual information. The loads of the layer are in units of a
-    fair share, those of the experts shares of 1.
+    Mutual information and entropy are in nats, of the experts of assigned tokens. The `share` of a
+    token is its part of the expert's assignments, and `lift` as in `TokenExpertPairs`. Tokens are
+    `characteristic` by their contribution to the mutual information. The loads of the layer are in
+    units of a fair share; the loads of experts sum to 1.
     """
-    taken = token_expert_pairs(counts.token_VxE)
-    information = _information(taken)
-    by_chance = _information(token_expert_pairs(shuffle_information(taken, counts.token_VxE.shape)))
-    before = token_expert_pairs(counts.preceding_VxE)
+    pairs = token_expert_pairs(counts.token_VxE)
+    preceding_pairs = token_expert_pairs(counts.preceding_VxE)
+    information = _mutual_information(pairs)
+    shuffled_VxE = shuffle_experts(pairs, counts.token_VxE.shape)
+    by_chance = _mutual_information(token_expert_pairs(shuffled_VxE))
     count_E = counts.token_VxE.sum(0, dtype=np.int64)
     E, load_E = len(count_E), count_E / max(count_E.sum(), 1)
     entropy = float(-np.sum(load_E * np.log(load_E, where=load_E > 0, out=np.zeros(E))))
@@ -188,16 +194,16 @@ def describe_experts(counts: Counts, names: Names) -> dict[str, Any]:
         gate_E = counts.gate_E / count_E
     experts = []
     for expert in range(E):
-        mine, preceding = _of(expert, taken), _of(expert, before)
+        tokens, preceding = _pairs_of(expert, pairs), _pairs_of(expert, preceding_pairs)
         experts.append(
             {
                 "expert": expert,
                 "assignments": int(count_E[expert]),
                 "load": float(load_E[expert]),
                 "mean_gate": float(gate_E[expert]) if math.isfinite(gate_E[expert]) else None,
-                "tokens": _top(mine, mine.count_P, names),
-                "characteristic": _top(mine, mine.nats_P, names),
-                "preceding": _top(preceding, preceding.count_P, names),
+                "tokens": _top_tokens(tokens, tokens.count_P, names),
+                "characteristic": _top_tokens(tokens, tokens.nats_P, names),
+                "preceding": _top_tokens(preceding, preceding.count_P, names),
             }
         )
     return {
@@ -214,27 +220,29 @@ def describe_experts(counts: Counts, names: Names) -> dict[str, Any]:
     }
 
 
-def _information(found: TokenExpertPairs) -> float:
-    return max(0.0, float(found.nats_P.sum()))  # rounding may leave a bit less than nothing
+def _mutual_information(pairs: TokenExpertPairs) -> float:
+    return max(0.0, float(pairs.nats_P.sum()))  # rounding may leave a little less than 0
 
 
-def _of(expert: int, found: TokenExpertPairs) -> TokenExpertPairs:
-    """The pairs of one expert."""
-    first, end = np.searchsorted(found.expert_P, (expert, expert + 1))
-    return TokenExpertPairs(*(x[first:end] for x in found))
+def _pairs_of(expert: int, pairs: TokenExpertPairs) -> TokenExpertPairs:
+    """Returns the pairs of one expert."""
+    first, end = np.searchsorted(pairs.expert_P, (expert, expert + 1))
+    return TokenExpertPairs(*(column[first:end] for column in pairs))
 
 
-def _top(found: TokenExpertPairs, value_P: np.ndarray, names: Names) -> list[dict[str, Any]]:
-    """The tokens of one expert with the largest values above 0; of equals the smaller id first."""
-    total = found.count_P.sum()
-    order = np.argsort(-value_P, kind="stable")[:TOP]
+def _top_tokens(
+    pairs: TokenExpertPairs, value_P: np.ndarray, names: TokenNames
+) -> list[dict[str, Any]]:
+    """Returns an expert's tokens with the largest values above 0; ties by the smaller id."""
+    total = pairs.count_P.sum()
+    order = np.argsort(-value_P, kind="stable")[:TOP_TOKENS]
     return [
         {
-            "token": names(int(found.token_P[i])),
-            "id": int(found.token_P[i]),
-            "count": int(found.count_P[i]),
-            "share": float(found.count_P[i] / total),
-            "lift": float(found.lift_P[i]),
+            "token": names(int(pairs.token_P[i])),
+            "id": int(pairs.token_P[i]),
+            "count": int(pairs.count_P[i]),
+            "share": float(pairs.count_P[i] / total),
+            "lift": float(pairs.lift_P[i]),
         }
         for i in order
         if value_P[i] > 0
@@ -244,27 +252,27 @@ def _top(found: TokenExpertPairs, value_P: np.ndarray, names: Names) -> list[dic
 def analyse_experts(
     workdir: Workdir, folder: Path, config: Config, text: Path | None = None
 ) -> dict[str, Any]:
-    """The experts of a checkpoint, as JSON values: what there is to know, and `layers`.
+    """Returns the analysis of a checkpoint's experts as JSON values: its settings, and `layers`.
 
     Args:
       folder: the checkpoint.
-      text: a UTF-8 file, read with the run's vocabulary; None: `train.eval_batches` validation
+      text: a UTF-8 file, encoded with the run's vocabulary; None: `train.eval_batches` validation
         batches of `config`.
 
-    Raises `UserError`, also for a model without experts.
+    Raises `UserError` for a model without experts, and for a text or vocabulary that is unusable.
     """
     if not any(map(config.sparse_layers, STACKS)):
         raise UserError(f"{workdir.path} has no experts; name the WORKDIR of a sparse model.")
     sharded = ShardedModel(config, make_mesh(config))
-    names = _names(workdir, config)
+    names = _token_names(workdir, config)
     batches = _batches(workdir, config, process_rows(sharded.mesh), text)
     counts = count_assignments(sharded, restore_params(folder, sharded.abstract_params), batches)
     layers = []
-    for key, of_key in counts.items():
+    for key, counts_by_layer in counts.items():
         stack, sublayer = key.split("/")
-        for layer, of_layer in zip(config.sparse_layers(stack), of_key):
-            place = {"stack": stack, "layer": layer, "sublayer": _SUBLAYERS[sublayer]}
-            layers.append(place | describe_experts(of_layer, names))
+        for layer, layer_counts in zip(config.sparse_layers(stack), counts_by_layer):
+            name = {"stack": stack, "layer": layer, "sublayer": _SUBLAYERS[sublayer]}
+            layers.append(name | describe_experts(layer_counts, names))
     layers.sort(key=lambda x: (STACKS.index(x["stack"]), x["layer"], x["sublayer"]))
     return {
         "checkpoint": str(folder),
@@ -277,25 +285,26 @@ def analyse_experts(
     }
 
 
-def _batches(workdir: Workdir, config: Config, feed: ProcessRows, text: Path | None) -> list[Batch]:
+def _batches(workdir: Workdir, config: Config, rows: ProcessRows, text: Path | None) -> list[Batch]:
+    """Returns this process's rows of the validation batches, or of the batches of a text file."""
     if text is None:
         check_vocabulary(workdir, config)
-        return list(itertools.chain(*validation_batches(config, feed).values()))
+        return list(itertools.chain(*validation_batches(config, rows).values()))
     if not workdir.vocabulary.is_file():
         raise UserError(
             f"{workdir.path} has no {workdir.vocabulary.name} to read a text with; leave --input"
             " out."
         )
-    return text_file_batches(text, read_vocabulary(workdir.vocabulary), config, feed)
+    return text_file_batches(text, read_vocabulary(workdir.vocabulary), config, rows)
 
 
-def _names(workdir: Workdir, config: Config) -> Names:
-    """How tokens are written; without a vocabulary, as their numbers."""
+def _token_names(workdir: Workdir, config: Config) -> TokenNames:
+    """Returns the function from token ids to text; without a vocabulary, `#ID`."""
     if workdir.vocabulary.is_file():
         vocabulary = read_vocabulary(workdir.vocabulary)
     elif config.data.reader != "synthetic":
         vocabulary = open_vocabulary(config)
     else:
         return lambda token: f"#{token}"
-    # The id of padding is real in one place, at the start of the decoder's inputs.
+    # The only real token with the id of padding is the start token of the decoder's inputs.
     return lambda token: "<start>" if token == PAD else vocabulary.piece(token)

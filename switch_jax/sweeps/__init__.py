@@ -1,10 +1,11 @@
 """Sweeps: several runs, compared in tables and figures."""
 
-from switch_jax.sweeps.paper_numbers import PAPER_SERIES
-from switch_jax.sweeps.report import write_report
+from switch_jax.sweeps.report import write_sweep_report
 from switch_jax.sweeps.runner import prepare_sweep, ready_jobs, run_sweep, sweep_jobs
 from switch_jax.sweeps.spec import (
     Curves,
+    PaperPoint,
+    PaperSeries,
     Scaling,
     Sources,
     Sweep,
@@ -15,8 +16,9 @@ from switch_jax.sweeps.spec import (
 )
 
 __all__ = [
-    "PAPER_SERIES",
     "Curves",
+    "PaperPoint",
+    "PaperSeries",
     "Scaling",
     "Sources",
     "Sweep",
@@ -28,5 +30,5 @@ __all__ = [
     "ready_jobs",
     "run_sweep",
     "sweep_jobs",
-    "write_report",
+    "write_sweep_report",
 ]

@@ -1,12 +1,12 @@
-"""A sweep's results for people: `summary.json`, `summary.md`, figures, and `index.html`."""
+"""Report of a sweep: `summary.json`, `summary.md`, figures, and `index.html`."""
 
-import base64
-import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from switch_jax.analysis import escape_markdown, html_page, markdown_to_html
 from switch_jax.checkpoint import QUALITY
 from switch_jax.errors import UserError
 from switch_jax.files import write_atomically
@@ -15,33 +15,38 @@ from switch_jax.sweeps.figures import draw_figures
 from switch_jax.sweeps.results import RunResult, read_result
 from switch_jax.sweeps.runner import Job
 from switch_jax.sweeps.spec import Sweep
-from switch_jax.sweeps.summary import Results, summarise
+from switch_jax.sweeps.summary import Results, summarise_sweep
 
-Cells = list[list[str]]  # the first line is the header
-Summary = Mapping[str, Any]  # as from `summary.summarise`
+Cells = list[list[str]]  # plain text; the first line is the header
+Summary = Mapping[str, Any]  # from `summarise_sweep`
+SpreadJson = Mapping[str, Any]  # mean, deviation, known, of, values
 
 
-def write_report(made: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
-    """Writes what the finished runs of a sweep show into its folder; returns the files.
+def write_sweep_report(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
+    """Writes the report of a sweep's finished runs into its folder; returns the files.
 
     Raises `UserError` for a folder that cannot be written, and without Matplotlib.
     """
-    results: dict[str, list[RunResult | None]] = {name: [] for name in made.runs}
+    results: dict[str, list[RunResult | None]] = {name: [] for name in sweep.runs}
     for job in jobs:
-        found = read_result(job.workdir, job.step_flops) if job.finished else None
-        results[job.name].append(found)
-    return write_results(made, results, folder)
+        result = read_result(job.workdir, job.step_flops) if job.finished else None
+        results[job.name].append(result)
+    return write_results_report(sweep, results, folder)
 
 
-def write_results(made: Sweep, results: Results, folder: Path) -> list[Path]:
-    """The same of results that are read."""
-    numbers = summarise(made, results)
+def write_results_report(sweep: Sweep, results: Results, folder: Path) -> list[Path]:
+    """Writes the report of these results into `folder`; returns the files.
+
+    Raises `UserError` for a folder that cannot be written, and without Matplotlib.
+    """
+    summary = summarise_sweep(sweep, results)
     try:
-        drawn = draw_figures(made, results, numbers, folder / "figures")
+        drawings = draw_figures(sweep, results, summary, folder / "figures")
+        markdown = summary_to_markdown(summary, {path.stem for path in drawings})
         contents = {
-            "summary.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
-            "summary.md": render_markdown(numbers, drawn),
-            "index.html": render_page(numbers, drawn),
+            "summary.json": json.dumps(summary, indent=1, ensure_ascii=False) + "\n",
+            "summary.md": markdown,
+            "index.html": html_page(summary["title"], markdown_to_html(markdown, folder), _STYLE),
         }
         for name, content in contents.items():
             write_atomically(folder / name, content.encode())
@@ -50,74 +55,60 @@ def write_results(made: Sweep, results: Results, folder: Path) -> list[Path]:
             f"{folder} cannot be written ({error.strerror}); make room for it, and run the same"
             " command again."
         ) from error
-    return [*(folder / name for name in contents), *drawn]
+    return [*(folder / name for name in contents), *drawings]
 
 
-def render_markdown(numbers: Summary, drawn: Sequence[Path]) -> str:
-    """The summary as Markdown, with links to the figures."""
-    parts = [f"# {numbers['title']}", _facts(numbers)]
-    for place, table in numbers["tables"].items():
-        parts += [f"## {table['title']}", f"The paper: {table['claim']}", _markdown(cells(table))]
-        parts += [f"![{table['title']}](figures/{place}.png)"] * _is_drawn(place, numbers, drawn)
-    for place, figure in numbers["figures"].items():
-        parts += [f"## {figure['title']}", f"The paper: {figure['claim']}"]
-        if lines := notes(figure):
-            parts.append("\n".join(f"- {line}" for line in lines))
-        parts += [f"![{figure['title']}](figures/{place}.png)"] * _has_file(place, drawn)
-    parts += ["## Runs", _markdown(run_cells(numbers))]
+def summary_to_markdown(summary: Summary, drawn: set[str]) -> str:
+    """Returns the summary as Markdown, with links to the figures.
+
+    Args:
+      drawn: names of the tables and figures that have an image.
+    """
+    parts = [f"# {escape_markdown(summary['title'])}", escape_markdown(_conditions(summary))]
+    for name, table in summary["tables"].items():
+        parts += [*_heading(table), _markdown_table(table_cells(table))]
+        if name not in summary["figures"]:  # a figure of that name has its own section
+            parts += _image(name, table["title"], drawn)
+    for name, figure in summary["figures"].items():
+        parts += _heading(figure)
+        if notes := figure_notes(figure):
+            parts.append("\n".join(f"- {escape_markdown(note)}" for note in notes))
+        parts += _image(name, figure["title"], drawn)
+    parts += ["## Runs", _markdown_table(runs_cells(summary))]
     return "\n\n".join(parts) + "\n"
 
 
-def render_page(numbers: Summary, drawn: Sequence[Path]) -> str:
-    """The summary as one HTML file that needs no other."""
-    parts = [f"<h1>{_html(numbers['title'])}</h1>", f"<p>{_html(_facts(numbers))}"]
-    pictures = {path.stem: path for path in drawn if path.suffix == ".png"}
-    for place, table in numbers["tables"].items():
-        parts += [f"<h2>{_html(table['title'])}</h2>", f"<p>The paper: {_html(table['claim'])}"]
-        parts.append(_html_table(cells(table)))
-        if _is_drawn(place, numbers, drawn):
-            parts.append(_picture(pictures[place], table["title"]))
-    for place, figure in numbers["figures"].items():
-        parts += [f"<h2>{_html(figure['title'])}</h2>", f"<p>The paper: {_html(figure['claim'])}"]
-        parts += [f"<p>{_html(line)}" for line in notes(figure)]
-        if place in pictures:
-            parts.append(_picture(pictures[place], figure["title"]))
-    parts += ["<h2>Runs</h2>", _html_table(run_cells(numbers))]
-    return _HEAD.format(title=_html(numbers["title"])) + "\n".join(parts) + "\n</html>\n"
-
-
-def cells(table: Mapping[str, Any]) -> Cells:
-    """A table of the summary; columns in which no row has anything are left out."""
+def table_cells(table: Mapping[str, Any]) -> Cells:
+    """Returns a table of the summary, without the columns that are empty in all rows."""
     metric = table["metric"]
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "neg. log perplexity" if metric == QUALITY else metric: lambda r: quality(r["quality"]),
-        "against the first row": lambda r: spread(r.get("gain"), 3, sign=True),
+        "neg. log perplexity" if metric == QUALITY else metric: lambda r: format_quality(
+            r["quality"]
+        ),
+        "against the first row": lambda r: format_spread(r.get("gain"), 3, sign=True),
         "the paper's": lambda r: r["paper"] or "",
-        "share of the gain": lambda r: spread(r.get("share_of_gain"), 0, percent=True),
-        "compression": lambda r: spread(r.get("compression"), 0, percent=True),
-        "at equal FLOPs": lambda r: spread(r.get("at_equal_flops"), 3),
-        "speed-up in steps": lambda r: times(r.get("speed_up_steps")),
-        "in time": lambda r: times(r.get("speed_up_seconds")),
+        "share of the gain": lambda r: format_spread(r.get("share_of_gain"), 0, percent=True),
+        "compression": lambda r: format_spread(r.get("compression"), 0, percent=True),
+        "at equal FLOPs": lambda r: format_spread(r.get("at_equal_flops"), 3),
+        "speed-up in steps": lambda r: format_speed_up(r.get("speed_up_steps")),
+        "in time": lambda r: format_speed_up(r.get("speed_up_seconds")),
         "parameters": lambda r: "" if r["params"] is None else format_si(r["params"], ""),
-        "sequences/s": lambda r: spread(r["sequences_per_second"], 0),
-        "dropped": lambda r: spread(r["dropped"], 1, percent=True),
+        "sequences/s": lambda r: format_spread(r["sequences_per_second"], 0),
+        "dropped": lambda r: format_spread(r["dropped"], 1, percent=True),
     }
     rows = table["rows"]
-    shown = {
-        name: [cell(row) for row in rows.values()]
-        for name, cell in columns.items()
-        if any(cell(row) for row in rows.values())
-    }
-    body = [[label, *(shown[name][n] for name in shown)] for n, label in enumerate(rows)]
+    texts = {name: [cell(row) for row in rows.values()] for name, cell in columns.items()}
+    shown = {name: column for name, column in texts.items() if any(column)}
+    body = [[label, *(column[n] for column in shown.values())] for n, label in enumerate(rows)]
     return [["", *shown], *body]
 
 
-def run_cells(numbers: Summary) -> Cells:
-    """What every run took: the iso-FLOP table of a sweep."""
+def runs_cells(summary: Summary) -> Cells:
+    """Returns a table of the size and the cost of every run."""
     header = ["run", "seeds", "parameters", "FLOPs a sequence", "steps", "target tokens"]
     lines = [[*header, "FLOPs in training"]]
-    for name, run in numbers["runs"].items():
-        line = [name, f"{len(run['seeds'])} of {len(numbers['seeds'])}"]
+    for name, run in summary["runs"].items():
+        line = [name, f"{len(run['seeds'])} of {len(summary['seeds'])}"]
         if run["seeds"]:
             line += [
                 f"{run['params']:,}",
@@ -130,124 +121,112 @@ def run_cells(numbers: Summary) -> Cells:
     return lines
 
 
-def notes(figure: Mapping[str, Any]) -> list[str]:
-    """What a figure says in numbers, a line each."""
-    lines = [
-        f"{label} against {figure['baseline']}, in {figure['x']}: {times(found)}"
-        for label, found in figure.get("speed_up", {}).items()
-        if times(found)
+def figure_notes(figure: Mapping[str, Any]) -> list[str]:
+    """Returns the numbers of a figure of the summary in words, a line each."""
+    notes = [
+        f"{label} against {figure['baseline']}, in {figure['x']}: {format_speed_up(ratios)}"
+        for label, ratios in figure.get("speed_up", {}).items()
+        if format_speed_up(ratios)
     ]
     if figure.get("sources"):
-        lines += [
-            f"Better in the end: {spread(figure['improved'], 1)} of {figure['sources']} sources",
-            f"Mean speed-up of those that get there: {times(figure['speed_up_mean'])}",
-            f"At least 4 × as fast: {spread(figure['share_at_least_4'], 0, percent=True)}",
+        improved = format_spread(figure["improved"], 1)
+        notes += [
+            f"Better in the end: {improved} of {figure['sources']} sources",
+            f"Mean speed-up of those that get there: {format_speed_up(figure['speed_up_mean'])}",
+            f"At least 4 × as fast: {format_spread(figure['share_at_least_4'], 0, percent=True)}",
         ]
     for label, pairs in figure.get("points", {}).items():
         if pairs:
-            shown = ", ".join(f"{before:.3f} → {after:.1f}" for before, after in sorted(pairs))
-            lines.append(f"{label}, upstream → downstream: {shown}")
+            points = ", ".join(f"{before:.3f} → {after:.1f}" for before, after in sorted(pairs))
+            notes.append(f"{label}, upstream → downstream: {points}")
     for label, law in figure.get("power_laws", {}).items():
         if law is not None:
             low, high = law["exponent_interval"]
-            lines.append(
+            notes.append(
                 f"{label}: loss ∝ {figure['x']}^{law['exponent']:.4f}"
                 f" (95 % interval {low:.4f} … {high:.4f})"
             )
-    return lines
+    return notes
 
 
-def spread(
-    found: Mapping[str, Any] | None, digits: int, *, percent: bool = False, sign: bool = False
+def format_spread(
+    spread: SpreadJson | None, digits: int, *, percent: bool = False, sign: bool = False
 ) -> str:
-    """A figure over seeds, as mean ± standard deviation; empty where there is none."""
-    if found is None or found["mean"] is None:
+    """Returns mean ± standard deviation over seeds; empty if no seed has a value."""
+    if spread is None or spread["mean"] is None:
         return ""
     scale, unit = (100.0, " %") if percent else (1.0, "")
     plus = "+" if sign else ""
-    text = f"{scale * found['mean']:{plus}.{digits}f}"
-    if found["deviation"] is not None:
-        text += f" ± {scale * found['deviation']:.{digits}f}"
-    return text + unit + _missing(found)
+    text = f"{scale * spread['mean']:{plus}.{digits}f}"
+    if spread["deviation"] is not None:
+        text += f" ± {scale * spread['deviation']:.{digits}f}"
+    return text + unit + _seed_count(spread)
 
 
-def quality(found: Mapping[str, Any]) -> str:
-    """A final quality over seeds, "diverged" where no seed has one."""
-    return "diverged" if found["of"] and found["mean"] is None else spread(found, 3)
+def format_quality(spread: SpreadJson) -> str:
+    """Returns a final quality over seeds; "diverged" if no finished seed has a value."""
+    diverged = spread["of"] and spread["mean"] is None
+    return "diverged" if diverged else format_spread(spread, 3)
 
 
-def times(found: Mapping[str, Any] | None) -> str:
-    """A speed-up over seeds; "not reached" where no seed gets there, empty where none was run."""
-    if found is None or not found["of"]:
+def format_speed_up(spread: SpreadJson | None) -> str:
+    """Returns a speed-up over seeds.
+
+    "not reached" if no seed reaches the baseline's quality, empty if no seed is finished.
+    """
+    if spread is None or not spread["of"]:
         return ""
-    if found["mean"] is None:
+    if spread["mean"] is None:
         return "not reached"
-    return spread({**found, "known": found["of"]}, 2) + " ×" + _missing(found)
+    return format_spread({**spread, "known": spread["of"]}, 2) + " ×" + _seed_count(spread)
 
 
-def _missing(found: Mapping[str, Any]) -> str:
-    return "" if found["known"] == found["of"] else f" ({found['known']} of {found['of']})"
+def _seed_count(spread: SpreadJson) -> str:
+    """Returns the number of seeds that have a value, empty if all have one."""
+    known, count = spread["known"], spread["of"]
+    return "" if known == count else f" ({known} of {count})"
 
 
-def _facts(numbers: Summary) -> str:
-    """What all figures have in common."""
-    on = " and ".join(numbers["devices"]) or "nothing yet"
-    seeds = ", ".join(map(str, numbers["seeds"]))
+def _conditions(summary: Summary) -> str:
+    """Returns a sentence on devices, seeds and units, which hold for all tables and figures."""
+    devices = " and ".join(summary["devices"]) or "nothing yet"
+    seeds = ", ".join(map(str, summary["seeds"]))
     return (
-        f"Trained on {on}; seeds {seeds} (mean ± standard deviation, differences between runs of"
-        " one seed). Times are median train steps, without compilation and evaluation; FLOPs are"
-        f" by the convention «{numbers['flops_convention']}», in training three times as many and"
+        f"Trained on {devices}; seeds {seeds} (mean ± standard deviation, differences between runs"
+        " of one seed). Times are median train steps, without compilation and evaluation; FLOPs are"
+        f" by the convention «{summary['flops_convention']}», in training three times as many and"
         " those of a teacher."
     )
 
 
-def _is_drawn(place: str, numbers: Summary, drawn: Sequence[Path]) -> bool:
-    """Whether a table has a drawing that is not a figure's."""
-    return place not in numbers["figures"] and _has_file(place, drawn)
+def _heading(section: Mapping[str, Any]) -> list[str]:
+    """Returns the title of a table or figure as Markdown, and the paper's claim."""
+    title, claim = escape_markdown(section["title"]), escape_markdown(section["claim"])
+    return [f"## {title}", f"The paper: {claim}"]
 
 
-def _has_file(place: str, drawn: Sequence[Path]) -> bool:
-    return any(path.stem == place for path in drawn)
+def _image(name: str, title: str, drawn: set[str]) -> list[str]:
+    """Returns a Markdown image, or nothing if there is none of that name."""
+    if name not in drawn:
+        return []
+    return [f"![{escape_markdown(title)}](figures/{quote(name)}.png)"]
 
 
-def _markdown(lines: Cells) -> str:
-    header, *body = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
+def _markdown_table(cells: Cells) -> str:
+    header, *body = ([escape_markdown(cell) for cell in line] for line in cells)
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _html(text: str) -> str:
-    return html.escape(text)
-
-
-def _html_table(lines: Cells) -> str:
-    header, *body = ([_html(cell) for cell in line] for line in lines)
-    head = "<table><thead><tr><th>" + "<th>".join(header) + "<tbody>"
-    return "\n".join([head, *("<tr><th>" + "<td>".join(line) for line in body), "</table>"])
-
-
-def _picture(path: Path, text: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{_html(text)}">'
-
-
-_HEAD = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{
-  margin: 2rem auto; max-width: 72rem; padding: 0 1.5rem;
-  background: #fff; color: #24292f; font: 15px/1.5 system-ui, sans-serif;
-}}
-h1 {{ font-size: 1.6rem; margin: 0 0 1rem; }}
-h2 {{ font-size: 1.2rem; margin: 2.5rem 0 .5rem; }}
-p {{ max-width: 48rem; color: #656d76; margin: .5rem 0; }}
-img {{ max-width: 100%; width: 44rem; height: auto; display: block; margin: 1rem 0; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }}
-thead th {{ color: #656d76; font-size: .8rem; box-shadow: inset 0 -1px #d8dee4; }}
-th, td {{ padding: .4rem .7rem; text-align: right; font-weight: normal; }}
-th:first-child {{ text-align: left; font-weight: 600; }}
-tbody tr {{ border-bottom: 1px solid #d8dee4; }}
-</style>
+_STYLE = """\
+body { max-width: 72rem; }
+p, ul { margin: .5rem 0; }
+ul { padding: 0; list-style: none; color: var(--dim); }
+li { margin: .5rem 0; }
+img { display: block; width: 44rem; margin: 1rem 0; border-radius: .3rem; background: #fff; }
+table { margin: 1rem 0; }
+thead th { font-weight: normal; }
+th, td { padding: .4rem .7rem; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+td:first-child { font-weight: 600; }
 """

@@ -1,12 +1,12 @@
-"""Trains the runs of a sweep, each in a process of its own, and keeps track of them in a folder.
+"""Sweep runner: trains the runs of a sweep, each in its own process, in one folder.
 
-runs/NAME-SEED/    their WORKDIRs; a run is finished when its last checkpoint is there
-jobs/NAME-SEED.*   .txt: what the process printed; .lock: held by who trains it
+runs/NAME-SEED/    WORKDIR of a run; the run is finished when its last checkpoint exists
+jobs/NAME-SEED.*   .txt: output of the training process; .lock: held while the run is trained
 
-Several sweeps may share the folder, on several devices or hosts: each takes the next run that is
-not locked. The lock is one of the file system (flock) and passes to the training process, so that
-it holds as long as that lives and no longer, whatever ends this one. Runs may as well be trained
-by other means, with the commands that they have here.
+Several sweep processes may share the folder, on several devices or hosts: each trains the next run
+whose lock is free. The lock is a file lock (flock) that the training process inherits: it is held
+exactly as long as the run is trained, even if the sweep process is killed. Runs may also be trained
+without a sweep process, by the commands of their jobs.
 """
 
 import dataclasses
@@ -33,87 +33,93 @@ _POLL_SECONDS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run with a seed."""
+    """Training of one run with one seed."""
 
     name: str
     seed: int
     run: SweepRun
-    config: Config  # with the seed, and with references as they are
+    config: Config  # with the seed, and with unresolved references
     folder: Path  # of the sweep
-    teacher: Config | None = None  # of distillation
+    teacher: Config | None = None  # config of the run that this run is distilled from
 
     @property
     def key(self) -> str:
+        """NAME-SEED."""
         return f"{self.name}-{self.seed}"
 
     @property
     def workdir(self) -> Workdir:
-        return Workdir(self.folder / "runs" / self.key)
+        """WORKDIR of the run."""
+        return Workdir(self._run_folder(self.name))
 
     @property
-    def output(self) -> Path:
-        """What its process printed."""
+    def output_file(self) -> Path:
+        """Output of the training process."""
         return self.folder / "jobs" / f"{self.key}.txt"
 
     @property
-    def lock(self) -> Path:
+    def lock_file(self) -> Path:
+        """File that is locked while the run is trained."""
         return self.folder / "jobs" / f"{self.key}.lock"
 
     @property
     def finished(self) -> bool:
-        """Whether it is trained; `train` evaluates before it saves."""
+        """Whether the run is trained and evaluated: `train` evaluates before it saves."""
         return (self.workdir.checkpoints / str(self.config.train.steps)).exists()
 
     @property
-    def needs(self) -> set[str]:
-        """Keys of the jobs that must be finished first."""
-        return {f"{name}-{self.seed}" for name in self.run.needs()}
+    def required_jobs(self) -> set[str]:
+        """Keys of the jobs that must be finished before this one begins."""
+        return {f"{name}-{self.seed}" for name in self.run.required_runs()}
 
     @property
-    def share(self) -> float:
-        """How much of its training is done."""
+    def trained_fraction(self) -> float:
+        """Last logged step / number of steps."""
         return last_logged_step(self.workdir) / self.config.train.steps
 
     @property
     def step_flops(self) -> float:
-        """Of a train step, a teacher's work included."""
+        """FLOPs of a train step, a teacher's included."""
         return train_flops(self.config, self.teacher)
 
     def command(self) -> list[str]:
-        """`switch-jax train` with everything that the run says; what it needs must be finished."""
-        needed = {name: self.folder / "runs" / f"{name}-{self.seed}" for name in self.run.needs()}
-        models = {name: str(checkpoint_for_reuse(Workdir(path))) for name, path in needed.items()}
-        texts = self.run.texts(models) | _seeds(self.seed)
+        """Returns the `switch-jax train` command; the required jobs must be finished."""
+        required = {name: Workdir(self._run_folder(name)) for name in self.run.required_runs()}
+        paths = {name: str(checkpoint_for_reuse(workdir)) for name, workdir in required.items()}
+        overrides = self.run.override_texts(paths) | _seed_overrides(self.seed)
         return [
             *(sys.executable, "-m", "switch_jax", "train", "--config", self.run.config),
-            *(f"--config.{key}={text}" for key, text in texts.items()),
+            *(f"--config.{key}={text}" for key, text in overrides.items()),
             *("--workdir", str(self.workdir.path)),
         ]
 
+    def _run_folder(self, name: str) -> Path:
+        return self.folder / "runs" / f"{name}-{self.seed}"
+
 
 @dataclasses.dataclass
-class JobProgress:
-    """How far a sweep came."""
+class SweepState:
+    """State of a sweep when `run_sweep` returns."""
 
-    finished: int = 0
-    failed: list[str] = dataclasses.field(default_factory=list)  # keys
-    blocked: list[str] = dataclasses.field(default_factory=list)  # what needs those
+    finished: int = 0  # number of jobs
+    failed: list[str] = dataclasses.field(default_factory=list)  # keys of jobs
+    blocked: list[str] = dataclasses.field(default_factory=list)  # keys of other unfinished jobs
     stopped_by: signal.Signals | None = None
 
 
 def sweep_jobs(sweep: Sweep, folder: Path) -> list[Job]:
-    """Every run with every seed, seed by seed, so that all can be compared early.
+    """Returns the jobs of a sweep; all runs of a seed come before the next seed.
 
-    Raises `UserError` where a config cannot be, or what is compared differs in its data.
+    Raises `UserError` for an invalid config, and if runs that are compared differ in their data.
     """
-    configs = sweep.configs()
-    sweep.check(configs)
+    configs = sweep.load_configs()
+    sweep.check_comparable(configs)
     return [
         Job(
             name,
             seed,
             run,
-            load_config(run.config, run.texts() | _seeds(seed)),
+            load_config(run.config, run.override_texts() | _seed_overrides(seed)),
             folder,
             teacher=configs.get(run.teacher or ""),
         )
@@ -122,19 +128,21 @@ def sweep_jobs(sweep: Sweep, folder: Path) -> list[Job]:
     ]
 
 
-def prepare_sweep(made: list[Job], folder: Path) -> None:
-    """Makes the folder, or checks that it is of this sweep; raises `UserError`.
+def prepare_sweep(jobs: list[Job], folder: Path) -> None:
+    """Makes the folder of a sweep, or checks that an existing folder is of the same sweep.
 
-    Runs may be added to a sweep and taken from it, but those that have begun may not be changed.
+    Runs may be added to a sweep and removed from it; a run that has begun may not be changed.
+
+    Raises `UserError` for another sweep's folder, and for one that cannot be written.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "jobs").is_dir():
         raise UserError(f"{folder} is no sweep's folder and not empty; use another --workdir.")
     begun = {file.parent.name for file in folder.glob("runs/*/config.json")}
-    if begun and not begun & {job.key for job in made}:
+    if begun and not begun & {job.key for job in jobs}:
         raise UserError(
             f"{folder} holds another sweep (of {', '.join(sorted(begun))}); use another --workdir."
         )
-    for job in made:
+    for job in jobs:
         if job.key in begun and (changes := _changes(job.workdir.config(), job.config)):
             raise UserError(
                 f"{folder} holds another sweep ({'; '.join(changes)} in {job.key}); use another"
@@ -148,42 +156,45 @@ def prepare_sweep(made: list[Job], folder: Path) -> None:
         ) from error
 
 
-def ready_jobs(made: list[Job], failed: Collection[str] = ()) -> list[Job]:
-    """What can be trained now: not finished, not failed, and nothing that it needs is missing."""
-    done = {job.key for job in made if job.finished}
-    return [job for job in made if job.key not in done | set(failed) and job.needs <= done]
+def ready_jobs(jobs: list[Job], failed: Collection[str] = ()) -> list[Job]:
+    """Returns the jobs that are not finished, not failed, and have all required jobs finished."""
+    done = {job.key for job in jobs if job.finished}
+    return [job for job in jobs if job.key not in done | set(failed) and job.required_jobs <= done]
 
 
-def run_sweep(made: list[Job]) -> JobProgress:
-    """Trains what is not finished, in order, and goes on where a run fails.
+def run_sweep(jobs: list[Job]) -> SweepState:
+    """Trains the unfinished jobs in order, and continues with the next job if one fails.
 
-    What other processes train is waited for, and taken over where they die. SIGTERM and SIGINT are
-    passed on to the run, which saves a checkpoint, and end the sweep.
+    Waits for jobs that other sweep processes train, and trains them itself if those processes end
+    early. SIGTERM and SIGINT stop the job, which saves a checkpoint, and then the sweep.
     """
-    progress = JobProgress()
-    work = {job.key: job.step_flops * job.config.train.steps for job in made}
-    display = SweepDisplay(work, {job.key for job in made if job.finished})
+    state = SweepState()
+    work = {job.key: job.step_flops * job.config.train.steps for job in jobs}
+    display = SweepDisplay(work, {job.key for job in jobs if job.finished})
     with record_signals() as received, display:
-        while not received and (jobs := ready_jobs(made, progress.failed)):
-            with _claim(jobs) as claimed:
-                if claimed is None:
-                    display.show_waiting(len(jobs))
+        while not received and (ready := ready_jobs(jobs, state.failed)):
+            with _lock_first(ready) as locked:
+                if locked is None:
+                    display.show_waiting(len(ready))
                     time.sleep(_POLL_SECONDS)
-                elif not claimed[0].finished:
-                    _train(*claimed, display, received, progress)
-            display.end_run({job.key for job in made if job.finished})
-    left = [job.key for job in made if not job.finished]
-    progress.finished = len(made) - len(left)
-    progress.blocked = [key for key in left if key not in progress.failed]
-    progress.stopped_by = received[0] if received else None
-    return progress
+                elif not locked[0].finished:
+                    _train(*locked, display, received, state)
+            display.end_run({job.key for job in jobs if job.finished})
+    unfinished = [job.key for job in jobs if not job.finished]
+    state.finished = len(jobs) - len(unfinished)
+    state.blocked = [key for key in unfinished if key not in state.failed]
+    state.stopped_by = received[0] if received else None
+    return state
 
 
 @contextmanager
-def _claim(jobs: list[Job]) -> Iterator[tuple[Job, int] | None]:
-    """The first that no other process holds, with the descriptor of its lock; None: all are."""
+def _lock_first(jobs: list[Job]) -> Iterator[tuple[Job, int] | None]:
+    """Locks the first job that no other process has locked.
+
+    Yields the job and the file descriptor of its lock, or None if all jobs are locked.
+    """
     for job in jobs:
-        with open(job.lock, "a") as file:
+        with open(job.lock_file, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -198,32 +209,34 @@ def _train(
     lock: int,
     display: SweepDisplay,
     received: list[signal.Signals],
-    progress: JobProgress,
+    state: SweepState,
 ) -> None:
     """Trains a job to its end, to its failure, or until a signal is received."""
-    display.start_run(job.key, job.share)
-    with job.output.open("a") as output:
+    display.start_run(job.key, job.trained_fraction)
+    with job.output_file.open("a") as output:
         process = subprocess.Popen(
             job.command(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             pass_fds=[lock],
-            start_new_session=True,  # a terminal's Ctrl-C comes by way of us, once
+            start_new_session=True,  # a terminal's Ctrl-C then reaches only this process
         )
-        told = False
+        interrupted = False
         while process.poll() is None:
-            if received and not told:
+            if received and not interrupted:
                 display.print_line("stopping after a checkpoint …")
-                # Who ends a whole group of processes has sent it SIGTERM already, and a second one
-                # would not wait for the checkpoint.
+                # Not SIGTERM: a scheduler may have sent SIGTERM to all processes, and a second
+                # SIGTERM ends the run before its checkpoint.
                 process.send_signal(signal.SIGINT)
-                told = True
-            display.update_run(job.share)
+                interrupted = True
+            display.update_run(job.trained_fraction)
             time.sleep(_POLL_SECONDS)
     if not job.finished and not received:
-        progress.failed.append(job.key)
-        display.print_line(f"{job.key} failed, see {job.output}: {_last_line(job.output)}")
+        state.failed.append(job.key)
+        display.print_line(
+            f"{job.key} failed, see {job.output_file}: {_last_line(job.output_file)}"
+        )
 
 
 def _last_line(file: Path) -> str:
@@ -231,7 +244,7 @@ def _last_line(file: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
-def _seeds(seed: int) -> dict[str, str]:
+def _seed_overrides(seed: int) -> dict[str, str]:
     return {"train.seed": str(seed), "data.seed": str(seed)}
 
 

@@ -1,107 +1,136 @@
-"""What a sweep is: runs on the same data, and the tables and figures that compare them.
+"""Sweep specification: runs on the same data, and the tables and figures that compare them.
 
-`configs/sweeps/*.py` define `get_sweep(arg="")`, which returns a `Sweep`; `load()` runs such a
-file. Runs are named, tables and figures refer to them by name, and every run is trained once for
-each seed, which sets `train.seed` and `data.seed`: runs of a seed see the same rows in the same
+`configs/sweeps/*.py` define `get_sweep(arg="")`, which returns a `Sweep`; `load_sweep` calls it.
+Runs have names, and tables and figures refer to runs by name. Every run is trained once for each
+seed, which sets `train.seed` and `data.seed`: runs with the same seed see the same rows in the same
 order.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from switch_jax.checkpoint import QUALITY
 from switch_jax.config import Config, call_config_function, flatten_config, load_config
 from switch_jax.errors import UserError
 
-_REFERENCE = re.compile(r"\{run:([^{}]*)\}")
+_RUN_REFERENCE = re.compile(r"\{run:([^{}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepRun:
     """A config to train.
 
-    `{run:NAME}` in the text of an override stands for what run NAME with the same seed comes to,
-    which is trained first: `{"init_from": "{run:teacher}"}`. That is its best checkpoint where it
-    has `train.keep_best`, as its own quality is of that one, and its last one elsewhere.
+    `{run:NAME}` in the text of an override refers to run NAME with the same seed, which is trained
+    first: `{"init_from": "{run:teacher}"}`. The reference becomes the path of that run's best
+    checkpoint if it sets `train.keep_best` (its quality is that checkpoint's), else the path of its
+    WORKDIR, which stands for its newest checkpoint.
     """
 
-    config: str  # as `--config` takes it: path/to/file.py or path/to/file.py:name=value,…
+    config: str  # as for `--config`: path/to/file.py or path/to/file.py:name=value,…
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # by dotted key
 
     def but(self, overrides: Mapping[str, Any]) -> "SweepRun":
-        """This run with other values for some keys."""
+        """Returns this run with other values for some keys."""
         return SweepRun(self.config, {**self.overrides, **overrides})
 
     @property
     def teacher(self) -> str | None:
-        """Name of the run that it is distilled from."""
-        named = _REFERENCE.match(str(self.overrides.get("distill.teacher", "")))
-        return named and named[1]
+        """Name of the run that this run is distilled from."""
+        reference = _RUN_REFERENCE.match(str(self.overrides.get("distill.teacher", "")))
+        return reference and reference[1]
 
-    def needs(self) -> set[str]:
-        """Names of the runs whose checkpoints it reads."""
-        return {name for v in self.overrides.values() for name in _REFERENCE.findall(str(v))}
+    def required_runs(self) -> set[str]:
+        """Returns the names of the runs whose checkpoints this run reads."""
+        return {name for v in self.overrides.values() for name in _RUN_REFERENCE.findall(str(v))}
 
-    def texts(self, models: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Overrides as on the command line; references as they are, or as paths, by name."""
+    def override_texts(self, paths: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Returns the overrides as on the command line, by dotted key.
 
-        def filled(text: str) -> str:
-            return _REFERENCE.sub(lambda m: m[0] if models is None else models[m[1]], text)
+        Args:
+          paths: by name of a run, the path that replaces a reference to it; None: references stay.
+        """
 
-        return {key: filled(str(value)) for key, value in self.overrides.items()}
+        def resolve(text: str) -> str:
+            return _RUN_REFERENCE.sub(lambda m: m[0] if paths is None else paths[m[1]], text)
+
+        return {key: resolve(str(value)) for key, value in self.overrides.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Runs side by side; the first row is the one that the others are compared with."""
+    """A table of runs; its other rows are compared with its first row."""
 
     title: str
     claim: str  # what the paper finds
-    rows: Mapping[str, str]  # what a row is called → name of its run
-    paper: Mapping[str, str] = dataclasses.field(default_factory=dict)  # row → as printed there
+    rows: Mapping[str, str]  # label of a row → name of its run
+    paper: Mapping[str, str] = dataclasses.field(default_factory=dict)  # label → the paper's result
     metric: str = QUALITY  # of evaluations; more is better
-    # Row → run of its teacher: adds how much of the teacher's gain over the first row it has, and
-    # how many fewer parameters.
+    # Label of a row → run of its teacher. Adds two columns: the share of the teacher's gain over
+    # the first row that this row has, and the share of the teacher's parameters that it saves.
     teachers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Quality of runs in the course of training, and speed-ups over the first of them."""
+    """A figure of quality in the course of training, with speed-ups over the first run."""
 
     title: str
     claim: str
-    runs: Mapping[str, str]  # what a curve is called → name of its run
+    runs: Mapping[str, str]  # label of a curve → name of its run
     x: Literal["steps", "seconds"] = "steps"
+
+
+class PaperPoint(NamedTuple):
+    """A model of the paper: its size and its printed quality."""
+
+    name: str
+    experts: int  # 1: dense
+    params: float
+    quality: float  # negative log perplexity, nats per target token
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy, nats per target token."""
+        return -self.quality
+
+
+class PaperSeries(NamedTuple):
+    """Points of one series of the paper, and where the paper prints them."""
+
+    source: str
+    points: tuple[PaperPoint, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """Final loss against size on logarithmic axes, with the power law that fits best."""
+    """A figure of final loss against size on logarithmic axes, with the best power law."""
 
     title: str
     claim: str
-    runs: Mapping[str, str]
+    runs: Mapping[str, str]  # label of a point → name of its run
     x: Literal["params", "experts"] = "params"
-    published: str | None = None  # name in `paper.SERIES` of points to draw beside ours
+    published: PaperSeries | None = None  # to draw beside ours
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Score of fine-tuned runs against the quality of what they started from."""
+    """A figure of fine-tuned runs: their scores against the quality of their upstream runs."""
 
     title: str
     claim: str
-    # What a line is called → its points: upstream run, fine-tuned run.
+    # Label of a line → its points: upstream run, fine-tuned run.
     pairs: Mapping[str, tuple[tuple[str, str], ...]]
     metric: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Final quality and speed-up by source of the mixture, as for the paper's 101 languages."""
+    """A figure of two runs: final quality and speed-up by source of the mixture.
+
+    As in the paper for 101 languages.
+    """
 
     title: str
     claim: str
@@ -114,7 +143,10 @@ Figure = Curves | Scaling | Transfer | Sources
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Runs, and what compares them; tables and figures are files of these names."""
+    """Runs, and the tables and figures that compare them.
+
+    The name of a table or figure is also the name of its image files.
+    """
 
     title: str
     runs: Mapping[str, SweepRun]
@@ -123,50 +155,50 @@ class Sweep:
     figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
 
     def but(self, overrides: Mapping[str, Any]) -> "Sweep":
-        """This sweep with other values for some keys of all runs."""
+        """Returns this sweep with other values for some keys of all runs."""
         return dataclasses.replace(
             self, runs={name: run.but(overrides) for name, run in self.runs.items()}
         )
 
-    def configs(self) -> dict[str, Config]:
-        """The config of every run by name, with references as they are and no seed set.
+    def load_configs(self) -> dict[str, Config]:
+        """Returns the config of every run by name, with unresolved references and without a seed.
 
-        Raises `UserError` for a config that cannot be, and names the run.
+        Raises `UserError`, which names the run, for a config that is invalid.
         """
-        found = {}
+        configs = {}
         for name, run in self.runs.items():
             try:
-                found[name] = load_config(run.config, run.texts())
+                configs[name] = load_config(run.config, run.override_texts())
             except UserError as error:
                 raise UserError(f"Run {name!r} of the sweep: {error}") from error
-        return found
+        return configs
 
-    def check(self, configs: Mapping[str, Config]) -> None:
-        """Raises `UserError` where runs that are compared have other data or steps.
+    def check_comparable(self, configs: Mapping[str, Config]) -> None:
+        """Raises `UserError` if runs of one table or figure differ in their data or steps.
 
-        A table's teachers may have trained for longer, for what is asked is how much a student has
-        of theirs.
+        A table's teachers may have other numbers of steps: the table compares the student with the
+        teacher as it is.
         """
         teachers = {name for table in self.tables.values() for name in table.teachers.values()}
-        compared = {f"table {place!r}": list(t.rows.values()) for place, t in self.tables.items()}
-        for place, figure in self.figures.items():
+        compared = {f"table {name!r}": list(t.rows.values()) for name, t in self.tables.items()}
+        for figure_name, figure in self.figures.items():
             if not isinstance(figure, Transfer):
-                compared[f"figure {place!r}"] = shown_metric(figure)
-        for place, names in compared.items():
-            first, *others = ((name, _same(configs[name])) for name in names)
-            for name, values in others:
+                compared[f"figure {figure_name!r}"] = figure_runs(figure)
+        for where, names in compared.items():
+            first, *rest = ((name, _comparable_settings(configs[name])) for name in names)
+            for name, values in rest:
                 for key, value in values.items():
-                    longer = key == "train.steps" and name in teachers
-                    if value != first[1][key] and not longer:
+                    may_differ = key == "train.steps" and name in teachers
+                    if value != first[1][key] and not may_differ:
                         raise UserError(
-                            f"In {place} of the sweep, {key} is {value!r} in run {name!r} and"
+                            f"In {where} of the sweep, {key} is {value!r} in run {name!r} and"
                             f" {first[1][key]!r} in {first[0]!r}; compare runs of the same data"
                             " and steps."
                         )
 
 
 def load_sweep(spec: str) -> Sweep:
-    """Runs a sweep file.
+    """Returns the sweep of a config file.
 
     Args:
       spec: `path/to/file.py` or `path/to/file.py:name=value,…`.
@@ -176,13 +208,13 @@ def load_sweep(spec: str) -> Sweep:
     sweep = call_config_function(spec, "get_sweep", "Sweep", "sweeps")
     if not isinstance(sweep, Sweep):
         path = spec.partition(":")[0]
-        raise UserError(f"get_sweep in {path!r} must return a switch_jax.sweep.Sweep.")
-    _check(sweep)
+        raise UserError(f"get_sweep in {path!r} must return a switch_jax.sweeps.Sweep.")
+    _check_names(sweep)
     return sweep
 
 
-def shown_metric(figure: Figure) -> list[str]:
-    """Names of the runs that a figure compares."""
+def figure_runs(figure: Figure) -> list[str]:
+    """Returns the names of the runs in a figure."""
     if isinstance(figure, Sources):
         return [figure.baseline, figure.run]
     if isinstance(figure, Transfer):
@@ -190,32 +222,32 @@ def shown_metric(figure: Figure) -> list[str]:
     return list(figure.runs.values())
 
 
-def _check(sweep: Sweep) -> None:
-    """Raises `UserError` where names do not fit, or what is compared differs in its data."""
-    for name, run in sweep.runs.items():
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise UserError(f"Run {name!r} of the sweep must be letters, digits and . _ + -.")
-        _known(sweep, run.needs(), f"run {name!r}")
-    _check_order(sweep)
-    for place, table in sweep.tables.items():
-        _known(sweep, [*table.rows.values(), *table.teachers.values()], f"table {place!r}")
-        _known_rows(place, table)
-    for place, figure in sweep.figures.items():
-        _known(sweep, shown_metric(figure), f"figure {place!r}")
-
-
-def _same(config: Config) -> dict[str, Any]:
-    """What must be the same in runs that are compared, by dotted key."""
-    values = flatten_config(config)
-    # The vocabulary may be that of the run it starts from, which is the same by its content.
+def _comparable_settings(config: Config) -> dict[str, Any]:
+    """Returns the values that must be equal in runs that are compared, by dotted key."""
+    # data.vocabulary may be the path of the upstream run's vocabulary, whose content is the same.
     return {
         key: value
-        for key, value in values.items()
+        for key, value in flatten_config(config).items()
         if key == "train.steps" or (key.startswith("data.") and key != "data.vocabulary")
     }
 
 
-def _known(sweep: Sweep, names: Iterable[str], where: str) -> None:
+def _check_names(sweep: Sweep) -> None:
+    """Raises `UserError` for invalid or unknown names, and for circular references."""
+    for name, run in sweep.runs.items():
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise UserError(f"Run {name!r} of the sweep must be letters, digits and . _ + -.")
+        _check_runs_exist(sweep, run.required_runs(), f"run {name!r}")
+    _check_no_circle(sweep)
+    for name, table in sweep.tables.items():
+        runs = [*table.rows.values(), *table.teachers.values()]
+        _check_runs_exist(sweep, runs, f"table {name!r}")
+        _check_rows_exist(name, table)
+    for name, figure in sweep.figures.items():
+        _check_runs_exist(sweep, figure_runs(figure), f"figure {name!r}")
+
+
+def _check_runs_exist(sweep: Sweep, names: Iterable[str], where: str) -> None:
     for name in names:
         if name not in sweep.runs:
             raise UserError(
@@ -223,17 +255,19 @@ def _known(sweep: Sweep, names: Iterable[str], where: str) -> None:
             )
 
 
-def _known_rows(place: str, table: Table) -> None:
+def _check_rows_exist(name: str, table: Table) -> None:
     for row in (*table.paper, *table.teachers):
         if row not in table.rows:
-            raise UserError(f"Table {place!r} of the sweep has no row {row!r}; add it to its rows.")
+            raise UserError(f"Table {name!r} of the sweep has no row {row!r}; add it to its rows.")
 
 
-def _check_order(sweep: Sweep) -> None:
-    """Raises `UserError` where runs need each other in a circle."""
+def _check_no_circle(sweep: Sweep) -> None:
+    """Raises `UserError` if runs require each other in a circle."""
     done: set[str] = set()
     while len(done) < len(sweep.runs):
-        ready = {n for n, run in sweep.runs.items() if n not in done and run.needs() <= done}
+        ready = {
+            n for n, run in sweep.runs.items() if n not in done and run.required_runs() <= done
+        }
         if not ready:
             circle = ", ".join(n for n in sweep.runs if n not in done)
             raise UserError(f"Runs of the sweep need each other first: {circle}.")

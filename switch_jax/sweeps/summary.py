@@ -1,7 +1,7 @@
-"""What a sweep shows, as JSON values: every run, and its tables and figures in numbers.
+"""Summary of a sweep as JSON values: numbers of every run, table and figure.
 
-Differences and speed-ups are of runs with the same seed; a spread is over the seeds that are
-finished, of which some may have diverged, or never reach what others do.
+Differences and speed-ups compare runs with the same seed. A spread is over the finished seeds; a
+seed has no value if its run diverged or never reaches the quality of the baseline.
 """
 
 import statistics
@@ -19,226 +19,229 @@ from switch_jax.analysis import (
 )
 from switch_jax.checkpoint import QUALITY
 from switch_jax.model import CONVENTIONS
-from switch_jax.sweeps.paper_numbers import PAPER_SERIES
 from switch_jax.sweeps.results import RunResult
 from switch_jax.sweeps.spec import Curves, Figure, Scaling, Sources, Sweep, Table, Transfer
 
-Outcomes = Sequence[RunResult | None]  # of a run, by seed; None: not finished
-Results = Mapping[str, Outcomes]  # by name of the run
-Values = list[float | None]
+SeedResults = Sequence[RunResult | None]  # of one run, by seed; None: not finished
+Results = Mapping[str, SeedResults]  # by name of the run
+Values = list[float | None]  # by seed
+Points = list[tuple[float, float]]
 
 
-def summarise(made: Sweep, results: Results) -> dict[str, Any]:
-    """A sweep in numbers, of the runs that are finished."""
-    devices = {o.devices for outcomes in results.values() for o in outcomes if o and o.devices}
+def summarise_sweep(sweep: Sweep, results: Results) -> dict[str, Any]:
+    """Returns the numbers of a sweep, from its finished runs."""
+    devices = {r.devices for seeds in results.values() for r in seeds if r and r.devices}
     figures = {
-        place: {"title": figure.title, "claim": figure.claim, **_figure(figure, results)}
-        for place, figure in made.figures.items()
+        name: {"title": figure.title, "claim": figure.claim, **_figure_summary(figure, results)}
+        for name, figure in sweep.figures.items()
     }
     return {
-        "title": made.title,
-        "seeds": list(made.seeds),
+        "title": sweep.title,
+        "seeds": list(sweep.seeds),
         "devices": sorted(devices),
         "flops_convention": CONVENTIONS["flops_per_sequence"],
-        "runs": {name: _run(made.seeds, outcomes) for name, outcomes in results.items()},
-        "tables": {place: _table(table, results) for place, table in made.tables.items()},
+        "runs": {name: _run_summary(sweep.seeds, seeds) for name, seeds in results.items()},
+        "tables": {name: _table_summary(table, results) for name, table in sweep.tables.items()},
         "figures": figures,
     }
 
 
-def _run(seeds: Sequence[int], outcomes: Outcomes) -> dict[str, Any]:
-    """What each seed came to, and what they have in common."""
-    known = {seed: outcome for seed, outcome in zip(seeds, outcomes) if outcome is not None}
+def _run_summary(seeds: Sequence[int], results: SeedResults) -> dict[str, Any]:
+    """Returns the results of every seed of a run, and the numbers that are equal for all seeds."""
+    finished = {seed: result for seed, result in zip(seeds, results) if result is not None}
     common = {}
-    if known:
-        one = next(iter(known.values()))
+    if finished:
+        first = next(iter(finished.values()))
         common = {
-            "params": one.params,
-            "flops_per_sequence": one.flops_per_sequence,
-            "train_flops": one.step_flops * one.steps,
-            "steps": one.steps,
-            "tokens": one.tokens_per_step * one.steps,
+            "params": first.params,
+            "flops_per_sequence": first.flops_per_sequence,
+            "train_flops": first.step_flops * first.steps,
+            "steps": first.steps,
+            "tokens": first.tokens_per_step * first.steps,
         }
     return common | {
         "seeds": {
             str(seed): {
-                "step_seconds": outcome.step_seconds,
-                "dropped": outcome.dropped,
-                "evaluations": list(outcome.evaluations),
+                "step_seconds": result.step_seconds,
+                "dropped": result.dropped,
+                "evaluations": list(result.evaluations),
             }
-            for seed, outcome in known.items()
+            for seed, result in finished.items()
         }
     }
 
 
-def _table(table: Table, results: Results) -> dict[str, Any]:
+def _table_summary(table: Table, results: Results) -> dict[str, Any]:
     names = list(table.rows.values())
-    first = results[names[0]]
-    budgets = {o.step_flops * o.steps for name in names for o in results[name] if o is not None}
-    budget = min(budgets, default=0.0)
+    baseline = results[names[0]]
+    train_flops = {r.step_flops * r.steps for n in names for r in results[n] if r is not None}
+    fewest_flops = min(train_flops, default=0.0)
     rows = {}
-    for row, name in table.rows.items():
-        outcomes = results[name]
-        values: dict[str, Values] = {
-            "quality": _each(lambda o: o.quality(table.metric), outcomes),
-            "sequences_per_second": _each(lambda o: o.sequences_per_second, outcomes),
-            "dropped": _each(lambda o: o.dropped, outcomes),
+    for label, name in table.rows.items():
+        ours = results[name]
+        columns: dict[str, Values] = {
+            "quality": _values(lambda r: r.quality(table.metric), ours),
+            "sequences_per_second": _values(lambda r: r.sequences_per_second, ours),
+            "dropped": _values(lambda r: r.dropped, ours),
         }
         if name != names[0]:
-            values["gain"] = gains(first, outcomes, table.metric)
+            columns["gain"] = quality_gains(baseline, ours, table.metric)
         if name != names[0] and table.metric == QUALITY:
-            values["speed_up_steps"] = speed_ups(first, outcomes, "steps")
-            values["speed_up_seconds"] = speed_ups(first, outcomes, "seconds")
-        if table.metric == QUALITY and max(budgets, default=0.0) > 1.05 * budget:
-            values["at_equal_flops"] = _each(
-                lambda o: value_at(o.curve(QUALITY, "flops"), budget), outcomes
+            columns["speed_up_steps"] = speed_up_ratios(baseline, ours, "steps")
+            columns["speed_up_seconds"] = speed_up_ratios(baseline, ours, "seconds")
+        if table.metric == QUALITY and max(train_flops, default=0.0) > 1.05 * fewest_flops:
+            columns["at_equal_flops"] = _values(
+                lambda r: value_at(r.curve(QUALITY, "flops"), fewest_flops), ours
             )
-        if row in table.teachers:
-            teachers = results[table.teachers[row]]
-            values["share_of_gain"] = shares_of_gain(first, outcomes, teachers, table.metric)
-            values["compression"] = [
-                1 - ours.params / theirs.params for ours, theirs in _finished(outcomes, teachers)
+        if label in table.teachers:
+            teachers = results[table.teachers[label]]
+            columns["share_of_gain"] = shares_of_gain(baseline, ours, teachers, table.metric)
+            columns["compression"] = [
+                1 - student.params / teacher.params
+                for student, teacher in _finished_in_all(ours, teachers)
             ]
-        rows[row] = {
+        rows[label] = {
             "run": name,
-            "params": next((o.params for o in outcomes if o is not None), None),
-            **{key: _spread(found) for key, found in values.items()},
-            "paper": table.paper.get(row),
+            "params": next((r.params for r in ours if r is not None), None),
+            **{column: _spread_to_json(values) for column, values in columns.items()},
+            "paper": table.paper.get(label),
         }
     return {"title": table.title, "claim": table.claim, "metric": table.metric, "rows": rows}
 
 
-def _figure(figure: Figure, results: Results) -> dict[str, Any]:
-    """The numbers that a figure shows beside its curves and points."""
+def _figure_summary(figure: Figure, results: Results) -> dict[str, Any]:
+    """Returns the numbers that belong to a figure, beside its curves and points."""
     if isinstance(figure, Curves):
-        baseline, *others = figure.runs
-        first = results[figure.runs[baseline]]
+        baseline, *rest = figure.runs
+        baseline_results = results[figure.runs[baseline]]
+        ratios = {
+            label: speed_up_ratios(baseline_results, results[figure.runs[label]], figure.x)
+            for label in rest
+        }
         return {
             "x": figure.x,
             "baseline": baseline,
-            "speed_up": {
-                label: _spread(speed_ups(first, results[figure.runs[label]], figure.x))
-                for label in others
-            },
+            "speed_up": {label: _spread_to_json(values) for label, values in ratios.items()},
         }
     if isinstance(figure, Scaling):
-        laws = {"ours": _law(mean_points(scaling_points(figure, results)))}
-        if figure.published:
-            series = PAPER_SERIES[figure.published]
-            laws[series.source] = _law([(getattr(p, figure.x), p.loss) for p in series.points])
+        laws = {"ours": _power_law_to_json(mean_loss_by_size(scaling_points(figure, results)))}
+        if series := figure.published:
+            points = [(getattr(point, figure.x), point.loss) for point in series.points]
+            laws[series.source] = _power_law_to_json(points)
         return {"x": figure.x, "power_laws": laws}
     if isinstance(figure, Transfer):
         return {"metric": figure.metric, "points": transfer_points(figure, results)}
     assert isinstance(figure, Sources)
-    return _sources(figure, results)
+    return _sources_summary(figure, results)
 
 
-def _sources(figure: Sources, results: Results) -> dict[str, Any]:
-    """What the paper tells of its languages, over seeds, and every source of every seed."""
-    seeds = [
+def _sources_summary(figure: Sources, results: Results) -> dict[str, Any]:
+    """Returns the numbers that the paper reports of its languages, over seeds; all by seed."""
+    comparisons = [
         comparison_to_json(compare_sources(a.evaluations, b.evaluations))
-        for a, b in _finished(results[figure.baseline], results[figure.run])
+        for a, b in _finished_in_all(results[figure.baseline], results[figure.run])
         if a.quality(QUALITY) is not None and b.quality(QUALITY) is not None
     ]
-    figures = ("speed_up_mean", "share_at_least_4", "improved", "not_reached")
+    keys = ("speed_up_mean", "share_at_least_4", "improved", "not_reached")
     return {
         "baseline": figure.baseline,
         "run": figure.run,
-        "sources": len(seeds[0]["sources"]) if seeds else 0,
-        **{name: _spread([seed[name] for seed in seeds]) for name in figures},
-        "seeds": seeds,
+        "sources": len(comparisons[0]["sources"]) if comparisons else 0,
+        **{key: _spread_to_json([c[key] for c in comparisons]) for key in keys},
+        "seeds": comparisons,
     }
 
 
-def scaling_points(figure: Scaling, results: Results) -> list[tuple[float, float]]:
-    """Size and final loss of every run that is finished and has not diverged."""
-    found = []
+def scaling_points(figure: Scaling, results: Results) -> Points:
+    """Returns (size, final loss) of every seed that is finished and has not diverged."""
+    points = []
     for name in figure.runs.values():
-        for outcome in results[name]:
-            quality = None if outcome is None else outcome.quality(QUALITY)
-            if outcome is not None and quality is not None:
+        for result in results[name]:
+            quality = None if result is None else result.quality(QUALITY)
+            if result is not None and quality is not None:
                 sizes = {
-                    "params": outcome.params,
-                    "experts": max(outcome.config.moe.num_experts, 1),
+                    "params": result.params,
+                    "experts": max(result.config.moe.num_experts, 1),
                 }
-                found.append((float(sizes[figure.x]), -quality))
-    return found
+                points.append((float(sizes[figure.x]), -quality))
+    return points
 
 
-def mean_points(found: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """One point for each size: seeds of a size are not independent of its lack of fit."""
-    sizes = dict.fromkeys(x for x, _ in found)
-    return [(x, statistics.fmean(loss for other, loss in found if other == x)) for x in sizes]
+def mean_loss_by_size(points: Points) -> Points:
+    """Returns one point for each size, as a fit needs: errors of seeds of a size are dependent."""
+    sizes = dict.fromkeys(size for size, _ in points)
+    return [(size, statistics.fmean(loss for x, loss in points if x == size)) for size in sizes]
 
 
-def transfer_points(figure: Transfer, results: Results) -> dict[str, list[tuple[float, float]]]:
-    """Upstream quality and downstream score of every pair and seed that has both."""
-    found: dict[str, list[tuple[float, float]]] = {}
+def transfer_points(figure: Transfer, results: Results) -> dict[str, Points]:
+    """Returns (upstream quality, downstream score) of every pair and seed that has both."""
+    points: dict[str, Points] = {}
     for label, pairs in figure.pairs.items():
-        found[label] = []
+        points[label] = []
         for upstream, downstream in pairs:
-            for one, other in zip(results[upstream], results[downstream]):
-                quality = None if one is None else one.quality(QUALITY)
-                score = None if other is None else other.quality(figure.metric)
+            for before, after in zip(results[upstream], results[downstream]):
+                quality = None if before is None else before.quality(QUALITY)
+                score = None if after is None else after.quality(figure.metric)
                 if quality is not None and score is not None:
-                    found[label].append((quality, score))
-    return found
+                    points[label].append((quality, score))
+    return points
 
 
-def gains(baseline: Outcomes, ours: Outcomes, metric: str) -> Values:
-    """How much better ours are in the end, by seed."""
-    return [_difference(a, b, metric) for a, b in _finished(baseline, ours)]
+def quality_gains(baseline: SeedResults, ours: SeedResults, metric: str) -> Values:
+    """Returns our final quality minus the baseline's, by seed."""
+    return [_quality_gain(a, b, metric) for a, b in _finished_in_all(baseline, ours)]
 
 
 def shares_of_gain(
-    baseline: Outcomes, students: Outcomes, teachers: Outcomes, metric: str
+    baseline: SeedResults, students: SeedResults, teachers: SeedResults, metric: str
 ) -> Values:
-    """How much of its teacher's gain over the baseline a student has, by seed."""
-    found: Values = []
-    for a, student, teacher in _finished(baseline, students, teachers):
-        ours, whole = _difference(a, student, metric), _difference(a, teacher, metric)
-        found.append(None if ours is None or not whole else ours / whole)
-    return found
+    """Returns a student's gain over the baseline, divided by its teacher's gain, by seed."""
+    shares: Values = []
+    for base, student, teacher in _finished_in_all(baseline, students, teachers):
+        gain = _quality_gain(base, student, metric)
+        teacher_gain = _quality_gain(base, teacher, metric)
+        shares.append(None if gain is None or not teacher_gain else gain / teacher_gain)
+    return shares
 
 
-def speed_ups(baseline: Outcomes, ours: Outcomes, x: str) -> Values:
-    """How many times as fast ours reach the baseline's final quality, by seed.
+def speed_up_ratios(baseline: SeedResults, ours: SeedResults, x: str) -> Values:
+    """Returns the speed-up to the baseline's final quality, by seed.
 
-    Seconds are compared only where both were trained on the same devices.
+    Seeds whose two runs were trained on different devices are left out if `x` is "seconds".
     """
     return [
         _ratio(speed_up(a.curve(QUALITY, x), b.curve(QUALITY, x)))
-        for a, b in _finished(baseline, ours)
+        for a, b in _finished_in_all(baseline, ours)
         if x != "seconds" or a.devices == b.devices
     ]
 
 
-def _ratio(found: SpeedUp | None) -> float | None:
-    return None if found is None else found.ratio
+def _ratio(result: SpeedUp | None) -> float | None:
+    return None if result is None else result.ratio
 
 
-def _difference(one: RunResult, other: RunResult, metric: str) -> float | None:
-    """How much better the other is; None where one of them has diverged."""
-    a, b = one.quality(metric), other.quality(metric)
+def _quality_gain(baseline: RunResult, ours: RunResult, metric: str) -> float | None:
+    """Returns the difference of qualities; None if one of the runs has diverged."""
+    a, b = baseline.quality(metric), ours.quality(metric)
     return None if a is None or b is None else b - a
 
 
-def _finished(*runs: Outcomes) -> list[tuple[RunResult, ...]]:
-    """The outcomes of those seeds that are finished in all runs."""
+def _finished_in_all(*runs: SeedResults) -> list[tuple[RunResult, ...]]:
+    """Returns the results of the runs, seed by seed, for the seeds that all runs have finished."""
     return [seed for seed in zip(*runs) if None not in seed]  # type: ignore[misc]
 
 
-def _each(value: Callable[[RunResult], float | None], outcomes: Outcomes) -> Values:
-    return [value(outcome) for (outcome,) in _finished(outcomes)]
+def _values(value: Callable[[RunResult], float | None], results: SeedResults) -> Values:
+    return [value(result) for (result,) in _finished_in_all(results)]
 
 
-def _spread(values: Values) -> dict[str, Any]:
+def _spread_to_json(values: Values) -> dict[str, Any]:
     return mean_spread(values)._asdict() | {"values": values}
 
 
-def _law(found: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
-    """The power law through points, None where they are too few."""
+def _power_law_to_json(points: Points) -> dict[str, Any] | None:
+    """Returns the power law through points, None for too few points."""
     try:
-        return power_law([x for x, _ in found], [loss for _, loss in found])._asdict()
+        return power_law([x for x, _ in points], [loss for _, loss in points])._asdict()
     except ValueError:
         return None

@@ -1,4 +1,4 @@
-"""Counts by hand, and the verb from a checkpoint to its report."""
+"""AssignmentCounts by hand, and the verb from a checkpoint to its report."""
 
 import json
 import math
@@ -11,13 +11,13 @@ import pytest
 
 from switch_jax.analysis.expert_report import write_expert_report
 from switch_jax.analysis.expert_specialization import (
-    NONE,
-    Counts,
-    _names,
+    NO_TOKEN,
+    AssignmentCounts,
+    _token_names,
     batch_tokens,
     count_assignments,
     describe_experts,
-    shuffle_information,
+    shuffle_experts,
     token_expert_pairs,
 )
 from switch_jax.checkpoint.checkpointer import Checkpointer
@@ -78,14 +78,14 @@ def counted():
     # 2 is no expert; the padding has some nevertheless, which nobody must see.
     expert_NxK = np.array([[0, 1], [1, 2], [0, 2], [0, 1], [0, 2], [0, 2], [1, 0], [1, 2]])
     gate_NxK = np.array([[8, 4], [2, 9], [6, 9], [9, 9], [6, 9], [5, 9], [1, 5], [1, 9]]) / 10
-    counts = Counts(vocab_size=8, num_experts=2)
+    counts = AssignmentCounts(vocab_size=8, num_experts=2)
     counts.add(tokens, expert_NxK, gate_NxK)
     return tokens, counts
 
 
 def test_counts_by_hand():
     tokens, counts = counted()
-    none = NONE
+    none = NO_TOKEN
     assert tokens.preceding_N.tolist() == [none, 5, none, none, none, 7, 5, 5]
     expected = np.zeros((8, 2), int)
     expected[5], expected[6], expected[7] = (4, 2), (0, 2), (1, 0)
@@ -128,7 +128,7 @@ def test_information_and_tokens_of_the_experts_by_hand():
 
 
 def test_an_expert_without_tokens_and_the_ten_most_frequent():
-    counts = Counts(vocab_size=20, num_experts=3)
+    counts = AssignmentCounts(vocab_size=20, num_experts=3)
     counts.token_VxE[:, 0] = 1 + np.arange(20) % 19
     counts.token_VxE[3, 1] = 10
     layer = describe_experts(counts, str)
@@ -141,7 +141,7 @@ def test_an_expert_without_tokens_and_the_ten_most_frequent():
 
 
 def test_information_by_chance_shows_what_few_tokens_are_worth():
-    many, once = Counts(2, 2), Counts(200, 2)
+    many, once = AssignmentCounts(2, 2), AssignmentCounts(200, 2)
     many.token_VxE[...] = [[3000, 0], [0, 3000]]
     once.token_VxE[np.arange(200), np.arange(200) % 2] = 1
     for counts, by_chance in ((many, 0), (once, math.log(2))):
@@ -149,7 +149,7 @@ def test_information_by_chance_shows_what_few_tokens_are_worth():
         assert layer["mutual_information"] == pytest.approx(math.log(2))
         assert layer["mutual_information_by_chance"] == pytest.approx(by_chance, abs=0.002)
     mixed = np.random.default_rng(0).poisson(1.0, (50, 8)).astype(np.int32)
-    shuffled = shuffle_information(token_expert_pairs(mixed), mixed.shape)
+    shuffled = shuffle_experts(token_expert_pairs(mixed), mixed.shape)
     assert (shuffled != mixed).any()
     for axis in (0, 1):
         np.testing.assert_array_equal(shuffled.sum(axis), mixed.sum(axis))
@@ -307,7 +307,7 @@ class Page(HTMLParser):
 
 def test_html_is_escaped_visible_and_needs_nothing_else(tmp_path):
     names = ["<start>", "<extra_id_0>", "▁the", "\u200b\t ", "&amp;", "</code>"]
-    counts = Counts(len(names), 2)
+    counts = AssignmentCounts(len(names), 2)
     counts.token_VxE[...] = np.arange(1, 13).reshape(6, 2)
     place = {"stack": "encoder", "layer": 3, "sublayer": "ff"}
     layer = place | describe_experts(counts, names.__getitem__)
@@ -393,8 +393,8 @@ def test_without_matplotlib_nothing_is_computed(workdir, tmp_path, capsys, monke
 
 def test_tokens_without_a_vocabulary_are_numbers(workdir, tmp_path):
     config = override_config(workdir.config(), {"data.reader": "synthetic"})
-    assert _names(Workdir(tmp_path), config)(7) == "#7"
-    names = _names(workdir, config)
+    assert _token_names(Workdir(tmp_path), config)(7) == "#7"
+    names = _token_names(workdir, config)
     size = read_vocabulary(workdir.vocabulary).size
     assert [names(i) for i in (0, 1, size - 1, size)] == [
         "<start>",

@@ -22,7 +22,7 @@ from switch_jax.distributed.cluster import Launch
 from switch_jax.errors import UserError
 from switch_jax.sweeps import progress, runner
 from switch_jax.sweeps.progress import SweepDisplay
-from switch_jax.sweeps.runner import Job, _claim, prepare_sweep, run_sweep
+from switch_jax.sweeps.runner import Job, _lock_first, prepare_sweep, run_sweep
 from switch_jax.sweeps.spec import SweepRun
 from tests.support import runs
 from tests.support.configs import tiny
@@ -67,15 +67,15 @@ def held(path):
 
 def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
     (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
-    claimed = _claim
+    claimed = _lock_first
 
     def late(jobs):
         (made.workdir.checkpoints / "100").mkdir(parents=True)  # before we had the lock
         return claimed(jobs)
 
-    monkeypatch.setattr(runner, "_claim", late)
+    monkeypatch.setattr(runner, "_lock_first", late)
     progress = run_sweep([made])
-    assert progress.finished == 1 and not progress.failed and not made.output.exists()
+    assert progress.finished == 1 and not progress.failed and not made.output_file.exists()
 
 
 def test_a_failure_is_told_and_the_others_go_on(tmp_path, capfd):
@@ -97,14 +97,14 @@ def test_what_is_finished_is_not_trained_again(tmp_path):
     (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
     progress = run_sweep([made])
     assert progress.finished == 1 and not progress.failed
-    assert made.output.read_text() == "once\n"
+    assert made.output_file.read_text() == "once\n"
 
 
 def test_what_another_process_trains_is_waited_for_and_taken_over_where_that_dies(tmp_path, capfd):
     made = fakes(tmp_path, {"a": "", "b": "", "c": "", "d": ""}, d="a")
     with contextlib.ExitStack() as others:
         for held_by_others in (made[0], made[2]):
-            others.enter_context(held(held_by_others.lock))
+            others.enter_context(held(held_by_others.lock_file))
         thread = threading.Thread(target=lambda: found.append(run_sweep(made)))
         found = []
         thread.start()
@@ -117,7 +117,11 @@ def test_what_another_process_trains_is_waited_for_and_taken_over_where_that_die
         assert thread.is_alive() and not made[0].finished
     thread.join(timeout=60)
     assert found[0].finished == 4 and not found[0].blocked
-    assert not made[2].output.exists() and made[0].output.exists() and made[3].output.exists()
+    assert (
+        not made[2].output_file.exists()
+        and made[0].output_file.exists()
+        and made[3].output_file.exists()
+    )
     err = capfd.readouterr().err
     assert err.count("b-0 finished") == err.count("waiting for") == 1
 
@@ -154,7 +158,7 @@ def test_a_run_whose_sweep_was_killed_keeps_its_lock_as_long_as_it_lives(tmp_pat
     process.wait()
     (made,) = fakes(tmp_path, {"a": ""})
     try:
-        with pytest.raises(BlockingIOError), held(made.lock):
+        with pytest.raises(BlockingIOError), held(made.lock_file):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -328,7 +332,7 @@ def test_commands_are_those_of_what_is_missing(stopped_and_finished, capsys, mon
     folder, command, *_ = stopped_and_finished
     assert main([*map(str, command), "--commands"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert "switch_jax train --config configs/switch_tiny.py:num_experts=0" in line
+    assert "switch_jax train --config switch_tiny:num_experts=0" in line
     assert line.endswith(f"--workdir {folder}/runs/bad-0")
 
 

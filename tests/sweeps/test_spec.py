@@ -9,7 +9,7 @@ from switch_jax.cli.main import main
 from switch_jax.config.presets import run_config_file
 from switch_jax.errors import UserError
 from switch_jax.model.flops import flops_per_sequence, params_by_group
-from switch_jax.sweeps.spec import Curves, Sweep, SweepRun, Table, load_sweep, shown_metric
+from switch_jax.sweeps.spec import Curves, Sweep, SweepRun, Table, figure_runs, load_sweep
 from tests.support.paths import ROOT
 
 _SIZES_FILE = run_config_file(ROOT / "configs" / "sweeps" / "_sizes.py")
@@ -35,12 +35,12 @@ def specs():
 def test_resolves_and_compares_what_is_alike(spec, monkeypatch):
     monkeypatch.chdir(ROOT)
     made = load_sweep(spec)
-    configs = made.configs()
-    made.check(configs)
+    configs = made.load_configs()
+    made.check_comparable(configs)
     assert made.tables or made.figures
     compared = {name for table in made.tables.values() for name in table.rows.values()}
-    compared |= {name for figure in made.figures.values() for name in shown_metric(figure)}
-    needed = {name for run in made.runs.values() for name in run.needs()}
+    compared |= {name for figure in made.figures.values() for name in figure_runs(figure)}
+    needed = {name for run in made.runs.values() for name in run.required_runs()}
     needed |= {name for table in made.tables.values() for name in table.teachers.values()}
     assert compared | needed == set(made.runs), "a run is trained for nothing"
 
@@ -48,7 +48,7 @@ def test_resolves_and_compares_what_is_alike(spec, monkeypatch):
 def test_experts_of_every_size_take_the_same_flops(monkeypatch):
     monkeypatch.chdir(ROOT)
     for size in SIZES:
-        configs = load_sweep(f"configs/sweeps/experts.py:size={size}").configs()
+        configs = load_sweep(f"configs/sweeps/experts.py:size={size}").load_configs()
         assert len({flops_per_sequence(config) for config in configs.values()}) == 1
         assert len({sum(params_by_group(c).values()) for c in configs.values()}) > 3
 
@@ -57,7 +57,7 @@ def test_large_models_cost_as_much_more_as_the_paper_says(monkeypatch):
     monkeypatch.chdir(ROOT)
     for size in SIZES.values():
         made = Sweep("", {"dense": size.dense, "large": size.large, "sparse": size.large_switch})
-        flops = {n: flops_per_sequence(c) for n, c in made.configs().items()}
+        flops = {n: flops_per_sequence(c) for n, c in made.load_configs().items()}
         assert 3.1 < flops["large"] / flops["dense"] < 3.9
         assert flops["large"] == flops["sparse"]
 
@@ -66,9 +66,9 @@ def test_fine_tuning_has_the_model_of_its_upstream_and_the_recipe_of_its_task(mo
     monkeypatch.chdir(ROOT)
     paper = find_size("paper")
     run = finetuned_run("up", paper.large_switch, paper, "superglue")
-    found = Sweep("", {"up": paper.large_switch, "down": run}).configs()
+    found = Sweep("", {"up": paper.large_switch, "down": run}).load_configs()
     up, down = found["up"], found["down"]
-    assert down.init_from == "{run:up}" and run.needs() == {"up"}
+    assert down.init_from == "{run:up}" and run.required_runs() == {"up"}
     assert (down.model.d_model, down.moe.group_size) == (1024, up.moe.group_size)
     assert (down.model.dropout_rate, down.moe.expert_dropout_rate) == (0.1, 0.4)
     assert down.data.mixture == "super_glue" and down.train.steps == 16_000
@@ -80,22 +80,22 @@ def test_of_runs_that_are_compared_only_a_teacher_may_train_for_longer(monkeypat
     runs = {"dense": dense, "other": dense.but({"train.steps": 1600})}
     table = Table("", "", {"dense": "dense", "other": "other"}, teachers={"dense": "other"})
     made = Sweep("", runs, tables={"of": table})
-    made.check(made.configs())
+    made.check_comparable(made.load_configs())
     made = Sweep("", runs, tables={"of": dataclasses.replace(table, teachers={})})
     with pytest.raises(UserError, match=r"train\.steps is 1600 in run 'other'"):
-        made.check(made.configs())
+        made.check_comparable(made.load_configs())
 
 
 def test_references_become_workdirs():
     run = SweepRun(
         "c.py", {"init_from": "{run:a}/checkpoints/8", "data.mixture": "pairs:/x/{split}"}
     )
-    assert run.needs() == {"a"}
-    assert run.texts({"a": "/w/a-0"}) == {
+    assert run.required_runs() == {"a"}
+    assert run.override_texts({"a": "/w/a-0"}) == {
         "init_from": "/w/a-0/checkpoints/8",
         "data.mixture": "pairs:/x/{split}",
     }
-    assert run.texts()["init_from"] == "{run:a}/checkpoints/8"
+    assert run.override_texts()["init_from"] == "{run:a}/checkpoints/8"
 
 
 BAD = {
@@ -120,7 +120,7 @@ def test_an_override_that_cannot_be_names_the_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     made = load_sweep("configs/sweeps/experts_mini.py").but({"train.stepz": "3"})
     with pytest.raises(UserError, match=r"Run 'dense'.*train\.stepz.*train\.steps"):
-        made.configs()
+        made.load_configs()
 
 
 MINI = SweepRun("configs/switch_tiny.py")
@@ -153,6 +153,6 @@ def test_unequal_runs_are_not_compared(key, value, monkeypatch):
     named = {"A": "a", "B": "b"}
     made = Sweep("", {"a": MINI, "b": MINI.but({key: value})}, figures={"f": Curves("", "", named)})
     with pytest.raises(UserError, match=f"figure 'f'.*{key}.*'b'"):
-        made.check(made.configs())
+        made.check_comparable(made.load_configs())
     alone = Sweep("", dict(made.runs))
-    alone.check(alone.configs())
+    alone.check_comparable(alone.load_configs())

@@ -8,15 +8,18 @@ import pytest
 
 from switch_jax.checkpoint.metrics_log import QUALITY
 from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.config.presets import run_config_file
 from switch_jax.model.flops import flops_per_sequence, params_by_group, train_flops
-from switch_jax.sweeps import report
-from switch_jax.sweeps.figures import _curves
-from switch_jax.sweeps.paper_numbers import PAPER_SERIES
-from switch_jax.sweeps.report import cells, notes, write_results
+from switch_jax.sweeps.figures import _draw_curves
+from switch_jax.sweeps.report import figure_notes, table_cells, write_results_report
 from switch_jax.sweeps.results import RunResult, read_result
 from switch_jax.sweeps.spec import Curves, Scaling, Sources, Sweep, SweepRun, Table, Transfer
-from switch_jax.sweeps.summary import summarise
+from switch_jax.sweeps.summary import summarise_sweep
 from tests.support.configs import tiny
+from tests.support.paths import ROOT
+
+_PAPER_NUMBERS = run_config_file(ROOT / "configs" / "sweeps" / "_paper_numbers.py")
+TABLE_7, TABLE_9_DENSE = _PAPER_NUMBERS["TABLE_7"], _PAPER_NUMBERS["TABLE_9_DENSE"]
 
 
 def result(qualities, *, steps=100, step_seconds=0.5, metric=QUALITY, **changes):
@@ -57,7 +60,7 @@ def table(rows, **settings):
     made = Table("Title", "Claim", rows, **settings)
     names = set(rows.values()) | set(made.teachers.values())
     sweep = Sweep("Sweep", {n: SweepRun("c.py") for n in names}, (0, 1), {"t": made})
-    return summarise(sweep, RESULTS)["tables"]["t"]
+    return summarise_sweep(sweep, RESULTS)["tables"]["t"]
 
 
 def test_rows_are_compared_with_the_first_seed_by_seed():
@@ -72,8 +75,8 @@ def test_rows_are_compared_with_the_first_seed_by_seed():
 def test_what_diverged_has_no_quality_and_is_counted():
     row = table({"T5": "dense", "Bad": "diverged"})["rows"]["Bad"]
     assert row["quality"]["mean"] is None and row["gain"]["values"] == [None]
-    assert "diverged" not in json.dumps(report.cells(table({"T5": "dense"})))
-    cells = report.cells(table({"T5": "dense", "Bad": "diverged"}))
+    assert "diverged" not in json.dumps(table_cells(table({"T5": "dense"})))
+    cells = table_cells(table({"T5": "dense", "Bad": "diverged"}))
     assert cells[2][1] == "diverged" and "not reached" in cells[2]
 
 
@@ -85,7 +88,7 @@ def test_a_student_keeps_a_share_of_its_teachers_gain(monkeypatch):
     assert found["share_of_gain"]["values"] == pytest.approx([0.5, 1.0])
     dense, sparse = RESULTS["dense"][0].params, RESULTS["switch"][0].params
     assert found["compression"]["mean"] == pytest.approx(1 - dense / sparse)
-    cells = report.cells(row)
+    cells = table_cells(row)
     assert cells[2][cells[0].index("share of the gain")] == "75 ± 35 %"
 
 
@@ -105,13 +108,13 @@ def test_scores_count_by_their_best_evaluation(monkeypatch):
     monkeypatch.setitem(RESULTS, "task", [result([50, 70, 60], metric="average")] * 2)
     found = table({"Switch": "task"}, metric="average")
     assert found["rows"]["Switch"]["quality"]["mean"] == 70
-    assert cells(found)[0][1] == "average"
+    assert table_cells(found)[0][1] == "average"
 
 
 def test_columns_without_anything_are_left_out():
-    cells = report.cells(table({"T5": "dense"}))
+    cells = table_cells(table({"T5": "dense"}))
     assert "the paper's" not in cells[0] and "against the first row" not in cells[0]
-    cells = report.cells(table({"T5": "dense"}, paper={"T5": "-1.7"}))
+    cells = table_cells(table({"T5": "dense"}, paper={"T5": "-1.7"}))
     assert cells[1][cells[0].index("the paper's")] == "-1.7"
 
 
@@ -122,18 +125,18 @@ def test_power_laws_of_ours_and_the_papers(monkeypatch):
     for number, experts in enumerate((1, 2, 8)):
         one = result([-3.0 * max(experts, 1) ** -0.05], **{"moe.num_experts": experts})
         monkeypatch.setitem(RESULTS, f"e{number}", [one, one])
-    figure = Scaling("", "", {f"{n}": f"e{n}" for n in range(3)}, "experts", "table_7")
+    figure = Scaling("", "", {f"{n}": f"e{n}" for n in range(3)}, "experts", TABLE_7)
     sweep = Sweep("", {f"e{n}": SweepRun("c.py") for n in range(3)}, (0, 1), figures={"f": figure})
-    numbers = summarise(sweep, RESULTS)["figures"]["f"]
+    numbers = summarise_sweep(sweep, RESULTS)["figures"]["f"]
     assert numbers["power_laws"]["ours"]["exponent"] == pytest.approx(-0.05)
     theirs = numbers["power_laws"]["the paper's Table 7"]
     low, high = theirs["exponent_interval"]
     assert low < theirs["exponent"] < high < 0
-    assert any("experts^-0.0500" in line for line in notes(numbers))
+    assert any("experts^-0.0500" in line for line in figure_notes(numbers))
 
 
 def test_published_points_are_the_papers():
-    dense, *sparse = PAPER_SERIES["table_7"].points
+    dense, *sparse = TABLE_7.points
     assert (dense.experts, dense.quality) == (1, -1.636)
     # What the paper calls the gain that students keep, in per cent, is of these differences.
     kept = [0.049, 0.051, 0.057, 0.054, 0.058]
@@ -163,7 +166,7 @@ def everything(monkeypatch):
         {
             "steps": Curves("Steps", "Claim", NAMED),
             "seconds": Curves("Seconds", "Claim", NAMED, "seconds"),
-            "scaling": Scaling("Scaling", "Claim", NAMED, published="table_9_dense"),
+            "scaling": Scaling("Scaling", "Claim", NAMED, published=TABLE_9_DENSE),
             "transfer": Transfer("Transfer", "Claim", {"Switch": (("dense", "switch"),)}, QUALITY),
             "sources": Sources("Sources", "Claim", "dense", "switch"),
         },
@@ -171,7 +174,7 @@ def everything(monkeypatch):
 
 
 def test_everything_is_drawn_twice_and_shown_in_pages_that_need_no_other(everything, tmp_path):
-    written = write_results(everything, RESULTS, tmp_path)
+    written = write_results_report(everything, RESULTS, tmp_path)
     stems = {path.stem for path in written if path.suffix == ".svg"}
     assert stems == {"table", *everything.figures}
     assert stems == {path.stem for path in written if path.suffix == ".png"}
@@ -191,7 +194,7 @@ def test_everything_is_drawn_twice_and_shown_in_pages_that_need_no_other(everyth
 
 def test_a_sweep_of_which_nothing_is_finished_has_a_summary_too(everything, tmp_path):
     nothing = {name: [None, None] for name in RESULTS}
-    written = write_results(everything, nothing, tmp_path)
+    written = write_results_report(everything, nothing, tmp_path)
     assert {path.name for path in written} == {"summary.json", "summary.md", "index.html"}
     assert "0 of 2" in (tmp_path / "summary.md").read_text()
 
@@ -199,10 +202,10 @@ def test_a_sweep_of_which_nothing_is_finished_has_a_summary_too(everything, tmp_
 def test_curves_show_hours_where_there_are_hours():
     figure = Curves("", "", {"A": "a"}, "seconds")
     long = {"a": [result([-3, -2], step_seconds=360.0)]}  # 100 steps: 10 hours
-    axes = _curves(figure, long).axes[0]
+    axes = _draw_curves(figure, long).axes[0]
     assert "hours" in axes.get_xlabel() and axes.xaxis.get_major_formatter()(7200, 0) == "2"
     short = {"a": [result([-3, -2], step_seconds=0.1)]}
-    assert "seconds" in _curves(figure, short).axes[0].get_xlabel()
+    assert "seconds" in _draw_curves(figure, short).axes[0].get_xlabel()
 
 
 def test_outcome_is_read_from_a_workdir(tmp_path):

@@ -454,7 +454,7 @@ def test_a_compile_report_has_the_teachers_bytes(tmp_path, monkeypatch):
 def test_sweeps_of_the_papers_distillation_tables(size, table, monkeypatch):
     monkeypatch.chdir(ROOT)
     sweep = load_sweep(f"configs/sweeps/distill.py:size={size},table={table}")
-    configs = sweep.configs()
+    configs = sweep.load_configs()
     (table_spec,) = sweep.tables.values()
     assert set(table_spec.rows.values()) <= set(configs) and table_spec.teachers
     students = {name for name, config in configs.items() if config.distilled}

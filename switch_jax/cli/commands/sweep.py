@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         ready_jobs,
         run_sweep,
         sweep_jobs,
-        write_report,
+        write_sweep_report,
     )
 
     import_matplotlib()  # reports a missing Matplotlib before anything is trained
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         )
     progress = run_sweep(jobs)
     if progress.finished:
-        print("\n".join(map(str, write_report(made, jobs, folder))))
+        print("\n".join(map(str, write_sweep_report(made, jobs, folder))))
     if progress.stopped_by is not None:
         print(
             f"Stopped with {progress.finished} of {len(jobs)} runs finished; the same command"
