@@ -8,7 +8,8 @@ from switch_jax.data.batch import (
     feature_shapes,
     padded_batch,
 )
-from switch_jax.data.finetuning.tasks import MIXTURES, Task, get_task
+from switch_jax.data.finetuning.mixtures import MIXTURES
+from switch_jax.data.finetuning.tasks import Task, get_task
 from switch_jax.data.mixture import find_sources
 from switch_jax.data.peek import examples_text
 from switch_jax.data.readers import open_batches, open_batches_by_source, read_task_examples

@@ -6,15 +6,10 @@ import json
 
 import pytest
 
-from switch_jax.data.finetuning import tasks
+from switch_jax.data.finetuning.mixtures import MIXTURES, TaskMixture, find_task_or_mixture
 from switch_jax.data.finetuning.prompts import UNKNOWN, Example
-from switch_jax.data.finetuning.tasks import (
-    MIXTURES,
-    TASKS,
-    Rows,
-    TaskMixture,
-    find_task_or_mixture,
-)
+from switch_jax.data.finetuning.task_records import LABEL
+from switch_jax.data.finetuning.tasks import TASKS, Rows
 from switch_jax.errors import UserError
 from switch_jax.evaluation.task_metrics import METRICS
 from tests.support.paths import GOLDEN
@@ -53,10 +48,10 @@ def made_up(schema, name="text"):
         case dict():
             return {field: made_up(schema[field], field) for field in schema}
         case list():
-            return [made_up(schema[0], name)] * 2 if schema != [tasks.LABEL] else [0, 1]
+            return [made_up(schema[0], name)] * 2 if schema != [LABEL] else [0, 1]
     if schema is str:
         return "he" if name in ("span2_text", "pronoun") else f"he said {name}."
-    return 1 if schema in (int, tasks.LABEL) else 2.6
+    return 1 if schema in (int, LABEL) else 2.6
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -75,7 +70,7 @@ def test_every_task_formats_a_record_of_its_schema(task, training):
 
 def test_fields_and_classes_are_those_of_tfds(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
-    kinds = {str: "string", int: "int", float: "float", tasks.LABEL: "int"}
+    kinds = {str: "string", int: "int", float: "float", LABEL: "int"}
 
     def agrees(schema, info):
         if isinstance(schema, dict):

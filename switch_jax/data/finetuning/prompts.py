@@ -1,9 +1,10 @@
-"""Text-to-text examples from the records of fine-tuning tasks.
+"""Prompts: text-to-text examples from the records of fine-tuning tasks.
 
-What T5 defines is T5's text, character by character: GLUE, SuperGLUE, SQuAD and CNN/DailyMail as
-in t5 0.9.4, closed-book questions as in t5_closed_book_qa (tests/golden/t5_tasks.json).
+Tasks that T5 defines have T5's text, character by character: GLUE, SuperGLUE, SQuAD and
+CNN/DailyMail as in t5 0.9.4, closed-book questions as in t5_closed_book_qa
+(tests/golden/t5_tasks.json).
 
-| task                 | inputs                                   | targets, and what is compared  |
+| task                 | inputs                                   | targets; answer for metrics    |
 |----------------------|------------------------------------------|--------------------------------|
 | classification       | `cola sentence: …`: the task, its fields | class name                     |
 | glue.mnli_*, ax      | `mnli hypothesis: … premise: …`          | class name                     |
@@ -23,8 +24,8 @@ in t5 0.9.4, closed-book questions as in t5_closed_book_qa (tests/golden/t5_task
 | web_questions        | `wq question: …`                         | first answer; all of them      |
 | trivia_qa            | `trivia_qa question: …`                  | its value; all of its aliases  |
 
-T5 defines nothing for the others, and the Switch paper gives no text. Theirs is that of SPoT, by
-T5's colleagues (google-research/prompt-tuning), as far as it goes.
+Neither T5 nor the Switch paper defines text for the tasks below. It follows SPoT (google-research/
+prompt-tuning) where SPoT has the task.
 
 | task       | inputs                                         | targets       | as in              |
 |------------|------------------------------------------------|---------------|--------------------|
@@ -34,10 +35,10 @@ T5's colleagues (google-research/prompt-tuning), as far as it goes.
 | arc.easy   | `arc_easy question: … choice1: … choice2: …`   | choice's text | SPoT's questions   |
 |            |                                                |               | with choices; COPA |
 
-Records of one's own files have `inputs` and `targets` already.
+Records of custom files have `inputs` and `targets` already.
 
-Where the answer is not known (a label of -1, no answers), targets are `<unk>`, or `-1.0` in
-glue.stsb, and `Example.answer` is None.
+If the answer is unknown (a label of -1, no answers), targets are `<unk>`, or `-1.0` in glue.stsb,
+and `Example.answer` is None.
 """
 
 import operator
@@ -53,8 +54,8 @@ UNKNOWN = "<unk>"
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 _SPACES = re.compile(r"[\t\n\f\r ]+")
 
-# Records of wsc.fixed whose `span2_index` is not the place of the pronoun that is meant.
-_WSC_BY_HAND = {
+# Records of wsc.fixed whose `span2_index` is not the index of the pronoun.
+_WSC_CORRECTIONS = {
     "The boy continued to whip the pony , and eventually the pony threw him over. John laughed out"
     ' quite loud. "Good for him," he said. ': "The boy continued to whip the pony , and eventually"
     ' the pony threw him over. John laughed out quite loud. "Good for *{}* ," he said.',
@@ -67,11 +68,11 @@ _WSC_BY_HAND = {
 
 
 class Example(NamedTuple):
-    """What the model reads and shall write, and what its own text is compared with.
+    """Inputs and targets of the model, and the answer that metrics compare its output with.
 
     Attributes:
-      answer: as in the tables above; None where it is not known. Elsewhere it is the targets
-        or, for several accepted answers, a list of texts.
+      answer: as in the tables above; where they give none, the targets, or a list of all accepted
+        texts. None if it is unknown.
     """
 
     inputs: str
@@ -81,12 +82,13 @@ class Example(NamedTuple):
 
 Record = Mapping[str, Any]
 
-# Of a record, and whether for training. `super_glue.record` then gives an example for every
-# answer, otherwise one; `super_glue.wsc` gives none where the noun is not the one meant.
+# (record, whether for training) -> examples. For training, `super_glue.record` returns an example
+# for every answer, and `super_glue.wsc` none if the pronoun does not refer to the noun; otherwise
+# there is one example.
 Format = Callable[[Record, bool], list[Example]]
 
 
-def classification(
+def format_classification(
     record: Record,
     training: bool,
     task: str,
@@ -94,22 +96,22 @@ def classification(
     fields: Mapping[str, str],
     classes: Sequence[str],
 ) -> list[Example]:
-    """A text made of fields, and a class name.
+    """Formats a classification: inputs list the fields, targets are a class name.
 
     Args:
-      fields: the record's field behind each name in the text, in the text's order.
-      classes: names in the order of their labels; a record may have either.
+      fields: name in the inputs → field of the record, in the order of the inputs.
+      classes: names in the order of their numbers; the label of a record may be either.
     """
-    label = _chosen(task, record["label"], classes)
-    inputs = _text(prefix, {name: record[field] for name, field in fields.items()})
+    label = _class_name(task, record["label"], classes)
+    inputs = _join_fields(prefix, {name: record[field] for name, field in fields.items()})
     return [Example(inputs, UNKNOWN if label is None else label, label)]
 
 
-def stsb(record: Record, training: bool, task: str) -> list[Example]:
-    """Similarity from 0 to 5, rounded to a multiple of 0.2."""
-    inputs = _text("stsb", {name: record[name] for name in ("sentence1", "sentence2")})
+def format_stsb(record: Record, training: bool, task: str) -> list[Example]:
+    """Formats STS-B: targets are a similarity from 0 to 5, rounded to a multiple of 0.2."""
+    inputs = _join_fields("stsb", {name: record[name] for name in ("sentence1", "sentence2")})
     try:
-        label = np.float32(record["label"])  # as T5: another precision rounds others down
+        label = np.float32(record["label"])  # as in T5: another precision rounds differently
     except (TypeError, ValueError):
         label = np.float32(np.nan)
     if label != -1 and not 0 <= label <= 5:
@@ -121,20 +123,22 @@ def stsb(record: Record, training: bool, task: str) -> list[Example]:
     return [Example(inputs, targets, None if label == -1 else float(targets))]
 
 
-def multirc(record: Record, training: bool, task: str, classes: Sequence[str]) -> list[Example]:
-    """One of a question's answers, and whether it is right."""
+def format_multirc(
+    record: Record, training: bool, task: str, classes: Sequence[str]
+) -> list[Example]:
+    """Formats MultiRC: targets tell whether an answer to a question is right."""
     fields = {name: name for name in ("question", "answer", "paragraph")}
-    [example] = classification(record, training, task, "multirc", fields, classes)
+    [example] = format_classification(record, training, task, "multirc", fields, classes)
     inputs = re.sub("</?b>", "", example.inputs.replace("<br>", " "))
     group = (record["idx"]["paragraph"], record["idx"]["question"])
     answer = None if example.answer is None else {"value": example.answer, "group": group}
     return [Example(inputs, example.targets, answer)]
 
 
-def record(record: Record, training: bool) -> list[Example]:
-    """A sentence with a gap, and the entity that fills it."""
+def format_record_task(record: Record, training: bool) -> list[Example]:
+    """Formats ReCoRD: targets are the entity that fills the gap in a sentence."""
     passage = re.sub(r"""([.?!"'])\n@highlight\n""", r"\1 ", record["passage"])
-    inputs = _text(
+    inputs = _join_fields(
         "record",
         {
             "query": record["query"],
@@ -149,17 +153,17 @@ def record(record: Record, training: bool) -> list[Example]:
     return [Example(inputs, targets, answer) for targets in (answers if training else answers[:1])]
 
 
-def wsc(record: Record, training: bool, task: str, classes: Sequence[str]) -> list[Example]:
-    """A sentence with a pronoun, and a noun that it may stand for: T5's `wsc_simple`.
+def format_wsc(record: Record, training: bool, task: str, classes: Sequence[str]) -> list[Example]:
+    """Formats WSC as T5's `wsc_simple`: targets are a noun, perhaps that of the marked pronoun.
 
-    Raises `UserError` where `span2_text` does not stand at `span2_index`.
+    Raises `UserError` if `span2_text` is not the word at `span2_index`.
     """
-    label = _chosen(task, record["label"], classes)
+    label = _class_name(task, record["label"], classes)
     if training and label != "True":
         return []
     text, pronoun, place = record["text"], record["span2_text"], record["span2_index"]
-    if text in _WSC_BY_HAND:
-        text = _WSC_BY_HAND[text].format(pronoun)
+    if text in _WSC_CORRECTIONS:
+        text = _WSC_CORRECTIONS[text].format(pronoun)
     else:
         words = text.split(" ")
         if not 0 <= place < len(words) or words[place] != pronoun:
@@ -172,100 +176,106 @@ def wsc(record: Record, training: bool, task: str, classes: Sequence[str]) -> li
     return [Example(f"wsc: {text}", noun, label and {"value": label, "referent": noun})]
 
 
-def dpr(record: Record, training: bool, task: str) -> list[Example]:
-    """A sentence with a pronoun, and which of two nouns it stands for."""
-    # The first is the one that is meant.
+def format_dpr(record: Record, training: bool, task: str) -> list[Example]:
+    """Formats DPR: targets are the one of two nouns that the marked pronoun refers to."""
+    # The first occurrence is the pronoun in question.
     pronoun = re.compile(rf" ({re.escape(record['pronoun'])})([ .,])")
     text = pronoun.sub(r" *\1*\2", record["sentence"], count=1)
-    answer = _chosen(task, record["label"], record["candidates"])
+    answer = _class_name(task, record["label"], record["candidates"])
     return [Example(f"wsc: {text}", UNKNOWN if answer is None else answer, answer)]
 
 
-def squad(record: Record, training: bool) -> list[Example]:
-    """A question about a text that has the answer."""
-    texts = {name: _spaced(record[name]) for name in ("question", "context")}
+def format_squad(record: Record, training: bool) -> list[Example]:
+    """Formats SQuAD: inputs are a question and a text that has the answer."""
+    texts = {name: _space_punctuation(record[name]) for name in ("question", "context")}
     inputs = _SPACES.sub(" ", " ".join(f"{name}: {text}" for name, text in texts.items()))
-    return _accepting(inputs, [_spaced(answer) for answer in record["answers"]["text"]])
+    return _example_of_answers(
+        inputs, [_space_punctuation(answer) for answer in record["answers"]["text"]]
+    )
 
 
-def summarization(record: Record, training: bool, document: str, summary: str) -> list[Example]:
-    """The fields `document` and `summary`."""
+def format_summarization(
+    record: Record, training: bool, document: str, summary: str
+) -> list[Example]:
+    """Formats a summarization; `document` and `summary` are the names of the fields."""
     return [Example(f"summarize: {record[document]}", record[summary], record[summary])]
 
 
-def pair(record: Record, training: bool) -> list[Example]:
-    """Inputs and targets as they are."""
+def format_pair(record: Record, training: bool) -> list[Example]:
+    """Returns `inputs` and `targets` unchanged."""
     return [Example(record["inputs"], record["targets"], record["targets"])]
 
 
-def open_question(record: Record, training: bool, prefix: str, answers: str) -> list[Example]:
-    """A question without a text that would have the answer; the field `answers` has all."""
-    return _accepting(f"{prefix} question: {record['question']}", list(record[answers]))
+def format_open_question(
+    record: Record, training: bool, prefix: str, answers: str
+) -> list[Example]:
+    """Formats a closed-book question; `answers` is the field with all accepted answers."""
+    return _example_of_answers(f"{prefix} question: {record['question']}", list(record[answers]))
 
 
-def trivia_qa(record: Record, training: bool) -> list[Example]:
-    """As `open_question`; one answer is the usual one, the others are aliases."""
+def format_trivia_qa(record: Record, training: bool) -> list[Example]:
+    """Formats TriviaQA: targets are the usual answer; its aliases are accepted, too."""
     answer = record["answer"]
     inputs = f"trivia_qa question: {record['question']}"
     return [Example(inputs, answer["value"], list(answer["aliases"]) or None)]
 
 
-def arc(record: Record, training: bool, task: str, prefix: str) -> list[Example]:
-    """A question with three to five choices."""
+def format_arc(record: Record, training: bool, task: str, prefix: str) -> list[Example]:
+    """Formats ARC: inputs are a question and three to five choices, targets a choice."""
     labels, texts = list(record["choices"]["label"]), list(record["choices"]["text"])
     choices = {f"choice{number}": text for number, text in enumerate(texts, start=1)}
-    inputs = _text(prefix, {"question": record["question"], **choices})
+    inputs = _join_fields(prefix, {"question": record["question"], **choices})
     key = record["answerKey"]
     if key in (-1, ""):
         return [Example(inputs, UNKNOWN, None)]
     if key not in labels:
-        raise _no_class(task, key, labels)
+        raise _unknown_label_error(task, key, labels)
     answer = texts[labels.index(key)]
     return [Example(inputs, answer, answer)]
 
 
-def winogrande(record: Record, training: bool, task: str) -> list[Example]:
-    """A sentence with a gap `_`, and two nouns that may fill it."""
+def format_winogrande(record: Record, training: bool, task: str) -> list[Example]:
+    """Formats Winogrande: targets are the one of two nouns that fills the gap `_`."""
     fields = ("sentence", "option1", "option2")
-    inputs = _text("winogrande", {name: record[name] for name in fields})
-    chosen = _chosen(task, record["label"], ("1", "2"))
-    answer = None if chosen is None else record[f"option{chosen}"]
+    inputs = _join_fields("winogrande", {name: record[name] for name in fields})
+    number = _class_name(task, record["label"], ("1", "2"))
+    answer = None if number is None else record[f"option{number}"]
     return [Example(inputs, UNKNOWN if answer is None else answer, answer)]
 
 
-def _text(prefix: str, parts: Mapping[str, str]) -> str:
-    return " ".join([prefix, *(f"{name}: {text}" for name, text in parts.items())])
+def _join_fields(prefix: str, fields: Mapping[str, str]) -> str:
+    return " ".join([prefix, *(f"{name}: {text}" for name, text in fields.items())])
 
 
-def _spaced(text: str) -> str:
-    """With spaces around ASCII punctuation, and one where there were several."""
+def _space_punctuation(text: str) -> str:
+    """Returns `text` with spaces around ASCII punctuation and without repeated spaces."""
     return _SPACES.sub(" ", _PUNCTUATION.sub(r" \1 ", text))
 
 
-def _accepting(inputs: str, answers: list[str]) -> list[Example]:
+def _example_of_answers(inputs: str, answers: list[str]) -> list[Example]:
     return [Example(inputs, answers[0] if answers else UNKNOWN, answers or None)]
 
 
-def _chosen(task: str, label: int | str, classes: Sequence[str]) -> str | None:
-    """The class that a label means; None for -1.
+def _class_name(task: str, label: int | str, classes: Sequence[str]) -> str | None:
+    """Returns the class of a label, which is a name or a number; None for -1.
 
-    Labels are names or numbers; "1" is the class of this name where there is one, and the
-    second class elsewhere. Raises `UserError` for any other.
+    "1" is the class of this name if there is one, else the second class. Raises `UserError` for any
+    other label.
     """
     if isinstance(label, str) and label in classes:
         return label
     try:
         number = int(label) if isinstance(label, str) else operator.index(label)
     except (TypeError, ValueError):
-        raise _no_class(task, label, classes) from None
+        raise _unknown_label_error(task, label, classes) from None
     if number == -1:
         return None
     if not 0 <= number < len(classes):
-        raise _no_class(task, label, classes)
+        raise _unknown_label_error(task, label, classes)
     return classes[number]
 
 
-def _no_class(task: str, label: Any, classes: Sequence[Any]) -> UserError:
+def _unknown_label_error(task: str, label: Any, classes: Sequence[Any]) -> UserError:
     return UserError(
         f"{task}: the label {label!r} is none of its classes ({', '.join(map(str, classes))}), nor"
         " the number of one, nor -1 for one that is not known; correct the record."

@@ -1,17 +1,17 @@
-"""The fine-tuning tasks of the Switch paper and their mixtures, as data; `prompts` has their text.
+"""Table of the fine-tuning tasks of the Switch paper.
 
-Data sets, versions, sizes and rates are T5's, or TFDS's where T5 has no such task. The longest
-texts are T5's where it says so, and ours elsewhere:
+Data sets, versions and numbers of examples are T5's, or TFDS's for tasks that T5 does not have. The
+maximal lengths in tokens:
 
-| tasks                        | inputs, targets | as                                              |
+| tasks                        | inputs, targets | as in                                           |
 |------------------------------|-----------------|-------------------------------------------------|
 | glue                         | 512, 84         | T5                                              |
 | super_glue                   | 512, 62         | T5                                              |
 | squad                        | 512, 97         | T5                                              |
 | cnn_dailymail                | 512, 512        | T5                                              |
 | closed_book, winogrande      | 128, 32         | T5's notebook on closed-book questions          |
-| anli                         | 512, 84         | glue, whose MNLI it resembles                   |
-| arc, xsum                    | 512, 128        | ours: a sentence as an answer                   |
+| anli                         | 512, 84         | glue: MNLI is similar                           |
+| arc, xsum                    | 512, 128        | our choice: an answer is a sentence             |
 """
 
 import dataclasses
@@ -21,28 +21,30 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from switch_jax.data.finetuning.prompts import (
     Format,
-    arc,
-    classification,
-    dpr,
-    multirc,
-    open_question,
-    pair,
-    record,
-    squad,
-    stsb,
-    summarization,
-    trivia_qa,
-    winogrande,
-    wsc,
+    format_arc,
+    format_classification,
+    format_dpr,
+    format_multirc,
+    format_open_question,
+    format_pair,
+    format_record_task,
+    format_squad,
+    format_stsb,
+    format_summarization,
+    format_trivia_qa,
+    format_winogrande,
+    format_wsc,
 )
 from switch_jax.data.finetuning.task_records import LABEL
-from switch_jax.errors import UserError
 
 TaskPart = Literal["train", "validation", "test"]
 
 
 class Rows(NamedTuple):
-    """Rows `begin` to `end` of a split of a data set; None is its end."""
+    """Rows `begin` to `end` of a split of a data set; None is the end of the split.
+
+    The class name and the fields are part of `Source.fingerprint`.
+    """
 
     split: str
     begin: int = 0
@@ -51,21 +53,23 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What one task is made of.
+    """A fine-tuning task: its data set, text and metrics.
 
     Attributes:
-      dataset: of TFDS, with its config.
-      splits: where each part lies in the data set; not every task has all three.
-      num_examples: in training, and the rate in a mixture; of ReCoRD one for every answer. None
-        where only the files tell.
+      name: such as "glue.cola": the benchmark and the task.
+      dataset: name in TFDS, with its config.
+      version: of the data set.
+      splits: rows of each part of the task; not every task has all three parts.
+      num_examples: for training, and the rate in a mixture; of ReCoRD one for every answer. None
+        if only the files determine it.
       schema: the fields that `format` reads, with their names and types in TFDS: a type, `[type]`
-        for a list, or a dict of fields. A record may have more.
-      format: text of a record; see `prompts`.
-      classes: names in the order of their labels; empty where records bring their own, or answers
-        are texts or numbers.
-      metrics: names in `metrics.METRICS`; none where no part has labels.
-      reported: of what they give, what is the task's number in the paper; None: the mean of all.
-      inputs_length, targets_length: tokens, with the EOS.
+        for a list, or a dict of fields. A record may have more fields.
+      format: turns a record into examples; see `prompts`.
+      classes: names in the order of their labels; empty if records list them, or if answers are
+        texts or numbers.
+      metrics: names in `task_metrics.METRICS`; none if no part has labels.
+      reported_metric: the one that the paper reports; None: the mean of all.
+      inputs_length, targets_length: maximum in tokens, with the EOS.
     """
 
     name: str
@@ -82,40 +86,16 @@ class Task:
     targets_length: int
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskMixture:
-    """Tasks that are trained on together, and how their numbers become one.
-
-    Attributes:
-      rates: of all tasks, in proportion to which examples are drawn; 0 is evaluated only.
-      average: the mixture's number is the mean over groups of the mean over a group's tasks.
-    """
-
-    name: str
-    rates: Mapping[str, int]
-    average_groups: tuple[tuple[str, ...], ...]
-
-
 _ALL: dict[TaskPart, Rows] = {part: Rows(part) for part in get_args(TaskPart)}
 
 
-def find_task_or_mixture(name: str) -> TaskMixture:
-    """The mixture of that name, or one of the single task of that name; raises `UserError`."""
-    if name in MIXTURES:
-        return MIXTURES[name]
-    if name not in TASKS:
-        known = ", ".join([*MIXTURES, *TASKS])
-        raise UserError(f"There is no fine-tuning task {name!r}; use one of {known}.")
-    return TaskMixture(name, {name: TASKS[name].num_examples or 0}, ((name,),))
-
-
 def get_task(name: str) -> Task:
-    """The task that a source of pairs is called after: one of TASKS, or of somebody's own files."""
+    """Returns the task `name` of TASKS; for any other name, a task of custom files."""
     return TASKS[name] if name in TASKS else custom_task(name)
 
 
 def custom_task(name: str) -> Task:
-    """A task whose records are inputs and targets already; targets are compared as they are."""
+    """Returns a task whose records are inputs and targets already, for exact match."""
     return Task(
         name=name,
         dataset="",
@@ -123,7 +103,7 @@ def custom_task(name: str) -> Task:
         splits=_ALL,
         num_examples=None,
         schema={"inputs": str, "targets": str},
-        format=pair,
+        format=format_pair,
         classes=(),
         metrics=("accuracy",),
         reported_metric=None,
@@ -144,7 +124,7 @@ _LENGTHS = {
     "xsum": (512, 128),
 }
 _VERSIONS = {"glue": "1.0.0", "super_glue": "1.0.2", "anli": "0.1.0"}
-_TEST: dict[TaskPart, Rows] = {"validation": Rows("test")}  # answered, and not scored
+_TEST: dict[TaskPart, Rows] = {"validation": Rows("test")}  # without labels: predicted, not scored
 
 
 def _task(
@@ -186,11 +166,17 @@ def _classification(
     dataset: str | None = None,
     splits: Mapping[TaskPart, Rows] = _ALL,
 ) -> Task:
-    """Args: fields: names in the text's order; a mapping where the record calls them otherwise."""
+    """Returns a task with class names as targets.
+
+    Args:
+      fields: names in the order of the inputs, separated by blanks, or name → field of the record.
+    """
     if isinstance(fields, str):
         fields = {field: field for field in fields.split()}
     prefix = prefix or name.partition(".")[2]
-    format = partial(classification, task=name, prefix=prefix, fields=fields, classes=classes)
+    format = partial(
+        format_classification, task=name, prefix=prefix, fields=fields, classes=classes
+    )
     schema = {**dict.fromkeys(fields.values(), str), "label": LABEL}
     return _task(name, num_examples, metrics, format, schema, classes, dataset, splits)
 
@@ -212,7 +198,7 @@ def _arc(name: str, config: str, num_examples: int) -> Task:
         f"arc.{name}",
         num_examples,
         "accuracy",
-        partial(arc, task=f"arc.{name}", prefix=f"arc_{name}"),
+        partial(format_arc, task=f"arc.{name}", prefix=f"arc_{name}"),
         {"question": str, "choices": {"text": [str], "label": [LABEL]}, "answerKey": LABEL},
         dataset=f"ai2_arc/{config}:1.0.0",
     )
@@ -223,7 +209,7 @@ def _winogrande(size: str, num_examples: int) -> Task:
         f"winogrande.{size}",
         num_examples,
         "accuracy",
-        partial(winogrande, task=f"winogrande.{size}"),
+        partial(format_winogrande, task=f"winogrande.{size}"),
         {"sentence": str, "option1": str, "option2": str, "label": LABEL},
         dataset="winogrande:1.2.0",
         splits={**_ALL, "train": Rows(f"train_{size}")},
@@ -239,7 +225,7 @@ def _closed_book(
     dataset: str,
     test: str = "validation",
 ) -> Task:
-    """The last tenth of the training split validates, as in T5."""
+    """Returns a closed-book task; as in T5, the last tenth of `train` is for validation."""
     return _task(
         f"closed_book.{name}",
         num_examples,
@@ -274,7 +260,7 @@ _TASKS = (
         "glue.stsb",
         5_749,
         "pearson spearman",
-        partial(stsb, task="glue.stsb"),
+        partial(format_stsb, task="glue.stsb"),
         {"sentence1": str, "sentence2": str, "label": float},
     ),
     _classification("glue.mnli", 392_702, _NLI, _INFERENCE, splits={"train": Rows("train")}),
@@ -291,7 +277,7 @@ _TASKS = (
         "super_glue.multirc",
         27_243,
         "multirc",
-        partial(multirc, task="super_glue.multirc", classes=_BOOLEAN),
+        partial(format_multirc, task="super_glue.multirc", classes=_BOOLEAN),
         {
             "question": str,
             "answer": str,
@@ -305,7 +291,7 @@ _TASKS = (
         "super_glue.record",
         138_854,
         "record",
-        record,
+        format_record_task,
         {
             "query": str,
             "entities": [str],
@@ -320,7 +306,7 @@ _TASKS = (
         "super_glue.wsc",
         259,
         "wsc",
-        partial(wsc, task="super_glue.wsc", classes=_BOOLEAN),
+        partial(format_wsc, task="super_glue.wsc", classes=_BOOLEAN),
         {"text": str, "span1_text": str, "span2_text": str, "span2_index": int, "label": LABEL},
         _BOOLEAN,
         "super_glue/wsc.fixed:1.0.2",
@@ -329,7 +315,7 @@ _TASKS = (
         "super_glue.dpr",
         1_322,
         "accuracy",
-        partial(dpr, task="super_glue.dpr"),
+        partial(format_dpr, task="super_glue.dpr"),
         {"sentence": str, "pronoun": str, "candidates": [str], "label": LABEL},
         dataset="definite_pronoun_resolution:1.1.0",
         splits={"train": Rows("train"), "test": Rows("test")},
@@ -340,7 +326,7 @@ _TASKS = (
         "squad",
         87_599,
         "squad",
-        squad,
+        format_squad,
         {"question": str, "context": str, "answers": {"text": [str]}},
         dataset="squad/v1.1:3.0.0",
         splits={"train": Rows("train"), "validation": Rows("validation")},
@@ -350,7 +336,7 @@ _TASKS = (
         "cnn_dailymail",
         287_113,
         "rouge",
-        partial(summarization, document="article", summary="highlights"),
+        partial(format_summarization, document="article", summary="highlights"),
         {"article": str, "highlights": str},
         dataset="cnn_dailymail:3.4.0",
         reported_metric="rouge2",
@@ -359,7 +345,7 @@ _TASKS = (
         "xsum",
         203_577,
         "rouge",
-        partial(summarization, document="document", summary="summary"),
+        partial(format_summarization, document="document", summary="summary"),
         {"document": str, "summary": str},
         dataset="xsum:1.1.0",
         reported_metric="rouge2",
@@ -378,7 +364,7 @@ _TASKS = (
         "natural_questions",
         79_168,
         "squad",
-        partial(open_question, prefix="nq", answers="answer"),
+        partial(format_open_question, prefix="nq", answers="answer"),
         {"answer": [str]},
         "natural_questions_open:1.0.0",
     ),
@@ -386,7 +372,7 @@ _TASKS = (
         "web_questions",
         3_417,
         "squad",
-        partial(open_question, prefix="wq", answers="answers"),
+        partial(format_open_question, prefix="wq", answers="answers"),
         {"answers": [str]},
         "web_questions:1.0.0",
         test="test",
@@ -395,39 +381,9 @@ _TASKS = (
         "trivia_qa",
         78_785,
         "trivia_qa",
-        trivia_qa,
+        format_trivia_qa,
         {"answer": {"value": str, "aliases": [str]}},
         "trivia_qa/unfiltered.nocontext:1.1.0",
     ),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _TASKS}
-
-
-def _mixture(name: str, tasks: str, average: str, benchmark: str | None = None) -> TaskMixture:
-    """Args: average: groups with blanks between them, their tasks with `+`."""
-    stem = benchmark or name
-    rates = {f"{stem}.{task}": TASKS[f"{stem}.{task}"].num_examples or 0 for task in tasks.split()}
-    groups = (group.split("+") for group in average.split())
-    return TaskMixture(name, rates, tuple(tuple(f"{stem}.{task}" for task in g) for g in groups))
-
-
-_MNLI = "mnli mnli_matched mnli_mismatched"
-_MIXTURES = (
-    # Without WNLI, as T5: super_glue.wsc has its sentences.
-    _mixture(
-        "glue",
-        f"cola sst2 mrpc qqp stsb {_MNLI} qnli rte ax",
-        "cola sst2 mrpc qqp stsb mnli_matched+mnli_mismatched qnli rte",
-    ),
-    _mixture("mnli", _MNLI, "mnli_matched+mnli_mismatched", "glue"),
-    _mixture(
-        "super_glue",
-        "dpr wsc boolq cb copa multirc record rte wic axb axg",
-        "boolq cb copa multirc record rte wic wsc",
-    ),
-    _mixture("anli", "r1 r2 r3", "r3"),  # the paper's number is the third round's
-    # The paper gives these task by task.
-    _mixture("arc", "easy challenge", "easy challenge"),
-    _mixture("closed_book", *["natural_questions web_questions trivia_qa"] * 2),
-)
-MIXTURES: Mapping[str, TaskMixture] = {mixture.name: mixture for mixture in _MIXTURES}

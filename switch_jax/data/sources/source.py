@@ -105,12 +105,12 @@ class FileSource(Source):
         self, name: str, files: Mapping[Split, list[File]], counts: Mapping[Split, int] | None
     ):
         self.name = name
-        self._held_out = not files.get("validation")
+        self._holds_out = not files.get("validation")
         self._files = dict(files)
-        if self._held_out:
+        if self._holds_out:
             self._files["validation"] = files["train"]
         self._counts = counts or {}
-        digest = hashlib.blake2b(repr((self._held_out, counts)).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((self._holds_out, counts)).encode(), digest_size=16)
         for split in SPLITS:
             for file in self._files[split]:
                 digest.update(repr((split, os.path.basename(file.path), file.size)).encode())
@@ -131,18 +131,18 @@ class FileSource(Source):
         return sum({file.path: file.size for file in chain(*self._files.values())}.values())
 
     def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
-        if self._held_out and split == "validation":
+        if self._holds_out and split == "validation":
             bad = BadRecords("skip")  # training counts the bad records of the same files
         for path in shard.paths:
             for text in read_texts(path, bad):
-                if not self._held_out or is_held_out(text) == (split == "validation"):
+                if not self._holds_out or is_held_out(text) == (split == "validation"):
                     yield text
 
     def num_documents(self, split: Split) -> int | None:
         return self._counts.get(split)
 
     def missing_files(self, split: Split) -> list[str]:
-        if self._held_out and split == "validation":
+        if self._holds_out and split == "validation":
             return []
         return _missing_numbers(file.path for file in self._files[split])
 
