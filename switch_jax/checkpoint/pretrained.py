@@ -19,7 +19,7 @@ from switch_jax.checkpoint.checkpointer import (
 )
 from switch_jax.checkpoint.interop.detect import read_foreign
 from switch_jax.config import Config
-from switch_jax.model import SwitchTransformer, merge_adapters, with_parameters
+from switch_jax.model import SwitchTransformer, abstract_model, merge_adapters, with_parameters
 
 
 class PretrainedModel(NamedTuple):
@@ -84,7 +84,7 @@ def load(path: str | Path) -> SwitchTransformer:
     pretrained = find_pretrained(path)
     pretrained.print_notes()
     config = pretrained.config
-    model: Any = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
+    model = abstract_model(config)
     sharding = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)

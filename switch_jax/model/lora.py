@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from switch_jax.config import Config
 from switch_jax.errors import UserError
-from switch_jax.model.parameters import BATCH_DIMS, ParameterMetadata
+from switch_jax.model.parameters import ParameterMetadata
 
 _A, _B = ".lora_a", ".lora_b"
 Metadata = Mapping[str, ParameterMetadata]
@@ -43,11 +43,11 @@ def add_adapters(metadata: Metadata, config: Config) -> dict[str, ParameterMetad
             f"lora.of={config.lora.of!r} is no regular expression ({error}); correct it."
         ) from error
     added = {}
-    for name, (axes, kind) in metadata.items():
-        batch = tuple(axis for axis in axes if axis in BATCH_DIMS)
-        if len(axes) == len(batch) + 2 and pattern.search(name):
-            added[name + _A] = ParameterMetadata((*batch, axes[-2], "lora"), kind)
-            added[name + _B] = ParameterMetadata((*batch, "lora", axes[-1]), kind)
+    for name, matrix in metadata.items():
+        if len(matrix.axes) == matrix.num_batch_dims + 2 and pattern.search(name):
+            *batch, rows, columns = matrix.axes
+            added[name + _A] = ParameterMetadata((*batch, rows, "lora"), matrix.kind)
+            added[name + _B] = ParameterMetadata((*batch, "lora", columns), matrix.kind)
     if not added:
         raise UserError(f"lora.of={config.lora.of!r} is found in no matrix's path; change it.")
     return {**metadata, **added}

@@ -31,6 +31,11 @@ class ParameterMetadata(NamedTuple):
     axes: tuple[str, ...]  # logical names of its dimensions; stacked blocks have "layers" in front
     kind: ParameterKind
 
+    @property
+    def num_batch_dims(self) -> int:
+        """Number of leading dimensions along which it is a stack of independent matrices."""
+        return sum(axis in BATCH_DIMS for axis in self.axes)
+
 
 class LayerSlice(NamedTuple):
     """A slice of a parameter along its leading axis, or the whole parameter."""

@@ -91,9 +91,7 @@ def _optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformati
         for name, (_, kind) in metadata.items()
     }
     if optimizer.name == "adafactor":
-        batch_dims = {
-            name: sum(axis in BATCH_DIMS for axis in axes) for name, (axes, _) in metadata.items()
-        }
+        batch_dims = {name: m.num_batch_dims for name, m in metadata.items()}
         core = [
             per_slice(_adafactor(), batch_dims),
             optax.scale_by_learning_rate(rate),

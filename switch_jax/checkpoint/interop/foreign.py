@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from switch_jax.config import Config
-from switch_jax.model import BATCH_DIMS, SwitchTransformer, logical_axes, named_parameters
+from switch_jax.model import abstract_model, named_parameters, parameter_metadata
 
 SliceIndex = tuple[int, ...]  # along the stacked dimensions of a parameter
 
@@ -39,10 +39,10 @@ class StackedShape(NamedTuple):
 
 def stacked_shapes(config: Config) -> dict[str, StackedShape]:
     """Returns the shapes of a model's parameters, by path."""
-    model = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
-    axes = logical_axes(model)
+    model = abstract_model(config)
+    metadata = parameter_metadata(model)
     return {
-        name: StackedShape(tuple(leaf.shape), sum(axis in BATCH_DIMS for axis in axes[name]))
+        name: StackedShape(tuple(leaf.shape), metadata[name].num_batch_dims)
         for name, leaf in named_parameters(model).items()
     }
 
