@@ -267,7 +267,7 @@ def _parse_instruction(root: str | None, name: str, rest: str) -> Instruction:
 
 
 def _split_parentheses(text: str) -> tuple[str, str]:
-    """Splits a text that begins with a parenthesis behind the matching one."""
+    """Splits a text that begins with a parenthesis, after the closing one that matches it."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1

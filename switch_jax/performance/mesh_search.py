@@ -8,7 +8,7 @@ chosen mesh for exact figures.
 The constants below were chosen against the compile results in docs/scale.md, all of which have
 `train.accumulate=1`. Over these, the ratio of prediction to compiled program is 0.86 to 1.19 for
 memory, 0.79 to 1.42 for HBM traffic and 0.75 to 1.34 for step time.
-`tests/performance/test_mesh_search.py` holds these bounds.
+`tests/performance/test_mesh_search.py` checks these bounds.
 """
 
 import dataclasses

@@ -98,12 +98,12 @@ def every_sequence(table_PxV, alpha, L):
 def test_beam_search_with_enough_beams_finds_every_sequence_in_order(V, L, seed, alpha):
     table = random_table(seed, V, L)
     K = (V - 1) ** L
-    found = beams(table, alpha, K, L)
+    sequences = beams(table, alpha, K, L)
     for row in range(B):
         best = every_sequence(table[row], alpha, L)[:K]
-        np.testing.assert_allclose(found.score_BxK[row], [score for _, score in best], **CLOSE)
-        got = np.asarray(found.token_BxKxL[row]).tolist()
-        assert got == [padded(tokens, L) for tokens, _ in best]
+        np.testing.assert_allclose(sequences.score_BxK[row], [score for _, score in best], **CLOSE)
+        actual = np.asarray(sequences.token_BxKxL[row]).tolist()
+        assert actual == [padded(tokens, L) for tokens, _ in best]
 
 
 def plain_beam_search(table_PxV, alpha, K, L):
@@ -131,12 +131,12 @@ def test_beam_search_equals_plain_beam_search_without_early_stop(K, seed, alpha)
     """The early stop changes no result, nor does the other input of the batch."""
     V, L = 3, 4
     table = random_table(seed, V, L)
-    found = beams(table, alpha, K, L)
+    sequences = beams(table, alpha, K, L)
     for row in range(B):
         best = plain_beam_search(table[row], alpha, K, L)
-        np.testing.assert_allclose(found.score_BxK[row], [score for _, score in best], **CLOSE)
-        got = np.asarray(found.token_BxKxL[row]).tolist()
-        assert got == [padded(tokens, L) for tokens, _ in best]
+        np.testing.assert_allclose(sequences.score_BxK[row], [score for _, score in best], **CLOSE)
+        actual = np.asarray(sequences.token_BxKxL[row]).tolist()
+        assert actual == [padded(tokens, L) for tokens, _ in best]
 
 
 def test_the_length_penalty_prefers_the_longer_of_two():
@@ -150,21 +150,21 @@ def test_the_length_penalty_prefers_the_longer_of_two():
 
     short, long = [END, 0, 0], [2, END, 0]
     for alpha, order in ((0.0, [short, long]), (0.6, [short, long]), (1.0, [long, short])):
-        found = beams(table, alpha, K, L)
+        sequences = beams(table, alpha, K, L)
         # ((5 + 2) / 6)^alpha: 1.097 for 0.6, too little for 1.1; 1.167 for 1.
         scores = {tuple(short): -1.0, tuple(long): -1.1 / (7 / 6) ** alpha}
-        assert np.asarray(found.token_BxKxL[0, :2]).tolist() == order
-        want = [scores[tuple(tokens)] for tokens in order]
-        np.testing.assert_allclose(found.score_BxK[0, :2], want, rtol=1e-5)
+        assert np.asarray(sequences.token_BxKxL[0, :2]).tolist() == order
+        expected = [scores[tuple(tokens)] for tokens in order]
+        np.testing.assert_allclose(sequences.score_BxK[0, :2], expected, rtol=1e-5)
 
 
 def test_missing_sequences_score_minus_infinity():
     V, L, K = 3, 1, 5
-    found = beams(random_table(0, V, L), 0.6, K, L)
-    assert np.isfinite(found.score_BxK[:, :3]).all()
-    assert (found.score_BxK[:, 3:] == -np.inf).all()
-    assert (found.token_BxKxL[:, 3:] == 0).all()
-    assert found.token_BxKxL[0, 0, 0] == END  # ended sequences come before live ones
+    sequences = beams(random_table(0, V, L), 0.6, K, L)
+    assert np.isfinite(sequences.score_BxK[:, :3]).all()
+    assert (sequences.score_BxK[:, 3:] == -np.inf).all()
+    assert (sequences.token_BxKxL[:, 3:] == 0).all()
+    assert sequences.token_BxKxL[0, 0, 0] == END  # ended sequences come before live ones
 
 
 def test_decoding_stops_when_the_result_cannot_change():
@@ -185,9 +185,9 @@ def test_decoding_stops_when_the_result_cannot_change():
 
     beam_positions: list[int] = []
     step, state = table_step(jnp.asarray(ends_after_2), 1, beam_positions)
-    found = jax.jit(lambda s: beam_search(step, s, 1, B, 1, L, END, 0.6))(state)
+    sequences = jax.jit(lambda s: beam_search(step, s, 1, B, 1, L, END, 0.6))(state)
     jax.effects_barrier()
-    assert np.asarray(found.token_BxKxL)[0, 0].tolist() == [2, END, 0, 0]
+    assert np.asarray(sequences.token_BxKxL)[0, 0].tolist() == [2, END, 0, 0]
     assert sorted(beam_positions) == [0, 1]
 
 
@@ -197,11 +197,11 @@ def test_greedy_decoding_takes_and_scores_the_best_tokens():
     step, state = table_step(jnp.asarray(table), 1)
     tokens, score = jax.jit(lambda s: decode_loop(step, s, greedy_choice, B, L, END))(state)
     for row in range(B):
-        want: list[int] = []
-        while len(want) < L and END not in want:
-            want.append(int(table[row, prefix_number(want, V)].argmax()))
-        assert np.asarray(tokens[row]).tolist() == padded(want, L)
-        np.testing.assert_allclose(score[row], log_probability(table[row], want), rtol=1e-5)
+        expected: list[int] = []
+        while len(expected) < L and END not in expected:
+            expected.append(int(table[row, prefix_number(expected, V)].argmax()))
+        assert np.asarray(tokens[row]).tolist() == padded(expected, L)
+        np.testing.assert_allclose(score[row], log_probability(table[row], expected), rtol=1e-5)
 
 
 def sampled_frequencies(logits_V, samples: int = 4000, **options) -> np.ndarray:
@@ -216,7 +216,7 @@ PROBS = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
 
 
 @pytest.mark.parametrize(
-    "options, want",
+    "options, expected",
     [
         ({"temperature": 1.0}, PROBS),
         ({"temperature": 0.5}, PROBS**2),
@@ -231,16 +231,16 @@ PROBS = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
         ({"temperature": 0.5, "top_p": 0.7}, PROBS**2 * [0, 1, 0, 1, 0]),
     ],
 )
-def test_sampled_tokens_have_the_configured_probabilities(options, want):
-    want = want / want.sum()
-    got = sampled_frequencies(np.log(PROBS) + 7, **options)
-    assert ((got > 0) == (want > 0)).all()
-    np.testing.assert_allclose(got, want, atol=0.04)  # five standard deviations
+def test_sampled_tokens_have_the_configured_probabilities(options, expected):
+    expected = expected / expected.sum()
+    actual = sampled_frequencies(np.log(PROBS) + 7, **options)
+    assert ((actual > 0) == (expected > 0)).all()
+    np.testing.assert_allclose(actual, expected, atol=0.04)  # five standard deviations
 
 
 def test_top_k_keeps_the_first_of_equal_tokens():
-    got = sampled_frequencies(np.zeros(5), temperature=1.0, top_k=2)
-    assert (got[:2] > 0.4).all() and (got[2:] == 0).all()
+    actual = sampled_frequencies(np.zeros(5), temperature=1.0, top_k=2)
+    assert (actual[:2] > 0.4).all() and (actual[2:] == 0).all()
 
 
 def test_sampled_tokens_depend_on_key_and_position_only():

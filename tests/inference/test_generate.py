@@ -75,8 +75,8 @@ def check_decode_steps_equal_the_whole_decoder(model, rows: int, num_sequences: 
     N = rows * num_sequences
     target = jax.random.randint(jax.random.key(7), (N, 11), 2, vocab_size)
     logits = whole_logits(model, jnp.repeat(source, num_sequences, 0), target)
-    got = forced_logits(model, source, target, num_sequences)
-    np.testing.assert_allclose(got, logits, atol=1e-5)
+    actual = forced_logits(model, source, target, num_sequences)
+    np.testing.assert_allclose(actual, logits, atol=1e-5)
     assert logits.std() > 0.1
 
 
@@ -180,13 +180,13 @@ SAMPLES = SamplingOptions(temperature=1.5, top_k=12, num_return=2, seed=5)
 )
 def test_scores_are_the_log_probabilities_of_the_sequences(varied_model, options):
     source, K = prompts(16), options.num_return
-    found = generate_with_scores(varied_model, source, 7, options)
-    assert found.token_BxKxL.shape == (16, K, 7) and found.token_BxKxL.dtype == jnp.int32
-    tokens = np.asarray(found.token_BxKxL).reshape(16 * K, 7)
-    want = np.asarray(log_probabilities(varied_model, jnp.repeat(source, K, 0), tokens))
+    sequences = generate_with_scores(varied_model, source, 7, options)
+    assert sequences.token_BxKxL.shape == (16, K, 7) and sequences.token_BxKxL.dtype == jnp.int32
+    tokens = np.asarray(sequences.token_BxKxL).reshape(16 * K, 7)
+    expected = np.asarray(log_probabilities(varied_model, jnp.repeat(source, K, 0), tokens))
     if options.beam_size > 1:
-        want = want / ((5 + lengths(tokens)) / 6) ** 0.6
-    np.testing.assert_allclose(found.score_BxK.reshape(-1), want, atol=1e-5)
+        expected = expected / ((5 + lengths(tokens)) / 6) ** 0.6
+    np.testing.assert_allclose(sequences.score_BxK.reshape(-1), expected, atol=1e-5)
     assert 0 < (tokens == EOS).any(-1).mean() <= 1
     assert len({tuple(row) for row in tokens}) > K  # not the same for every input
 
@@ -201,12 +201,12 @@ def test_beam_search_is_the_same_without_a_cache(varied_model):
         return logits[:, position], tokens_NxL
 
     start = jnp.zeros((6 * K, L), jnp.int32)
-    want = jax.jit(lambda s: beam_search(step, s, 0, 6, K, L, EOS, 0.6))(start)
-    got = generate_with_scores(varied_model, source, L, BEAMS)
-    np.testing.assert_array_equal(got.token_BxKxL, want.token_BxKxL)
-    np.testing.assert_allclose(got.score_BxK, want.score_BxK, atol=1e-5)
+    expected = jax.jit(lambda s: beam_search(step, s, 0, 6, K, L, EOS, 0.6))(start)
+    actual = generate_with_scores(varied_model, source, L, BEAMS)
+    np.testing.assert_array_equal(actual.token_BxKxL, expected.token_BxKxL)
+    np.testing.assert_allclose(actual.score_BxK, expected.score_BxK, atol=1e-5)
     best = switch_jax.generate(varied_model, source, max_length=L, beam_size=K)
-    np.testing.assert_array_equal(best, got.token_BxKxL[:, 0])
+    np.testing.assert_array_equal(best, actual.token_BxKxL[:, 0])
     greedy = switch_jax.generate(varied_model, source, max_length=L)
     assert (np.asarray(best) != np.asarray(greedy)).any()
 
@@ -275,16 +275,16 @@ def test_generation_on_a_mesh_equals_one_device(mesh, options):
     split = program.init().params
     whole = {name: jnp.asarray(np.asarray(value)) for name, value in split.items()}
     source = prompts(8)
-    want = generate_with_scores(program.sharded.model(whole), source, 6, options)
+    expected = generate_with_scores(program.sharded.model(whole), source, 6, options)
     on_mesh = jax.device_put(source, batch_sharding(program.mesh))
     with jax.set_mesh(program.mesh):
-        got = generate_with_scores(program.sharded.model(split), on_mesh, 6, options)
+        actual = generate_with_scores(program.sharded.model(split), on_mesh, 6, options)
         with pytest.raises(UserError, match=r"3 rows .* 4 parts"):
             generate_with_scores(program.sharded.model(split), source[:3], 6, options)
-    assert len(got.token_BxKxL.sharding.device_set) == 8
-    np.testing.assert_array_equal(got.token_BxKxL, want.token_BxKxL)
-    np.testing.assert_allclose(got.score_BxK, want.score_BxK, atol=1e-5)
-    assert len({tuple(row) for row in np.asarray(want.token_BxKxL[:, 0])}) > 1
+    assert len(actual.token_BxKxL.sharding.device_set) == 8
+    np.testing.assert_array_equal(actual.token_BxKxL, expected.token_BxKxL)
+    np.testing.assert_allclose(actual.score_BxK, expected.score_BxK, atol=1e-5)
+    assert len({tuple(row) for row in np.asarray(expected.token_BxKxL[:, 0])}) > 1
 
 
 @pytest.mark.parametrize("on_mesh", [False, True])

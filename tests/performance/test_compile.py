@@ -36,7 +36,7 @@ def get_config(arg=""):
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("aot") / "tiny.py"
+    path = tmp_path_factory.mktemp("compile") / "tiny.py"
     path.write_text(CONFIG)
     return path
 
