@@ -142,7 +142,7 @@ def test_the_remedy_names_memory_by_part_and_a_compiled_change(monkeypatch):
     assert "activations 27.00" in sentence
     assert "--config.model.remat=full --config.train.accumulate=2 it fits" in sentence
     assert tried == [(True, "none", 1), (False, "full", 1), (False, "full", 2)]
-    monkeypatch.setattr("switch_jax.performance.compile_step", lambda *_: {"fits": False})
+    monkeypatch.setattr("switch_jax.performance.compile.compile_step", lambda *_: {"fits": False})
     assert "more chips" in remedy(config, target, result)
 
 
