@@ -1,4 +1,4 @@
-"""Text out of a model: decoding, KV cache, and export of serving programs."""
+"""Text generation: decoding, KV cache, and export of serving programs."""
 
 from switch_jax.inference.decoding import SamplingOptions, beam_search, decode_loop, greedy_choice
 from switch_jax.inference.export import export_model
