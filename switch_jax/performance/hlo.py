@@ -97,8 +97,7 @@ class HloProgram:
                 continue
             # A collective that overlaps with computation has several parts, with one channel.
             if "chain_id" in instruction.attributes:
-                channel = _channel_id(instruction)
-                key = kind, channel, instruction.type.split("{")[0]
+                key = kind, _channel_id(instruction), instruction.type.split("{")[0]
                 if key in seen:
                     continue
                 seen.add(key)
@@ -131,26 +130,16 @@ class HloProgram:
         computation = self._computations[name or self._entry]
         for instruction in computation.values():
             yield instruction, times, computation
-            inner_times = times
-            if instruction.opcode == "while":
-                inner_times *= self._trip_count(instruction)
-                names = instruction.called_computations("body")
-            elif instruction.opcode == "conditional":
-                names = instruction.called_computations("branch_computations")
-                names += instruction.called_computations("true_computation")
-                names += instruction.called_computations("false_computation")
-            elif instruction.opcode in ("call", "async-start"):
-                names = instruction.called_computations(
-                    "to_apply"
-                ) + instruction.called_computations("calls")
-            elif instruction.opcode == "fusion" and inside_fusions:
-                names = instruction.called_computations("calls")
-            else:
-                names = []
-            for callee in names:
-                yield from self._executed_instructions(
-                    callee, inner_times, inside_fusions=inside_fusions
-                )
+            is_loop = instruction.opcode == "while"
+            inner_times = times * self._trip_count(instruction) if is_loop else times
+            attributes = _CALL_ATTRIBUTES.get(instruction.opcode, ())
+            if instruction.opcode == "fusion" and inside_fusions:
+                attributes = ("calls",)
+            for attribute in attributes:
+                for callee in instruction.called_computations(attribute):
+                    yield from self._executed_instructions(
+                        callee, inner_times, inside_fusions=inside_fusions
+                    )
 
     def _trip_count(self, loop: Instruction) -> int:
         """Returns the iterations of a loop, from the bound in its condition; 1 if that varies."""
@@ -250,6 +239,13 @@ _NO_TRAFFIC = {
     "iota",
     "opt-barrier",
     "domain",
+}
+# Attributes that name the computations which an instruction executes.
+_CALL_ATTRIBUTES = {
+    "while": ("body",),
+    "conditional": ("branch_computations", "true_computation", "false_computation"),
+    "call": ("to_apply", "calls"),
+    "async-start": ("to_apply", "calls"),
 }
 _SLICING = {"dynamic-slice", "slice", "gather"}
 _UPDATING = {"dynamic-update-slice", "scatter"}
