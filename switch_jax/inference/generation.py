@@ -76,10 +76,11 @@ def generate_with_scores(
 ) -> Sequences:
     """Generates as `generate`; returns tokens [B, num_return, max_length], scores [B, num_return].
 
+    Scores are log probabilities; those of beam search are divided by `length_penalty`.
+
     A sampled token depends only on the model, its input and (seed, row number, result number,
-    position); `first_row` is the number of the first row. Expert layers drop no tokens. There are
-    two exceptions in the encoder, where capacity is part of the model: expert-choice routing and
-    `moe.expert_capacity`.
+    position); `first_row` is the number of the first row. Expert layers drop no tokens, except in
+    encoders with expert-choice routing or `moe.expert_capacity`.
     """
     source_BxS = jnp.asarray(encoder_input_tokens, jnp.int32)
     if source_BxS.ndim != 2:

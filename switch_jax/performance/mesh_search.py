@@ -47,9 +47,9 @@ FLOAT32_BYTES = 4
 # docs/scale.md gives 3.0 to 3.2, 3.0 to 3.6 and 3.8 to 4.1.
 PASSES_PER_STEP = {"none": 3, "dots": 3.3, "full": 4}
 
-# HBM traffic of a train step. float32 parameters, their gradients and the optimizer's temporary
-# arrays are read or written so often per step, and so often per microbatch; the activations that
-# are kept for the backward pass, so often per microbatch.
+# HBM traffic of a train step, in multiples of the bytes of float32 parameters (for parameters,
+# gradients and optimizer) and of the activations kept for the backward pass. The compile results
+# bound the traffic at one microbatch, 16 and 8; how it divides into step and microbatch is assumed.
 PARAMETER_TRAFFIC_PER_STEP = 14
 PARAMETER_TRAFFIC_PER_MICROBATCH = 2
 ACTIVATION_TRAFFIC_PER_MICROBATCH = 8
