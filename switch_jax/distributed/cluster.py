@@ -19,7 +19,7 @@ _GIVE_FLAGS = "give --coordinator, --num_processes and --process_id"
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Index and count of the processes of a run, and where they meet."""
+    """One process of a multi-process run: its index, and what it needs to connect."""
 
     coordinator: str  # HOST:PORT of process 0
     count: int

@@ -21,7 +21,7 @@ class Chip:
     link_rate: float | None = None  # all links within a slice or box together, one way, bytes/s
     torus: int = 0  # dimensions of a slice's network; 0: every chip has a link to every other
     slice_rate: float | None = None  # a chip's share of the network between slices, bytes/s
-    memory: int | None = None  # bytes a program may use; of a TPU, as its compiler says
+    memory: int | None = None  # bytes a program may use; of a TPU: the compiler's limit
 
 
 def _gib(value: float) -> int:

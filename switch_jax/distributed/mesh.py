@@ -14,7 +14,7 @@ from switch_jax.errors import UserError
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Returns the size of each mesh axis; a size of -1 becomes the quotient of `num_devices`.
+    """Returns the size of each mesh axis; -1 becomes `num_devices` / the other sizes.
 
     Raises `UserError` where the mesh needs more devices than there are.
     """
@@ -92,6 +92,7 @@ def check_mesh(config: Config, sizes: dict[str, int], teacher: Config | None = N
 
 
 def _check_divides(config: Config, sizes: dict[str, int]) -> None:
+    """Raises `UserError` where axes of these sizes do not divide this model or its batch."""
     shards = math.prod(sizes[axis] for axis in BATCH_AXES)
     divided = [
         ("model.num_heads", config.model.num_heads, "model"),
@@ -125,7 +126,7 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
 
 
 def _check_groups(config: Config, sizes: dict[str, int], microbatch: int) -> None:
-    """Checks how routing groups lie on the devices of the batch axes.
+    """Checks that routing groups fit the devices of the batch axes.
 
     Raises `UserError` unless each group is either within the rows of one device or spread evenly
     over devices that hold all experts together, and within one microbatch.

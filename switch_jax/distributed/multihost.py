@@ -46,7 +46,7 @@ def connect(flags: Launch | None, facts: Mapping[str, Any]) -> None:
     sys.stdout = os.fdopen(os.dup(1), "w", 1, sys.stdout.encoding)
     os.dup2(2, 1)
     # JAX's preemption service replaces the SIGTERM handler, also in programs that do not use it,
-    # and cannot distinguish our steps from those that Orbax's threads ask it about.
+    # and does not distinguish the steps of training from those of Orbax's threads.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         launch.coordinator,

@@ -193,6 +193,7 @@ def _answer(connection: socket.socket, fault: str | None) -> None:
 
 
 def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    """Sends a message; raises `OSError` where the connection is closed."""
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
