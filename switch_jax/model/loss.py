@@ -83,7 +83,7 @@ def token_losses(
     """
     models = [(states_BxTxD, head_DxV), *([teacher] if teacher else [])]
 
-    def local(states, heads, target_BxT, weight_BxT):
+    def device_losses(states, heads, target_BxT, weight_BxT):
         (B, T, _), V = states[0].shape, heads[0].shape[1]
         chunks = min(math.ceil(len(states) * B * T * V * 4 / LOGITS_BYTES), T)
         states = [pvary(states_BxTxD, "model") for states_BxTxD in states]
@@ -95,7 +95,7 @@ def token_losses(
                 jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32)
                 for states_BxTxD, head_DxV in zip(states, heads)
             ]
-            sums = _sums(logits[0], target_BxT, weight_BxT)
+            sums = _device_sums(logits[0], target_BxT, weight_BxT)
             if teacher is None:
                 return sums
             soft_BxT = _soft_cross_entropy(*(logits_BxTxV / temperature for logits_BxTxV in logits))
@@ -115,11 +115,13 @@ def token_losses(
             sums, _ = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), zeros, parts)
         return jax.tree.map(lambda x: psum(x, BATCH_AXES), sums)
 
-    rows, whole = partition_spec(("batch",)), partition_spec(())
+    rows, replicated = partition_spec(("batch",)), partition_spec(())
     in_specs = (rows, partition_spec((None, "vocab")), rows, rows)
     targets = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
     states, heads = zip(*models)
-    return shard_map(local, in_specs=in_specs, out_specs=whole)(states, heads, *targets)
+    return shard_map(device_losses, in_specs=in_specs, out_specs=replicated)(
+        states, heads, *targets
+    )
 
 
 def row_cross_entropy(
@@ -127,22 +129,24 @@ def row_cross_entropy(
 ) -> jax.Array:
     """[B] float32, nats: sum of each row's cross-entropy, weighted by loss weights."""
 
-    def local(states_BxTxD, head_DxV, target_BxT, weight_BxT):
+    def device_losses(states_BxTxD, head_DxV, target_BxT, weight_BxT):
         states_BxTxD = pvary(states_BxTxD, "model")
         head_DxV = pvary(head_DxV, BATCH_AXES)
         logits_BxTxV = jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32)
-        log_z_BxT, _, target_logit_BxT = _terms(logits_BxTxV, target_BxT)
+        log_z_BxT, _, target_logit_BxT = _logit_terms(logits_BxTxV, target_BxT)
         return jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT), -1)
 
     rows = partition_spec(("batch",))
     in_specs = (rows, partition_spec((None, "vocab")), rows, rows)
     targets = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    return shard_map(local, in_specs=in_specs, out_specs=rows)(states_BxTxD, head_DxV, *targets)
+    return shard_map(device_losses, in_specs=in_specs, out_specs=rows)(
+        states_BxTxD, head_DxV, *targets
+    )
 
 
-def _sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array) -> LossSums:
+def _device_sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array) -> LossSums:
     """Computes sums over a device's rows; V is its part of the vocabulary."""
-    log_z_BxT, largest_BxT, target_logit_BxT = _terms(logits_BxTxV, target_BxT)
+    log_z_BxT, largest_BxT, target_logit_BxT = _logit_terms(logits_BxTxV, target_BxT)
     return LossSums(
         cross_entropy=jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT)),
         z=jnp.sum(weight_BxT * log_z_BxT**2),
@@ -150,7 +154,7 @@ def _sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array)
     )
 
 
-def _terms(
+def _logit_terms(
     logits_BxTxV: jax.Array, target_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns logsumexp of the logits, the largest logit and the target's logit, [B, T] each."""
