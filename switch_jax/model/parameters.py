@@ -38,7 +38,7 @@ class ParameterMetadata(NamedTuple):
 
 
 class LayerSlice(NamedTuple):
-    """A slice of a parameter along its leading axis, or the whole parameter."""
+    """Slice of a parameter along its leading axis, or the whole parameter."""
 
     name: str  # path of the parameter
     block: int | None  # index along the leading axis; None: the whole parameter
@@ -59,12 +59,12 @@ def named_parameters(module: Any) -> dict[str, nnx.Param]:
 
 def parameter_metadata(module: Any) -> dict[str, ParameterMetadata]:
     """Returns the metadata of every parameter of a module by path, in the order of its leaves."""
-    found = {}
+    by_path = {}
     for name, leaf in named_parameters(module).items():
         metadata = leaf.get_metadata()
         axes = ("layers",) * (len(leaf.shape) - len(metadata["axes"])) + metadata["axes"]
-        found[name] = ParameterMetadata(axes, metadata["kind"])
-    return found
+        by_path[name] = ParameterMetadata(axes, metadata["kind"])
+    return by_path
 
 
 def logical_axes(module: Any) -> dict[str, tuple[str, ...]]:

@@ -115,7 +115,7 @@ def test_folded_keys_are_independent_and_depend_on_their_row_only(keys):
 
 
 def test_queries_share_an_attention_dropout_mask_and_heads_do_not(keys):
-    """As in Mesh TensorFlow and T5X, which broadcast the mask along the queries."""
+    """Mesh TensorFlow and T5X also broadcast the mask along the queries."""
     config = tiny(**{"model.dropout_rate": 0.5, "model.num_heads": 4, "model.d_model": 32}).model
     attention = DenseAttention(config, jax.random.key(0))
     B, T, S, H, K = 2, 6, 8, 4, 8
