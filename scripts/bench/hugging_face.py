@@ -1,12 +1,12 @@
-"""Times training and decoding against Hugging Face's transformers: same weights, shapes, machine.
+"""Benchmark of training and decoding against Hugging Face's transformers.
 
     pip install torch 'transformers>=5.19'
     python scripts/bench/hugging_face.py [--experts 8] [--repeats 9]
 
-A Switch Transformer with random weights is written by transformers and read by `switch_jax.load`;
-before anything is timed, both must give the same loss and write the same tokens. Then they take
-turns, in float32, so that a machine whose speed drifts drifts for both; medians count. With a GPU,
-PyTorch must see it as JAX does. Prints docs/performance.md's table.
+transformers writes a Switch Transformer with random weights, and `switch_jax.load` reads it. Before
+timing, both must give the same loss and generate the same tokens. Calls of both alternate, in float32,
+so that a drift of the machine's speed affects both; medians are reported. With a GPU, both PyTorch
+and JAX must find it. Prints the table of docs/performance.md.
 """
 
 import argparse
@@ -139,7 +139,7 @@ class Ours:
 
 
 def check(ours: Ours, theirs: Theirs) -> None:
-    """Raises `AssertionError` where they do not compute the same."""
+    """Raises `AssertionError` where both do not compute the same."""
     with torch.no_grad():
         logits = theirs.model(input_ids=theirs.source_BxS, labels=theirs.target_BxT).logits
         expected = torch.nn.functional.cross_entropy(
@@ -150,7 +150,7 @@ def check(ours: Ours, theirs: Theirs) -> None:
 
 
 def measure(experts: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every call, by what is done and who does it."""
+    """Returns the seconds of every call, by case and library."""
     rng = np.random.default_rng(0)
     source_BxS = rng.integers(3, 8000, (BATCH, SOURCE))
     target_BxT = rng.integers(3, 8000, (BATCH, TARGET))

@@ -1,12 +1,12 @@
-"""Times the input pipelines side by side, in one run, and prints docs/benchmarks.md's table.
+"""Benchmark of the input pipelines, side by side in one run; prints the table of docs/benchmarks.md.
 
     pip install -e ".[data]" grain
     taskset -c 0 python scripts/bench/input_pipelines.py
 
-The text is what every Python has, once as one source and once in 107 pieces, as mC4 is in 107
-languages. All readers make batches of 64 rows of 512 inputs and 114 targets in a vocabulary of
-4096. Without `taskset` they use all cores. Every reader has a turn in every round, and is opened
-anew for it; the median counts.
+The text is that of Python's standard library, as one source and as 107 sources, like the languages of
+mC4. All readers return batches of 64 rows of 512 inputs and 114 targets in a vocabulary of 4096.
+Without `taskset` they use all cores. Every round opens and times every reader once; medians are
+reported.
 """
 
 import argparse
@@ -43,13 +43,13 @@ def write(path: Path, texts: list[str]) -> None:
 
 
 def documents() -> list[str]:
-    """Texts as long as C4's are in the mean, about 2,200 characters."""
+    """Returns texts of about 2,200 characters, the mean of C4."""
     whole = (document.text for document in python_documents())
     return [text[i : i + 2200] for text in whole for i in range(0, len(text), 2200)]
 
 
 def grain_batches(folder: Path, data: DataConfig, first_sentinel: int) -> Iterator[Batch]:
-    """The rows of a store from ArrayRecord, read by Grain and corrupted as ours are."""
+    """Returns the rows of a store from ArrayRecord, read by Grain and corrupted in the same way."""
     import grain
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -77,7 +77,7 @@ def write_array_records(folder: Path, store: TokenStore, name: str, length: int)
 
 
 def speed(batches: Iterator[Batch], duration: float) -> float:
-    """Tokens a second, padding not counted, over so many seconds."""
+    """Returns tokens per second without padding, measured over some seconds."""
     tokens, began = 0, time.perf_counter()
     while (seconds := time.perf_counter() - began) < duration:
         batch = next(batches)
@@ -87,7 +87,7 @@ def speed(batches: Iterator[Batch], duration: float) -> float:
 
 
 def readers(folder: Path) -> dict[str, Callable[[], Iterator[Batch]]]:
-    """How each reader is opened, by what the table calls it."""
+    """Returns a function that opens each reader, by its name in the table."""
     texts = documents()
     for shard in range(SHARDS):
         write(folder / f"one-{shard:05d}-of-{SHARDS:05d}.jsonl.gz", texts[shard::SHARDS])

@@ -1,11 +1,11 @@
-"""Times what routing costs: each router and dispatch alone, as a share of the expert layer's time.
+"""Benchmark of routing: each router and dispatch alone, as a share of the expert layer's time.
 
     python scripts/bench/routing_layer.py [--experts 8 32 128] [--repeats 9] [--json]
 
-Beside them stands the paper's formulation of the same layer, with one-hot tensors and einsums
-(Figs 15 and 16, put right); before anything is timed, both must give the same results and
-gradients. All is forward and backward, compiled ahead, and run alternately, so that a machine
-whose speed drifts drifts for all. Axis letters: see `switch_jax/routing.py`.
+The paper's formulation of the same layer, with one-hot tensors and einsums (Figs 15 and 16,
+corrected), is timed as well; before timing, both must give the same results and gradients. Forward
+and backward passes are compiled ahead and alternate, so that a drift of the machine's speed affects
+all cases. Axis letters: `switch_jax/model/moe/routing.py`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ OURS = {"one_hot_layer": "layer", "one_hot_switch": "switch", "one_hot_dispatch"
 
 
 class Part:
-    """A function with all that it needs as arguments: compiled, and timed call by call."""
+    """A compiled function with its arguments, timed call by call."""
 
     def __init__(self, function: Callable, *arguments: Any):
         self._arguments = arguments
@@ -65,14 +65,14 @@ class Part:
         self._seconds: list[float] = []
 
     def once(self) -> Any:
-        """Calls it once more, and returns its results."""
+        """Calls the function once more, and returns its results."""
         began = time.perf_counter()
         results = jax.block_until_ready(self._compiled(*self._arguments))
         self._seconds.append(time.perf_counter() - began)
         return results
 
     def report(self, repeats: int) -> dict[str, float]:
-        """Seconds of the last calls."""
+        """Returns the seconds of the last calls."""
         seconds = self._seconds[-repeats:]
         return {
             "seconds": statistics.median(seconds),
@@ -102,7 +102,7 @@ def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
 
 
 class Layer:
-    """An expert layer and tokens for it; the methods are what is timed, ours and one-hot.
+    """An expert layer and its tokens; the methods are the timed cases, ours and one-hot.
 
     They return what has gradients, and the rest.
     """
@@ -124,7 +124,7 @@ class Layer:
         self.mask_GxS = jnp.ones((G, S), bool)
 
     def parts(self) -> dict[str, Part]:
-        """All of `PARTS`, compiled."""
+        """Returns all of `PARTS`, compiled."""
         x, slots, mask, mlp = self.x_GxSxD, self.slots_ExGxCxD, self.mask_GxS, self.mlp
         parts = {
             "layer": self.whole_part(),
@@ -158,7 +158,7 @@ class Layer:
         return (y_BxLxD.reshape(x_GxSxD.shape), routed.sums.balance), routed.sums
 
     def one_hot_whole(self, mlp: SwitchMlp, x_GxSxD, mask_GxS):
-        """The same results as those of `whole`."""
+        """Returns the results of `whole`, computed with one-hot tensors."""
         probs_GxSxE, logits_GxSxE = self.logits(mlp.router.kernel, x_GxSxD)
         gate_GxSxK, (assignment, one_hot_GxSxExC) = self.one_hot_route(probs_GxSxE, mask_GxS)
         balance, sums = self.sums(probs_GxSxE, logits_GxSxE, mask_GxS, assignment)
@@ -167,7 +167,7 @@ class Layer:
         return (y_GxSxD, balance), sums
 
     def logits(self, kernel, x_GxSxD):
-        """Probabilities, and logits, whose only gradient would be the z-loss's."""
+        """Returns probabilities, and logits (their only gradient would be that of the z-loss)."""
         logits_GxSxE = jnp.dot(x_GxSxD, gathered_weight(kernel, x_GxSxD.dtype), precision="highest")
         return jax.nn.softmax(logits_GxSxE), logits_GxSxE
 
@@ -177,7 +177,7 @@ class Layer:
         return sums.balance, sums
 
     def route(self, router: str) -> Callable:
-        """Probabilities to gates, assignments and indices."""
+        """Returns gates, assignments and indices from probabilities."""
         moe = dataclasses.replace(self.moe, router=router)
 
         def route(probs_GxSxE, logits_GxSxE, mask_GxS):
@@ -205,7 +205,7 @@ class Layer:
         return gate_GxSxK, (assignment, one_hot_GxSxExC)
 
     def hash(self, token_GxS, mask_GxS):
-        """Assignments and indices of the hash router, which has no gradients."""
+        """Returns assignments and indices of the hash router, which has no gradients."""
         router = Router(dataclasses.replace(self.moe, router="hash"), 1, jax.random.key(0))
         x_BxLxD = jnp.zeros(self.shape)  # which it does not look at
         assignment = router(x_BxLxD, self._plan(token_GxS, mask_GxS), None).assignment
@@ -249,14 +249,14 @@ def one_hot_dispatch(x_GxSxD, one_hot_GxSxExC):
 
 
 def one_hot_combine(slots_ExGxCxD, gate_GxSxK, one_hot_GxSxExC):
-    """With the paper's combine tensor: gates where the other one has ones."""
+    """Combines with the paper's combine tensor, which has gates where the dispatch tensor has ones."""
     return jnp.einsum("EGCD,GSEC->GSD", slots_ExGxCxD, gate_GxSxK[..., None] * one_hot_GxSxExC)
 
 
 def make_config(
     num_experts: int, *, d_model: int, d_ff: int, rows: int, length: int, group_size: int
 ) -> Config:
-    """One layer in float32, at the default capacity factor of 1.25."""
+    """Returns the config of one layer in float32 with capacity factor 1.25."""
     return Config(
         model=ModelConfig(d_model=d_model, d_ff=d_ff, dtype="float32"),
         moe=MoEConfig(num_experts=num_experts, group_size=group_size),
@@ -303,7 +303,7 @@ def measure(experts: list[int], repeats: int, **shape: int) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The figures of `measure` as a table in Markdown."""
+    """Returns the figures of `measure` as a Markdown table."""
     columns = result["experts"]
     lines = [
         "| | " + " | ".join(f"{E} experts" for E in columns) + " |",

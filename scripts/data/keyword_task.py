@@ -1,8 +1,8 @@
-"""Writes a task that every machine has: which Python keyword a piece of the library has lost.
+"""Writes a fine-tuning task from the standard library: predict a removed Python keyword.
 
     python scripts/data/keyword_task.py [--output runs/keyword]
 
-3,000 examples for training and 600 for validation, these from documents that pretraining on
+3,000 examples for training, and 600 for validation from documents that pretraining on
 `python_docs` holds out: `data.mixture='pairs:runs/keyword/{split}.jsonl'`.
 """
 
@@ -22,7 +22,7 @@ LETTERS = 80  # of context on either side
 
 
 def gaps(text: str) -> Iterator[dict[str, str]]:
-    """Every keyword of a text, cut out of its surroundings."""
+    """Yields every keyword of a text, removed from its context."""
     for found in re.finditer(rf"\b({'|'.join(keyword.kwlist)})\b", text):
         begin, end = found.span()
         before, after = text[max(0, begin - LETTERS) : begin], text[end : end + LETTERS]

@@ -2,10 +2,10 @@
 
     python scripts/data/package_text.py [--output runs/packages] [--megabytes 100]
 
-Programming languages stand for natural ones, which no package brings along: Python, type stubs,
-Cython, C and C++, and English from licences and descriptions. Small languages are taken whole, and
-the large ones share what is left. 100 MB are about 25 million tokens, below 60 MiB packed. What is
-installed differs everywhere, and so will figures; `manifest.json` keeps the fingerprints.
+Programming languages replace natural ones, which packages do not contain: Python, type stubs, Cython,
+C and C++, and English from licences and descriptions. Small languages are used completely, and the
+large ones share the rest. 100 MB are about 25 million tokens, below 60 MiB packed. Installed packages
+differ between machines, and so do results; `manifest.json` has the fingerprints.
 """
 
 import argparse
@@ -32,14 +32,14 @@ LONGEST = 500_000  # bytes; longer files are tables
 
 
 def language_of(path: Path) -> str | None:
-    """The language that a file's name tells, None for one that is not taken."""
+    """Returns the language of a file by its name; None for other files."""
     if path.name.upper().startswith(ENGLISH):
         return "english"
     return next((name for name, ends in LANGUAGES.items() if path.suffix in ends), None)
 
 
 def documents(folder: Path) -> dict[str, list[str]]:
-    """The texts below a folder by language, each once, in an order that mixes packages."""
+    """Returns the texts below a folder by language, without duplicates, with packages mixed."""
     found: dict[str, dict[str, str]] = {name: {} for name in LANGUAGES}
     for path in folder.rglob("*"):
         language = language_of(path)
@@ -54,7 +54,7 @@ def documents(folder: Path) -> dict[str, list[str]]:
 
 
 def budgets(sizes: dict[str, int], total: int) -> dict[str, int]:
-    """How much of each language is taken: the small ones whole, the others alike."""
+    """Returns the characters of each language: all of the small ones, equal shares of the others."""
     granted: dict[str, int] = {}
     for name in sorted(sizes, key=sizes.__getitem__):
         share = (total - sum(granted.values())) // (len(sizes) - len(granted))
@@ -63,7 +63,7 @@ def budgets(sizes: dict[str, int], total: int) -> dict[str, int]:
 
 
 def taken(texts: list[str], most: int) -> Iterator[str]:
-    """The first texts that are together no longer than `most`."""
+    """Returns the first texts whose total length is at most `most`."""
     length = 0
     for text in texts:
         length += len(text)

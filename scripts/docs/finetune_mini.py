@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/docs/finetune_mini.py [--output runs/finetune_mini]
 
-The task is that of `keyword_task.py`. `configs/switch_mini.py` is pretrained for 2,400 steps, then
-trained on the task from there and from scratch. Draws docs/images/finetune_mini.png. What is
-finished is not done again.
+The task is that of `scripts/data/keyword_task.py`. `configs/switch_mini.py` is pretrained for 2,400
+steps, then trained on the task from these parameters and from scratch. Draws
+docs/images/finetune_mini.png. Finished runs are not repeated.
 """
 
 import argparse

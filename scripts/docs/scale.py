@@ -3,8 +3,8 @@
     pip install 'switch_jax[tpu,plots]'
     python scripts/docs/scale.py
 
-Needs no TPU. Each program takes a minute or a few on two cores; what was compiled before comes
-from the cache. Stop it at any time and run it again.
+Needs no TPU. Each program takes a minute or a few on two cores; programs that were compiled before
+are read from the cache. The script may be stopped at any time and run again.
 """
 
 import json
@@ -69,7 +69,7 @@ FACTORS = (1.0, 1.05, 1.1, 1.15, 1.25, 1.5, 2.0)
 
 
 def compiled(case: Case) -> dict:
-    """What `switch-jax compile --json` says."""
+    """Returns the result of `switch-jax compile --json`."""
     command = [sys.executable, "-m", "switch_jax", "compile", "--json"]
     command += ["--config", f"configs/{case.preset}.py", "--topology", case.topology]
     command += ["--slices", str(case.slices)]
@@ -88,7 +88,7 @@ def gib(size: float) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """Returns a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -177,7 +177,7 @@ def simulated(stack: str, devices: int = 1024, seed: int = 0) -> dict[str, float
     owner, alive, lost = expert // (E // devices), np.ones(expert.shape, bool), {}
 
     def limit(name: str, key: np.ndarray, room: int) -> None:
-        """Keeps the first `room` of each key, in token order."""
+        """Keeps the first `room` items of each key, in token order."""
         order = np.flatnonzero(alive.ravel())
         keys = key.ravel()[order]
         by_key = np.argsort(keys, kind="stable")

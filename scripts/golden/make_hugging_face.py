@@ -1,4 +1,4 @@
-"""Writes tests/golden/*.npz: what Hugging Face's models compute from random weights.
+"""Writes tests/golden/*.npz: outputs of Hugging Face's models for random weights.
 
     pip install torch 'transformers>=5.23'
     python scripts/golden/make_hugging_face.py tests/golden
@@ -126,7 +126,7 @@ def is_switch(model: PreTrainedModel) -> bool:
 
 
 def forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """What a forward and a backward pass compute."""
+    """Returns the results of a forward and a backward pass."""
     model.zero_grad()
     # Without the router's losses, which transformers adds where it is asked for logits.
     out = model(**inputs, use_cache=False)
@@ -168,8 +168,8 @@ def generate(model: PreTrainedModel, tokens: torch.Tensor, beams: int) -> np.nda
     return padded
 
 
-def telling(arrays: dict[str, np.ndarray]) -> bool:
-    """Whether rounding cannot send a token elsewhere, and sequences end early and late."""
+def is_robust(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether routing is robust to rounding, and sequences end both early and late."""
     for name, probs in arrays.items():
         if name.startswith("router/"):
             first, second = np.sort(probs, -1)[..., :-3:-1].swapaxes(0, -1)
@@ -181,7 +181,7 @@ def telling(arrays: dict[str, np.ndarray]) -> bool:
 
 
 def compute(model: PreTrainedModel, source: torch.Tensor, target: torch.Tensor) -> dict:
-    """All arrays of a file, for the parameters that the model has and these tokens [B, L]."""
+    """Returns all arrays of a file, for the model's parameters and the tokens [B, L]."""
     model.eval()
     inputs = {"input_ids": source, "attention_mask": (source > 0).long(), "labels": target}
     shifted = torch.nn.functional.pad(target, (1, 0))[:, :-1]
@@ -202,7 +202,7 @@ def compute(model: PreTrainedModel, source: torch.Tensor, target: torch.Tensor) 
 
 
 def reference(make: Callable[[], PreTrainedModel]) -> dict[str, np.ndarray]:
-    """The arrays of one file, of the first seed that is `telling`; takes minutes."""
+    """Returns the arrays of one file, of the first seed that is `is_robust`; takes minutes."""
     model = make()
     for seed in itertools.count():
         generator = torch.Generator().manual_seed(seed)
@@ -213,7 +213,7 @@ def reference(make: Callable[[], PreTrainedModel]) -> dict[str, np.ndarray]:
         source[-1, UNPADDED:] = 0
         arrays = compute(model, source, target)
         # transformers and T5X do not have the same rules for beams. What many find is what both do.
-        if telling(arrays) and (generate(model, source, 4 * BEAMS) == arrays["beams"]).all():
+        if is_robust(arrays) and (generate(model, source, 4 * BEAMS) == arrays["beams"]).all():
             return arrays
     raise AssertionError
 

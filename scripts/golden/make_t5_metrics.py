@@ -1,4 +1,4 @@
-"""Writes tests/golden/t5_metrics.json: what T5's own code makes of known answers and predictions.
+"""Writes tests/golden/t5_metrics.json: T5's metrics of known answers and predictions.
 
     pip install seqio==0.0.20 tensorflow==2.21.0 tensorflow-datasets==4.9.10 \
         tensorflow-text==2.21.1 babel editdistance gin-config pandas rouge-score==0.1.2 \

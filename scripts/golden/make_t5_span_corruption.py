@@ -1,4 +1,4 @@
-"""Writes tests/golden/t5_span_corruption.npz: what T5's own code makes of known seeds.
+"""Writes tests/golden/t5_span_corruption.npz: outputs of T5's code for known seeds.
 
     pip install seqio==0.0.20 tensorflow==2.21.0 tensorflow-datasets==4.9.10 \
         tensorflow-text==2.21.1 babel gin-config rouge-score sacrebleu scikit-learn

@@ -1,4 +1,4 @@
-"""Writes tests/golden/t5_tasks.json: the text that T5's own code makes of small records.
+"""Writes tests/golden/t5_tasks.json: the prompts of T5's code for small records.
 
     python scripts/golden/make_t5_tasks.py tests/golden preprocessors.py
 
