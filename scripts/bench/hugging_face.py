@@ -4,9 +4,9 @@
     python scripts/bench/hugging_face.py [--experts 8] [--repeats 9]
 
 transformers writes a Switch Transformer with random weights, and `switch_jax.load` reads it. Before
-timing, both must give the same loss and generate the same tokens. Calls of both alternate, in float32,
-so that a drift of the machine's speed affects both; medians are reported. With a GPU, both PyTorch
-and JAX must find it. Prints the table of docs/performance.md.
+timing, both must give the same loss and generate the same tokens. Calls of both alternate, in
+float32, so that a drift of the machine's speed affects both; medians are reported. With a GPU, both
+PyTorch and JAX must find it. Prints the table of docs/performance.md.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Benchmark of the input pipelines, side by side in one run; prints the table of docs/benchmarks.md.
+"""Benchmark of the input pipelines in one run; prints the table of docs/benchmarks.md.
 
     pip install -e ".[data]" grain
     taskset -c 0 python scripts/bench/input_pipelines.py
 
-The text is that of Python's standard library, as one source and as 107 sources, like the languages of
-mC4. All readers return batches of 64 rows of 512 inputs and 114 targets in a vocabulary of 4096.
+The text is that of Python's standard library, as one source and as 107 sources, like the languages
+of mC4. All readers return batches of 64 rows of 512 inputs and 114 targets in a vocabulary of 4096.
 Without `taskset` they use all cores. Every round opens and times every reader once; medians are
 reported.
 """

@@ -230,7 +230,7 @@ def run_experts(experts: FeedForwardExperts, slots_ExGxCxD):
 
 
 def move(x_GxSxD, slots_ExGxCxD, gate_GxSxK, indices: SlotIndices):
-    """Dispatch of tokens, and combine of other slots: the experts stand between the two, and
+    """Dispatch of tokens, and combine of other slots: the experts are between the two, and
     without them XLA would make one gather of both.
     """
     return (
@@ -249,7 +249,7 @@ def one_hot_dispatch(x_GxSxD, one_hot_GxSxExC):
 
 
 def one_hot_combine(slots_ExGxCxD, gate_GxSxK, one_hot_GxSxExC):
-    """Combines with the paper's combine tensor, which has gates where the dispatch tensor has ones."""
+    """Combines with the paper's combine tensor: the dispatch tensor with gates in place of ones."""
     return jnp.einsum("EGCD,GSEC->GSD", slots_ExGxCxD, gate_GxSxK[..., None] * one_hot_GxSxExC)
 
 
@@ -276,7 +276,7 @@ def check() -> None:
 
 
 def measure(experts: list[int], repeats: int, **shape: int) -> dict[str, Any]:
-    """Seconds (median, min, max) of all parts for each number of experts.
+    """Returns seconds (median, min, max) of all parts for each number of experts.
 
     `share` is of our whole layer's time; `ratio`, of the one-hot parts, to the same part of ours.
     """

@@ -2,10 +2,10 @@
 
     python scripts/data/package_text.py [--output runs/packages] [--megabytes 100]
 
-Programming languages replace natural ones, which packages do not contain: Python, type stubs, Cython,
-C and C++, and English from licences and descriptions. Small languages are used completely, and the
-large ones share the rest. 100 MB are about 25 million tokens, below 60 MiB packed. Installed packages
-differ between machines, and so do results; `manifest.json` has the fingerprints.
+Programming languages replace natural ones, which packages do not contain: Python, type stubs,
+Cython, C and C++, and English from licences and descriptions. Small languages are used completely,
+and the large ones share the rest. 100 MB are about 25 million tokens, below 60 MiB packed. Installed
+packages differ between machines, and so do results; `manifest.json` has the fingerprints.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def documents(folder: Path) -> dict[str, list[str]]:
 
 
 def budgets(sizes: dict[str, int], total: int) -> dict[str, int]:
-    """Returns the characters of each language: all of the small ones, equal shares of the others."""
+    """Returns the characters of each language: all of small ones, equal shares of the others."""
     granted: dict[str, int] = {}
     for name in sorted(sizes, key=sizes.__getitem__):
         share = (total - sum(granted.values())) // (len(sizes) - len(granted))
