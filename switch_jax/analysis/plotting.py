@@ -1,4 +1,4 @@
-"""plotting: to be written."""
+"""Matplotlib figures: import on first use, and the common style."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from switch_jax.errors import UserError
 
 
 def import_matplotlib() -> Any:
-    """The library; raises `UserError` where it is not installed."""
+    """Returns the package `matplotlib`; raises `UserError` if it is not installed."""
     try:
         import matplotlib.figure
         import matplotlib.ticker
@@ -16,7 +16,14 @@ def import_matplotlib() -> Any:
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **grid: Any) -> Any:
-    """A Matplotlib figure of `size` inches; `grid` goes to `subplots`. Raises `UserError`."""
+    """Returns a Matplotlib figure of rows × columns axes, in the common style.
+
+    Args:
+      size: width and height, inches.
+      grid: arguments of `GridSpec`, such as `width_ratios`.
+
+    Raises `UserError` if Matplotlib is not installed.
+    """
     figure = import_matplotlib().figure.Figure(figsize=size, layout="constrained")
     figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid)
     for axes in figure.axes:

@@ -1,4 +1,4 @@
-"""Figures from the metrics of one or more runs; Matplotlib is imported when one is drawn."""
+"""Figures of the metrics of one or more runs; Matplotlib is imported when one is drawn."""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from switch_jax.analysis.speedup import common_sources, compare_sources, compari
 from switch_jax.checkpoint import Workdir, read_metrics
 from switch_jax.errors import UserError
 
-# What the router figure shows, with the value that perfect balance would give.
-_ROUTER = (
+Runs = dict[str, list[dict]]  # name → lines of metrics.jsonl
+
+# Panels of the router figure: metric, title, value of perfect balance.
+_ROUTER_PANELS = (
     ("load_max", "busiest expert's load\n(1 = fair share)", 1.0),
     ("load_min", "idlest expert's load\n(1 = fair share)", 1.0),
     ("load_cv", "spread of loads\n(coefficient of variation)", 0.0),
@@ -21,20 +23,17 @@ _ROUTER = (
     ("entropy", "entropy of the router (nats)", None),
 )
 
-# How many sources stand below one another in a figure, at the most.
-_SOURCES_BELOW = 36
-
-# How many panels of tasks stand beside one another.
-_TASKS_BESIDE = 4
+_SOURCES_PER_PANEL = 36  # at the most
+_TASKS_PER_ROW = 4  # panels
 
 
 def draw_run_plots(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
-    """Draws `loss.png`, `router.png` where there are experts, and `tasks.png` where tasks were
-    scored, into `folder`.
+    """Draws the metrics of runs into `folder`; returns the files written.
 
-    Of two runs, the first is the baseline of `sources.png` where they share several sources.
-    Returns the files written. Raises `UserError` where a run has no metrics, or Matplotlib
-    is not installed.
+    `loss.png`; `router.png` if a model has experts; `tasks.png` if tasks were scored; `sources.png`
+    for two runs that share several sources, with the first run as baseline.
+
+    Raises `UserError` if a run has no metrics, and if Matplotlib is not installed.
     """
     runs = {}
     for workdir in workdirs:
@@ -43,13 +42,13 @@ def draw_run_plots(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
             raise UserError(f"{workdir.path} has no metrics.jsonl yet; train it first.")
         name = workdir.path.resolve().name
         runs[str(workdir.path) if name in runs else name] = lines
-    figures = {"loss.png": _loss(runs)}
+    figures = {"loss.png": _draw_loss(runs)}
     if any(name.startswith("router/") for lines in runs.values() for name in lines[0]):
-        figures["router.png"] = _router(runs)
+        figures["router.png"] = _draw_router(runs)
     if len(runs) == 2 and len(common_sources(*runs.values())) > 1:
         figures["sources.png"] = draw_source_losses(runs)
-    if scores := _scores(runs):
-        figures["tasks.png"] = _tasks(runs, scores)
+    if scores := score_metrics(runs):
+        figures["tasks.png"] = _draw_tasks(runs, scores)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():
@@ -59,13 +58,15 @@ def draw_run_plots(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
 
 
 def _series(lines: list[dict], split: str, name: str) -> tuple[list[int], list[float]]:
+    """Returns the steps and the values of a metric, where it is finite."""
     points = [
         (m["step"], m[name]) for m in lines if m["split"] == split and m.get(name) is not None
     ]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _loss(runs: dict[str, list[dict]]) -> Any:
+def _draw_loss(runs: Runs) -> Any:
+    """Draws training and validation loss by step, and accuracy by target tokens."""
     figure = new_figure(1, 2, (10, 4))
     by_step, by_tokens = figure.axes
     for number, (run, lines) in enumerate(runs.items()):
@@ -88,23 +89,21 @@ def _loss(runs: dict[str, list[dict]]) -> Any:
     return figure
 
 
-def _router(runs: dict[str, list[dict]]) -> Any:
-    figure = new_figure(1, len(_ROUTER), (4 * len(_ROUTER), 4))
-    for axes, (name, label, ideal) in zip(figure.axes, _ROUTER):
+def _draw_router(runs: Runs) -> Any:
+    """Draws the router's metrics: every layer and the mean of one run, or the mean of each run."""
+    figure = new_figure(1, len(_ROUTER_PANELS), (4 * len(_ROUTER_PANELS), 4))
+    for axes, (name, label, ideal) in zip(figure.axes, _ROUTER_PANELS):
         if ideal is not None:
             axes.axhline(ideal, color="black", lw=0.8, ls=":")
         for number, (run, lines) in enumerate(runs.items()):
             several = len(runs) > 1
             if not several:
                 for key in sorted(lines[0]):
-                    place = re.fullmatch(rf"router/((\w+)/\d+(/attention)?)/{name}", key)
-                    if place:
-                        style = {
-                            "ls": "-" if place[2] == "encoder" else "--",
-                            "lw": 1,
-                            "alpha": 0.6,
-                        }
-                        axes.plot(*_series(lines, "train", key), label=place[1], **style)
+                    layer = re.fullmatch(rf"router/((\w+)/\d+(/attention)?)/{name}", key)
+                    if layer:
+                        line_style = "-" if layer[2] == "encoder" else "--"
+                        style = {"ls": line_style, "lw": 1, "alpha": 0.6}
+                        axes.plot(*_series(lines, "train", key), label=layer[1], **style)
             axes.plot(
                 *_series(lines, "train", f"router/{name}"),
                 color=f"C{number}" if several else "black",
@@ -116,16 +115,16 @@ def _router(runs: dict[str, list[dict]]) -> Any:
     return figure
 
 
-def _scores(runs: dict[str, list[dict]]) -> list[str]:
-    """The metrics that are numbers of tasks and, of several, that of their mixture."""
+def score_metrics(runs: Runs) -> list[str]:
+    """Returns the metrics that are scores of tasks; first, for several tasks, their average."""
     names = {name for lines in runs.values() for metrics in lines for name in metrics}
-    of_tasks = sorted(name for name in names if name.endswith("/score"))
-    return (["average"] if "average" in names and len(of_tasks) > 1 else []) + of_tasks
+    task_scores = sorted(name for name in names if name.endswith("/score"))
+    return (["average"] if "average" in names and len(task_scores) > 1 else []) + task_scores
 
 
-def _tasks(runs: dict[str, list[dict]], scores: list[str]) -> Any:
-    """What tasks were scored with, a panel each; the best of every run is marked."""
-    columns = min(len(scores), _TASKS_BESIDE)
+def _draw_tasks(runs: Runs, scores: list[str]) -> Any:
+    """Draws a panel for each score, with the best evaluation of every run marked."""
+    columns = min(len(scores), _TASKS_PER_ROW)
     rows = -(-len(scores) // columns)
     figure = new_figure(rows, columns, (3.6 * columns + 1.2, 3.2 * rows))
     for axes, score in zip(figure.axes, scores):
@@ -152,41 +151,41 @@ def _tasks(runs: dict[str, list[dict]], scores: list[str]) -> Any:
     return figure
 
 
-def draw_source_losses(runs: dict[str, list[dict]]) -> Any:
-    """Quality of two runs by source, and the second's speed-ups (as paper, Figs 7 and 8).
+def draw_source_losses(runs: Runs) -> Any:
+    """Draws the quality of two runs by source, and the speed-ups of the second run.
 
-    `runs` are their lines of metrics.jsonl by name, the baseline first.
+    As in the paper's Figures 7 and 8. The first run is the baseline.
     """
     comparison = compare_sources(*runs.values())
     rows = comparison.sources
     ordered = sorted(rows, key=lambda name: rows[name].baseline_quality, reverse=True)
-    panels = -(-len(ordered) // _SOURCES_BELOW)
+    panels = -(-len(ordered) // _SOURCES_PER_PANEL)
     height = -(-len(ordered) // panels)
     widths = [3.0 if panels > 1 else 4.5] * panels + [4.0]
     size = (sum(widths), max(3.6, 0.16 * height + 1.4))
     figure = new_figure(1, panels + 1, size, width_ratios=widths)
-    *left, right = figure.axes
-    for number, axes in enumerate(left):
-        axes.sharex(left[0])
+    *quality_axes, speed_up_axes = figure.axes
+    for number, axes in enumerate(quality_axes):
+        axes.sharex(quality_axes[0])
         names = ordered[number * height : (number + 1) * height]
         qualities = [[rows[n].baseline_quality for n in names], [rows[n].quality for n in names]]
-        places = range(len(names))
-        axes.hlines(places, *qualities, color="0.8", lw=2, zorder=2)
+        y = range(len(names))
+        axes.hlines(y, *qualities, color="0.8", lw=2, zorder=2)
         for run, role, quality in zip(runs, (" (baseline)", ""), qualities):
-            axes.plot(quality, places, "o", ms=4, label=run + role)
-        axes.set_yticks(places, names, fontsize=7 if panels > 1 else 9)
+            axes.plot(quality, y, "o", ms=4, label=run + role)
+        axes.set_yticks(y, names, fontsize=7 if panels > 1 else 9)
         axes.tick_params("y", length=0)
-        # The last panel is as high, though it may have fewer sources.
+        # The last panel may have fewer sources; it has the same height.
         axes.set(xlabel="neg. log perplexity (nats)", ylim=(height - 0.4, -0.6))
-    left[0].set_title("Quality at the end", loc="left")
-    figure.legend(handles=left[0].lines, loc="outside upper left", ncols=2, frameon=False)
+    quality_axes[0].set_title("Quality at the end", loc="left")
+    figure.legend(handles=quality_axes[0].lines, loc="outside upper left", ncols=2, frameon=False)
     ratios = [row.ratio for row in rows.values() if row.ratio is not None]
     if ratios:
-        right.hist(ratios, bins="sqrt", color="C1", edgecolor="white", zorder=2)
+        speed_up_axes.hist(ratios, bins="sqrt", color="C1", edgecolor="white", zorder=2)
         mean = comparison_to_json(comparison)["speed_up_mean"]
-        line = right.axvline(mean, color="black", ls="--", label=f"mean {mean:.1f}×")
+        line = speed_up_axes.axvline(mean, color="black", ls="--", label=f"mean {mean:.1f}×")
         figure.legend(handles=[line], loc="outside upper right", frameon=False)
-    right.set_title(f"Speed-up ({len(ratios)} of {len(rows)} get there)", loc="left")
-    right.set(xlabel="baseline's steps / ours, to its final quality", ylabel="sources")
-    right.yaxis.get_major_locator().set_params(integer=True)
+    speed_up_axes.set_title(f"Speed-up ({len(ratios)} of {len(rows)} get there)", loc="left")
+    speed_up_axes.set(xlabel="baseline's steps / ours, to its final quality", ylabel="sources")
+    speed_up_axes.yaxis.get_major_locator().set_params(integer=True)
     return figure

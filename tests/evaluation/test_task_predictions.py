@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switch_jax.analysis.run_plots import _scores, draw_run_plots
+from switch_jax.analysis.run_plots import draw_run_plots, score_metrics
 from switch_jax.checkpoint.checkpointer import Checkpointer
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.cli.main import main
@@ -238,8 +238,8 @@ def test_task_scores_are_plotted(run, tmp_path):
     figures = {path.name for path in draw_run_plots([run, run], tmp_path)}
     assert "tasks.png" in figures
     lines = [{"step": 1, "split": "eval", "average": 1.0, "squad/score": 1.0}]
-    assert _scores({"a": lines}) == ["squad/score"]
-    assert _scores({"a": [*lines, {"xsum/score": 2.0}]})[0] == "average"
+    assert score_metrics({"a": lines}) == ["squad/score"]
+    assert score_metrics({"a": [*lines, {"xsum/score": 2.0}]})[0] == "average"
 
 
 @pytest.mark.parametrize("mesh", [{"expert": 2, "model": 2}, {"data": 4, "fsdp": True}])
