@@ -1,4 +1,4 @@
-"""The three sizes that sweeps come in, from two CPU cores to the paper's own settings."""
+"""Model sizes of sweeps: `mini` (two CPU cores), `gpu` (one GPU) and `paper` (as in the paper)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,27 +11,27 @@ from switch_jax.sweeps import SweepRun
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Models of one size: T5-Base, T5-Large and Switch-Base of the paper, or what stands for them.
+    """T5-Base, T5-Large, Switch-Base and Switch-Large of the paper, or small models in their place.
 
-    `dense` is FLOP-matched to `switch`, and `large` to `large_switch`, which takes three to four
-    times as many FLOPs a token.
+    `dense` has the FLOPs per token of `switch`. `large` has those of `large_switch`: three to four
+    times as many.
     """
 
     dense: SweepRun
     large: SweepRun
     large_switch: SweepRun
-    sparse: str  # config of `switch`, without its argument
-    experts: tuple[int, ...]  # numbers of them that a curve over experts has
-    usual: int  # experts where a sweep does not vary them
-    fewer: int  # where the paper has 32 in place of 128
+    sparse: str  # preset of `switch`, without its argument
+    experts: tuple[int, ...]  # numbers of experts in sweeps over this number
+    usual: int  # number of experts in all other sweeps
+    fewer: int  # number of experts for which the paper has 32 instead of 128
     seeds: tuple[int, ...]
     plus: Mapping[str, Any]  # overrides that widen Switch-Base to Switch-Base+
-    short: Mapping[str, Any]  # overrides for runs that are many, or fine-tuned afterwards
+    short: Mapping[str, Any]  # overrides for sweeps of many runs, and for runs to fine-tune
     task: Mapping[str, Any]  # overrides of the fine-tuning configs
     tasks: tuple[str, ...]  # the fine-tuning configs there is data for
 
     def switch(self, num_experts: int | None = None) -> SweepRun:
-        """The sparse model with so many experts, or as many as usual."""
+        """Returns the sparse model with `num_experts` experts, by default `usual`."""
         return SweepRun(f"{self.sparse}:num_experts={num_experts or self.usual}")
 
 
@@ -118,7 +118,7 @@ SIZES = {
 
 
 def find_size(name: str) -> Size:
-    """A size by name; raises `UserError` for one that there is not."""
+    """Returns a size by name; raises `UserError` for an unknown name."""
     if name not in SIZES:
         raise UserError(f"There is no size {name!r}; use size={', size='.join(SIZES)}.")
     return SIZES[name]
@@ -129,13 +129,13 @@ def finetuned_run(upstream: str, run: SweepRun, size: Size, task: str) -> SweepR
 
     The model is that of `run`; dropout, data and schedule are the task's.
     """
-    made = load_config(run.config, run.override_texts())
-    spec = f"finetune:task={task},num_experts={made.moe.num_experts}"
-    ours, theirs = flatten_config(made), flatten_config(load_config(spec))
+    config = load_config(run.config, run.override_texts())
+    spec = f"finetune:task={task},num_experts={config.moe.num_experts}"
+    values, task_values = flatten_config(config), flatten_config(load_config(spec))
     model = {
         key: value
-        for key, value in ours.items()
+        for key, value in values.items()
         if key.startswith(("model.", "moe.")) and not key.endswith("dropout_rate")
-        if value != theirs[key]
+        if value != task_values[key]
     }
     return SweepRun(spec, {**model, "init_from": f"{{run:{upstream}}}", **size.task})

@@ -1,14 +1,14 @@
-"""Tables 6, 7 and 8: how much of a sparse model's gain a dense one of the same FLOPs keeps.
+"""Tables 6, 7 and 8: share of a sparse model's gain that a distilled dense model keeps.
 
     switch-jax sweep --config configs/sweeps/distill.py:size=mini,table=6 --workdir runs/table6
 
-Table 8 has a fine-tuned teacher: of sizes mini and gpu, for the task that
-`python scripts/data/keyword_task.py` writes first. With size=paper add
---config.data.data_dir=DIR, where C4 is, and for table=8 SuperGLUE as TFDS prepares it.
+Table 8 has a fine-tuned teacher. With size=mini and size=gpu, its task is written first by
+`python scripts/data/keyword_task.py`. With size=paper add --config.data.data_dir=DIR, the folder of
+C4 and, for table=8, of SuperGLUE as TFDS prepares it.
 
-In the paper, teacher and students train for as many steps. Runs of sizes mini and gpu are so short
-that weights which have trained before are most of what there is to gain, and a student that begins
-with them is soon better than its teacher: there, dense models train for a quarter of its steps.
+In the paper, teacher and students train for the same number of steps. Runs with size=mini and
+size=gpu are so short that a student which begins with the teacher's weights is soon better than the
+teacher: with these sizes, dense models train for a quarter of the teacher's steps.
 """
 
 from switch_jax.config import flatten_config, load_config, parse_arg
@@ -20,7 +20,7 @@ from _sizes import Size, find_size, finetuned_run
 
 SCALED = ("train.steps", "optimizer.warmup_steps", "optimizer.cooldown_steps")
 TAUGHT, INIT = {"distill.teacher": "{run:teacher}"}, {"init_from": "{run:teacher}"}
-ALONE = {"distill.soft_weight": 1.0}  # the teacher's probabilities are all that is learned from
+ALONE = {"distill.soft_weight": 1.0}  # learn from the teacher's probabilities only
 
 PAPER_7 = {point.experts: f"{point.quality:.3f}" for point in TABLE_7.points}
 STUDENTS = {
@@ -33,7 +33,7 @@ STUDENTS = {
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`size` ('mini', 'gpu' or 'paper'), `table` (6, 7 or 8)."""
+    """Returns the sweep. Arguments: `size` ('mini', 'gpu' or 'paper'), `table` (6, 7 or 8)."""
     args = parse_arg(arg, size="mini", table=6)
     makers = {6: techniques, 7: compression, 8: fine_tuned}
     if args.table not in makers:
@@ -47,7 +47,7 @@ def get_sweep(arg: str = "") -> Sweep:
 
 
 def techniques(size: Size, dense: SweepRun, switch: SweepRun) -> Sweep:
-    """Table 6: what makes a student better."""
+    """Returns the sweep of Table 6: techniques of distillation."""
     rows = {
         "T5-Base": "dense",
         "Switch-Base": "teacher",
@@ -56,7 +56,7 @@ def techniques(size: Size, dense: SweepRun, switch: SweepRun) -> Sweep:
         "+ 0.75 mix with the data's targets": "mixed",
         "non-expert weights alone": "begun",
     }
-    # The paper does not tell the mix of its first two rows with a teacher.
+    # The paper does not state the mix of its first two rows with a teacher.
     runs = {
         "dense": dense,
         "teacher": switch,
@@ -78,12 +78,12 @@ def techniques(size: Size, dense: SweepRun, switch: SweepRun) -> Sweep:
 
 
 def compression(size: Size, dense: SweepRun, _: SweepRun) -> Sweep:
-    """Table 7: one student of teachers of many sizes."""
+    """Returns the sweep of Table 7: the same student with teachers of several sizes."""
     runs, rows, printed, teachers = {"dense": dense}, {"T5-Base": "dense"}, {}, {}
     for n in STUDENTS if set(STUDENTS) <= set(size.experts) else size.experts:
-        teacher, of = f"experts_{n}", f"{{run:experts_{n}}}"
+        teacher, reference = f"experts_{n}", f"{{run:experts_{n}}}"
         runs[teacher] = size.switch(n)
-        runs[f"of_{n}"] = dense.but({"distill.teacher": of, "init_from": of})
+        runs[f"of_{n}"] = dense.but({"distill.teacher": reference, "init_from": reference})
         pair = {f"{n} experts": teacher, f"student of {n} experts": f"of_{n}"}
         rows |= pair
         teachers[f"student of {n} experts"] = teacher
@@ -100,7 +100,7 @@ def compression(size: Size, dense: SweepRun, _: SweepRun) -> Sweep:
 
 
 def fine_tuned(size: Size, dense: SweepRun, switch: SweepRun) -> Sweep:
-    """Table 8: a fine-tuned teacher, and a student that is fine-tuned with it."""
+    """Returns the sweep of Table 8: a fine-tuned teacher, and a student fine-tuned with it."""
     task = "superglue" if "superglue" in size.tasks else size.tasks[0]
     upstream = {"dense": dense, "switch": switch}
     alone = finetuned_run("dense", dense, size, task)

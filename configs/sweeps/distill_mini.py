@@ -8,6 +8,6 @@ from switch_jax.sweeps import Sweep, load_sweep
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """Takes no arguments."""
+    """Returns the sweep; takes no arguments."""
     parse_arg(arg)
     return load_sweep("sweeps/distill:size=mini,table=6")

@@ -1,9 +1,9 @@
-"""Figures 1, 4 and 5: the same FLOPs and tokens with more and more experts.
+"""Figures 1, 4 and 5: numbers of experts, at the same FLOPs and tokens.
 
     switch-jax sweep --config configs/sweeps/experts.py:size=mini --workdir runs/experts
 
 size=mini: two CPU cores, under 30 minutes. size=gpu: each run under 10 minutes on one GPU. With
-size=paper add --config.data.data_dir=DIR, where C4 is.
+size=paper add --config.data.data_dir=DIR, the folder of C4.
 """
 
 from switch_jax.config import parse_arg
@@ -14,7 +14,7 @@ from _sizes import find_size
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`size` ('mini', 'gpu' or 'paper')."""
+    """Returns the sweep. Arguments: `size` ('mini', 'gpu' or 'paper')."""
     size = find_size(parse_arg(arg, size="mini").size)
     runs: dict[str, SweepRun] = {"dense": size.dense}
     runs |= {f"experts_{n}": size.switch(n) for n in size.experts}

@@ -2,7 +2,7 @@
 
     switch-jax sweep --config configs/sweeps/few_experts.py:size=mini --workdir runs/few_experts
 
-With size=paper add --config.data.data_dir=DIR, where C4 is.
+With size=paper add --config.data.data_dir=DIR, the folder of C4.
 """
 
 from switch_jax.config import parse_arg
@@ -14,7 +14,7 @@ CLAIM = "Two experts already beat T5-Base, and more are better."
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`size` ('mini', 'gpu' or 'paper')."""
+    """Returns the sweep. Arguments: `size` ('mini', 'gpu' or 'paper')."""
     args = parse_arg(arg, size="mini")
     size = find_size(args.size)
     named = {"T5-Base": "dense"} | {f"{n} experts": f"experts_{n}" for n in (2, 4, 8)}

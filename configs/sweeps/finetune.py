@@ -1,10 +1,11 @@
-"""Tables 4 and 5: what pretrained models are worth on tasks, and dropout within experts.
+"""Tables 4 and 5: dropout within experts in fine-tuning, and fine-tuned models on tasks.
 
     python scripts/data/keyword_task.py
     switch-jax sweep --config configs/sweeps/finetune.py:size=mini,table=4 --workdir runs/table4
 
-Of sizes mini and gpu, the task is that of the first line. With size=paper, which has the paper's
-tasks, leave that out and add --config.data.data_dir=DIR: C4 and the tasks as TFDS prepares them.
+With size=mini and size=gpu, the task is the one that the first command writes. size=paper has the
+paper's tasks: omit that command, and add --config.data.data_dir=DIR, the folder of C4 and of the
+tasks as TFDS prepares them.
 """
 
 from switch_jax.config import parse_arg
@@ -47,7 +48,7 @@ PAPER_5 = {
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`size` ('mini', 'gpu' or 'paper'), `table` (4 or 5)."""
+    """Returns the sweep. Arguments: `size` ('mini', 'gpu' or 'paper'), `table` (4 or 5)."""
     args = parse_arg(arg, size="mini", table=4)
     if args.table not in CLAIMS:
         raise UserError(f"There is no table {args.table} here; use table=4 or table=5.")
@@ -78,7 +79,7 @@ Rows = dict[str, tuple[str, dict[str, float]]]  # label → upstream run, overri
 
 
 def dropout(size: Size, name: str) -> tuple[dict[str, SweepRun], Rows]:
-    """Table 4: upstream runs by name, and its rows."""
+    """Returns the upstream runs by name and the rows of Table 4."""
     # The paper pretrained these on 34B tokens, 2^15 batches of 2^20.
     upstream = {"train.steps": 2**15} if name == "paper" else size.short
     rows: Rows = {
@@ -89,7 +90,7 @@ def dropout(size: Size, name: str) -> tuple[dict[str, SweepRun], Rows]:
 
 
 def models(size: Size) -> tuple[dict[str, SweepRun], Rows]:
-    """Table 5, likewise."""
+    """Returns the upstream runs by name and the rows of Table 5."""
     named = {
         "T5-Base": ("dense", size.dense),
         "Switch-Base": ("switch", size.switch()),

@@ -1,10 +1,11 @@
-"""Figures 7 and 8: quality and speed-up language by language.
+"""Figures 7 and 8: quality and speed-up by language.
 
     python scripts/data/package_text.py
     switch-jax sweep --config configs/sweeps/languages.py:size=mini --workdir runs/languages
 
-Of sizes mini and gpu, the languages are those of the first line: of programmers, and English.
-With size=paper, which has mC4's, leave that out and add --config.data.data_dir=DIR, where mC4 is.
+With size=mini and size=gpu, the first command packs the data: programming languages and English.
+size=paper has the languages of mC4: omit that command, and add --config.data.data_dir=DIR, the
+folder of mC4.
 """
 
 from switch_jax.config import parse_arg
@@ -23,7 +24,7 @@ TEXT = {
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`size` ('mini', 'gpu' or 'paper')."""
+    """Returns the sweep. Arguments: `size` ('mini', 'gpu' or 'paper')."""
     args = parse_arg(arg, size="mini")
     size = find_size(args.size)
     if args.size == "paper":

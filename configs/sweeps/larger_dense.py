@@ -1,8 +1,8 @@
-"""Figure 6: experts against a dense model that takes 3.5 times the FLOPs a token.
+"""Figure 6: experts against a dense model with 3.5 times the FLOPs per token.
 
     switch-jax sweep --config configs/sweeps/larger_dense.py:size=mini --workdir runs/larger_dense
 
-With size=paper add --config.data.data_dir=DIR, where C4 is.
+With size=paper add --config.data.data_dir=DIR, the folder of C4.
 """
 
 from switch_jax.config import parse_arg
@@ -14,7 +14,7 @@ CLAIM = "64 experts are as good as T5-Large in 2.5 times less time, and as T5-Ba
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`size` ('mini', 'gpu' or 'paper')."""
+    """Returns the sweep. Arguments: `size` ('mini', 'gpu' or 'paper')."""
     size = find_size(parse_arg(arg, size="mini").size)
     named = {"T5-Large": "large", "T5-Base": "dense", "Switch-Base, 64 experts": "switch"}
     return Sweep(

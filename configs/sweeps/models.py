@@ -2,8 +2,9 @@
 
     switch-jax sweep --config configs/sweeps/models.py:size=mini --workdir runs/models
 
-Sizes mini and gpu have Base and Large; size=paper has all seven, which `switch-jax compile` says
-what machine they need of: add --config.data.data_dir=DIR, where C4 is, and --config.mesh.KEY=N.
+size=mini and size=gpu have Base and Large. size=paper has all seven models: add
+--config.data.data_dir=DIR, the folder of C4, and --config.mesh.KEY=N; `switch-jax compile` computes
+the memory that each model needs.
 """
 
 from switch_jax.config import parse_arg
@@ -26,7 +27,7 @@ LARGEST = {
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`size` ('mini', 'gpu' or 'paper')."""
+    """Returns the sweep. Arguments: `size` ('mini', 'gpu' or 'paper')."""
     args = parse_arg(arg, size="mini")
     size = find_size(args.size)
     runs = {

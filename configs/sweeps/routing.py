@@ -1,10 +1,10 @@
-"""Tables 1, 2, 3, 10 and 11: what routing, precision, initial weights and exploration are worth.
+"""Tables 1, 2, 3, 10 and 11: routing, precision, scale of initial weights, and exploration.
 
     switch-jax sweep --config configs/sweeps/routing.py:size=mini --workdir runs/routing
     switch-jax sweep --config configs/sweeps/routing.py:table=1 --workdir runs/table1
 
-Rows that tables share are trained once; with size=paper they are of other lengths, and each table
-has its own. There, add --config.data.data_dir=DIR, where C4 is.
+Rows that tables share are trained once. With size=paper, each table has runs of its own, since
+tables differ in the number of steps; add --config.data.data_dir=DIR, the folder of C4.
 """
 
 import dataclasses
@@ -106,8 +106,8 @@ TABLES = {
     ),
 }
 
-# How the paper trained the rows of a table. Of Table 2 it says that it was early, of Table 11
-# nothing: they are as long as Table 1's.
+# The paper's settings for the rows of a table. It gives Table 2 no number of steps but "early", and
+# Table 11 none: both have the steps of Table 1 here.
 PAPER: dict[int, dict[str, int]] = {
     1: {"train.steps": 100_000},
     2: {"train.steps": 100_000},
@@ -118,7 +118,7 @@ PAPER: dict[int, dict[str, int]] = {
 
 
 def all_runs(size: Size) -> dict[str, SweepRun]:
-    """Every run of the tables by name."""
+    """Returns all runs of the tables by name."""
     switch, fewer = size.switch(), size.switch(size.fewer)
     runs = {"dense": size.dense, "large": size.large, "switch": switch}
     for factor in (2.0, 1.25, 1.0):
@@ -140,13 +140,16 @@ def all_runs(size: Size) -> dict[str, SweepRun]:
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`size` ('mini', 'gpu' or 'paper'), `table` (1, 2, 3, 10 or 11; 0: all)."""
+    """Returns the sweep.
+
+    Arguments: `size` ('mini', 'gpu' or 'paper'), `table` (1, 2, 3, 10 or 11; 0: all).
+    """
     args = parse_arg(arg, size="mini", table=0)
     if args.table and args.table not in TABLES:
         raise UserError(
             f"There is no table {args.table} here; use table={', '.join(map(str, TABLES))} or 0."
         )
-    size, made = find_size(args.size), {}
+    size, sweep_runs = find_size(args.size), {}
     tables = {n: table for n, table in TABLES.items() if args.table in (0, n)}
     for n, table in tables.items():
         suffix, settings = (f"_{n}", PAPER[n]) if args.size == "paper" else ("", size.short)
@@ -154,12 +157,12 @@ def get_sweep(arg: str = "") -> Sweep:
             all_runs(size),
             {label: f"{name}{suffix}" for label, name in table.rows.items()},
         )
-        made |= {rows[label]: runs[name].but(settings) for label, name in table.rows.items()}
+        sweep_runs |= {rows[label]: runs[name].but(settings) for label, name in table.rows.items()}
         tables[n] = dataclasses.replace(table, rows=rows)
     return Sweep(
         title="Routing, precision, initial weights and exploration",
-        runs=made,
-        # Table 3 is of how much seeds differ.
+        runs=sweep_runs,
+        # Table 3 is about the differences of seeds.
         seeds=(0, 1, 2) if args.table == 3 else size.seeds,
         tables={f"table_{n}": table for n, table in tables.items()},
     )

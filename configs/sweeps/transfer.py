@@ -1,11 +1,11 @@
-"""Figure 13: whether what is better upstream is better downstream.
+"""Figure 13: downstream score against upstream quality.
 
     python scripts/data/keyword_task.py
     switch-jax sweep --config configs/sweeps/transfer.py:size=mini --workdir runs/transfer
 
-Of sizes mini and gpu, the task is that of the first line. With size=paper, which has SuperGLUE and
-closed-book questions, leave that out and add --config.data.data_dir=DIR: C4 and the tasks as TFDS
-prepares them.
+With size=mini and size=gpu, the task is the one that the first command writes. size=paper has
+SuperGLUE and closed-book questions: omit that command, and add --config.data.data_dir=DIR, the
+folder of C4 and of the tasks as TFDS prepares them.
 """
 
 from switch_jax.config import parse_arg
@@ -21,7 +21,7 @@ PAPER = {"superglue": "average", "closed_book_qa": "closed_book.trivia_qa/score"
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`size` ('mini', 'gpu' or 'paper')."""
+    """Returns the sweep. Arguments: `size` ('mini', 'gpu' or 'paper')."""
     args = parse_arg(arg, size="mini")
     size = find_size(args.size)
     lines = {
