@@ -25,13 +25,13 @@ def build(path):
     time.sleep(1.0)
     (path / "rest").write_text("2")
 
-made = build_once(Path(sys.argv[1]), build)
-print(sorted(p.name for p in made.iterdir()))
+built = build_once(Path(sys.argv[1]), build)
+print(sorted(p.name for p in built.iterdir()))
 """
 
 
 def test_two_processes_build_once_and_both_see_the_complete_folder(tmp_path):
-    args = [sys.executable, "-c", _BUILDER, str(tmp_path / "made"), str(tmp_path / "log")]
+    args = [sys.executable, "-c", _BUILDER, str(tmp_path / "built"), str(tmp_path / "log")]
     processes = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert outputs == ["['half', 'rest']\n"] * 2
@@ -44,28 +44,30 @@ def test_a_failed_build_leaves_nothing_and_the_next_call_builds(tmp_path):
         (path / "half").write_text("1")
         raise ValueError("no")
 
-    path = tmp_path / "folder" / "made"
+    path = tmp_path / "folder" / "built"
     with pytest.raises(ValueError, match="no"):
         build_once(path, fail)
-    assert [p.name for p in path.parent.iterdir()] == [".made.lock"]
+    assert [p.name for p in path.parent.iterdir()] == [".built.lock"]
     assert build_once(path, lambda p: p.write_text("whole") and None).read_text() == "whole"
 
 
 def test_remains_of_a_killed_build_are_replaced(tmp_path):
-    killed = subprocess.Popen([sys.executable, "-c", _BUILDER, tmp_path / "made", tmp_path / "log"])
-    while not (tmp_path / ".made.partial" / "half").exists():
+    killed = subprocess.Popen(
+        [sys.executable, "-c", _BUILDER, tmp_path / "built", tmp_path / "log"]
+    )
+    while not (tmp_path / ".built.partial" / "half").exists():
         assert killed.poll() is None
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    assert not (tmp_path / "made").exists()
-    build_once(tmp_path / "made", lambda p: p.mkdir())
-    assert list((tmp_path / "made").iterdir()) == []
+    assert not (tmp_path / "built").exists()
+    build_once(tmp_path / "built", lambda p: p.mkdir())
+    assert list((tmp_path / "built").iterdir()) == []
 
 
 def test_an_existing_file_is_not_built_again(tmp_path):
-    (tmp_path / "made").write_text("old")
-    build_once(tmp_path / "made", lambda p: pytest.fail("built again"))
+    (tmp_path / "built").write_text("old")
+    build_once(tmp_path / "built", lambda p: pytest.fail("built again"))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
@@ -73,8 +75,8 @@ def test_disk_errors_become_one_sentence(tmp_path, code):
     def fail(path):
         raise OSError(code, os.strerror(code))
 
-    with pytest.raises(UserError, match=rf"Cannot write .*made: {os.strerror(code)}; .*\.$"):
-        build_once(tmp_path / "made", fail)
+    with pytest.raises(UserError, match=rf"Cannot write .*built: {os.strerror(code)}; .*\.$"):
+        build_once(tmp_path / "built", fail)
 
 
 def test_other_errors_keep_their_traceback(tmp_path):
@@ -82,13 +84,13 @@ def test_other_errors_keep_their_traceback(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "a bug")
 
     with pytest.raises(FileNotFoundError):
-        build_once(tmp_path / "made", fail)
+        build_once(tmp_path / "built", fail)
 
 
 def test_a_file_in_place_of_the_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError):
-        build_once(tmp_path / "file" / "made", lambda p: None)
+        build_once(tmp_path / "file" / "built", lambda p: None)
 
 
 def test_cache_root_follows_the_environment(monkeypatch, tmp_path):

@@ -46,7 +46,7 @@ def one_file_per_shard(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def words(mixture, tmp_path_factory):
+def vocabulary(mixture, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         config = Config(model=ModelConfig(vocab_size=SIZE), data=DataConfig(mixture=mixture))
@@ -60,20 +60,20 @@ def contents(folder):
     }
 
 
-def test_files_do_not_depend_on_the_number_of_workers(mixture, words, tmp_path):
+def test_files_do_not_depend_on_the_number_of_workers(mixture, vocabulary, tmp_path):
     data = DataConfig(mixture=mixture)
-    manifest = build_token_store(data, words, tmp_path / "one", workers=1)
-    build_token_store(data, words, tmp_path / "two", workers=2)
+    manifest = build_token_store(data, vocabulary, tmp_path / "one", workers=1)
+    build_token_store(data, vocabulary, tmp_path / "two", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     train = next(iter(manifest["sources"].values()))["train"]
     assert len(train["shards"]) == SHARDS and train["documents"] == 60 and not train["left_out"]
     before = contents(tmp_path / "one")
-    assert build_token_store(data, words, tmp_path / "one", workers=1) == manifest  # done already
+    assert build_token_store(data, vocabulary, tmp_path / "one", workers=1) == manifest
     assert contents(tmp_path / "one") == before
 
 
-def test_tokens_are_read_across_shards(mixture, words, tmp_path):
-    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+def test_tokens_are_read_across_shards(mixture, vocabulary, tmp_path):
+    build_token_store(DataConfig(mixture=mixture), vocabulary, tmp_path / "store", workers=1)
     opened = TokenStore(tmp_path / "store")
     (name,) = opened.num_documents()
     tokens = opened.tokens(name, "train")
@@ -112,15 +112,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_resumed_build_gives_the_same_files(mixture, words, tmp_path):
-    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "whole", workers=1)
+def test_a_resumed_build_gives_the_same_files(mixture, vocabulary, tmp_path):
+    build_token_store(DataConfig(mixture=mixture), vocabulary, tmp_path / "whole", workers=1)
     config = tmp_path / "config.py"
     config.write_text(
         "from switch_jax.config import defaults\n"
         "def get_config(arg=''):\n"
         "    config = defaults()\n"
         f"    config.model.vocab_size = {SIZE}\n"
-        f"    config.data.update(mixture={mixture!r}, vocabulary={words.name!r})\n"
+        f"    config.data.update(mixture={mixture!r}, vocabulary={vocabulary.name!r})\n"
         "    return config\n"
     )
     output = tmp_path / "killed"
@@ -143,14 +143,14 @@ def test_a_resumed_build_gives_the_same_files(mixture, words, tmp_path):
     assert "data.data_dir=" in out
 
 
-def test_other_files_are_refused_and_left_unchanged(mixture, words, tmp_path):
+def test_other_files_are_refused_and_left_unchanged(mixture, vocabulary, tmp_path):
     data = DataConfig(mixture=mixture)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is no packed text; choose another --output"):
-        build_token_store(data, words, tmp_path / "mine", workers=1)
+        build_token_store(data, vocabulary, tmp_path / "mine", workers=1)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
-    build_token_store(data, words, tmp_path / "store", workers=1)
+    build_token_store(data, vocabulary, tmp_path / "store", workers=1)
     with pytest.raises(UserError, match="holds other packed text"):
         build_token_store(
             DataConfig(mixture=mixture), ByteVocabulary(), tmp_path / "store", workers=1
@@ -158,16 +158,18 @@ def test_other_files_are_refused_and_left_unchanged(mixture, words, tmp_path):
     (tmp_path / "store" / "manifest.json").unlink()
     (tmp_path / "store" / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="incomplete pack of other text"):
-        build_token_store(data, words, tmp_path / "store", workers=1)
+        build_token_store(data, vocabulary, tmp_path / "store", workers=1)
 
 
-def test_two_builds_of_one_store_are_refused(mixture, words, tmp_path):
+def test_two_builds_of_one_store_are_refused(mixture, vocabulary, tmp_path):
     (tmp_path / "store").mkdir()
     with open(tmp_path / "store" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another process packs into"):
-            build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
-    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+            build_token_store(
+                DataConfig(mixture=mixture), vocabulary, tmp_path / "store", workers=1
+            )
+    build_token_store(DataConfig(mixture=mixture), vocabulary, tmp_path / "store", workers=1)
     assert not (tmp_path / "store" / ".lock").exists()
 
 
@@ -206,26 +208,26 @@ def test_workers_exit_when_the_parent_is_killed(tmp_path):
     assert len(list(tmp_path.rglob("*.tokens"))) == before < 40
 
 
-def test_changed_text_gives_another_store(words, tmp_path, monkeypatch):
+def test_changed_text_gives_another_store(vocabulary, tmp_path, monkeypatch):
     monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
     opened = []
     for letter in "ab":
         (tmp_path / "mine.txt").write_text("\n\n".join([f"{letter} word {i}" for i in range(400)]))
         os.utime(tmp_path / "mine.txt", (ord(letter), ord(letter)))
         data = DataConfig(mixture=str(tmp_path / "mine.txt"))
-        opened.append(open_store(data, words).fingerprint("mine", "train"))
+        opened.append(open_store(data, vocabulary).fingerprint("mine", "train"))
     assert opened[0] != opened[1]
 
 
-def test_records_of_a_source_without_validation_are_counted_once(words, tmp_path):
+def test_records_of_a_source_without_validation_are_counted_once(vocabulary, tmp_path):
     lines = [json.dumps({"text": f"text {i}"}) for i in range(300)]
     (tmp_path / "mine.jsonl").write_text("\n".join([*lines, "{", "{"]))
     data = DataConfig(mixture=str(tmp_path / "mine.jsonl"))
-    manifest = build_token_store(data, words, tmp_path / "store", workers=1)
+    manifest = build_token_store(data, vocabulary, tmp_path / "store", workers=1)
     assert manifest["left_out"] == {"not a JSON object": 2}
 
 
-def test_bad_records_are_counted_in_the_manifest_and_reported(words, tmp_path, capfd):
+def test_bad_records_are_counted_in_the_manifest_and_reported(vocabulary, tmp_path, capfd):
     good = [document.text[:300] for document in python_documents()[:20]]
     lines = [json.dumps({"text": text}) for text in good]
     lines[3:3] = ['{"no": 1}', '{"text": "  "}', "{"]
@@ -233,7 +235,7 @@ def test_bad_records_are_counted_in_the_manifest_and_reported(words, tmp_path, c
     compressed = gzip.compress("\n".join(lines).encode())
     (tmp_path / "part-00002-of-00003.jsonl.gz").write_bytes(compressed[: len(compressed) // 2])
     data = DataConfig(mixture=f"{tmp_path}/part-*")
-    manifest = build_token_store(data, words, tmp_path / "store", workers=2)
+    manifest = build_token_store(data, vocabulary, tmp_path / "store", workers=2)
     stderr = capfd.readouterr().err
     assert stderr.count("left out") == 1
     assert set(manifest["left_out"]) == {
@@ -245,12 +247,12 @@ def test_bad_records_are_counted_in_the_manifest_and_reported(words, tmp_path, c
     assert 20 <= documents < 40
     with pytest.raises(UserError, match=r"set data\.on_bad_record=skip"):
         strict = DataConfig(mixture=f"{tmp_path}/part-*", on_bad_record="error")
-        build_token_store(strict, words, tmp_path / "strict", workers=2)
+        build_token_store(strict, vocabulary, tmp_path / "strict", workers=2)
 
 
 @pytest.fixture
-def packed(mixture, words, tmp_path):
-    build_token_store(DataConfig(mixture=mixture), words, tmp_path / "store", workers=1)
+def packed(mixture, vocabulary, tmp_path):
+    build_token_store(DataConfig(mixture=mixture), vocabulary, tmp_path / "store", workers=1)
     return tmp_path / "store"
 
 
@@ -286,20 +288,22 @@ def test_a_named_store_must_exist_and_have_the_vocabulary(packed, tmp_path):
         open_batches(config(packed, data_dir="/no/such"), "train")
 
 
-def test_large_text_is_not_packed_automatically(mixture, words, monkeypatch):
+def test_large_text_is_not_packed_automatically(mixture, vocabulary, monkeypatch):
     monkeypatch.setattr(open_store_module, "_MAX_AUTOMATIC", 1000)
     with pytest.raises(UserError, match=r"GiB of text; pack it once with `switch-jax data pack`"):
-        open_store(DataConfig(mixture=mixture), words)
+        open_store(DataConfig(mixture=mixture), vocabulary)
 
 
-def test_only_the_sources_of_the_mixture_are_read(words, tmp_path):
+def test_only_the_sources_of_the_mixture_are_read(vocabulary, tmp_path):
     parts = []
     for name, text in (("a", "aaaa "), ("b", "bbbb ")):
         runs.write_text(tmp_path / name, train=[text * 40] * 30, validation=[text * 40])
         parts.append(f"{tmp_path}/{name}/{{split}}.jsonl")
         for split in ("train", "validation"):
             os.rename(tmp_path / name / f"text-{split}.jsonl", tmp_path / name / f"{split}.jsonl")
-    build_token_store(DataConfig(mixture=",".join(parts)), words, tmp_path / "store", workers=1)
+    build_token_store(
+        DataConfig(mixture=",".join(parts)), vocabulary, tmp_path / "store", workers=1
+    )
     settings = Config(
         model=ModelConfig(vocab_size=SIZE),
         data=DataConfig(
@@ -307,6 +311,6 @@ def test_only_the_sources_of_the_mixture_are_read(words, tmp_path):
         ),
     )
     ids = next(open_batches(settings, "train"))["encoder_input_tokens"]
-    text = re.sub(r"<extra_id_\d+>", "", words.decode(ids[0]))
+    text = re.sub(r"<extra_id_\d+>", "", vocabulary.decode(ids[0]))
     assert "b" in text and set(text) <= set("b ")
     assert Path(tmp_path / "store" / "a" / "train" / "00000.tokens").is_file()

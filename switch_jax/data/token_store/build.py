@@ -116,7 +116,7 @@ def _build(
     sources: list[Source],
     tasks: list[_ShardTask],
 ) -> dict[str, Any]:
-    """Tokenises what is missing and writes the manifest; returns the manifest."""
+    """Tokenises the missing shards, writes the manifest and returns it."""
     plan = _plan(tasks, vocabulary)
     if _is_complete(output, plan):
         _remove_build_files(output, tasks)

@@ -218,7 +218,7 @@ class _Pieces(NamedTuple):
 
 
 class _SourceRows:
-    """The numbered rows of one source: those of the first epoch, then those of the next, and so on.
+    """The numbered rows of one source, epoch after epoch.
 
     Attributes:
       tokens: the tokens of the split.
