@@ -198,13 +198,13 @@ COLLECTIVES = {
 
 @pytest.mark.parametrize("mesh", [*MESHES, "two hops"])
 def test_each_mesh_has_the_expected_collectives(runs, two_hop_runs, mesh):
-    found = two_hop_runs[1].collectives if mesh == "two hops" else runs[mesh].collectives
+    collectives = two_hop_runs[1].collectives if mesh == "two hops" else runs[mesh].collectives
     expected = COLLECTIVES[mesh]
     if jax.__version__.startswith("0.10."):  # other versions combine some collectives differently
-        assert found == expected
-    assert found.keys() == expected.keys()
+        assert collectives == expected
+    assert collectives.keys() == expected.keys()
     exchanges = {key: count for key, count in expected.items() if key[0] == "all-to-all"}
-    assert found.items() >= exchanges.items()
+    assert collectives.items() >= exchanges.items()
 
 
 def test_xla_replicates_no_array_to_reshard_it(capfd):
