@@ -42,7 +42,7 @@ TEXT = "The import statement finds a module and binds it to a name in the local 
 
 
 def make_workdir(path, config, vocabulary_file=None):
-    """A run that was never trained: its first state is the checkpoint."""
+    """Writes the WORKDIR of a run that was never trained: its checkpoint is the initial state."""
     workdir, program = Workdir(path), TrainProgram(config, make_mesh(config))
     workdir.prepare(config, vocabulary_file.read_bytes())
     checkpoints = Checkpointer(workdir, keep=1)
@@ -68,14 +68,14 @@ def workdir(config, tmp_path_factory):
 
 
 def counted():
-    """Two rows of which the first holds two segments and padding, two experts a token, by hand."""
+    """Tokens and counts of two rows, the first with two segments and padding; 2 experts a token."""
     encoder = {
         "encoder_input_tokens": np.array([[5, 6, 5, 0], [7, 5, 5, 6]], np.int32),
         "encoder_segment_ids": np.array([[1, 1, 2, 0], [1, 1, 1, 1]], np.int32),
     }
     decoder = {name.replace("encoder", "decoder"): rows for name, rows in encoder.items()}
     tokens = batch_tokens(encoder | decoder)["encoder"]
-    # 2 is no expert; the padding has some nevertheless, which nobody must see.
+    # Expert 2 means none. Padding has experts, which must not be counted.
     expert_NxK = np.array([[0, 1], [1, 2], [0, 2], [0, 1], [0, 2], [0, 2], [1, 0], [1, 2]])
     gate_NxK = np.array([[8, 4], [2, 9], [6, 9], [9, 9], [6, 9], [5, 9], [1, 5], [1, 9]]) / 10
     counts = AssignmentCounts(vocab_size=8, num_experts=2)
@@ -96,7 +96,7 @@ def test_counts_by_hand():
     np.testing.assert_allclose(counts.gate_E, [3.0, 0.8])
 
 
-def test_information_and_tokens_of_the_experts_by_hand():
+def test_mutual_information_and_tokens_of_experts_by_hand():
     layer = describe_experts(counted()[1], str)
     # 9 assignments: 4 of token 5 to expert 0, 2 of it and 2 of token 6 to 1, 1 of token 7 to 0.
     information = (
@@ -140,7 +140,7 @@ def test_an_expert_without_tokens_and_the_ten_most_frequent():
     assert "3" not in [t["token"] for t in layer["experts"][0]["characteristic"]]
 
 
-def test_information_by_chance_shows_what_few_tokens_are_worth():
+def test_mutual_information_by_chance_is_high_for_rare_tokens():
     many, once = AssignmentCounts(2, 2), AssignmentCounts(200, 2)
     many.token_VxE[...] = [[3000, 0], [0, 3000]]
     once.token_VxE[np.arange(200), np.arange(200) % 2] = 1
@@ -155,8 +155,8 @@ def test_information_by_chance_shows_what_few_tokens_are_worth():
         np.testing.assert_array_equal(shuffled.sum(axis), mixed.sum(axis))
 
 
-def test_a_token_is_counted_for_the_expert_that_it_went_to():
-    """On a mesh, packed, with hash routing, where it is known which one that is."""
+def test_tokens_are_counted_for_the_experts_of_hash_routing():
+    """On a mesh and packed: `hash_expert` gives the expected expert of every token."""
     config = tiny(**{"moe.router": "hash", "data.pack": True, "mesh.data": 2, "mesh.expert": 2})
     program, batch = TrainProgram(config, make_mesh(config)), make_batch(config)
     found = count_assignments(program.sharded, program.init().params, [batch, batch])
@@ -177,8 +177,8 @@ def test_a_token_is_counted_for_the_expert_that_it_went_to():
         assert layer["expert_entropy"] > 1
 
 
-def test_every_choice_counts_before_any_is_dropped():
-    """As many as the router's own statistics say, at a capacity that drops most of them."""
+def test_assignments_are_counted_before_any_is_dropped():
+    """Counts equal the router's statistics, at a capacity that drops most assignments."""
     values = {"moe.router": "top_k", "moe.every": 1, "moe.eval_capacity_factor": 0.25}
     config = tiny(**values, **{"model.init_scale": 1.0, "mesh.data": 1})
     program, batch = TrainProgram(config, make_mesh(config)), make_batch(config)
@@ -216,7 +216,7 @@ def test_a_text_becomes_batches_with_nothing_left_out(config, tmp_path, text):
     assert tokens == words.encode(text)
     last = batches[-1]["decoder_loss_weights"]
     assert last[0].any() and not last[-1].any()  # the last batch is filled with padding
-    # Two processes feed halves of the same rows.
+    # Two processes have halves of the same rows.
     halves = [text_file_batches(path, words, made_with, share(index, 2)) for index in range(2)]
     for whole, *parts in zip(batches, *halves):
         for name, rows in whole.items():
@@ -282,7 +282,7 @@ def test_json_is_one_object_and_a_text_can_be_given(config, tmp_path, capsys):
 
 
 class Page(HTMLParser):
-    """The text of a page by tag, and every attribute."""
+    """Text of the `code` elements of a page, and all attributes."""
 
     def __init__(self, text):
         super().__init__()
@@ -297,7 +297,7 @@ class Page(HTMLParser):
             self.code.append("")
 
     def handle_endtag(self, tag):
-        while self._tags.pop() != tag:  # those that HTML lets one leave open
+        while self._tags.pop() != tag:  # tags that HTML allows to stay open
             pass
 
     def handle_data(self, data):
@@ -336,7 +336,7 @@ def test_html_is_escaped_visible_and_needs_nothing_else(tmp_path):
 
 @pytest.fixture(scope="module")
 def others(config, tmp_path_factory):
-    """Texts and runs that cannot be used, by name."""
+    """A folder of texts and runs that cannot be used."""
     folder = tmp_path_factory.mktemp("others")
     (folder / "empty.txt").write_text("\n \n")
     (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))

@@ -1,4 +1,4 @@
-"""On curves whose answers are known."""
+"""Learning curves: smoothing, speed-ups and power laws of curves with known results."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from switch_jax.analysis.learning_curves import (
 RISING = [(100, -4.0), (200, -3.0), (300, -2.5), (400, -2.4)]
 
 
-def test_smoothing_pools_what_falls_and_nothing_else():
+def test_smoothing_changes_only_falling_parts():
     assert smoothed(RISING) == RISING
     found = smoothed([(1, -4.0), (2, -2.0), (3, -3.0), (4, -1.0)])
     assert found == [(1, -4.0), (2, -2.5), (3, -2.5), (4, -1.0)]
@@ -36,7 +36,7 @@ def test_a_smoothed_curve_never_falls_and_keeps_its_mean(values):
     assert np.mean(found) == pytest.approx(np.mean(values), abs=1e-9)
 
 
-def test_reached_lies_on_the_line_between_points():
+def test_the_first_x_is_interpolated_between_points():
     assert first_x_reaching(RISING, -3.5) == 150
     assert first_x_reaching(RISING, -4.5) == 100
     assert first_x_reaching(RISING, -2.4) == 400
@@ -56,7 +56,7 @@ def test_a_curve_twice_as_fast_has_a_speed_up_of_two():
     assert speed_up(RISING, []) is None and speed_up([], RISING) is None
 
 
-def test_what_is_good_at_once_is_at_least_so_fast():
+def test_a_speed_up_reached_at_the_first_evaluation_is_a_lower_bound():
     assert speed_up(RISING, [(50, -2.0), (100, -1.0)]) == (-2.4, -1.0, 400, 50, True)
     assert not speed_up(RISING, RISING).at_least
 
@@ -67,14 +67,14 @@ def test_one_lucky_evaluation_is_no_speed_up():
     assert ratio(RISING, lucky) == 1
 
 
-def test_quality_at_a_place_is_interpolated_and_never_extrapolated():
+def test_the_value_at_x_is_interpolated_and_never_extrapolated():
     assert value_at(RISING, 250) == pytest.approx(-2.75)
     assert value_at(RISING, 400) == pytest.approx(-2.4)
     assert value_at(RISING, 401) is None and value_at([], 1) is None
     assert value_at(RISING, 100) == -4.0 and value_at(RISING, 99) is None
 
 
-def test_spread_counts_what_it_leaves_out():
+def test_spread_counts_values_that_are_not_finite():
     found = mean_spread([1.0, None, 3.0, math.inf])
     assert found == Spread(2.0, math.sqrt(2), 2, 4)
     assert mean_spread([5.0]) == Spread(5.0, None, 1, 1)
@@ -89,7 +89,7 @@ def test_an_exact_power_law_is_found():
     assert law(256) == pytest.approx(3.0 * 256**-0.07)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_have_their_confidence():
     rng, x, inside = np.random.default_rng(0), np.array([1.0, 2, 4, 8, 16, 32]), 0
     for _ in range(2000):
         law = power_law(x, 2 * x**-0.1 * np.exp(rng.normal(0, 0.02, 6)), confidence=0.8)

@@ -1,4 +1,4 @@
-"""Steps to a baseline's final quality, by source; its table and its figure."""
+"""Speed-up over a baseline by source; its table and its figure."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ def test_steps_are_read_off_the_line_between_evaluations():
     assert found.ratio == pytest.approx(600 / 175)
 
 
-def test_quality_that_is_met_exactly_is_reached():
+def test_an_equal_quality_is_reached():
     assert one([100, 200], [-3, -2], [10, 20, 30], [-3, -2, -1]).x == 20
     assert one([100, 200], [-3, -2], [100, 200], [-3, -2]).ratio == 1
 
@@ -50,7 +50,7 @@ def test_a_run_that_never_gets_there_has_no_speed_up():
     assert found.x is None and found.ratio is None and not found.at_least
 
 
-def test_what_we_lose_later_was_noise():
+def test_a_quality_that_is_lost_later_is_not_reached():
     found = one([100, 200], [-3, -2], [50, 100, 150], [-3, -1, -5])
     assert found.x is None and found.quality == -5
 
@@ -63,7 +63,7 @@ def test_a_baseline_that_got_worse_is_timed_when_it_first_was_as_good_as_at_its_
     assert one([100, 200], [-1, -2], [10, 20], [-3, -1]).baseline_x == 100
 
 
-def test_good_at_the_first_evaluation_is_a_bound():
+def test_a_speed_up_at_the_first_evaluation_is_a_lower_bound():
     found = one([100, 200], [-3, -2], [50, 100], [-1, -1])
     assert found == SpeedUp(-2, -1, 200, 50, at_least=True)
 
@@ -117,7 +117,7 @@ def test_sources_are_ordered_and_counted():
     assert result["mixture"]["quality"] == pytest.approx((-2 - 1 - 1 - 1 - 3) / 5)
 
 
-def test_the_table_has_these_figures():
+def test_the_table_has_the_numbers_of_the_comparison():
     lines = speedup_table(compare_sources(*five_sources()), "a", "b").splitlines()
     cells = {line[:13].strip(): line[13:].split() for line in lines if line}
     assert lines[0] == "b (200 steps) against the baseline a (400 steps)"
@@ -157,7 +157,7 @@ def plot(folder, capsys, *runs):
     return capsys.readouterr().out, drawn
 
 
-def test_plot_draws_and_tells_speed_ups_of_two_runs(tmp_path, capsys):
+def test_plot_draws_and_prints_speed_ups_of_two_runs(tmp_path, capsys):
     out, drawn = plot(tmp_path, capsys, *five_sources())
     assert drawn.keys() == {"loss.png", "sources.png"}
     assert drawn["sources.png"].startswith(b"\x89PNG")
@@ -172,7 +172,7 @@ def test_plot_of_few_and_many_sources_none_of_which_gets_there(tmp_path, capsys,
     assert "sources.png" in plot(tmp_path, capsys, *runs)[1]
 
 
-def test_plot_of_other_runs_is_as_before(tmp_path, capsys):
+def test_plot_without_two_comparable_runs_has_no_speed_ups(tmp_path, capsys):
     baseline, ours = five_sources()
     for folder, runs in {
         "one": [baseline],

@@ -1,4 +1,4 @@
-"""What is trained, in which order, by whom; a sweep as a user runs it."""
+"""Sweep runner: order of jobs, locks, signals and failures; a sweep from the command line."""
 
 import contextlib
 import dataclasses
@@ -30,8 +30,8 @@ from tests.support.paths import ROOT
 
 
 @dataclasses.dataclass(frozen=True)
-class Fake(Job):
-    """Trains by running a line of Python; what does not fail leaves its last checkpoint."""
+class FakeJob(Job):
+    """A job whose training is a Python program; afterwards its last checkpoint exists."""
 
     program: str = ""
 
@@ -41,11 +41,11 @@ class Fake(Job):
         return [sys.executable, "-c", f"{self.program}\n{done}"]
 
 
-def fakes(folder, programs, **needs):
-    """Jobs of seed 0 by name; `needs` are names of the runs that one reads."""
+def fake_jobs(folder, programs, **needs):
+    """Returns jobs of seed 0; `needs`: for a job, the name of the run whose model it reads."""
     (folder / "jobs").mkdir(parents=True, exist_ok=True)
     return [
-        Fake(
+        FakeJob(
             name,
             0,
             SweepRun("c.py", {"init_from": f"{{run:{needs[name]}}}"} if name in needs else {}),
@@ -58,15 +58,15 @@ def fakes(folder, programs, **needs):
 
 
 @contextlib.contextmanager
-def held(path):
-    """As another process that trains the job holds its lock."""
+def locked_elsewhere(path):
+    """Locks a file as another process does that trains the job."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
-def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
-    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
+def test_a_job_that_another_process_has_just_finished_is_not_trained_again(tmp_path, monkeypatch):
+    (made,) = fake_jobs(tmp_path, {"a": "raise SystemExit('twice')"})
     claimed = _lock_first
 
     def late(jobs):
@@ -78,8 +78,8 @@ def test_what_another_process_has_just_finished_is_not_trained_again(tmp_path, m
     assert progress.finished == 1 and not progress.failed and not made.output_file.exists()
 
 
-def test_a_failure_is_told_and_the_others_go_on(tmp_path, capfd):
-    made = fakes(
+def test_a_failure_is_reported_and_other_jobs_are_trained(tmp_path, capfd):
+    made = fake_jobs(
         tmp_path,
         {"after": "", "bad": "raise SystemExit('no such thing')", "good": "", "more": ""},
         after="bad",
@@ -92,19 +92,19 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, capfd):
     assert [job.key for job in made if job.finished] == ["good-0", "more-0"]
 
 
-def test_what_is_finished_is_not_trained_again(tmp_path):
-    run_sweep(fakes(tmp_path, {"a": "print('once')"}))
-    (made,) = fakes(tmp_path, {"a": "raise SystemExit('twice')"})
+def test_a_finished_job_is_not_trained_again(tmp_path):
+    run_sweep(fake_jobs(tmp_path, {"a": "print('once')"}))
+    (made,) = fake_jobs(tmp_path, {"a": "raise SystemExit('twice')"})
     progress = run_sweep([made])
     assert progress.finished == 1 and not progress.failed
     assert made.output_file.read_text() == "once\n"
 
 
-def test_what_another_process_trains_is_waited_for_and_taken_over_where_that_dies(tmp_path, capfd):
-    made = fakes(tmp_path, {"a": "", "b": "", "c": "", "d": ""}, d="a")
+def test_a_job_of_another_process_is_waited_for_and_trained_if_that_process_ends(tmp_path, capfd):
+    made = fake_jobs(tmp_path, {"a": "", "b": "", "c": "", "d": ""}, d="a")
     with contextlib.ExitStack() as others:
-        for held_by_others in (made[0], made[2]):
-            others.enter_context(held(held_by_others.lock_file))
+        for job in (made[0], made[2]):
+            others.enter_context(locked_elsewhere(job.lock_file))
         thread = threading.Thread(target=lambda: found.append(run_sweep(made)))
         found = []
         thread.start()
@@ -127,7 +127,7 @@ def test_what_another_process_trains_is_waited_for_and_taken_over_where_that_die
 
 
 def child_of(process):
-    """The pid of the only process that this one has started."""
+    """Returns the pid of the only child of a process."""
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
         (child,) = map(int, file.read().split())
     return child
@@ -138,10 +138,10 @@ import sys
 sys.path[:0] = [{root!r}]
 import tests.conftest
 from pathlib import Path
-from tests.sweeps.test_runner import fakes
+from tests.sweeps.test_runner import fake_jobs
 from switch_jax.sweeps.runner import run_sweep
 program = "import pathlib, time; pathlib.Path({begun!r}).touch(); time.sleep(600)"
-run_sweep(fakes(Path({folder!r}), {{"a": program}}))
+run_sweep(fake_jobs(Path({folder!r}), {{"a": program}}))
 """
 
 
@@ -156,17 +156,17 @@ def test_a_run_whose_sweep_was_killed_keeps_its_lock_as_long_as_it_lives(tmp_pat
     child = child_of(process)
     process.kill()
     process.wait()
-    (made,) = fakes(tmp_path, {"a": ""})
+    (made,) = fake_jobs(tmp_path, {"a": ""})
     try:
-        with pytest.raises(BlockingIOError), held(made.lock_file):
+        with pytest.raises(BlockingIOError), locked_elsewhere(made.lock_file):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
     assert run_sweep([made]).finished == 1
 
 
-def finished(workdir, config, scores):
-    """As a run that was evaluated, and has kept a checkpoint, at each of these steps."""
+def write_finished_run(workdir, config, scores):
+    """Writes a run that has an evaluation and a checkpoint at each of these steps."""
     workdir.prepare(config, None)
     lines = [{"step": n, "split": "eval", "average": score} for n, score in scores.items()]
     workdir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -174,11 +174,11 @@ def finished(workdir, config, scores):
         (workdir.checkpoints / str(step)).mkdir(parents=True)
 
 
-def test_commands_name_config_overrides_seeds_and_what_others_came_to(tmp_path):
+def test_commands_have_config_overrides_seeds_and_checkpoints_of_required_runs(tmp_path):
     scores = {10: 0.5, 20: 0.7, 30: None, 40: 0.6}
-    finished(Workdir(tmp_path / "runs" / "up-3"), tiny(), scores)
+    write_finished_run(Workdir(tmp_path / "runs" / "up-3"), tiny(), scores)
     best = tiny(**{"train.keep_best": "average"})
-    finished(Workdir(tmp_path / "runs" / "tuned-3"), best, scores)
+    write_finished_run(Workdir(tmp_path / "runs" / "tuned-3"), best, scores)
     run = SweepRun("c.py:n=1", {"init_from": "{run:up}", "distill.teacher": "{run:tuned}"})
     command = Job("down", 3, run, tiny(), tmp_path).command()
     assert command[1:6] == ["-m", "switch_jax", "train", "--config", "c.py:n=1"]
@@ -191,7 +191,7 @@ def test_commands_name_config_overrides_seeds_and_what_others_came_to(tmp_path):
     assert command[-2:] == ["--workdir", f"{tmp_path}/runs/down-3"]
 
 
-def test_last_step_reads_what_is_complete(tmp_path):
+def test_the_last_logged_step_is_of_the_last_complete_line(tmp_path):
     workdir = Workdir(tmp_path)
     assert last_logged_step(workdir) == 0
     line = json.dumps({"step": 7, "split": "train"}) + "\n"
@@ -265,12 +265,12 @@ def tiny_sweep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped_and_finished(tiny_sweep, tmp_path_factory):
-    """A sweep that was stopped in its first run and continued: its folder and what was printed."""
+    """A sweep that was stopped in its first run, and continued: its folder and its output."""
     folder = tmp_path_factory.mktemp("sweeps") / "sweep"
     command = ("sweep", "--config", tiny_sweep, "--workdir", folder)
     process = runs.start(*command, cwd=ROOT)
     runs.wait_for_step(process, folder / "runs" / "dense-0", 20)
-    # As systemd and schedulers do: the sweep is told, and the run as well.
+    # As systemd and schedulers do, send the signal to the sweep and to the run.
     child = child_of(process)
     for pid in (process.pid, child):
         os.kill(pid, signal.SIGTERM)
@@ -280,7 +280,7 @@ def stopped_and_finished(tiny_sweep, tmp_path_factory):
     return folder, command, (code, out, before), runs.run(*command, code=2, cwd=ROOT)
 
 
-def test_a_stopped_sweep_says_so_and_continues(stopped_and_finished):
+def test_a_stopped_sweep_reports_that_and_continues(stopped_and_finished):
     folder, _, (code, out, before), (_, err) = stopped_and_finished
     assert code == 128 + signal.SIGTERM
     assert "Stopped with 0 of 5 runs finished; the same command continues" in out
@@ -291,14 +291,14 @@ def test_a_stopped_sweep_says_so_and_continues(stopped_and_finished):
     assert re.findall(r"(\w+)-0 finished", err) == names
 
 
-def test_a_failed_run_is_told_in_one_sentence_at_the_end(stopped_and_finished):
+def test_a_failed_run_is_reported_in_one_sentence_at_the_end(stopped_and_finished):
     *_, (out, err) = stopped_and_finished
     *_, sentence = err.splitlines()
     assert sentence.startswith("switch-jax: 1 of 5 runs failed (bad-0;")
     assert "'/nowhere' does not exist" in err and "summary.md" in out
 
 
-def test_a_finished_sweep_has_everything_that_a_reader_needs(stopped_and_finished):
+def test_the_report_of_a_finished_sweep_is_complete(stopped_and_finished):
     folder, *_ = stopped_and_finished
     numbers = json.loads((folder / "summary.json").read_text())
     assert [len(run["seeds"]) for run in numbers["runs"].values()] == [1, 1, 1, 1, 0]
@@ -315,11 +315,11 @@ def test_a_finished_sweep_has_everything_that_a_reader_needs(stopped_and_finishe
     assert "data:image/png;base64" in page and "http" not in page
 
 
-def test_runs_that_are_finished_are_left_alone(stopped_and_finished):
+def test_finished_runs_are_not_trained_again_with_another_mesh(stopped_and_finished):
     folder, command, *_ = stopped_and_finished
     before = {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[de]*.txt")}
     assert len(before) == 4
-    # Where they run may change, and how often they say something.
+    # The mesh and the interval of logging may change.
     _, err = runs.run(
         *command, "--config.mesh.data=2", "--config.train.log_every=2", code=2, cwd=ROOT
     )
@@ -327,7 +327,7 @@ def test_runs_that_are_finished_are_left_alone(stopped_and_finished):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_commands_are_those_of_what_is_missing(stopped_and_finished, capsys, monkeypatch):
+def test_commands_are_of_the_unfinished_runs(stopped_and_finished, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     folder, command, *_ = stopped_and_finished
     assert main([*map(str, command), "--commands"]) == 0
@@ -336,7 +336,7 @@ def test_commands_are_those_of_what_is_missing(stopped_and_finished, capsys, mon
     assert line.endswith(f"--workdir {folder}/runs/bad-0")
 
 
-def test_one_of_several_processes_trains_no_sweep(stopped_and_finished, capsys, monkeypatch):
+def test_a_sweep_in_one_of_several_processes_is_refused(stopped_and_finished, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("switch_jax.distributed.detect_launch", lambda seconds: Launch("x:1", 2, 0))
     assert main([*map(str, stopped_and_finished[1])]) == 2
@@ -352,13 +352,13 @@ def test_a_folder_of_another_sweep_is_refused(stopped_and_finished, flag, capsys
     assert err.count("\n") == 1 and "another sweep" in err and flag[9:].split("=")[0] in err
 
 
-def test_a_folder_that_holds_anything_else_is_refused(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="not empty"):
         prepare_sweep([Job("a", 0, SweepRun("c.py"), tiny(), tmp_path)], tmp_path)
 
 
-def test_runs_may_be_added_to_a_sweep_and_left_out_and_changed_until_they_begin(tmp_path):
+def test_runs_may_be_added_and_removed_and_changed_until_they_begin(tmp_path):
     one, two, three = (Job(name, 0, SweepRun("c.py"), tiny(), tmp_path) for name in "abc")
     changed = dataclasses.replace(one, config=tiny(**{"moe.every": 1}))
     prepare_sweep([one, two], tmp_path)
@@ -373,12 +373,14 @@ def test_runs_may_be_added_to_a_sweep_and_left_out_and_changed_until_they_begin(
         prepare_sweep([two, three], tmp_path)
 
 
-def test_a_reference_may_have_become_a_path(tmp_path):
-    (down,) = fakes(tmp_path, {"down": ""}, down="up")
+def test_a_reference_may_be_a_path_in_a_run_that_has_begun(tmp_path):
+    (down,) = fake_jobs(tmp_path, {"down": ""}, down="up")
     down = dataclasses.replace(down, config=tiny())
     config = override_config(tiny(), {"init_from": "/runs/up-0/checkpoints/100"})
     down.workdir.prepare(config, None)
-    asked = dataclasses.replace(down, config=override_config(tiny(), {"init_from": "{run:up}"}))
-    prepare_sweep([asked], tmp_path)
+    unresolved = dataclasses.replace(
+        down, config=override_config(tiny(), {"init_from": "{run:up}"})
+    )
+    prepare_sweep([unresolved], tmp_path)
     with pytest.raises(UserError, match="init_from is '/runs/up-0/checkpoints/100' there"):
         prepare_sweep([down], tmp_path)

@@ -1,4 +1,4 @@
-"""Every sweep resolves, and bad ones end in a sentence."""
+"""Sweep specification: every sweep of configs/sweeps is valid; invalid ones are refused."""
 
 import dataclasses
 import runpy
@@ -20,7 +20,7 @@ WITH_TABLES = {"distill": (6, 7, 8), "finetune": (4, 5), "routing": (0, 1, 2, 3,
 
 
 def specs():
-    """Every sweep there is, in every size."""
+    """Yields every sweep of configs/sweeps, in every size."""
     for path in sorted((ROOT / "configs" / "sweeps").glob("[!_]*.py")):
         name = path.relative_to(ROOT)
         if path.stem.endswith("_mini"):
@@ -32,7 +32,7 @@ def specs():
 
 
 @pytest.mark.parametrize("spec", specs())
-def test_resolves_and_compares_what_is_alike(spec, monkeypatch):
+def test_every_sweep_is_valid_and_uses_all_its_runs(spec, monkeypatch):
     monkeypatch.chdir(ROOT)
     made = load_sweep(spec)
     configs = made.load_configs()
@@ -42,7 +42,7 @@ def test_resolves_and_compares_what_is_alike(spec, monkeypatch):
     compared |= {name for figure in made.figures.values() for name in figure_runs(figure)}
     needed = {name for run in made.runs.values() for name in run.required_runs()}
     needed |= {name for table in made.tables.values() for name in table.teachers.values()}
-    assert compared | needed == set(made.runs), "a run is trained for nothing"
+    assert compared | needed == set(made.runs), "a run is in no table and no figure"
 
 
 def test_experts_of_every_size_take_the_same_flops(monkeypatch):
@@ -74,7 +74,7 @@ def test_fine_tuning_has_the_model_of_its_upstream_and_the_recipe_of_its_task(mo
     assert down.data.mixture == "super_glue" and down.train.steps == 16_000
 
 
-def test_of_runs_that_are_compared_only_a_teacher_may_train_for_longer(monkeypatch):
+def test_among_compared_runs_only_a_teacher_may_have_more_steps(monkeypatch):
     monkeypatch.chdir(ROOT)
     dense = find_size("mini").dense
     runs = {"dense": dense, "other": dense.but({"train.steps": 1600})}
@@ -86,7 +86,7 @@ def test_of_runs_that_are_compared_only_a_teacher_may_train_for_longer(monkeypat
         made.check_comparable(made.load_configs())
 
 
-def test_references_become_workdirs():
+def test_references_become_paths():
     run = SweepRun(
         "c.py", {"init_from": "{run:a}/checkpoints/8", "data.mixture": "pairs:/x/{split}"}
     )
@@ -116,7 +116,7 @@ def test_bad_files_and_arguments_end_in_one_sentence(case, capsys, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
-def test_an_override_that_cannot_be_names_the_run(monkeypatch):
+def test_an_invalid_override_is_reported_with_its_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     made = load_sweep("configs/sweeps/experts_mini.py").but({"train.stepz": "3"})
     with pytest.raises(UserError, match=r"Run 'dense'.*train\.stepz.*train\.steps"):

@@ -1,4 +1,4 @@
-"""On results whose answers are known."""
+"""Summary and report of a sweep, for results whose summary is known."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ TABLE_7, TABLE_9_DENSE = _PAPER_NUMBERS["TABLE_7"], _PAPER_NUMBERS["TABLE_9_DENS
 
 
 def result(qualities, *, steps=100, step_seconds=0.5, metric=QUALITY, **changes):
-    """A run with so many evaluations at equal distances."""
+    """Returns the result of a run with these qualities, at equal distances of steps."""
     every = steps // len(qualities)
     config = tiny(**{"train.steps": steps} | changes)
     evaluations = [
@@ -46,7 +46,7 @@ def result(qualities, *, steps=100, step_seconds=0.5, metric=QUALITY, **changes)
 DENSE = {"moe.num_experts": 0}
 RESULTS = {
     "dense": [result([-4, -3, -2.5, -2], **DENSE), result([-4, -3, -2.5, -2.2], **DENSE)],
-    # As good as dense in the end at half its steps, which take twice as long.
+    # Reaches the final quality of `dense` in half its steps, which take twice as long.
     "switch": [
         result([-3, -2, -1.5, -1], step_seconds=1.0),
         result([-3, -2.2, -1.9, -1.4], step_seconds=1.0),
@@ -56,7 +56,7 @@ RESULTS = {
 
 
 def table(rows, **settings):
-    """The rows of a table of RESULTS, as in the summary."""
+    """Returns the summary of a table of RESULTS."""
     made = Table("Title", "Claim", rows, **settings)
     names = set(rows.values()) | set(made.teachers.values())
     sweep = Sweep("Sweep", {n: SweepRun("c.py") for n in names}, (0, 1), {"t": made})
@@ -72,7 +72,7 @@ def test_rows_are_compared_with_the_first_seed_by_seed():
     assert rows["Switch"]["sequences_per_second"]["mean"] == 16  # rows of a batch, in a second
 
 
-def test_what_diverged_has_no_quality_and_is_counted():
+def test_a_diverged_run_has_no_quality_and_is_counted():
     row = table({"T5": "dense", "Bad": "diverged"})["rows"]["Bad"]
     assert row["quality"]["mean"] is None and row["gain"]["values"] == [None]
     assert "diverged" not in json.dumps(table_cells(table({"T5": "dense"})))
@@ -111,7 +111,7 @@ def test_scores_count_by_their_best_evaluation(monkeypatch):
     assert table_cells(found)[0][1] == "average"
 
 
-def test_columns_without_anything_are_left_out():
+def test_empty_columns_are_left_out():
     cells = table_cells(table({"T5": "dense"}))
     assert "the paper's" not in cells[0] and "against the first row" not in cells[0]
     cells = table_cells(table({"T5": "dense"}, paper={"T5": "-1.7"}))
@@ -121,7 +121,7 @@ def test_columns_without_anything_are_left_out():
 NAMED = {"T5": "dense", "Switch": "switch", "Bad": "diverged"}
 
 
-def test_power_laws_of_ours_and_the_papers(monkeypatch):
+def test_power_laws_of_our_points_and_of_the_papers(monkeypatch):
     for number, experts in enumerate((1, 2, 8)):
         one = result([-3.0 * max(experts, 1) ** -0.05], **{"moe.num_experts": experts})
         monkeypatch.setitem(RESULTS, f"e{number}", [one, one])
@@ -135,10 +135,10 @@ def test_power_laws_of_ours_and_the_papers(monkeypatch):
     assert any("experts^-0.0500" in line for line in figure_notes(numbers))
 
 
-def test_published_points_are_the_papers():
+def test_table_7_agrees_with_the_gains_that_the_paper_prints():
     dense, *sparse = TABLE_7.points
     assert (dense.experts, dense.quality) == (1, -1.636)
-    # What the paper calls the gain that students keep, in per cent, is of these differences.
+    # The paper prints the gains of students, and their shares of the teachers' gains in per cent.
     kept = [0.049, 0.051, 0.057, 0.054, 0.058]
     shares = [100 * k / (point.quality - dense.quality) for k, point in zip(kept, sparse)]
     assert [round(share, 1) for share in shares] == [37.4, 31.5, 29.7, 26.5, 27.8]
@@ -173,7 +173,7 @@ def everything(monkeypatch):
     )
 
 
-def test_everything_is_drawn_twice_and_shown_in_pages_that_need_no_other(everything, tmp_path):
+def test_every_table_and_figure_is_drawn_and_in_both_summaries(everything, tmp_path):
     written = write_results_report(everything, RESULTS, tmp_path)
     stems = {path.stem for path in written if path.suffix == ".svg"}
     assert stems == {"table", *everything.figures}
@@ -192,14 +192,14 @@ def test_everything_is_drawn_twice_and_shown_in_pages_that_need_no_other(everyth
     json.loads((tmp_path / "summary.json").read_text())
 
 
-def test_a_sweep_of_which_nothing_is_finished_has_a_summary_too(everything, tmp_path):
+def test_a_sweep_without_finished_runs_has_a_summary(everything, tmp_path):
     nothing = {name: [None, None] for name in RESULTS}
     written = write_results_report(everything, nothing, tmp_path)
     assert {path.name for path in written} == {"summary.json", "summary.md", "index.html"}
     assert "0 of 2" in (tmp_path / "summary.md").read_text()
 
 
-def test_curves_show_hours_where_there_are_hours():
+def test_long_curves_are_in_hours():
     figure = Curves("", "", {"A": "a"}, "seconds")
     long = {"a": [result([-3, -2], step_seconds=360.0)]}  # 100 steps: 10 hours
     axes = _draw_curves(figure, long).axes[0]
@@ -208,7 +208,7 @@ def test_curves_show_hours_where_there_are_hours():
     assert "seconds" in _draw_curves(figure, short).axes[0].get_xlabel()
 
 
-def test_outcome_is_read_from_a_workdir(tmp_path):
+def test_a_result_is_read_from_a_workdir(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.prepare(tiny(**{"train.steps": 4}), None, "2 × cpu")
     train = [
