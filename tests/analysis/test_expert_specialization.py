@@ -1,4 +1,4 @@
-"""AssignmentCounts by hand, and the verb from a checkpoint to its report."""
+"""Expert specialization: counts by hand, and `switch-jax experts` from checkpoint to report."""
 
 import json
 import math
