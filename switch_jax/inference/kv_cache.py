@@ -13,13 +13,11 @@ import jax.numpy as jnp
 from switch_jax.config import Config
 from switch_jax.distributed import constrain, no_mesh, num_batch_shards
 from switch_jax.model import (
-    SMALLEST,
-    Router,
-    RouterOutput,
+    MIN_BLOCK_ROWS,
     RoutingSpec,
     SwitchTransformer,
-    assignments_at_least,
     parameter_metadata,
+    size_lower_bound,
 )
 
 # Keys and values of a block run, each [blocks, layers of a block, rows, positions, H, K] in the
@@ -93,11 +91,13 @@ def decode_one_token(
     spec = RoutingSpec(
         token_Nx1, jnp.ones(token_Nx1.shape, bool), rows_per_group=1, capacity_factor=None
     )
-    pool = _few_experts_of_many(model.config, assignments_at_least(N))
+    use_pool = _few_experts_of_many(model.config, size_lower_bound(N))
 
-    def run_block(x_and_self_kv, number_and_block, run):
+    def run_block(x_and_self_kv, number_and_block, run, spec):
         (x_Nx1xD, self_kv), (number, scanned, cross_kv) = x_and_self_kv, number_and_block
-        for i, layer in enumerate(run.block(number, scanned).layers):
+        if use_pool:
+            spec = spec._replace(first_expert=number * model.config.moe.num_experts)
+        for i, layer in enumerate(run.block(scanned).layers):
             (query, new_kv), _ = layer.project(x_Nx1xD, spec, None)
             # The arrays are carried by the loop over tokens, and updated in place.
             self_kv = tuple(
@@ -115,10 +115,10 @@ def decode_one_token(
 
     x_Nx1xD, new_self_attention = model.embed(token_Nx1), []
     for blocks, self_kv, cross_kv in zip(stack.runs, cache.self_attention, cache.cross_attention):
-        run = _CachedBlockRun(blocks, pool)
+        run = _CachedBlockRun(blocks, use_pool)
         numbered = (jnp.arange(len(self_kv[0])), run.scanned, cross_kv)
         (x_Nx1xD, self_kv), _ = jax.lax.scan(
-            partial(run_block, run=run), (x_Nx1xD, self_kv), numbered
+            partial(run_block, run=run, spec=spec), (x_Nx1xD, self_kv), numbered
         )
         new_self_attention.append(self_kv)
     logits_NxV = model.logits(stack.final_norm(x_Nx1xD))[:, 0]
@@ -129,32 +129,26 @@ class _CachedBlockRun:
     """The blocks of a run, for a scan that does not copy the experts of every block.
 
     Inside a scan over blocks, a loop over the experts in use would get a copy of all experts of a
-    block. With `pool`, the experts of all blocks of the run are one stacked array outside the scan,
-    and the expert numbers of a block's router are shifted to its part of the pool. Without `pool`,
-    experts are scanned over like all other parameters.
+    block. With `use_pool`, the experts of all blocks of the run are one stacked array outside the
+    scan, [blocks · E, ..], and `RoutingSpec.first_expert` selects the part of a block. Without
+    `use_pool`, experts are scanned over like all other parameters.
 
     Attributes:
       scanned: parameters to scan over; None in place of pooled ones.
     """
 
-    def __init__(self, blocks: Any, pool: bool):
+    def __init__(self, blocks: Any, use_pool: bool):
         leaves, self._structure = jax.tree.flatten(blocks)
-        pooled = [pool and m.kind == "expert" for m in parameter_metadata(blocks).values()]
+        pooled = [use_pool and m.kind == "expert" for m in parameter_metadata(blocks).values()]
         self.scanned = [None if p else leaf for p, leaf in zip(pooled, leaves)]
         self._pool = [
             leaf.reshape(-1, *leaf.shape[2:]) if p else None for p, leaf in zip(pooled, leaves)
         ]
-        self._blocks = len(leaves[0])
 
-    def block(self, number: jax.Array, scanned: list) -> Any:
-        """Returns block `number` of the run, from one element of the scan over `scanned`."""
+    def block(self, scanned: list) -> Any:
+        """Returns a block of the run, from one element of the scan over `scanned`."""
         leaves = [leaf if p is None else p for leaf, p in zip(scanned, self._pool)]
-        block = jax.tree.unflatten(self._structure, leaves)
-        for layer in block.layers if any(p is not None for p in self._pool) else ():
-            for part in (layer.self_attention, layer.mlp):
-                if hasattr(part, "router"):
-                    part.router = _PoolRouter(part.router, number, self._blocks)
-        return block
+        return jax.tree.unflatten(self._structure, leaves)
 
 
 def _few_experts_of_many(config: Config, num_sequences: int) -> bool:
@@ -167,21 +161,7 @@ def _few_experts_of_many(config: Config, num_sequences: int) -> bool:
         if mesh.shape["expert"] > 1 or (config.mesh.fsdp and mesh.shape["data"] > 1):
             return False
     # Up to this number of assignments, blocks of rows have the smallest size in either case.
-    return num_sequences // parts * moe.max_experts_per_token <= SMALLEST * moe.num_experts
-
-
-class _PoolRouter(Router):
-    """The router of a block whose experts are in the pool of a run."""
-
-    def __init__(self, router: Router, number: jax.Array, blocks: int):
-        self.config, self.kernel, self.bias = router.config, router.kernel, router.bias
-        self.number, self.blocks = number, blocks
-
-    def __call__(self, x_BxLxD: jax.Array, spec: RoutingSpec, keys: Any) -> RouterOutput:
-        decision = super().__call__(x_BxLxD, spec, keys)
-        E, expert = self.config.num_experts, decision.assignment.expert_SxK
-        expert = jnp.where(expert < E, expert + E * self.number, E * self.blocks)
-        return decision._replace(assignment=decision.assignment._replace(expert_SxK=expert))
+    return num_sequences // parts * moe.max_experts_per_token <= MIN_BLOCK_ROWS * moe.num_experts
 
 
 def cast_parameters(model: SwitchTransformer, *, experts: bool) -> SwitchTransformer:

@@ -23,7 +23,7 @@ from switch_jax.model.loss import (
     token_losses,
 )
 from switch_jax.model.moe.cross_device_dispatch import padded_size, split_hops
-from switch_jax.model.moe.dropless import SMALLEST, assignments_at_least
+from switch_jax.model.moe.grouped_matmul import MIN_BLOCK_ROWS, size_lower_bound
 from switch_jax.model.moe.layers import SwitchMlp
 from switch_jax.model.moe.router import Router, RouterOutput, RoutingSpec
 from switch_jax.model.parameters import (
@@ -51,7 +51,7 @@ __all__ = [
     "BATCH_DIMS",
     "CONVENTIONS",
     "LOGITS_BYTES",
-    "SMALLEST",
+    "MIN_BLOCK_ROWS",
     "Batch",
     "ExpertLayer",
     "LayerSlice",
@@ -67,7 +67,6 @@ __all__ = [
     "SwitchTransformer",
     "abstract_model",
     "add_adapters",
-    "assignments_at_least",
     "collect_router_stats",
     "expert_layers",
     "flops_by_part",
@@ -89,6 +88,7 @@ __all__ = [
     "process_rows",
     "router_metrics",
     "row_cross_entropy",
+    "size_lower_bound",
     "sparse_layer_names",
     "split_hops",
     "stack_and_sublayer",

@@ -232,8 +232,8 @@ def loss_terms(
         ]
         return jnp.sum(jnp.stack(parts))
 
-    terms["aux_loss"] = scale * alpha * over_layers("balance", denominators.groups)
-    terms["router_z_loss"] = scale * moe.z_loss_weight * over_layers("z", denominators.tokens)
+    terms["aux_loss"] = scale * alpha * over_layers("balance_loss", denominators.groups)
+    terms["router_z_loss"] = scale * moe.z_loss_weight * over_layers("z_loss", denominators.tokens)
     return terms
 
 
@@ -278,5 +278,5 @@ def _layer_metrics(stats: RouterStats) -> dict[str, jax.Array]:
         "dropped_fraction": stats.dropped / tokens,
         "entropy": stats.entropy / tokens,
         "confidence": stats.confidence / tokens,
-        "z": stats.z / tokens,
+        "z": stats.z_loss / tokens,
     }

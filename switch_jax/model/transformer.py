@@ -341,7 +341,7 @@ class SwitchTransformer(nnx.Module):
 def collect_router_stats(routing: Mapping[str, RoutingBySublayer]) -> RouterStatsByStack:
     """Returns the router statistics in the routing that `SwitchTransformer.route` returns."""
     return {
-        f"{stack}/{sublayer}": result.sums
+        f"{stack}/{sublayer}": result.stats
         for stack, by_sublayer in routing.items()
         for sublayer, result in by_sublayer.items()
     }

@@ -184,7 +184,7 @@ def _layer(config: Config, program: TrainProgram) -> tuple[Lower, CallAgain]:
     def loss(layer: SwitchMlp | Mlp, x_BxLxD: jax.Array, g_BxLxD: jax.Array) -> jax.Array:
         if isinstance(layer, SwitchMlp):
             y_BxLxD, routed = layer(x_BxLxD, spec, None)
-            return jnp.sum(y_BxLxD * g_BxLxD) + routed.sums.balance
+            return jnp.sum(y_BxLxD * g_BxLxD) + routed.stats.balance_loss
         return jnp.sum(layer(x_BxLxD, None) * g_BxLxD)
 
     with jax.set_mesh(program.mesh):

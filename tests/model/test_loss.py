@@ -143,7 +143,7 @@ def test_auxiliary_loss_is_a_sum_or_a_mean_over_layers(batch, logits):
     by_hand = sum(
         float(balance) / denominators.groups[key.split("/")[0]]
         for key in stats
-        for balance in stats[key].balance
+        for balance in stats[key].balance_loss
     )
     np.testing.assert_allclose(summed["aux_loss"], 0.01 * by_hand, rtol=1e-5)
     # Near balance each layer contributes about α, whatever the number of experts.

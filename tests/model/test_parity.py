@@ -87,8 +87,8 @@ def check_routing(routed, probs_NxBxLxE, real_BxS, stack) -> None:
     close(gate[real], probs_NxBxLxE.max(-1)[real])
     if real.all():
         entropy = -(probs_NxBxLxE * np.log(probs_NxBxLxE)).sum((1, 2, 3))
-        close(routed.sums.entropy, entropy)
-    np.testing.assert_array_equal(routed.sums.tokens, np.prod(shape[1:]))  # padding is routed
+        close(routed.stats.entropy, entropy)
+    np.testing.assert_array_equal(routed.stats.tokens, np.prod(shape[1:]))  # padding is routed
 
 
 def check_generation(model, stored) -> None:

@@ -1,1 +1,1 @@
-"""To be written."""
+"""Mixture of experts: routing, dispatch of tokens to experts, and the expert layers."""
