@@ -27,12 +27,7 @@ from switch_jax.model.layers import gathered_weight
 from switch_jax.model.moe.experts import FeedForwardExperts
 from switch_jax.model.moe.router import router_stats
 from switch_jax.model.moe.routing import ROUTERS, Assignment, Scores
-from switch_jax.model.moe.slot_dispatch import (
-    SlotIndices,
-    combine_from_slots,
-    dispatch_to_slots,
-    make_slot_indices,
-)
+from switch_jax.model.moe.slot_dispatch import LocalDispatcher, SlotIndices
 
 PARTS = {
     "layer": "whole layer, `switch`",
@@ -114,6 +109,7 @@ class Layer:
         G, S = B // rows, rows * L
         self.moe, self.shape, self.rows = moe, (B, L, D), rows
         self.C = C = moe.capacity(S, moe.capacity_factor)
+        self.dispatcher = LocalDispatcher(E, C, dropout_rate=0.0)
         rng = np.random.default_rng(0)
         self.mlp = jax.jit(lambda key: SwitchMlp(config, key))(jax.random.key(0))
         self.x_GxSxD = normal(rng, G, S, D)
@@ -139,11 +135,11 @@ class Layer:
             gate, (_, indices), _ = parts[router].once()
             moved = f"dispatch_{router}".removesuffix("_switch")
             if moved in PARTS:
-                parts[moved] = both_ways(move, (x, slots, gate), (indices,))
+                parts[moved] = both_ways(self.move, (x, slots, gate), (indices,))
         parts["one_hot_switch"] = both_ways(self.one_hot_route, (probs,), (mask,))
         gate, (assignment, one_hot), _ = parts["one_hot_switch"].once()
         parts["one_hot_dispatch"] = both_ways(one_hot_move, (x, slots, gate), (one_hot,))
-        parts["statistics"] = both_ways(self.sums, (probs,), (logits, mask, assignment))
+        parts["statistics"] = both_ways(self.stats, (probs,), (logits, mask, assignment))
         return {name: parts[name] for name in PARTS}
 
     def whole_part(self) -> Part:
@@ -153,28 +149,28 @@ class Layer:
         return both_ways(self.one_hot_whole, (self.mlp, self.x_GxSxD), (self.mask_GxS,))
 
     def whole(self, mlp: SwitchMlp, x_GxSxD, token_GxS, mask_GxS):
-        plan = self._plan(token_GxS, mask_GxS)
-        y_BxLxD, routed = mlp(x_GxSxD.reshape(self.shape), plan, None)
-        return (y_BxLxD.reshape(x_GxSxD.shape), routed.sums.balance), routed.sums
+        spec = self._spec(token_GxS, mask_GxS)
+        y_BxLxD, routing = mlp(x_GxSxD.reshape(self.shape), spec, None)
+        return (y_BxLxD.reshape(x_GxSxD.shape), routing.stats.balance_loss), routing.stats
 
     def one_hot_whole(self, mlp: SwitchMlp, x_GxSxD, mask_GxS):
         """Returns the results of `whole`, computed with one-hot tensors."""
         probs_GxSxE, logits_GxSxE = self.logits(mlp.router.kernel, x_GxSxD)
         gate_GxSxK, (assignment, one_hot_GxSxExC) = self.one_hot_route(probs_GxSxE, mask_GxS)
-        balance, sums = self.sums(probs_GxSxE, logits_GxSxE, mask_GxS, assignment)
+        balance_loss, stats = self.stats(probs_GxSxE, logits_GxSxE, mask_GxS, assignment)
         slots_ExGxCxD, _ = run_experts(mlp.experts, one_hot_dispatch(x_GxSxD, one_hot_GxSxExC))
         y_GxSxD = one_hot_combine(slots_ExGxCxD, gate_GxSxK, one_hot_GxSxExC)
-        return (y_GxSxD, balance), sums
+        return (y_GxSxD, balance_loss), stats
 
     def logits(self, kernel, x_GxSxD):
         """Returns probabilities, and logits (their only gradient would be that of the z-loss)."""
         logits_GxSxE = jnp.dot(x_GxSxD, gathered_weight(kernel, x_GxSxD.dtype), precision="highest")
         return jax.nn.softmax(logits_GxSxE), logits_GxSxE
 
-    def sums(self, probs_GxSxE, logits_GxSxE, mask_GxS, assignment: Assignment):
+    def stats(self, probs_GxSxE, logits_GxSxE, mask_GxS, assignment: Assignment):
         scores = Scores(probs_GxSxE, logits_GxSxE, mask_GxS)
-        sums = router_stats(RouterOutput(logits_GxSxE, scores, assignment), self.C)
-        return sums.balance, sums
+        stats = router_stats(RouterOutput(logits_GxSxE, scores, assignment), self.C)
+        return stats.balance_loss, stats
 
     def route(self, router: str) -> Callable:
         """Returns gates, assignments and indices from probabilities."""
@@ -204,20 +200,30 @@ class Layer:
         assignment = Assignment(expert_GxSxK, gate_GxSxK, slot_GxS[..., None])
         return gate_GxSxK, (assignment, one_hot_GxSxExC)
 
+    def move(self, x_GxSxD, slots_ExGxCxD, gate_GxSxK, indices: SlotIndices):
+        """Dispatch of tokens, and combine of other slots: with the same slots, and without the
+        experts between the two, XLA would merge both into one gather.
+        """
+        return (
+            self.dispatcher.dispatch(x_GxSxD, indices),
+            self.dispatcher.combine(slots_ExGxCxD, gate_GxSxK, indices),
+        ), ()
+
     def hash(self, token_GxS, mask_GxS):
         """Returns assignments and indices of the hash router, which has no gradients."""
         router = Router(dataclasses.replace(self.moe, router="hash"), 1, jax.random.key(0))
         x_BxLxD = jnp.zeros(self.shape)  # which it does not look at
-        assignment = router(x_BxLxD, self._plan(token_GxS, mask_GxS), None).assignment
+        spec = self._spec(token_GxS, mask_GxS)
+        assignment = router(x_BxLxD, spec, self.C, None).assignment
         return assignment, self._indices(assignment)
 
-    def _plan(self, token_GxS, mask_GxS) -> RoutingSpec:
+    def _spec(self, token_GxS, mask_GxS) -> RoutingSpec:
         B, L, _ = self.shape
         token_BxL, mask_BxL = token_GxS.reshape(B, L), mask_GxS.reshape(B, L)
         return RoutingSpec(token_BxL, mask_BxL, self.rows, self.moe.capacity_factor)
 
     def _indices(self, assignment: Assignment) -> SlotIndices:
-        return make_slot_indices(assignment, self.moe.num_experts, self.C)
+        return self.dispatcher.assign_slots(assignment)[1]
 
 
 def run_experts(experts: FeedForwardExperts, slots_ExGxCxD):
@@ -227,16 +233,6 @@ def run_experts(experts: FeedForwardExperts, slots_ExGxCxD):
 
     (y_ExGxCxD,) = experts(slots_ExGxCxD, matmul, lambda hidden: hidden)
     return y_ExGxCxD, ()
-
-
-def move(x_GxSxD, slots_ExGxCxD, gate_GxSxK, indices: SlotIndices):
-    """Dispatch of tokens, and combine of other slots: the experts are between the two, and
-    without them XLA would make one gather of both.
-    """
-    return (
-        dispatch_to_slots(x_GxSxD, indices),
-        combine_from_slots(slots_ExGxCxD, gate_GxSxK, indices),
-    ), ()
 
 
 def one_hot_move(x_GxSxD, slots_ExGxCxD, gate_GxSxK, one_hot_GxSxExC):
@@ -270,8 +266,8 @@ def check() -> None:
     layer.mlp.router.kernel[...] *= 50  # opinions
     layer.mask_GxS = jnp.arange(128).reshape(2, 64) % 7 > 0
     ours, theirs = layer.whole_part().once(), layer.one_hot_whole_part().once()
-    (_, sums, _) = ours
-    assert sums.dropped > 0
+    (_, stats, _) = ours
+    assert stats.dropped > 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
 
