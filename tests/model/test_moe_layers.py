@@ -123,7 +123,7 @@ def test_layer_equals_a_loop_over_tokens(values, factor):
 
 
 def einsum_layer(weights, x_GxSxD, mask_GxS, capacity, *, jittered=None, trap=None):
-    """Figs 15 and 16 of the paper, corrected: top-1 by one-hot tensors; `trap` restores an error."""
+    """Figs 15 and 16 of the paper, corrected: one-hot tensors, top-1; `trap` restores an error."""
     router, wi, wo = weights
     logits = jnp.einsum("GSD,DE->GSE", x_GxSxD if jittered is None else jittered, router)
     probs = jax.nn.softmax(logits)
