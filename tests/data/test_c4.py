@@ -1,4 +1,4 @@
-"""Miniature C4 and mC4, prepared by TFDS and as json.gz: found, read alike, trained on."""
+"""Miniature C4 and mC4 from TFDS and json.gz: both give the same tokens and can be trained on."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.support.paths import CONFIGS
 pytest.importorskip("tensorflow_datasets")
 
 SIZE = 1024
-ORDER = ("train", "validation")
+SPLITS = ("train", "validation")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,21 +33,21 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """`data.data_dir` with both data sets, as TFDS and as AllenAI have them."""
+    """Folders for `data.data_dir`, with both data sets from TFDS and from AllenAI."""
     tfds, allenai = (tmp_path_factory.mktemp(name) for name in ("tfds", "allenai"))
     for config, version, splits in (
         ("en", "2.2.0", corpora.c4()),
         ("multilingual", "3.1.0", corpora.mc4()),
     ):
-        corpora.as_json(corpora.write_tfds(tfds, config, version, splits), allenai)
+        corpora.convert_to_json(corpora.write_tfds(tfds, config, version, splits), allenai)
     corpora.write_tfds(tfds, "en", "3.0.1", corpora.c4())
     return {"tfds": str(tfds), "allenai": str(allenai)}
 
 
 @pytest.fixture(scope="module")
-def words(roots, tmp_path_factory):
-    """A vocabulary of all of it."""
-    path = tmp_path_factory.mktemp("words") / "words.model"
+def vocabulary(roots, tmp_path_factory):
+    """Vocabulary of all languages."""
+    path = tmp_path_factory.mktemp("vocabulary") / "mc4.model"
     data = DataConfig(mixture="mc4", data_dir=roots["tfds"])
     train_vocabulary(sample_texts(data, find_sources(data), 400_000), path, SIZE, coverage=1.0)
     return str(path)
@@ -58,12 +58,12 @@ def texts(source, split):
     return [t for shard in source.shards(split) for t in source.texts(split, shard, bad)]
 
 
-def test_tfds_of_any_version_holds_what_was_written(roots):
+def test_every_version_of_tfds_has_the_written_documents(roots):
     c4 = corpora.c4()
     for spec in ("c4", "c4/en", "c4/en:2.2.0", "c4/en:3.0.1"):
         data = DataConfig(mixture=spec, data_dir=roots["tfds"])
         (source,) = find_sources(data)
-        for split in ORDER:
+        for split in SPLITS:
             assert sorted(texts(source, split)) == sorted(c4[split])
             assert source.num_documents(split) == len(c4[split])
     newest, older = (
@@ -74,7 +74,7 @@ def test_tfds_of_any_version_holds_what_was_written(roots):
     assert "/2.2.0/" in older.shards("train")[0].paths[0]
 
 
-def test_mc4_is_the_languages_that_are_there(roots):
+def test_mc4_has_the_languages_in_the_folder(roots):
     splits = corpora.mc4()
     for place in roots.values():
         found = find_sources(DataConfig(mixture="mc4", data_dir=place))
@@ -84,30 +84,30 @@ def test_mc4_is_the_languages_that_are_there(roots):
             assert sorted(texts(source, "train")) == sorted(splits[code])
             assert sorted(texts(source, "validation")) == sorted(splits[f"{code}-validation"])
     documents = {source.name: source.num_documents("train") for source in found}
-    assert set(documents.values()) == {None}  # json.gz does not tell
+    assert set(documents.values()) == {None}  # unknown for json.gz
     (one,) = find_sources(DataConfig(mixture="mc4.bg-Latn", data_dir=roots["tfds"]))
     assert one.num_documents("train") == corpora.LANGUAGES["bg-Latn"][0]
 
 
-def config(data_dir, words, **data):
+def config(data_dir, vocabulary, **data):
     defaults = dict(inputs_length=64, targets_length=20, batch_size=8, seed=5)
-    settings = DataConfig(data_dir=data_dir, vocabulary=words, **(defaults | data))
+    settings = DataConfig(data_dir=data_dir, vocabulary=vocabulary, **(defaults | data))
     return Config(model=ModelConfig(vocab_size=SIZE), data=settings)
 
 
-@pytest.mark.parametrize("split", ORDER)
-def test_both_forms_give_the_same_token_stream(roots, words, split):
+@pytest.mark.parametrize("split", SPLITS)
+def test_tfds_and_json_give_the_same_token_stream(roots, vocabulary, split):
     parts = [("tfds", "c4/en:2.2.0", "c4/en"), ("allenai", "c4", "c4")]
-    configs = [config(roots[place], words, mixture=spec) for place, spec, _ in parts]
-    stored = [open_store(c.data, read_vocabulary(words)) for c in configs]
-    tokens = [store.tokens(name, split) for store, (*_, name) in zip(stored, parts)]
+    configs = [config(roots[place], vocabulary, mixture=spec) for place, spec, _ in parts]
+    stores = [open_store(c.data, read_vocabulary(vocabulary)) for c in configs]
+    tokens = [store.tokens(name, split) for store, (*_, name) in zip(stores, parts)]
     assert len(tokens[0]) == len(tokens[1]) > 1000
     assert (tokens[0].offsets == tokens[1].offsets).all()
-    whole = [t.take(np.zeros(1, int), len(t)) for t in tokens]
-    assert (whole[0] == whole[1]).all()
+    ids = [t.take(np.zeros(1, int), len(t)) for t in tokens]
+    assert (ids[0] == ids[1]).all()
 
     streams = [
-        open_batches(config(roots[place], words, mixture=spec, reader="seqio"), split)
+        open_batches(config(roots[place], vocabulary, mixture=spec, reader="seqio"), split)
         for place, spec, _ in parts
     ]
     for _ in range(20):
@@ -115,7 +115,7 @@ def test_both_forms_give_the_same_token_stream(roots, words, split):
         assert all((a[key] == b[key]).all() for key in a)
 
 
-# What makes a preset compile in seconds.
+# Settings with which a preset compiles in seconds.
 SMALL = [
     f"--config.{setting}"
     for setting in (
@@ -128,9 +128,9 @@ SMALL = [
 ]
 
 
-def small(preset, data_dir, words):
-    """What runs a preset, made small, on data of the tests."""
-    data = (f"--config.data.data_dir={data_dir}", f"--config.data.vocabulary={words}")
+def small(preset, data_dir, vocabulary):
+    """Returns arguments that run a small version of a preset on the data of the tests."""
+    data = (f"--config.data.data_dir={data_dir}", f"--config.data.vocabulary={vocabulary}")
     experts = ["--config.moe.num_experts=4"] if preset.startswith(("switch", "msw")) else []
     return ["--config", CONFIGS / f"{preset}.py", *SMALL, *experts, *data]
 
@@ -140,17 +140,19 @@ def metrics(workdir):
 
 
 @pytest.mark.parametrize("place", ["tfds", "allenai"])
-def test_c4_trains_as_it_streams(roots, words, tmp_path, place):
-    runs.run("train", *small("switch_base", roots[place], words), "--workdir", tmp_path / "run")
+def test_c4_is_trained_on_with_the_streaming_reader(roots, vocabulary, tmp_path, place):
+    runs.run(
+        "train", *small("switch_base", roots[place], vocabulary), "--workdir", tmp_path / "run"
+    )
     evaluated = metrics(tmp_path / "run")[-1]
     assert evaluated["split"] == "eval" and 3 < evaluated["cross_entropy"] < 9
     assert not any(key.startswith("c4/") for key in evaluated)
 
 
-def test_mc4_trains_streamed_and_packed_without_tensorflow(roots, words, tmp_path):
-    """Evaluation is per language, and two runs give the paper's table of speed-ups."""
+def test_mc4_trains_streamed_and_packed_without_tensorflow(roots, vocabulary, tmp_path):
+    """Evaluates each language, and plots two runs together."""
     languages = {f"mc4.{code}" for code in corpora.LANGUAGES}
-    ours = small("mswitch_base", roots["tfds"], words)
+    ours = small("mswitch_base", roots["tfds"], vocabulary)
     runs.run("train", *ours, "--workdir", tmp_path / "ours")
     evaluated = metrics(tmp_path / "ours")[-1]
     for name in ("cross_entropy", "neg_log_perplexity"):
@@ -160,7 +162,7 @@ def test_mc4_trains_streamed_and_packed_without_tensorflow(roots, words, tmp_pat
     assert evaluated["mc4.ka/neg_log_perplexity"] == -evaluated["mc4.ka/cross_entropy"]
 
     store = tmp_path / "store"
-    baseline = small("mt5_base", roots["allenai"], words)
+    baseline = small("mt5_base", roots["allenai"], vocabulary)
     out, _ = runs.run("data", "pack", *baseline, "--output", store)
     assert all(name in out for name in languages)
     assert TokenStore(store).num_documents() == {
@@ -182,10 +184,10 @@ def test_mc4_trains_streamed_and_packed_without_tensorflow(roots, words, tmp_pat
     assert "sources.png" in out and all(name in out for name in languages)
 
 
-def test_counts_for_json_can_be_given(roots, words, tmp_path):
+def test_counts_for_json_can_be_given(roots, vocabulary, tmp_path):
     counts = {f"mc4.{code}": count for code, (count, _) in corpora.LANGUAGES.items()}
     (tmp_path / "counts.json").write_text(json.dumps(counts))
-    c = config(roots["allenai"], words, mixture="mc4", reader="seqio", rate_exponent=0.3)
+    c = config(roots["allenai"], vocabulary, mixture="mc4", reader="seqio", rate_exponent=0.3)
     with pytest.raises(UserError, match=r"How many documents mc4\.\S+ has is not known"):
         open_batches(c, "train")
     data = dataclasses.replace(c.data, counts=str(tmp_path / "counts.json"))

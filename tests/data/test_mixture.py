@@ -1,4 +1,4 @@
-"""What names stand for, rates, splits, shards."""
+"""Catalog and mixtures: names of sources, rates, splits, shards and fingerprints."""
 
 import collections
 import json
@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from switch_jax.config.schema import DataConfig
 from switch_jax.data.catalog import source_name, sources_for_spec
+from switch_jax.data.finetuning.task_source import TaskSource
+from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.data.mixture import find_sources, mixture_rates, parse_mixture
 from switch_jax.data.sources.bad_records import BadRecords
 from switch_jax.data.sources.source import File, FileSource
@@ -38,11 +40,11 @@ def all_texts(source, split):
         ("/x/lang=sw/part-00000-of-00008.parquet", "part"),
     ],
 )
-def test_names_are_what_one_would_say(spec, name):
+def test_sources_are_named_after_their_files(spec, name):
     assert source_name(spec) == name
 
 
-def test_parts_have_rates_or_none():
+def test_parse_mixture():
     assert parse_mixture("c4") == [("c4", None)]
     assert parse_mixture(" c4=0.7, /b/*.txt = 0.3 ") == [("c4", 0.7), ("/b/*.txt", 0.3)]
     assert parse_mixture("/d/lang=sw/*.txt") == [("/d/lang=sw/*.txt", None)]
@@ -85,14 +87,14 @@ def test_rates_follow_documents_exponent_and_groups(tmp_path):
             shares(twice)
 
 
-def test_two_files_of_one_name_are_told_apart(tmp_path):
+def test_sources_with_equal_names_are_numbered(tmp_path):
     for folder in "ab":
         runs.write_text(tmp_path / folder, train=["x"], validation=["y"])
     text = ", ".join(f"{tmp_path}/{folder}/text-{{split}}.jsonl" for folder in "ab")
-    found = find_sources(DataConfig(mixture=text))
-    assert [source.name for source in found] == ["text", "text_2"]
-    documents = {source.name: 1 for source in found}
-    specs = {source.name: source.spec for source in found}
+    sources = find_sources(DataConfig(mixture=text))
+    assert [source.name for source in sources] == ["text", "text_2"]
+    documents = {source.name: 1 for source in sources}
+    specs = {source.name: source.spec for source in sources}
     assert mixture_rates(DataConfig(mixture=text), documents, specs) == {
         "text": 0.5,
         "text_2": 0.5,
@@ -104,7 +106,7 @@ def test_two_files_of_one_name_are_told_apart(tmp_path):
         mixture_rates(DataConfig(mixture=elsewhere), documents, specs)
 
 
-def test_a_folder_that_nothing_is_read_from_is_refused(tmp_path):
+def test_an_unused_data_dir_is_refused(tmp_path):
     with pytest.raises(UserError, match="reads nothing else there"):
         find_sources(DataConfig(data_dir=str(tmp_path)))
 
@@ -124,7 +126,7 @@ def test_a_folder_that_nothing_is_read_from_is_refused(tmp_path):
         ("here/picture*", None, "is of no known format"),
     ],
 )
-def test_what_is_not_there_is_said(tmp_path, monkeypatch, spec, data_dir, words):
+def test_missing_sources_are_refused(tmp_path, monkeypatch, spec, data_dir, words):
     monkeypatch.chdir(tmp_path)
     runs.write_text(tmp_path / "here", train=["x"])
     (tmp_path / "here" / "picture.png").write_bytes(b"")
@@ -134,7 +136,7 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch, spec, data_dir, words)
     assert words in str(caught.value)
 
 
-def test_c4_as_allenai_hands_it_out_is_found_wherever_it_is_put(tmp_path):
+def test_c4_of_allenai_is_found_in_every_folder(tmp_path):
     for place in ("", "en", "c4/en"):
         folder = tmp_path / (place.replace("/", "_") or "plain")
         for name in ("c4-train.00001-of-00002", "c4-train.00000-of-00002", "c4-validation.00000"):
@@ -147,7 +149,7 @@ def test_c4_as_allenai_hands_it_out_is_found_wherever_it_is_put(tmp_path):
         assert all_texts(source, "validation") == ["c4-validation.00000"]
 
 
-def test_without_a_validation_split_some_documents_are_held_out(tmp_path):
+def test_documents_are_held_out_without_a_validation_split(tmp_path):
     texts = [f"document {i // 2}" for i in range(4000)]  # each twice
     mixture = runs.write_text(tmp_path, train=texts)
     (source,) = sources_for_spec(mixture.replace("{split}", "train"), None)
@@ -158,7 +160,7 @@ def test_without_a_validation_split_some_documents_are_held_out(tmp_path):
     assert set(collections.Counter(validation).values()) == {2}
 
 
-def test_small_files_are_read_together(tmp_path, monkeypatch):
+def test_small_files_share_a_shard(tmp_path, monkeypatch):
     monkeypatch.setattr("switch_jax.data.sources.source._SHARD_BYTES", 100)
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * (150 if i == 4 else 30))
@@ -168,7 +170,7 @@ def test_small_files_are_read_together(tmp_path, monkeypatch):
     assert source.size() == 9 * 30 + 150
 
 
-def test_missing_shards_are_known_by_their_neighbours():
+def test_missing_numbered_files_are_found():
     names = [f"/d/c4-train.{i:05d}-of-00005.json.gz" for i in (0, 2, 3)]
     source = FileSource("c4", {"train": [File(name, 1) for name in names]}, {})
     assert source.missing_files("train") == [
@@ -176,7 +178,7 @@ def test_missing_shards_are_known_by_their_neighbours():
     ]
 
 
-def test_the_fingerprint_tells_texts_apart(tmp_path):
+def test_fingerprint_depends_on_sizes_and_splits(tmp_path):
     def fingerprint(**splits):
         pattern = runs.write_text(tmp_path, **splits)
         return sources_for_spec(pattern, None)[0].fingerprint
@@ -185,8 +187,18 @@ def test_the_fingerprint_tells_texts_apart(tmp_path):
         fingerprint(train=train, validation=validation)
         for train, validation in ((["a"], ["b"]), (["ab"], ["b"]), (["a"], ["bc"]), (["b"], ["ba"]))
     }
-    assert len(prints) == 3  # sizes are looked at, contents are not
+    assert len(prints) == 3  # it depends on sizes, not on contents
     assert fingerprint(train=["a"], validation=["b"]) in prints
+
+
+def test_fingerprints_of_existing_token_stores_stay_valid():
+    files = {split: [File(f"/data/{split}.jsonl", 100, 1.7e9)] for split in ("train", "validation")}
+    texts = FileSource("c4", files, {"train": 5, "validation": 3})
+    assert texts.fingerprint == "c6c19cdb386e38bb77199cfb95a9c39c"
+    assert texts.cache_key == "2883cb561dae50b4a5bf03f699dd39ad"
+    task = TaskSource(TASKS["glue.cola"], files)
+    assert task.fingerprint == "00ab5f6f77286c8a2a778423064bae25"
+    assert task.cache_key == "2883cb561dae50b4a5bf03f699dd39ad"
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""T5's text, our own, and what a label may be."""
+"""Prompts: T5's text, our own text, labels, tasks and mixtures."""
 
 import collections
 import itertools
@@ -26,29 +26,29 @@ def text(examples):
     return [[example.inputs, example.targets] for example in examples]
 
 
-def test_t5_defines_all_other_tasks():
+def test_t5_defines_all_tasks_but_ours():
     assert set(CASES) == set(TASKS) - OURS
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_text_is_that_of_t5(name):
+def test_text_equals_t5(name):
     for case in CASES[name]:
         assert text(TASKS[name].format(case["record"], case["training"])) == case["examples"]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "super_glue.wsc"])
-def test_evaluation_has_one_example_of_a_record(name):
+def test_evaluation_has_one_example_per_record(name):
     for case in CASES[name]:
         assert text(TASKS[name].format(case["record"], False)) == case["examples"][:1]
 
 
-def made_up(schema, name="text"):
+def sample_record(schema, name="text"):
     """A record of a schema, with a known answer."""
     match schema:
         case dict():
-            return {field: made_up(schema[field], field) for field in schema}
+            return {field: sample_record(schema[field], field) for field in schema}
         case list():
-            return [made_up(schema[0], name)] * 2 if schema != [LABEL] else [0, 1]
+            return [sample_record(schema[0], name)] * 2 if schema != [LABEL] else [0, 1]
     if schema is str:
         return "he" if name in ("span2_text", "pronoun") else f"he said {name}."
     return 1 if schema in (int, LABEL) else 2.6
@@ -57,7 +57,7 @@ def made_up(schema, name="text"):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_every_task_formats_a_record_of_its_schema(task, training):
-    record = made_up(task.schema)
+    record = sample_record(task.schema)
     if task.name == "super_glue.wsc":
         record["text"] = "Tom, he said"
     examples = task.format(record, training)
@@ -68,7 +68,7 @@ def test_every_task_formats_a_record_of_its_schema(task, training):
         assert json.loads(json.dumps(example.answer))
 
 
-def test_fields_and_classes_are_those_of_tfds(tmp_path):
+def test_fields_and_classes_equal_tfds(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     kinds = {str: "string", int: "int", float: "float", LABEL: "int"}
 
@@ -87,13 +87,13 @@ def test_fields_and_classes_are_those_of_tfds(tmp_path):
             assert tuple(features["label"].names) == task.classes, name
 
 
-# What a metric compares with -------------------------------------------------------------
+# Answers for metrics -------------------------------------------------------------
 
 
 def golden_answers(name, training=False):
     cases = [case for case in CASES[name] if name != "super_glue.wsc" or not case["training"]]
-    found = (TASKS[name].format(case["record"], training) for case in cases)
-    return [[example.answer for example in examples] for examples in found]
+    examples_of_cases = (TASKS[name].format(case["record"], training) for case in cases)
+    return [[example.answer for example in examples] for examples in examples_of_cases]
 
 
 def test_answers_of_classes_are_their_names():
@@ -101,7 +101,7 @@ def test_answers_of_classes_are_their_names():
     assert golden_answers("super_glue.boolq") == [["False"], ["True"], [None]]
 
 
-def test_similarities_are_compared_as_t5_rounds_them():
+def test_answers_of_stsb_are_rounded_as_in_t5():
     targets = [case["examples"][0][1] for case in CASES["glue.stsb"]]
     assert targets[-1] == "-1.0"
     expected = [*map(float, targets[:-1]), None]
@@ -125,7 +125,7 @@ def test_record_accepts_every_answer_of_a_query():
     assert training == [[first, first], [second], [None], [None]]
 
 
-def test_wsc_asks_whether_the_noun_is_meant():
+def test_answers_of_wsc_have_class_and_referent():
     wrong, right, unknown = golden_answers("super_glue.wsc")[:3]
     assert (wrong, right) == (
         [{"value": "False", "referent": "Tom,"}],
@@ -223,7 +223,7 @@ def test_a_label_is_a_number_or_a_name(label):
 
 
 def labelled(schema, label):
-    record = made_up(schema)
+    record = sample_record(schema)
     record["answerKey" if "answerKey" in schema else "label"] = label
     return record
 
@@ -233,7 +233,7 @@ WITH_LABELS = [name for name, task in TASKS.items() if {"label", "answerKey"} & 
 
 @pytest.mark.parametrize("label", [7, -2, "perhaps", 5.5, None])
 @pytest.mark.parametrize("name", WITH_LABELS)
-def test_another_label_is_refused(name, label):
+def test_unknown_labels_are_refused(name, label):
     task = TASKS[name]
     with pytest.raises(UserError) as error:
         task.format(labelled(task.schema, label), True)
@@ -243,7 +243,7 @@ def test_another_label_is_refused(name, label):
     assert all(name in message for name in task.classes)
 
 
-def test_a_pronoun_that_is_elsewhere_is_refused():
+def test_a_wrong_index_of_the_pronoun_is_refused():
     record = dict(CASES["super_glue.wsc"][0]["record"], label=1)
     for place in (3, 99, -1):
         with pytest.raises(UserError, match=r"^super_glue\.wsc: span2_text='he' is not word"):
@@ -261,7 +261,7 @@ def test_a_task_is_a_mixture_of_itself():
         find_task_or_mixture("glu")
 
 
-def test_rates_are_those_of_t5():
+def test_rates_equal_t5():
     assert sum(MIXTURES["glue"].rates.values()) == 949_101
     assert sum(MIXTURES["super_glue"].rates.values()) == 185_673
     evaluated = {name for m in MIXTURES.values() for name, rate in m.rates.items() if not rate}

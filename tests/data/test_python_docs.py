@@ -1,4 +1,4 @@
-"""Text of every Python, its order and split."""
+"""`python_docs`: documents, splits, order and fingerprint."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from switch_jax.data.sources.python_docs import (
 from switch_jax.data.sources.source import SPLITS
 
 
-def test_it_is_a_few_megabytes_of_unique_documents():
+def test_documents_are_unique_and_have_a_few_megabytes():
     paths = [d.path for d in python_documents()]
     texts = [d.text for d in python_documents()]
     assert len(set(paths)) == len(paths) and len(set(texts)) == len(texts)
@@ -26,7 +26,7 @@ def test_it_is_a_few_megabytes_of_unique_documents():
     assert not any("/test/" in p or "site-packages" in p or "sysconfigdata" in p for p in paths)
 
 
-def test_the_splits_are_all_of_it_and_have_nothing_in_common():
+def test_splits_are_disjoint_and_contain_every_document():
     source = PythonDocsSource()
     splits = [list(source.texts(s, shard, None)) for s in SPLITS for shard in source.shards(s)]
     assert sorted(splits[0] + splits[1]) == sorted(d.text for d in python_documents())
@@ -34,7 +34,7 @@ def test_the_splits_are_all_of_it_and_have_nothing_in_common():
     assert set(splits[1]) == {d.text for d in python_documents() if is_held_out_path(d.path)}
 
 
-def test_order_and_fingerprint_are_the_same_in_another_process():
+def test_order_and_fingerprint_do_not_depend_on_the_process():
     code = (
         "from switch_jax.data.sources.python_docs import PythonDocsSource, python_documents;"
         "print(PythonDocsSource().fingerprint, python_documents()[7].path)"
@@ -46,16 +46,16 @@ def test_order_and_fingerprint_are_the_same_in_another_process():
     assert output.split() == [PythonDocsSource().fingerprint, python_documents()[7].path]
 
 
-def test_the_fingerprint_changes_with_paths_and_texts(monkeypatch):
+def test_fingerprint_depends_on_paths_and_texts(monkeypatch):
     def fingerprint(*documents):
-        made = tuple(Document(*document) for document in documents)
-        monkeypatch.setattr(python_docs, "python_documents", lambda: made)
+        replaced = tuple(Document(*document) for document in documents)
+        monkeypatch.setattr(python_docs, "python_documents", lambda: replaced)
         return PythonDocsSource().fingerprint
 
     contents = [("a", "b")], [("ab", "")], [("a", "b"), ("ab", "")], [("a", "bab")]
     assert len({fingerprint(*content) for content in contents}) == 4
 
 
-def test_a_python_without_topics_still_has_sources(monkeypatch):
+def test_missing_topics_are_ignored(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     assert not list(_topics())

@@ -1,4 +1,4 @@
-"""The same examples from every kind of file, and one's own."""
+"""Sources of fine-tuning tasks: equal examples from every file format, and custom files."""
 
 import json
 
@@ -14,8 +14,8 @@ from switch_jax.data.sources.bad_records import BadRecords
 from switch_jax.errors import UserError
 from tests.support import tasks as miniature
 
-# Of every shape that records have: labels, floats, lists, and fields within fields.
-SHAPES = (
+# Tasks with every kind of field: labels, floats, lists and nested fields.
+TASK_NAMES = (
     *("glue.cola", "glue.stsb", "super_glue.multirc", "super_glue.record", "super_glue.wsc"),
     *("super_glue.dpr", "squad", "xsum", "winogrande.xs", "closed_book.trivia_qa"),
 )
@@ -24,7 +24,7 @@ SHAPES = (
 def records_of(task):
     rng = np.random.default_rng(0)
     names = {rows.split for rows in task.splits.values()}
-    return {name: [miniature.record(task, rng) for _ in range(5)] for name in sorted(names)}
+    return {name: [miniature.random_record(task, rng) for _ in range(5)] for name in sorted(names)}
 
 
 def examples(spec, data_dir, split):
@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", TASK_NAMES)
 def test_examples_are_the_same_from_tfds_and_from_every_file(name, tmp_path):
     pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("pyarrow")
@@ -50,8 +50,8 @@ def test_examples_are_the_same_from_tfds_and_from_every_file(name, tmp_path):
         "parquet": miniature.write_parquet,
     }
     for suffix, write in writers.items():
-        for split, of in splits.items():
-            write(tmp_path / suffix / task.dataset / f"{split}.{suffix}", of)
+        for split, records in splits.items():
+            write(tmp_path / suffix / task.dataset / f"{split}.{suffix}", records)
     for split in set(task.splits) - {"test"}:
         rows = task.splits[split]
         expected = [
@@ -89,7 +89,7 @@ def texts(batch):
 
 
 @pytest.mark.parametrize("reader", ["store", "seqio"])
-def test_ones_own_pairs_are_read_as_they_are(tmp_path, reader):
+def test_custom_pairs_are_read_unchanged(tmp_path, reader):
     if reader == "seqio":
         pytest.importorskip("seqio")
     miniature.write_tsv(tmp_path / "twice" / "train.tsv", pairs(8))
@@ -108,10 +108,10 @@ def test_ones_own_pairs_are_read_as_they_are(tmp_path, reader):
     assert set(texts(next(validation))) == {tuple(p.values()) for p in pairs(3, begin=8)}
 
 
-def test_a_packed_and_a_streamed_task_have_the_same_rows(tmp_path):
+def test_both_readers_give_the_same_rows(tmp_path):
     pytest.importorskip("seqio")
-    for split, of in records_of(TASKS["glue.rte"]).items():
-        miniature.write_jsonl(tmp_path / "glue" / "rte" / f"{split}.jsonl", of)
+    for split, records in records_of(TASKS["glue.rte"]).items():
+        miniature.write_jsonl(tmp_path / "glue" / "rte" / f"{split}.jsonl", records)
     rows = {}
     for reader in ("store", "seqio"):
         batches = open_batches(config("glue.rte", str(tmp_path), reader=reader), "train")
@@ -125,7 +125,7 @@ def test_a_packed_and_a_streamed_task_have_the_same_rows(tmp_path):
     assert all(b["encoder_input_tokens"][:, -1].tolist() == [1] * 4 for b in drawn)
 
 
-def test_without_a_split_in_the_name_some_pairs_are_held_out(tmp_path):
+def test_pairs_are_held_out_without_a_split_in_the_name(tmp_path):
     miniature.write_jsonl(tmp_path / "all.jsonl", pairs(1000))
     spec = f"pairs:{tmp_path}/all.jsonl"
     train, held_out = (examples(spec, "", split) for split in ("train", "validation"))
@@ -133,7 +133,7 @@ def test_without_a_split_in_the_name_some_pairs_are_held_out(tmp_path):
     assert not set(train) & set(held_out)
 
 
-def test_a_data_set_that_is_missing_is_told_with_how_to_get_it(tmp_path):
+def test_a_missing_data_set_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "glue" / "cola").mkdir(parents=True)
     miniature.write_jsonl(tmp_path / "glue" / "cola" / "train.jsonl", [])
     with pytest.raises(
@@ -154,7 +154,7 @@ def test_a_data_set_that_is_missing_is_told_with_how_to_get_it(tmp_path):
         ('{"sentence": "It is.", "label": 0.5}', r"is 0.5 and must be int \| str; correct it"),
     ],
 )
-def test_records_that_are_wrong_are_named(tmp_path, line, sentence):
+def test_errors_name_the_wrong_field(tmp_path, line, sentence):
     for split in ("train", "validation"):
         path = tmp_path / "glue" / "cola" / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def test_records_that_are_wrong_are_named(tmp_path, line, sentence):
         open_batches(config("glue.cola", str(tmp_path)), "train")
 
 
-def test_lines_that_cannot_be_read_are_left_out_or_refused(tmp_path):
+def test_bad_lines_are_skipped_or_refused(tmp_path):
     lines = [json.dumps(pair) for pair in pairs(4)]
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text("\n".join([*lines, '{"inputs": "cut sh']) + "\n")
@@ -174,7 +174,7 @@ def test_lines_that_cannot_be_read_are_left_out_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize("label", ["true", "1", "1.0", '"1"', '"acceptable"'])
-def test_labels_are_as_tables_and_json_have_them(tmp_path, label):
+def test_labels_may_be_numbers_names_or_booleans(tmp_path, label):
     path = tmp_path / "cola.jsonl"
     path.write_text(
         f'{{"sentence": "It is.", "label": {label}}}\n{{"sentence": "", "label": null}}'
@@ -185,7 +185,7 @@ def test_labels_are_as_tables_and_json_have_them(tmp_path, label):
     assert task.format(unknown, True)[0].answer is None
 
 
-def test_a_list_that_is_no_json_is_told(tmp_path):
+def test_a_list_that_is_not_json_is_refused(tmp_path):
     path = tmp_path / "web.csv"
     path.write_text("question,answers\nWho?,\"['a', 'b']\"\n")
     with pytest.raises(
@@ -198,7 +198,7 @@ def test_a_list_that_is_no_json_is_told(tmp_path):
         )
 
 
-def test_long_texts_and_halves_of_characters(tmp_path):
+def test_long_texts_and_lone_surrogates(tmp_path):
     long = [{"inputs": "x" * 200_000, "targets": "1"}, {"inputs": "y", "targets": "2"}]
     miniature.write_tsv(tmp_path / "long.tsv", long)
     schema, bad = custom_task("pairs.x").schema, BadRecords("skip")
@@ -210,18 +210,18 @@ def test_long_texts_and_halves_of_characters(tmp_path):
     assert kept == {"inputs": "😀", "targets": "2"} and sum(bad.counts.values()) == 1
 
 
-def test_a_split_in_two_formats_is_refused_and_other_files_are_left_alone(tmp_path):
+def test_a_split_in_two_formats_is_refused_and_other_files_are_ignored(tmp_path):
     folder = tmp_path / "glue" / "rte"
-    of = records_of(TASKS["glue.rte"])
+    records = records_of(TASKS["glue.rte"])
     for split in ("train", "validation"):
-        miniature.write_jsonl(folder / f"{split}.jsonl", of[split])
-        miniature.write_jsonl(folder / f"{split}_old.jsonl", of[split])
+        miniature.write_jsonl(folder / f"{split}.jsonl", records[split])
+        miniature.write_jsonl(folder / f"{split}_old.jsonl", records[split])
     assert len(examples("glue.rte", tmp_path, "train")) == 5
-    miniature.write_tsv(folder / "train.tsv", of["train"])
+    miniature.write_tsv(folder / "train.tsv", records["train"])
     with pytest.raises(UserError, match=r"train split of glue\.rte is in .* as jsonl and as tsv"):
         examples("glue.rte", tmp_path, "train")
 
 
-def test_own_pairs_are_called_after_their_files():
+def test_custom_pairs_are_named_after_their_files():
     assert source_name("pairs:/data/my-task/{split}.jsonl") == "pairs.my_task"
     assert custom_task("pairs.my_task").num_examples is None

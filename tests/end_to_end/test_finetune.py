@@ -1,4 +1,4 @@
-"""Every fine-tuning task from files to metrics: trained, evaluated, its predictions written."""
+"""Every fine-tuning task, from files to metrics and predictions."""
 
 import itertools
 import json
@@ -17,35 +17,34 @@ from tests.support.paths import CONFIGS
 
 FINETUNE = CONFIGS / "finetune.py"
 
-# Without a validation split.
-UNSCORED = {"glue.mnli", "super_glue.dpr"}
-UNLABELLED = {"glue.ax", "super_glue.axb", "super_glue.axg"}  # answered all the same
+WITHOUT_VALIDATION = {"glue.mnli", "super_glue.dpr"}
+UNLABELLED = {"glue.ax", "super_glue.axb", "super_glue.axg"}  # have predictions, but no metrics
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """All tasks, as JSON lines called after the splits of their data sets."""
+    """Folder with all tasks as JSON lines, in files named after the splits."""
     root = tmp_path_factory.mktemp("tasks")
     rng = np.random.default_rng(0)
     for task in TASKS.values():
         folder = root / task.dataset
         folder.mkdir(parents=True, exist_ok=True)
         for rows in task.splits.values():
-            if rows.begin or rows.end:  # closed-book tasks validate on what is left of training
+            if rows.begin or rows.end:  # closed-book tasks, written below
                 continue
-            lines = [json.dumps(tasks.record(task, rng)) + "\n" for _ in range(8)]
+            lines = [json.dumps(tasks.random_record(task, rng)) + "\n" for _ in range(8)]
             (folder / f"{rows.split}.jsonl").write_text("".join(lines))
     for name in ("natural_questions", "web_questions", "trivia_qa"):
         task = TASKS[f"closed_book.{name}"]
-        lines = [json.dumps(tasks.record(task, rng)) + "\n" for _ in range(50)]
+        lines = [json.dumps(tasks.random_record(task, rng)) + "\n" for _ in range(50)]
         rows = itertools.islice(itertools.cycle(lines), task.num_examples + 4)
         (root / task.dataset / "train.jsonl").write_text("".join(rows))
     return root
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    path = tmp_path_factory.mktemp("words") / "words.model"
+def vocabulary(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocabulary") / "small.model"
     train_vocabulary([d.text for d in python_documents()[:20]], path, 900)
     return path
 
@@ -72,17 +71,17 @@ SMALL = [
         *((name, "generate") for name in ("cnn_dailymail", "closed_book_qa")),
     ],
 )
-def test_tasks_run_from_files_to_metrics(data_dir, words, tmp_path, monkeypatch, task, method):
+def test_tasks_run_from_files_to_metrics(data_dir, vocabulary, tmp_path, monkeypatch, task, method):
     monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
     spec, workdir = f"{FINETUNE}:task={task}", tmp_path / "run"
-    settings = [f"--config.data.data_dir={data_dir}", f"--config.data.vocabulary={words}"]
+    settings = [f"--config.data.data_dir={data_dir}", f"--config.data.vocabulary={vocabulary}"]
     settings.append(f"--config.eval.method={method}")
     arguments = ["train", "--config", spec, *SMALL, *settings, "--workdir", str(workdir)]
     assert main(arguments) == 0
     mixture = json.loads((workdir / "config.json").read_text())["config"]["data"]["mixture"]
     [*_, evaluated] = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    found = find_task_or_mixture(mixture)
-    for name in set(found.rates) - UNSCORED:
+    task_mixture = find_task_or_mixture(mixture)
+    for name in set(task_mixture.rates) - WITHOUT_VALIDATION:
         task = TASKS[name]
         if name in UNLABELLED:
             assert f"{name}/score" not in evaluated
@@ -97,8 +96,8 @@ def test_tasks_run_from_files_to_metrics(data_dir, words, tmp_path, monkeypatch,
             assert {example["prediction"] for example in examples} <= set(task.classes)
             assert evaluated.get(f"{name}/invalid", 0) == 0
     assert "average" in evaluated
-    assert not {f"{name}/score" for name in UNSCORED} & set(evaluated)
+    assert not {f"{name}/score" for name in WITHOUT_VALIDATION} & set(evaluated)
 
 
-def test_splits_are_those_of_training_and_validation():
+def test_splits_are_train_validation_and_test():
     assert {split for task in TASKS.values() for split in task.splits} <= {*SPLITS, "test"}

@@ -47,7 +47,7 @@ def config(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
     for name in ("glue.rte", "glue.mrpc"):
         for rows in TASKS[name].splits.values():
-            records = [miniature.record(TASKS[name], rng) for _ in range(5)]
+            records = [miniature.random_record(TASKS[name], rng) for _ in range(5)]
             miniature.write_jsonl(root / TASKS[name].dataset / f"{rows.split}.jsonl", records)
     for split in ("train", "validation"):
         pairs = [{"inputs": f"twice {i}", "targets": f"{i} {i}"} for i in range(5)]
@@ -142,7 +142,7 @@ def test_validation_loss_counts_every_example_once(config):
 
 def test_examples_without_an_answer_are_predicted_but_not_scored(config, tmp_path):
     rng = np.random.default_rng(0)
-    records = [miniature.record(TASKS["glue.rte"], rng) for _ in range(6)]
+    records = [miniature.random_record(TASKS["glue.rte"], rng) for _ in range(6)]
     for split in ("train", "validation"):
         path = tmp_path / "glue" / "rte" / f"{split}.jsonl"
         miniature.write_jsonl(path, [*records[:4], *({**r, "label": -1} for r in records[4:])])
@@ -166,7 +166,7 @@ def test_examples_without_an_answer_are_predicted_but_not_scored(config, tmp_pat
 def test_there_is_no_average_if_a_task_of_the_mixture_has_no_score(config, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name, key in (("arc.easy", "A"), ("arc.challenge", "")):
-        records = [miniature.record(TASKS[name], rng) | {"answerKey": key} for _ in range(3)]
+        records = [miniature.random_record(TASKS[name], rng) | {"answerKey": key} for _ in range(3)]
         for split in ("train", "validation"):
             labelled = (
                 records if split == "validation" else [{**r, "answerKey": "A"} for r in records]

@@ -1,4 +1,4 @@
-"""Miniature C4 and mC4 of local text, on disk as TFDS and AllenAI have them."""
+"""Miniature C4 and mC4 of local text, in the files of TFDS and of AllenAI."""
 
 import gzip
 import itertools
@@ -11,10 +11,10 @@ from switch_jax.data.sources.bad_records import BadRecords
 from switch_jax.data.sources.python_docs import python_documents
 from switch_jax.data.sources.text_files import read_texts
 
-SHARDS = 3
-LETTERS = 2500  # of a document
+SHARDS = 3  # of a split
+MAX_CHARACTERS = 2500  # of a document
 
-# Language → documents for training, and where its script begins; English stays as it is.
+# Language → number of training documents, and first code point of its script; None: Latin.
 LANGUAGES = {
     "en": (60, None),
     "ru": (40, 0x0430),
@@ -23,13 +23,13 @@ LANGUAGES = {
     "iw": (18, 0x05D0),
     "bg-Latn": (12, None),
 }
-VALIDATION = 6
+VALIDATION = 6  # documents of each language
 
 
 def documents(count: int, skip: int = 0) -> list[str]:
-    """Beginnings of the documents that every Python has."""
-    chosen = itertools.islice(python_documents(), skip, skip + count)
-    return [document.text[:LETTERS] for document in chosen]
+    """Returns the beginnings of `count` documents that come with Python."""
+    selected = itertools.islice(python_documents(), skip, skip + count)
+    return [document.text[:MAX_CHARACTERS] for document in selected]
 
 
 def c4() -> dict[str, list[str]]:
@@ -37,7 +37,7 @@ def c4() -> dict[str, list[str]]:
 
 
 def mc4() -> dict[str, list[str]]:
-    """Splits as TFDS calls them, `sw` and `sw-validation`."""
+    """Returns the documents of each split, named as in TFDS: `sw` and `sw-validation`."""
     splits = {}
     for number, (code, (count, script)) in enumerate(LANGUAGES.items()):
         texts = documents(count + VALIDATION, skip=50 * number)
@@ -49,7 +49,7 @@ def mc4() -> dict[str, list[str]]:
 
 
 def write_tfds(root: Path, config: str, version: str, splits: dict[str, list[str]]) -> Path:
-    """Lets TFDS itself prepare `c4/CONFIG:VERSION`; returns its folder."""
+    """Prepares `c4/CONFIG:VERSION` with TFDS; returns its folder."""
     import tensorflow_datasets as tfds
 
     names = ("text", "url", "content-type", "content-length", "timestamp")
@@ -78,6 +78,7 @@ def write_tfds(root: Path, config: str, version: str, splits: dict[str, list[str
 
 
 def write_json(path: Path, texts: Iterable[str]) -> None:
+    """Writes documents with the fields of AllenAI's json.gz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt", encoding="utf-8") as file:
         for i, text in enumerate(texts):
@@ -85,8 +86,8 @@ def write_json(path: Path, texts: Iterable[str]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def as_json(tfds_folder: Path, root: Path) -> None:
-    """Writes what TFDS prepared as AllenAI hands it out: the same documents in the same order."""
+def convert_to_json(tfds_folder: Path, root: Path) -> None:
+    """Writes the documents of a TFDS folder, in the same order, to the files of AllenAI."""
     multilingual = tfds_folder.parent.name == "multilingual"
     for path in tfds_folder.glob("*.tfrecord-*"):
         name = path.name if multilingual else path.name.replace(".tfrecord-", ".")

@@ -1,4 +1,4 @@
-"""Miniature records of the fine-tuning tasks, in the files in which people have them."""
+"""Miniature records of the fine-tuning tasks, and files of every format with them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,32 +13,32 @@ from switch_jax.data.finetuning.tasks import Task
 WORDS = ("red", "green", "blue", "left", "right", "old")
 
 
-def record(task: Task, rng: np.random.Generator) -> dict[str, Any]:
-    """One that the task's format understands, with a class by its name where there are classes."""
-    made = _value(task.schema, "", rng)
-    if task.classes and "label" in made:
-        made["label"] = task.classes[int(rng.integers(len(task.classes)))]
-    if not task.metrics:  # nobody knows its answers
-        made["label"] = -1
+def random_record(task: Task, rng: np.random.Generator) -> dict[str, Any]:
+    """Returns a record that `task.format` accepts, with the name of a class as label if any."""
+    record = _random_value(task.schema, "", rng)
+    if task.classes and "label" in record:
+        record["label"] = task.classes[int(rng.integers(len(task.classes)))]
+    if not task.metrics:  # its answers are unknown
+        record["label"] = -1
     if task.name == "super_glue.wsc":
-        text = made["text"].split(" ")
-        made |= {"label": "True", "span2_index": 2, "span2_text": text[2], "span1_text": text[0]}
+        text = record["text"].split(" ")
+        record |= {"label": "True", "span2_index": 2, "span2_text": text[2], "span1_text": text[0]}
     if task.name == "super_glue.dpr":
-        made |= {"sentence": "He saw that it was red.", "pronoun": "it"}
+        record |= {"sentence": "He saw that it was red.", "pronoun": "it"}
     if task.name.startswith("arc"):
-        made["choices"] = {"text": ["red", "blue"], "label": ["A", "B"]}
-        made["answerKey"] = "AB"[int(rng.integers(2))]
+        record["choices"] = {"text": ["red", "blue"], "label": ["A", "B"]}
+        record["answerKey"] = "AB"[int(rng.integers(2))]
     if task.name.startswith("winogrande"):
-        made["label"] = "2"
-    return made
+        record["label"] = "2"
+    return record
 
 
-def _value(kind: Any, name: str, rng: np.random.Generator) -> Any:
-    """A value of a schema's type."""
+def _random_value(kind: Any, name: str, rng: np.random.Generator) -> Any:
+    """Returns a value of a type of a schema."""
     if isinstance(kind, dict):
-        return {key: _value(of, key, rng) for key, of in kind.items()}
+        return {key: _random_value(inner, key, rng) for key, inner in kind.items()}
     if isinstance(kind, list):
-        return [_value(kind[0], name, rng) for _ in range(2)]
+        return [_random_value(kind[0], name, rng) for _ in range(2)]
     if name in ("label", "answerKey"):
         return 0
     if kind is float:
@@ -54,7 +54,7 @@ def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_tsv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Values that are lists or objects are JSON, as `records` wants them."""
+    """Writes a table; values that are lists or objects become JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(records[0])]
     for record in records:
@@ -71,14 +71,14 @@ def write_parquet(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_tfds(root: Path, task: Task, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Lets TFDS itself prepare a task's data set, with the types its schema and classes give."""
+    """Prepares the data set of a task with TFDS, with the types of its schema and classes."""
     import tensorflow_datasets as tfds
 
     dataset, _, config_name = task.dataset.partition("/")
 
     def feature(kind: Any, name: str) -> Any:
         if isinstance(kind, dict):
-            return {key: feature(of, key) for key, of in kind.items()}
+            return {key: feature(inner, key) for key, inner in kind.items()}
         if isinstance(kind, list):
             return tfds.features.Sequence(feature(kind[0], name))
         if kind == LABEL:

@@ -14,8 +14,8 @@ CNN/DailyMail as in t5 0.9.4, closed-book questions as in t5_closed_book_qa
 |                      | paragraph: …`, without `<b>` and `<br>`  | group: the question}           |
 | super_glue.record    | `record query: … entities: A, B          | an answer; {value: all of      |
 |                      | passage: …`                              | them, group: the query}        |
-| super_glue.wsc       | `wsc: … *pronoun* …`                     | noun; {value: class: is it     |
-|                      |                                          | meant?, referent: noun}        |
+| super_glue.wsc       | `wsc: … *pronoun* …`                     | noun; {value: class,           |
+|                      |                                          | referent: noun}                |
 | super_glue.dpr       | `wsc: … *pronoun* …`                     | candidate                      |
 | squad                | `question: … context: …`, spaces around  | first answer; all of them      |
 |                      | punctuation                              |                                |
