@@ -1,0 +1,154 @@
+"""Checkpointer: saving, restoring on other shardings, and checkpoints that cannot be read."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from switch_jax.checkpoint.checkpointer import (
+    Checkpointer,
+    find_checkpoint,
+    parameter_shapes,
+    restore_opt_state,
+    restore_params,
+)
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.distributed.mesh import make_mesh
+from switch_jax.errors import UserError
+from tests.support.configs import tiny
+
+CONFIG = tiny(**{"mesh.expert": 4})
+
+
+class Position:
+    """A data position that is one number."""
+
+    def __init__(self, number: int = 0):
+        self.number = number
+
+    def save(self, folder: Path) -> None:
+        (folder / "position.json").write_text(json.dumps(self.number))
+
+    def restore(self, folder: Path) -> None:
+        self.number = json.loads((folder / "position.json").read_text())
+
+
+@pytest.fixture
+def workdir(tmp_path) -> Workdir:
+    workdir = Workdir(tmp_path / "run")
+    workdir.prepare(CONFIG, None)
+    return workdir
+
+
+def on_mesh(value, *axes: str | None) -> jax.Array:
+    return jax.device_put(value, NamedSharding(make_mesh(CONFIG), P(*axes)))
+
+
+def arrays(step: int, *axes: str | None):
+    """Returns parameters and the rest of a state that differ from step to step."""
+    params = {"encoder/wi": on_mesh(np.full((8, 4), step, np.float32), *axes)}
+    rest = {"step": on_mesh(np.int32(step)), "opt_state": (on_mesh(np.full(8, -step, np.float32)),)}
+    return params, rest
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def save(workdir: Workdir, *steps: int) -> None:
+    checkpointer = Checkpointer(workdir, keep=3)
+    for step in steps:
+        checkpointer.save(step, *arrays(step, "expert"), Position(10 * step))
+    checkpointer.close()
+
+
+def restore(workdir: Workdir, params, rest):
+    """Returns the restored arrays and the restored data position."""
+    position = Position()
+    checkpointer = Checkpointer(workdir, keep=3)
+    try:
+        return checkpointer.restore(abstract(params), abstract(rest), position), position.number
+    finally:
+        checkpointer.close()
+
+
+def test_restore_reads_the_newest_checkpoint_onto_other_shardings(workdir):
+    save(workdir, 1, 2)
+    params, rest = arrays(2, None, "expert")
+    restored, position = restore(workdir, params, rest)
+    assert position == 20
+    assert jax.tree.structure(restored) == jax.tree.structure((params, rest))
+    for actual, expected in zip(jax.tree.leaves(restored), jax.tree.leaves((params, rest))):
+        assert actual.sharding == expected.sharding
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_restore_returns_none_without_a_checkpoint(workdir):
+    assert restore(workdir, *arrays(0)) == (None, 0)
+
+
+def test_save_stores_the_position_at_the_time_of_the_call(workdir):
+    checkpointer, position = Checkpointer(workdir, keep=1), Position(5)
+    checkpointer.save(1, *arrays(1), position)
+    position.number = 6
+    checkpointer.close()
+    assert restore(workdir, *arrays(1))[1] == 5
+
+
+def damage(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"damaged")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_renamed_and_the_one_before_is_used(workdir, capsys):
+    save(workdir, 1, 2)
+    damage(workdir.checkpoints / "2" / "params")
+    (params, _), position = restore(workdir, *arrays(1))
+    assert position == 10 and (np.asarray(params["encoder/wi"]) == 1).all()
+    assert {folder.name for folder in workdir.checkpoints.iterdir()} == {"1", "corrupt-2"}
+    assert "Checkpoint 2 cannot be read" in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_renamed_where_none_can_be_read(workdir):
+    save(workdir, 1, 2)
+    for step in ("1", "2"):
+        damage(workdir.checkpoints / step / "params")
+    with pytest.raises(UserError, match=r"No checkpoint in .* can be read"):
+        restore(workdir, *arrays(1))
+    assert {folder.name for folder in workdir.checkpoints.iterdir()} == {"1", "2"}
+
+
+def test_parameters_and_optimizer_are_read_from_a_checkpoint_folder(workdir):
+    save(workdir, 3)
+    params, rest = arrays(3, None, "expert")
+    found, folder = find_checkpoint(workdir.path)
+    assert (found.path, folder) == (workdir.path, workdir.checkpoints / "3")
+    assert find_checkpoint(folder)[1] == folder
+    assert parameter_shapes(folder) == {"encoder/wi": (8, 4)}
+    restored = restore_params(folder, abstract(params))["encoder/wi"]
+    assert restored.sharding == params["encoder/wi"].sharding
+    np.testing.assert_array_equal(restored, params["encoder/wi"])
+    (opt_state,) = restore_opt_state(folder, abstract(rest["opt_state"]))
+    np.testing.assert_array_equal(opt_state, rest["opt_state"][0])
+
+
+def test_an_optimizer_state_of_another_shape_is_refused(workdir):
+    save(workdir, 3)
+    longer = (on_mesh(np.zeros(16, np.float32)),)
+    with pytest.raises(UserError, match=r"\(8,\), not \(16,\)"):
+        restore_opt_state(workdir.checkpoints / "3", abstract(longer))
+
+
+def test_errors_name_a_missing_path_and_a_workdir_without_checkpoints(workdir, tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        find_checkpoint(workdir.path)
+    (workdir.checkpoints / "1").mkdir(parents=True)
+    with pytest.raises(UserError, match="1 cannot be read"):
+        parameter_shapes(workdir.checkpoints / "1")
