@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from switch_jax.checkpoint.checkpointer import (
@@ -19,7 +20,13 @@ from switch_jax.checkpoint.checkpointer import (
 )
 from switch_jax.checkpoint.interop.detect import read_foreign
 from switch_jax.config import Config
-from switch_jax.model import SwitchTransformer, abstract_model, merge_adapters, with_parameters
+from switch_jax.model import (
+    SwitchTransformer,
+    abstract_model,
+    is_adapter,
+    merge_adapters,
+    with_parameters,
+)
 
 
 class PretrainedModel(NamedTuple):
@@ -40,6 +47,16 @@ class PretrainedModel(NamedTuple):
     vocabulary: bytes | None = None
     restore_optimizer: Callable[[Any], Any] | None = None
     notes: tuple[str, ...] = ()
+
+    def read_merged(self, name: str) -> np.ndarray:
+        """Returns a parameter with its adapters merged into it, in host memory, float32."""
+        sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        abstract = {
+            path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+            for path, shape in self.shapes.items()
+            if path == name or (is_adapter(path) and path.startswith(f"{name}."))
+        }
+        return np.asarray(merge_adapters(self.restore(abstract), self.config)[name])
 
     def print_notes(self) -> None:
         """Prints the notes on stderr, in process 0 only."""

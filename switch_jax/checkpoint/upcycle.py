@@ -7,16 +7,14 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, SliceIndex, stacked_shapes
 from switch_jax.checkpoint.pretrained import PretrainedModel
 from switch_jax.checkpoint.transfer import parameter_origins
 from switch_jax.config import Config, LoRAConfig
 from switch_jax.errors import UserError
-from switch_jax.model import SwitchTransformer, is_adapter, logical_axes, merge_adapters
+from switch_jax.model import SwitchTransformer, is_adapter, logical_axes
 
 
 def upcycle_dense_model(source: PretrainedModel, config: Config) -> ForeignCheckpoint:
@@ -41,7 +39,7 @@ def upcycle_dense_model(source: PretrainedModel, config: Config) -> ForeignCheck
     # The blocks of a parameter are loaded from at most as many parameters as a block has layers.
     @functools.lru_cache(maxsize=4)
     def loaded(name: str) -> np.ndarray:
-        return _load_merged(source, name)
+        return source.read_merged(name)
 
     @functools.lru_cache(maxsize=1)
     def initialised(name: str) -> np.ndarray:
@@ -67,17 +65,6 @@ def upcycle_dense_model(source: PretrainedModel, config: Config) -> ForeignCheck
 
     own_config = dataclasses.replace(config, init_from=None, init_rules="", lora=LoRAConfig())
     return ForeignCheckpoint(own_config, read_slice, vocabulary=source.vocabulary)
-
-
-def _load_merged(source: PretrainedModel, name: str) -> np.ndarray:
-    """Returns a parameter with its adapters merged into it."""
-    sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    abstract = {
-        path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-        for path, shape in source.shapes.items()
-        if path == name or (is_adapter(path) and path.startswith(f"{name}."))
-    }
-    return np.asarray(merge_adapters(source.restore(abstract), source.config)[name])
 
 
 def _initialise(config: Config, name: str) -> np.ndarray:

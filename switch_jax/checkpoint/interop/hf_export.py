@@ -3,16 +3,14 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
-from switch_jax.checkpoint.checkpointer import find_checkpoint, parameter_shapes, restore_params
-from switch_jax.checkpoint.interop.foreign import StackedShape, stacked_shapes
+from switch_jax.checkpoint.checkpointer import find_checkpoint
+from switch_jax.checkpoint.interop.foreign import stacked_shapes
 from switch_jax.checkpoint.interop.hf_config import config_to_hugging_face, dropless_capacity
 from switch_jax.checkpoint.interop.hf_import import (
     COMPANION_FOLDER,
@@ -22,11 +20,11 @@ from switch_jax.checkpoint.interop.hf_import import (
 )
 from switch_jax.checkpoint.interop.hf_names import ALIASES, HEAD, SHARED, name_table
 from switch_jax.checkpoint.interop.hf_tensors import DTYPES, INDEX, import_safetensors
+from switch_jax.checkpoint.pretrained import PretrainedModel, find_pretrained
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config import Config
 from switch_jax.data import BYTES, HUGGING_FACE_VOCABULARY_FILE
 from switch_jax.files import create_folder_atomically
-from switch_jax.model import is_adapter, merge_adapters
 
 FILE_BYTES = 4 * 10**9  # largest size of a weights file, and of the tensors kept in memory
 
@@ -52,16 +50,16 @@ def export_hugging_face(path: str | Path, output: Path) -> tuple[str, ...]:
 
     Raises `UserError` where `output` exists, or Hugging Face's classes do not have the model.
     """
-    workdir, folder = find_checkpoint(path)
-    config, source = workdir.config(), _source(workdir)
-    raw = config_to_hugging_face(config, source.config)
+    workdir, checkpoint = find_checkpoint(path)
+    model, source = find_pretrained(checkpoint), _source(workdir)
+    raw = config_to_hugging_face(model.config, source.config)
     with create_folder_atomically(output) as partial:
         for name, content in source.companions.items():
             (partial / name).write_bytes(content)
         (partial / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
-        tensors = itertools.chain(_tensors(config, folder, source), source.unused.items())
+        tensors = itertools.chain(_tensors(model, source), source.unused.items())
         _write_tensors(tensors, partial)
-    return _notes(config)
+    return _notes(model.config)
 
 
 def _notes(config: Config) -> tuple[str, ...]:
@@ -83,15 +81,17 @@ def _source(workdir: Workdir) -> _Source:
     return _Source(config, dtypes, unused, files)
 
 
-def _tensors(config: Config, folder: Path, source: _Source) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(model: PretrainedModel, source: _Source) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name and the values of every tensor to write."""
+    config = model.config
     parameters = stacked_shapes(config)
     table = name_table(config, parameters)
     embedding = np.empty(0)
-    for path, value in _parameter_values(config, folder, parameters):
+    for path, stacked in parameters.items():
+        value = model.read_merged(path)
         if path == "embedding":
             embedding = value
-        for index in parameters[path].indices():
+        for index in stacked.indices():
             name, transposed = table[path, index]
             tensor = value[index].T if transposed else value[index]
             dtypes = _dtypes_by_name(name, config, source)
@@ -113,22 +113,6 @@ def _dtypes_by_name(name: str, config: Config, source: _Source) -> dict[str, str
         names.add(HEAD)
     names |= {alias for alias, same_tensor in ALIASES.items() if same_tensor in names}
     return {written: dtype for written, dtype in source.dtypes.items() if written in names}
-
-
-def _parameter_values(
-    config: Config, folder: Path, parameters: Mapping[str, StackedShape]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the path and the values of each parameter, with its adapters merged, float32."""
-    shapes = parameter_shapes(folder)
-    sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    for path in parameters:
-        abstract = {
-            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
-            for name, shape in shapes.items()
-            if name == path or (is_adapter(name) and name.startswith(f"{path}."))
-        }
-        restored = restore_params(folder, abstract)
-        yield path, np.asarray(merge_adapters(restored, config)[path])
 
 
 def _write_tensors(tensors: Iterable[tuple[str, np.ndarray]], folder: Path) -> None:
