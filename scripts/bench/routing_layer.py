@@ -5,7 +5,7 @@
 The paper's formulation of the same layer, with one-hot tensors and einsums (Figs 15 and 16,
 corrected), is timed as well; before timing, both must give the same results and gradients. Forward
 and backward passes are compiled ahead and alternate, so that a drift of the machine's speed affects
-all cases. Axis letters: `switch_jax/model/moe/routing.py`.
+all cases. Axis letters: `switch_jax/model/moe/expert_selection.py`.
 """
 
 import argparse
@@ -21,12 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from switch_jax.cli.startup import start_jax
-from switch_jax.config import Config, DataConfig, ModelConfig, MoEConfig
+from switch_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    expert_capacity,
+    rows_per_group,
+)
 from switch_jax.model import Router, RouterOutput, RoutingSpec, SwitchMlp
 from switch_jax.model.layers import gathered_weight
+from switch_jax.model.moe.expert_selection import ROUTERS, Assignment, Scores
 from switch_jax.model.moe.experts import FeedForwardExperts
 from switch_jax.model.moe.router import router_stats
-from switch_jax.model.moe.routing import ROUTERS, Assignment, Scores
 from switch_jax.model.moe.slot_dispatch import LocalDispatcher, SlotIndices
 
 PARTS = {
@@ -105,10 +112,10 @@ class Layer:
     def __init__(self, config: Config):
         moe, data, D = config.moe, config.data, config.model.d_model
         B, L, E = data.batch_size, data.inputs_length, moe.num_experts
-        rows = moe.group_rows(B, L)
+        rows = rows_per_group(moe, B, L)
         G, S = B // rows, rows * L
         self.moe, self.shape, self.rows = moe, (B, L, D), rows
-        self.C = C = moe.capacity(S, moe.capacity_factor)
+        self.C = C = expert_capacity(moe, S, moe.capacity_factor)
         self.dispatcher = LocalDispatcher(E, C, dropout_rate=0.0)
         rng = np.random.default_rng(0)
         self.mlp = jax.jit(lambda key: SwitchMlp(config, key))(jax.random.key(0))

@@ -1,5 +1,6 @@
 """Configuration: what can be set, how it is read, and what contradicts it."""
 
+from switch_jax.config.expert_capacity import expert_capacity, rows_per_group
 from switch_jax.config.load import (
     call_config_function,
     config_differences,
@@ -44,10 +45,12 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "defaults",
+    "expert_capacity",
     "flatten_config",
     "load_config",
     "override_config",
     "parse_arg",
     "read_config_file",
+    "rows_per_group",
     "validate",
 ]

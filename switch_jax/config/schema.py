@@ -5,7 +5,6 @@ differs from its group's effect.
 """
 
 import dataclasses
-import math
 from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
@@ -109,38 +108,6 @@ class MoEConfig:
         """Whether the router or the experts use random numbers during training."""
         rates = self.jitter, self.input_dropout_rate, self.sampling_temperature
         return any(rates) or self.expert_dropout_rate > 0 or self.second_policy == "random"
-
-    def capacity(self, tokens: int, factor: float | None) -> int:
-        """Slots per expert in a group (paper, eq. 3, without a factor k).
-
-        Args:
-          tokens: in the group.
-          factor: capacity factor; None is dropless, one slot per token.
-
-        Otherwise `expert_capacity` or, where it is None, factor · tokens / num_experts, rounded
-        and at least `min_capacity`; never more than `tokens`.
-        """
-        if factor is None:
-            return tokens
-        if self.expert_capacity is not None:
-            return min(self.expert_capacity, tokens)
-        rounded = {"ceil": math.ceil, "floor": math.floor}[self.capacity_rounding]
-        # Rounded to 9 digits first: 1.1 × 320 / 32 must be 11 slots, not 12 by a rounding error.
-        share = rounded(round(factor * tokens / self.num_experts, 9))
-        return min(max(share, self.min_capacity), tokens)
-
-    def group_rows(self, batch_size: int, length: int) -> int:
-        """Rows per group: the largest divisor of the global batch that fits `group_size`.
-
-        A group is a whole number of rows with at most max(group_size, length) tokens. The number
-        depends on the config alone, so that the loss is the same on every mesh.
-
-        Args:
-          batch_size: rows of the global batch.
-          length: tokens per row.
-        """
-        most = max(self.group_size, length) // length
-        return max(r for r in range(1, min(most, batch_size) + 1) if batch_size % r == 0)
 
 
 @dataclasses.dataclass(frozen=True)

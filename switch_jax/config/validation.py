@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from switch_jax.config.expert_capacity import expert_capacity, rows_per_group
 from switch_jax.config.schema import STACKS, Config
 from switch_jax.errors import UserError
 
@@ -236,11 +237,11 @@ def _check_capacity(config: Config) -> None:
         if not config.sparse_layers(stack):
             continue
         length = config.length(stack)
-        tokens = length * moe.group_rows(config.data.batch_size, length)
+        tokens = length * rows_per_group(moe, config.data.batch_size, length)
         for key in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(moe, key)
             _require(
-                moe.capacity(tokens, factor) > 0,
+                expert_capacity(moe, tokens, factor) > 0,
                 f"moe.{key}={factor} leaves an expert no slot in a group of the {stack}: {factor} ×"
                 f" {tokens} tokens / {moe.num_experts} experts, rounded down, is 0; set"
                 " moe.min_capacity=1, moe.capacity_rounding=ceil or a larger factor.",

@@ -8,7 +8,7 @@ from switch_jax.data.batch import (
     feature_shapes,
     padded_batch,
 )
-from switch_jax.data.finetuning.mixtures import MIXTURES
+from switch_jax.data.finetuning.task_mixtures import MIXTURES
 from switch_jax.data.finetuning.tasks import Task, get_task
 from switch_jax.data.mixture import find_sources
 from switch_jax.data.peek import examples_text

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
-from switch_jax.data.finetuning.mixtures import MIXTURES, find_task_or_mixture
+from switch_jax.data.finetuning.task_mixtures import MIXTURES, find_task_or_mixture
 from switch_jax.data.finetuning.task_records import is_task_file
 from switch_jax.data.finetuning.task_source import TaskSource, find_task_source
 from switch_jax.data.finetuning.tasks import TASKS, custom_task

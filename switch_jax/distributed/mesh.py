@@ -8,7 +8,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from switch_jax.config import STACKS, Config, MeshConfig
+from switch_jax.config import STACKS, Config, MeshConfig, rows_per_group
 from switch_jax.distributed.sharding import BATCH_AXES, MESH_AXES
 from switch_jax.errors import UserError
 
@@ -136,7 +136,7 @@ def _check_groups(config: Config, sizes: dict[str, int], microbatch: int) -> Non
     lengths = {stack: config.length(stack) for stack in STACKS if config.sparse_layers(stack)}
 
     def rows(length: int, group_size: int) -> int:
-        return dataclasses.replace(moe, group_size=group_size).group_rows(batch, length)
+        return rows_per_group(dataclasses.replace(moe, group_size=group_size), batch, length)
 
     def fits(length: int, group_size: int) -> bool:
         group = rows(length, group_size)

@@ -23,8 +23,8 @@ from switch_jax.model.loss import (
     token_losses,
 )
 from switch_jax.model.moe.cross_device_dispatch import padded_size, split_hops
+from switch_jax.model.moe.expert_layers import SwitchMlp
 from switch_jax.model.moe.grouped_matmul import MIN_BLOCK_ROWS, size_lower_bound
-from switch_jax.model.moe.layers import SwitchMlp
 from switch_jax.model.moe.router import Router, RouterOutput, RoutingSpec
 from switch_jax.model.parameters import (
     BATCH_DIMS,

@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from switch_jax.config import STACKS, Config, MoEConfig
+from switch_jax.config import STACKS, Config, MoEConfig, expert_capacity, rows_per_group
 from switch_jax.distributed import peak_flops
 from switch_jax.model.layers import ParameterKind
 from switch_jax.model.parameters import abstract_model, named_parameters, parameter_metadata
@@ -101,10 +101,10 @@ def expert_layers(config: Config) -> list[ExpertLayer]:
 def _expert_layer(config: Config, stack: str, layer: int, sublayer: str) -> ExpertLayer:
     """Computes the groups and the capacity of one expert layer."""
     moe, E = config.moe, config.moe.num_experts
-    rows = moe.group_rows(config.data.batch_size, config.length(stack))
+    rows = rows_per_group(moe, config.data.batch_size, config.length(stack))
     S = rows * config.length(stack)
-    C = moe.capacity(S, moe.capacity_factor)
-    eval_C = moe.capacity(S, moe.eval_capacity_factor)
+    C = expert_capacity(moe, S, moe.capacity_factor)
+    eval_C = expert_capacity(moe, S, moe.eval_capacity_factor)
     assignments = _assignments(S, C, moe)
 
     def slots(factor: float | None, capacity: int) -> float:

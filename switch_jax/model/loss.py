@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from switch_jax.config import STACKS, Config
+from switch_jax.config import STACKS, Config, rows_per_group
 from switch_jax.distributed import (
     BATCH_AXES,
     axis_index,
@@ -51,7 +51,7 @@ def loss_denominators(batch: Mapping[str, jax.Array], config: Config) -> LossDen
     for stack, token_mask_BxL in zip(STACKS, token_masks(batch)):
         mask_BxL = routed_mask(token_mask_BxL, config)
         B, L = mask_BxL.shape
-        rows = config.moe.group_rows(B, L)
+        rows = rows_per_group(config.moe, B, L)
         tokens[stack] = jnp.sum(mask_BxL, dtype=jnp.float32)
         routed_B = mask_BxL.any(-1)
         groups[stack] = jnp.sum(routed_B.reshape(B // rows, rows).any(-1), dtype=jnp.float32)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_jax.config import BlockRun, Config
+from switch_jax.config import BlockRun, Config, rows_per_group
 from switch_jax.distributed import constrain, devices_per_group
 from switch_jax.model.attention import DenseAttention, QueryKeyValue, RelativePositionBias
 from switch_jax.model.feed_forward import Mlp
@@ -25,7 +25,7 @@ from switch_jax.model.layers import (
     init_kernel,
     param,
 )
-from switch_jax.model.moe.layers import SwitchAttention, SwitchMlp
+from switch_jax.model.moe.expert_layers import SwitchAttention, SwitchMlp
 from switch_jax.model.moe.router import RouterStats, RoutingResult, RoutingSpec
 
 # Routing by sub-layer of a stack ("mlp", "self_attention"): leaves have a leading axis of sparse
@@ -331,7 +331,7 @@ class SwitchTransformer(nnx.Module):
         self, token_BxL, mask_BxL, batch_size: int, capacity_factor: float | None
     ) -> RoutingSpec:
         """Returns how a batch is routed; `mask_BxL` is false at padding."""
-        rows = self.config.moe.group_rows(batch_size, token_BxL.shape[1])
+        rows = rows_per_group(self.config.moe, batch_size, token_BxL.shape[1])
         mask_BxL = routed_mask(mask_BxL, self.config)
         return RoutingSpec(
             token_BxL, mask_BxL, rows, capacity_factor, devices_per_group(rows, token_BxL.shape[0])

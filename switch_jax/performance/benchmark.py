@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from switch_jax.config import Config
+from switch_jax.config import Config, rows_per_group
 from switch_jax.data import SyntheticIterator
 from switch_jax.distributed import batch_sharding, make_mesh, num_batch_shards
 from switch_jax.errors import UserError
@@ -177,7 +177,7 @@ def _layer(config: Config, program: TrainProgram) -> tuple[Lower, CallAgain]:
     spec = RoutingSpec(
         token_BxL=jnp.arange(math.prod(shape[:2])).reshape(shape[:2]),
         mask_BxL=jnp.ones(shape[:2], bool),
-        rows_per_group=config.moe.group_rows(*shape[:2]),
+        rows_per_group=rows_per_group(config.moe, *shape[:2]),
         capacity_factor=config.moe.capacity_factor,
     )
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from switch_jax.data.finetuning.mixtures import MIXTURES, TaskMixture, find_task_or_mixture
 from switch_jax.data.finetuning.prompts import UNKNOWN, Example
+from switch_jax.data.finetuning.task_mixtures import MIXTURES, TaskMixture, find_task_or_mixture
 from switch_jax.data.finetuning.task_records import LABEL
 from switch_jax.data.finetuning.tasks import TASKS, Rows
 from switch_jax.errors import UserError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from switch_jax.cli.main import main
-from switch_jax.data.finetuning.mixtures import find_task_or_mixture
+from switch_jax.data.finetuning.task_mixtures import find_task_or_mixture
 from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.data.sources.python_docs import python_documents
 from switch_jax.data.sources.source import SPLITS

@@ -16,7 +16,7 @@ from switch_jax.model.moe.cross_device_dispatch import (
     padded_size,
     split_hops,
 )
-from switch_jax.model.moe.routing import Assignment, position_in_expert
+from switch_jax.model.moe.expert_selection import Assignment, position_in_expert
 from switch_jax.model.moe.slot_dispatch import LocalDispatcher
 from tests.support.configs import tiny
 

@@ -15,13 +15,13 @@ from switch_jax.distributed.sharding import batch_sharding, partition_spec
 from switch_jax.errors import UserError
 from switch_jax.model.layers import fold_keys
 from switch_jax.model.moe import dropless
+from switch_jax.model.moe.expert_layers import SwitchAttention, SwitchMlp
 from switch_jax.model.moe.grouped_matmul import (
     block_rows,
     grouped_matmul,
     make_blocks,
     num_blocks,
 )
-from switch_jax.model.moe.layers import SwitchAttention, SwitchMlp
 from switch_jax.model.moe.router import RoutingSpec
 from switch_jax.model.parameters import named_parameters
 from switch_jax.model.sharded import ShardedModel

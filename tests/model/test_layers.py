@@ -7,7 +7,7 @@ import pytest
 
 from switch_jax.model.attention import DenseAttention, relative_position_buckets
 from switch_jax.model.layers import RMSNorm, dropout, fold_keys, init_kernel
-from switch_jax.model.moe.layers import SwitchMlp
+from switch_jax.model.moe.expert_layers import SwitchMlp
 from tests.support.configs import tiny
 
 # Standard deviation of a standard normal distribution that is truncated at 2.

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from switch_jax.config import expert_capacity, rows_per_group
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.model import loss
 from switch_jax.model.loss import LossSums, loss_denominators, loss_terms, router_metrics
+from switch_jax.model.moe.expert_selection import Scores, top_k
 from switch_jax.model.moe.router import RouterOutput, RouterStats, router_stats
-from switch_jax.model.moe.routing import Scores, top_k
 from switch_jax.model.transformer import RouterStatsByStack, token_masks
 from tests.support.configs import make_batch, tiny
 
@@ -38,9 +39,9 @@ def layer_stats(
 ) -> tuple[Callable[[np.ndarray], RouterStats], np.ndarray]:
     """Returns a function that computes the statistics of a layer, and random logits for it."""
     moe, (B, L) = config.moe, mask_BxL.shape
-    rows = moe.group_rows(config.data.batch_size, L)
+    rows = rows_per_group(moe, config.data.batch_size, L)
     mask = mask_BxL.reshape(B // rows, rows * L)
-    C = moe.capacity(rows * L, moe.capacity_factor)
+    C = expert_capacity(moe, rows * L, moe.capacity_factor)
     E = moe.num_experts
     rng = np.random.default_rng(seed)
     whole = rng.normal(size=(blocks, config.data.batch_size, L, E)).astype(np.float32)

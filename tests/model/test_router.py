@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from switch_jax.config import expert_capacity
 from switch_jax.distributed.mesh import make_mesh
-from switch_jax.model.moe.layers import SwitchMlp
+from switch_jax.model.moe.expert_layers import SwitchMlp
+from switch_jax.model.moe.expert_selection import Assignment, Scores
 from switch_jax.model.moe.router import (
     Router,
     RouterOutput,
@@ -15,7 +17,6 @@ from switch_jax.model.moe.router import (
     hash_expert,
     router_stats,
 )
-from switch_jax.model.moe.routing import Assignment, Scores
 from switch_jax.model.parameters import named_parameters
 from switch_jax.model.transformer import SwitchTransformer
 from switch_jax.training.idle_experts import IdleExperts
@@ -54,7 +55,7 @@ def route(module: Router, x, spec=None, keys=None) -> RoutingResult:
     rows, factor = spec.rows_per_group, spec.capacity_factor  # static
 
     def forward(module, x, token, mask, keys):
-        C = module.config.capacity(rows * x.shape[1], factor)
+        C = expert_capacity(module.config, rows * x.shape[1], factor)
         output = module(x, RoutingSpec(token, mask, rows, factor), C, keys)
         return RoutingResult(output.assignment, router_stats(output, C))
 

@@ -12,7 +12,7 @@ device that differs from the sender only in the minor digit of its index, then i
 A buffer holds dozens of tokens instead of one. The margin costs only communication; experts
 compute the slots of `moe.capacity_factor`.
 
-Axis letters: see `routing.py`; here N is the items of a device, assignments or received items,
+Axis letters: see `expert_selection.py`; here N is the items of a device, assignments or received items,
 and M the slots of its bins.
 """
 
@@ -33,8 +33,8 @@ from switch_jax.distributed import (
     shard_map,
 )
 from switch_jax.model.moe.dispatcher import GROUPED, SLOTS, TOKENS, SlotDispatcher
+from switch_jax.model.moe.expert_selection import Assignment, expert_counts, position_in_expert
 from switch_jax.model.moe.gather import gather_rows, gather_sum
-from switch_jax.model.moe.routing import Assignment, expert_counts, position_in_expert
 from switch_jax.model.moe.slot_dispatch import flat_slots, invert_slots
 
 _BATCH = partition_spec(("batch",))

@@ -1,6 +1,6 @@
 """Dispatcher: interface that sends tokens to their experts and combines the experts' outputs.
 
-`layers.moe_forward` chooses one of three:
+`expert_layers.moe_forward` chooses one of three:
 
     slot_dispatch.LocalDispatcher                groups on one device, C slots per expert and group
     cross_device_dispatch.CrossDeviceDispatcher  groups that span devices, C slots as well
@@ -8,7 +8,7 @@
 
 The first two move tokens to slots [E, G, C, D] and back, each step a `shard_map`; between the two
 steps is a batched matmul, which XLA partitions over `expert`, `data` and `model`. The third is one
-`shard_map`, because its layout of rows differs between devices. Axis letters: see `routing.py`.
+`shard_map`, because its layout of rows differs between devices. Axis letters: see `expert_selection.py`.
 """
 
 import abc
@@ -22,8 +22,8 @@ from flax import nnx
 
 from switch_jax.distributed import constrain, partition_spec
 from switch_jax.model.layers import RowKeys, gathered_weight
+from switch_jax.model.moe.expert_selection import Assignment
 from switch_jax.model.moe.experts import Experts
-from switch_jax.model.moe.routing import Assignment
 
 # Shardings of a dispatcher's arrays: indices and gates [G, S, ..], tokens [G, S, D], and slots
 # [E, G, C, D]. Tokens are split over slice × data × expert; slots over `expert` (experts) and

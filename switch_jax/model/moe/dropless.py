@@ -2,7 +2,7 @@
 
 On a mesh, the tokens of an `expert` row of the mesh are gathered, each device computes those of
 its own experts, and the sums are scattered back. A device must hold the worst case, that all
-tokens go to its experts: `check_dropless_memory`. Axis letters: see `routing.py`; here M is the
+tokens go to its experts: `check_dropless_memory`. Axis letters: see `expert_selection.py`; here M is the
 rows of all blocks of `grouped_matmul.py`.
 """
 
@@ -30,6 +30,7 @@ from switch_jax.distributed import (
 from switch_jax.errors import UserError
 from switch_jax.model.layers import RowKeys, gathered_weight
 from switch_jax.model.moe.dispatcher import GROUPED, TOKENS, Dispatcher
+from switch_jax.model.moe.expert_selection import Assignment
 from switch_jax.model.moe.experts import Experts
 from switch_jax.model.moe.gather import gather_rows
 from switch_jax.model.moe.grouped_matmul import (
@@ -38,7 +39,6 @@ from switch_jax.model.moe.grouped_matmul import (
     make_blocks,
     size_lower_bound,
 )
-from switch_jax.model.moe.routing import Assignment
 
 
 @dataclasses.dataclass(frozen=True)

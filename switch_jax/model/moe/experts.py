@@ -1,7 +1,7 @@
 """Expert networks: parameters of all experts of a layer, stacked along axis E.
 
 An expert module computes with the matmul and dropout that a dispatcher passes, so that the same
-module works on slots and on blocks of rows. Axis letters: see `routing.py`.
+module works on slots and on blocks of rows. Axis letters: see `expert_selection.py`.
 """
 
 from collections.abc import Callable

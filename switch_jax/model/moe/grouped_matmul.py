@@ -5,7 +5,7 @@ block belongs to one expert. Only used blocks are computed: work follows the loa
 instead of the worst case (the idea of MegaBlocks, Gale et al. 2022).
 
 `grouped_matmul` is the one function to replace where a backend has a kernel for it; `make_blocks`
-lays out its rows. Axis letters: see `routing.py`; here N is the blocks, and M their rows N·R.
+lays out its rows. Axis letters: see `expert_selection.py`; here N is the blocks, and M their rows N·R.
 """
 
 import math
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import export
 
 from switch_jax.distributed import MESH_AXES, pvary
-from switch_jax.model.moe.routing import expert_counts, position_in_expert
+from switch_jax.model.moe.expert_selection import expert_counts, position_in_expert
 
 # Rows of a block: a multiple of what matrix units need, and few enough to waste little.
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 8, 256

@@ -1,7 +1,7 @@
 """Router: scores of the tokens of a batch, their assignment to experts, and its statistics.
 
 Only the router sees exploration noise, only in training. It computes in `moe.router_dtype`,
-whatever the activation dtype. Axis letters: see `routing.py`.
+whatever the activation dtype. Axis letters: see `expert_selection.py`.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from flax import nnx
 
 from switch_jax.config import MoEConfig
 from switch_jax.model.layers import RowKeys, fold_keys, gathered_weight, param
-from switch_jax.model.moe.routing import (
+from switch_jax.model.moe.expert_selection import (
     ROUTERS,
     Assignment,
     Scores,

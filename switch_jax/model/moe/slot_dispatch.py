@@ -1,7 +1,7 @@
 """Dispatch and combine of tokens for groups on one device: a permutation between tokens and slots.
 
 Rows are gathered by index and exchanged with an all-to-all over the mesh axis `expert`, so that
-both steps cost O(S·D); there are no one-hot tensors. Axis letters: see `routing.py`; here N is
+both steps cost O(S·D); there are no one-hot tensors. Axis letters: see `expert_selection.py`; here N is
 the tokens G·S of a device, and M its slots E·G·C.
 """
 
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from switch_jax.distributed import all_to_all, pvary, shard_map
 from switch_jax.model.moe.dispatcher import GROUPED, SLOTS, TOKENS, SlotDispatcher
+from switch_jax.model.moe.expert_selection import Assignment
 from switch_jax.model.moe.gather import gather_rows, gather_sum, take_rows
-from switch_jax.model.moe.routing import Assignment
 
 
 class SlotIndices(NamedTuple):

@@ -12,10 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from switch_jax.config import expert_capacity, rows_per_group
 from switch_jax.config.schema import MoEConfig
-from switch_jax.model.moe import routing
+from switch_jax.model.moe import expert_selection
+from switch_jax.model.moe.expert_selection import (
+    Scores,
+    balance_stats,
+    expert_counts,
+    load_balancing_loss,
+)
 from switch_jax.model.moe.router import hash_expert
-from switch_jax.model.moe.routing import Scores, balance_stats, expert_counts, load_balancing_loss
 from switch_jax.model.moe.slot_dispatch import LocalDispatcher
 
 # The probabilities of the paper's Fig 11: six tokens, three experts.
@@ -36,7 +42,7 @@ def scores(probs=FIG11, mask=ALL, uniform=None) -> Scores:
 
 def route(moe: MoEConfig, capacity: int, uniform=None) -> tuple[np.ndarray, ...]:
     """Returns expert, slot and gate of each assignment of Fig 11; -1, -1 where it was dropped."""
-    router = jax.jit(partial(routing.ROUTERS[moe.router], moe=moe, capacity=capacity))
+    router = jax.jit(partial(expert_selection.ROUTERS[moe.router], moe=moe, capacity=capacity))
     expert, gate, slot = map(np.asarray, router(scores(uniform=uniform)))
     kept = (expert < moe.num_experts) & (slot < capacity)
     return np.where(kept, expert, DROPPED), np.where(kept, slot, DROPPED), gate
@@ -78,7 +84,7 @@ def test_load_balancing_loss_has_a_gradient_through_P_only():
 
 def test_golden_switch_at_capacity_factor_one():
     moe = moe_config()
-    assert moe.capacity(6, 1.0) == 2
+    assert expert_capacity(moe, 6, 1.0) == 2
     expert, slot, gate = route(moe, 2)
     assert expert[:, 0].tolist() == [1, 0, 0, DROPPED, 2, DROPPED]
     assert slot[:, 0].tolist() == [0, 0, 1, DROPPED, 0, DROPPED]
@@ -87,7 +93,7 @@ def test_golden_switch_at_capacity_factor_one():
 
 def test_golden_switch_at_capacity_factor_one_and_a_half():
     moe = moe_config()
-    assert moe.capacity(6, 1.5) == 3
+    assert expert_capacity(moe, 6, 1.5) == 3
     expert, slot, gate = route(moe, 3)
     assert expert[:, 0].tolist() == [1, 0, 0, 0, 2, DROPPED]
     assert slot[:, 0].tolist() == [0, 0, 1, 2, 0, DROPPED]
@@ -133,10 +139,10 @@ def test_trap_1_the_first_slot_is_used_and_an_expert_keeps_exactly_C():
 
 def test_trap_4_the_argument_is_the_capacity_and_not_the_capacity_factor():
     tokens, factor, moe = 128, 1.25, moe_config(num_experts=8)
-    assert moe.capacity(tokens, factor) == 20 != int(factor)
+    assert expert_capacity(moe, tokens, factor) == 20 != int(factor)
     # An error in the last bit of a float must not change the number of slots.
     assert math.ceil(1.1 * 100 / 10) == 12
-    assert moe_config(num_experts=10).capacity(100, 1.1) == 11
+    assert expert_capacity(moe_config(num_experts=10), 100, 1.1) == 11
 
 
 @given(
@@ -152,14 +158,14 @@ def test_trap_4_capacity_is_the_papers_formula(tokens, experts, percent, least, 
     exact = Fraction(percent, 100) * tokens / experts
     rounded = math.ceil(exact) if rounding == "ceil" else math.floor(exact)
     expected = min(max(rounded, least), tokens)
-    assert moe.capacity(tokens, percent / 100) == expected
-    assert moe.capacity(tokens, None) == tokens
+    assert expert_capacity(moe, tokens, percent / 100) == expected
+    assert expert_capacity(moe, tokens, None) == tokens
 
 
 @given(batch=st.integers(1, 4096), length=st.integers(1, 1024), size=st.integers(1, 20_000))
 @settings(deadline=None)
 def test_group_rows_is_the_largest_divisor_that_fits(batch, length, size):
-    rows = MoEConfig(group_size=size).group_rows(batch, length)
+    rows = rows_per_group(MoEConfig(group_size=size), batch, length)
     fits = [r for r in range(1, batch + 1) if batch % r == 0 and r * length <= max(size, length)]
     assert rows == max(fits)
 
@@ -231,7 +237,9 @@ def compiled(moe: MoEConfig, capacity: int):
     @jax.jit
     def assign(probs, mask):
         grouped = jax.tree.map(lambda x: x[None], scores(probs, mask))
-        assignment = jax.vmap(lambda s: routing.ROUTERS[moe.router](s, moe, capacity))(grouped)
+        assignment = jax.vmap(lambda s: expert_selection.ROUTERS[moe.router](s, moe, capacity))(
+            grouped
+        )
         _, indices = LocalDispatcher(E, capacity, 0.0).assign_slots(assignment)
         return jax.tree.map(lambda x: x[0], (assignment, *indices))
 

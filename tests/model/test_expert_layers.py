@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from switch_jax.config import expert_capacity
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.distributed.sharding import batch_sharding, partition_spec
-from switch_jax.model.moe import gather, routing, slot_dispatch
+from switch_jax.model.moe import expert_selection, gather, slot_dispatch
+from switch_jax.model.moe.expert_layers import SwitchMlp
+from switch_jax.model.moe.expert_selection import Scores
 from switch_jax.model.moe.gather import gather_rows
-from switch_jax.model.moe.layers import SwitchMlp
 from switch_jax.model.moe.router import RoutingSpec
-from switch_jax.model.moe.routing import Scores
 from switch_jax.model.moe.slot_dispatch import flat_slots, invert_slots
 from switch_jax.model.parameters import named_parameters, with_parameters
 from switch_jax.model.transformer import SwitchTransformer
@@ -112,7 +113,7 @@ def loop_reference(mlp: SwitchMlp, x, mask, capacity: int) -> tuple[np.ndarray, 
 )
 def test_layer_equals_a_loop_over_tokens(values, factor):
     mlp, (x, mask) = layer(**values), inputs()
-    capacity = mlp.router.config.capacity(ROWS * L, factor)
+    capacity = expert_capacity(mlp.router.config, ROWS * L, factor)
     expected, dropped = loop_reference(mlp, x, mask, capacity)
     y, stats = call(mlp, x, mask, factor)
     assert dropped > 0
@@ -267,7 +268,7 @@ def test_gathers_have_the_gradients_of_indexing(top_k):
     moe = layer(top_k=top_k, router="top_k").router.config
     rng = np.random.default_rng(4)
     probs = softmax(rng.normal(size=(8, E)) + np.arange(E)).astype(np.float32)
-    expert, gate, slot = routing.top_k(Scores(probs, probs, rng.random(8) < 0.8), moe, C)
+    expert, gate, slot = expert_selection.top_k(Scores(probs, probs, rng.random(8) < 0.8), moe, C)
     slot_SxK = flat_slots(expert, slot, E, C)
     assignment_M = invert_slots(slot_SxK, E, C).reshape(-1)
     assert (assignment_M == 8 * top_k).any() and (slot_SxK == E * C).any()

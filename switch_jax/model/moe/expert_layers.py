@@ -1,7 +1,7 @@
 """Expert layers: a feed-forward layer and self-attention whose weights are experts.
 
 `moe_forward` is the common part: it routes, and passes the tokens to a dispatcher, which sends
-them to their experts and combines the outputs. Axis letters: see `routing.py`.
+them to their experts and combines the outputs. Axis letters: see `expert_selection.py`.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from switch_jax.config import Config, MoEConfig
+from switch_jax.config import Config, MoEConfig, expert_capacity
 from switch_jax.distributed import constrain
 from switch_jax.model.attention import Attention, QueryKeyValue
 from switch_jax.model.feed_forward import Mlp
@@ -88,7 +88,7 @@ def moe_forward(
     routing.
     """
     moe, L = router.config, x_BxLxD.shape[1]
-    capacity = moe.capacity(spec.rows_per_group * L, spec.capacity_factor)
+    capacity = expert_capacity(moe, spec.rows_per_group * L, spec.capacity_factor)
     output = router(x_BxLxD, spec, capacity, fold_keys(keys, 0))
     dispatcher = _choose_dispatcher(moe, spec, capacity)
     # Gates are cast before they are sent: no array with a row per token is float32 (paper §2.4).
