@@ -191,9 +191,9 @@ class Layer:
         return route
 
     def one_hot_route(self, probs_GxSxE, mask_GxS):
-        """The Switch router; the tensor [G, S, E, C] is 1 where a token is in a slot.
+        """Switch router; the dispatch tensor [G, S, E, C] is 1 where a token has a slot.
 
-        The sum is exclusive: with the paper's, slot 0 would stay empty (trap T1).
+        The sum is exclusive; with the inclusive sum of the paper's Fig 15, slot 0 would stay empty.
         """
         E = probs_GxSxE.shape[-1]
         expert_GxS = probs_GxSxE.argmax(-1)

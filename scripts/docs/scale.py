@@ -138,7 +138,7 @@ def ranking_row(case: Case, result: dict) -> list[str]:
     made = load_config(str(ROOT / f"configs/{case.preset}.py"), case.overrides)
     found = suggest_meshes(made, CHIPS[result["device_kind"]], result["devices"], case.slices)
     one = next(s for s in found if s.mesh == result["mesh"])
-    seconds = result["seconds_by_resource"]  # None of what does not fit
+    seconds = result["seconds_by_resource"]  # None if the program does not fit
     return [
         case.preset,
         case.machine,
@@ -151,7 +151,7 @@ def ranking_row(case: Case, result: dict) -> list[str]:
 
 
 def switch_c(group_size: int, factor: float) -> tuple[float, float]:
-    """Slots computed and tokens dropped, of all routed ones, if routing is balanced on average."""
+    """Returns slots per token and the share of dropped tokens, for routing balanced on average."""
     values = {"moe.group_size": str(group_size), "moe.capacity_factor": str(factor)}
     made = load_config(str(ROOT / "configs/switch_c.py"), values)
     layers = expert_layers(made)
@@ -162,9 +162,10 @@ def switch_c(group_size: int, factor: float) -> tuple[float, float]:
 
 
 def simulated(stack: str, devices: int = 1024, seed: int = 0) -> dict[str, float]:
-    """Tokens of Switch-C lost in each hop and at the experts, drawn at random.
+    """Returns the shares of tokens that Switch-C drops in each hop and at the experts.
 
-    Of a layer whose router sends every token to each expert with the same probability.
+    A simulation with random numbers of one layer, whose router selects all experts with the same
+    probability.
     """
     made = load_config(str(ROOT / "configs/switch_c.py"))
     layer = next(x for x in expert_layers(made) if x.stack == stack)

@@ -18,7 +18,7 @@ from switch_jax.checkpoint.checkpointer import (
     restore_opt_state,
     restore_params,
 )
-from switch_jax.checkpoint.interop.detect import read_foreign
+from switch_jax.checkpoint.interop.detect_format import read_foreign
 from switch_jax.config import Config
 from switch_jax.model import (
     SwitchTransformer,

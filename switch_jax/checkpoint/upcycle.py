@@ -1,6 +1,6 @@
 """Sparse upcycling: a sparse model whose experts are copies of a dense model's feed-forward layers.
 
-The sparse model is read slice by slice, so it may be much larger than memory.
+The sparse model is computed slice by slice while it is written, so it may be larger than memory.
 """
 
 import dataclasses
@@ -9,7 +9,11 @@ import functools
 import jax
 import numpy as np
 
-from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, SliceIndex, stacked_shapes
+from switch_jax.checkpoint.interop.foreign_checkpoint import (
+    ForeignCheckpoint,
+    SliceIndex,
+    stacked_shapes,
+)
 from switch_jax.checkpoint.pretrained import PretrainedModel
 from switch_jax.checkpoint.transfer import parameter_origins
 from switch_jax.config import Config, LoRAConfig
@@ -36,7 +40,8 @@ def upcycle_dense_model(source: PretrainedModel, config: Config) -> ForeignCheck
     shapes = {name: stacked.shape for name, stacked in target.items()}
     origins = parameter_origins(shapes, config, merged, source.config)
 
-    # The blocks of a parameter are loaded from at most as many parameters as a block has layers.
+    # A block of the sparse model has `moe.every` layers, each of which comes from another dense
+    # parameter: a small cache avoids loading a parameter again for every block.
     @functools.lru_cache(maxsize=4)
     def loaded(name: str) -> np.ndarray:
         return source.read_merged(name)

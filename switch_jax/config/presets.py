@@ -34,10 +34,10 @@ def find_config_file(name: str, kind: str, folder: str = "") -> Path:
 
     Args:
       name: path of a file, or the name of a preset.
-      kind: of config, as an error calls it.
+      kind: word for the kind of file in an error, such as "Config".
       folder: subfolder whose presets an error lists.
 
-    Raises `UserError` where it is neither.
+    Raises `UserError` where `name` is neither a file nor a preset.
     """
     path = Path(name)
     if path.is_file():
@@ -68,7 +68,7 @@ def run_config_file(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Puts `folder` on the path; its modules are forgotten again: another may have such names."""
+    """Makes the modules in `folder` importable, then unloads them: names may recur in others."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:

@@ -1,6 +1,7 @@
 """T5's preprocessors for span corruption, in TensorFlow; equal to T5's own for equal seeds.
 
-Between them, the feature `targets` contains the tokens of a document or of a row, without an EOS.
+From one preprocessor to the next, the feature `targets` contains the tokens of a document or of a
+row, without an EOS.
 """
 
 from switch_jax.data.seqio_import import seqio, tf

@@ -36,8 +36,9 @@ def wait_for_processes(launch: Launch, facts: Mapping[str, Any], seconds: float)
     """Returns once all processes have called it, with equal `facts` (JSON values by name).
 
     Raises `UserError`, in every process that has called it, if some are missing after `seconds`,
-    and at once if two have the same index or differ in a fact. Process 0 counts the seconds from
-    its own start, so that other processes may wait twice as long.
+    and at once if two have the same index or differ in a fact. Process 0 waits `seconds`
+    from its own start. Another process waits `seconds` for process 0 to start, and then as long as
+    process 0 waits.
     """
     hello = {
         "process": launch.index,
@@ -99,7 +100,7 @@ def _connect_to_server(launch: Launch, hello: _Hello, seconds: float) -> str | N
             address = host.strip("[]"), int(port)
             with socket.create_connection(address, timeout=_MESSAGE_SECONDS) as connection:
                 _send(connection, hello)
-                connection.settimeout(seconds + _MESSAGE_SECONDS)  # the server waits no longer
+                connection.settimeout(seconds + _MESSAGE_SECONDS)  # the server answers before that
                 return _receive(connection)["fault"]
         except OSError as error:
             reason = error.strerror or "no answer"
@@ -142,7 +143,8 @@ def _listen(launch: Launch) -> socket.socket:
     """Opens a server on JAX's port; raises `UserError` where the port is taken."""
     address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", launch.coordinator)
     port = int(address.rpartition(":")[2])
-    # On every interface, as JAX does: the coordinator's name may resolve to another one here.
+    # On all interfaces, as JAX does: on this host, the coordinator's name may resolve to another
+    # interface than on the other hosts.
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -188,7 +190,7 @@ def _disconnected(clients: Mapping[int, _Client]) -> list[int]:
 
 def _answer(connection: socket.socket, fault: str | None) -> None:
     """Sends the server's answer and closes the connection."""
-    with connection, contextlib.suppress(OSError):  # JAX notices a client that has left
+    with connection, contextlib.suppress(OSError):  # a lost client is reported by JAX
         _send(connection, {"fault": fault})
 
 

@@ -62,8 +62,8 @@ def compute_metrics(
       metrics: names in `METRICS`.
       answers: of N examples; `METRICS` has the type for each metric.
       predictions: N texts.
-      classes: class names of a classification in T5's order: `f1` and `multirc` are about the
-        second of two. Without classes, `accuracy` is of free text.
+      classes: class names of a classification in T5's order; of two, the second is the positive
+        class of `f1` and `multirc`. Without classes, `accuracy` compares free text.
 
     Raises `UserError` if a metric is unknown or there are no answers.
     """

@@ -44,22 +44,25 @@ FLOAT32_BYTES = 4
 
 # Forward passes that cost as many FLOPs as a train step: forward, two for backward, and what
 # `model.remat` computes again. `matmul_flops` of the traced train steps of the presets in
-# docs/scale.md gives 3.0 to 3.2, 3.0 to 3.6 and 3.8 to 4.1.
+# docs/scale.md gives 3.0 to 3.2 (none), 3.0 to 3.6 (dots) and 3.8 to 4.1 (full).
 PASSES_PER_STEP = {"none": 3, "dots": 3.3, "full": 4}
 
 # HBM traffic of a train step, in multiples of the bytes of float32 parameters (for parameters,
-# gradients and optimizer) and of the activations kept for the backward pass. The compile results
-# bound the traffic at one microbatch, 16 and 8; how it divides into step and microbatch is assumed.
+# gradients and optimizer) and of the activations kept for the backward pass. All stored compile
+# results have one microbatch: they determine the sum 14 + 2 and the 8; the division of the sum into
+# a part per step and a part per microbatch is an assumption.
 PARAMETER_TRAFFIC_PER_STEP = 14
 PARAMETER_TRAFFIC_PER_MICROBATCH = 2
 ACTIVATION_TRAFFIC_PER_MICROBATCH = 8
 
 # Arrays kept for the backward pass, in multiples of an array in the activation dtype.
-STREAM_COPIES = 4  # of a sub-layer's input: the input, a float32 copy (2) and the normed input
+STREAM_COPIES = (
+    4  # of a sub-layer's input: itself, a float32 copy (twice the size), the normed input
+)
 HEAD_ARRAYS = 4  # queries, keys, values and the attention's output
-SCORE_COPIES = 3  # of attention scores: a float32 copy (2) and the rounded scores
+SCORE_COPIES = 3  # of attention scores: a float32 copy (twice the size) and the rounded scores
 DOTS_STREAM_COPIES = 2  # with remat=dots
-LOGITS_COPIES = 3  # of one part of the logits, in float32
+LOGITS_COPIES = 3  # of the logits that are computed at once (LOGITS_BYTES), in float32
 
 ALL_REDUCE_PASSES = 2  # a ring all-reduce sends its array twice: reduce-scatter, then all-gather
 # Dispatch and combine, forward and backward.
@@ -227,8 +230,8 @@ class _StepCostModel:
             total += layers * kept
             largest_layer = max(largest_layer, layer * (config.moe.every if config.sparse else 1))
         logits = rows * config.data.targets_length * m.vocab_size * FLOAT32_BYTES / split
-        # Without recomputation, weights in the activation dtype are kept, gathered where FSDP
-        # splits them; with it, the arrays of one block are there at a time.
+        # remat=none keeps all weights in the activation dtype, gathered where FSDP splits them;
+        # with recomputation, only the arrays of one block exist at a time.
         weights = sum(self._dense_and_expert_parameters(sizes, False))
         once = item * weights if m.remat == "none" else largest_layer
         return total + once + LOGITS_COPIES * min(logits, LOGITS_BYTES)
@@ -296,8 +299,9 @@ class _StepCostModel:
     def _hops(self, layer: ExpertLayer, expert: int, tokens: float) -> list[tuple[int, float]]:
         """Returns the hops of an all-to-all over `expert`: (devices, tokens sent by a device).
 
-        A group on one device takes one hop with its expert slots. A group over several devices
-        takes the padded hops of `split_hops`.
+        A hop is one exchange within groups of devices. A group of tokens on one device needs one
+        hop with its expert slots; a group over several devices needs the padded hops of
+        `split_hops`.
         """
         if expert == 1:
             return []

@@ -78,7 +78,7 @@ def _series_style(index: int) -> dict[str, Any]:
 
 
 def _draw_curves(figure: Curves, results: Results) -> Any:
-    """Draws every seed thin, the mean of a run thick, and the first run's end as a line."""
+    """Draws seeds (thin), means of runs (thick) and the first run's final quality (horizontal)."""
     drawing = new_figure(1, 1, (6.4, 4.4))
     axes = drawing.axes[0]
     goals, late_qualities, largest_x = [], [], 0.0

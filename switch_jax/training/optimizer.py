@@ -79,9 +79,9 @@ def make_optimizer(config: Config, metadata: Metadata) -> optax.GradientTransfor
 
 
 def _optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformation:
-    """Returns clipping, the update rule, the learning rate and weight decay, in optax's order.
+    """Returns the chain of clipping, update rule, learning rate and weight decay.
 
-    Adafactor's weight decay is not scaled by the learning rate, as in T5X.
+    Adafactor's weight decay comes last and is not scaled by the learning rate, as in T5X.
     """
     optimizer = config.optimizer
     rate = learning_rate_schedule(optimizer, config.train)
@@ -104,7 +104,7 @@ def _optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformati
             optax.scale_by_learning_rate(rate),
         ]
     max_norm = optimizer.max_grad_norm
-    # Both have an empty state, so that a continued run may change `optimizer.max_grad_norm`.
+    # Identity and clipping have an empty state, so that a resumed run may switch between them.
     clip = optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)
     return optax.chain(clip, *core)
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import switch_jax
 from switch_jax.checkpoint.interop import workdir_writer
-from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, stacked_shapes
+from switch_jax.checkpoint.interop.foreign_checkpoint import ForeignCheckpoint, stacked_shapes
 from switch_jax.checkpoint.interop.workdir_writer import write_workdir
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config.load import override_config

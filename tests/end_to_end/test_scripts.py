@@ -46,7 +46,7 @@ def test_results_of_a_sweep_take_the_place_of_older_ones(tmp_path, monkeypatch):
     )
     document.write_text("Before.\n<!-- experts -->\nOld.\n<!-- end of experts -->\nAfter.\n")
     names = {"DOCUMENT": document, "IMAGES": tmp_path / "images"}
-    for function in ("main", "block", "replaced"):
+    for function in ("main", "section", "replace_section"):
         script[function].__globals__.update(names)
     for _ in range(2):  # the second time changes nothing
         monkeypatch.setattr("sys.argv", ["results.py", str(folder)])
@@ -63,7 +63,7 @@ def test_results_of_a_sweep_take_the_place_of_older_ones(tmp_path, monkeypatch):
         ]
     assert (tmp_path / "images" / "experts_steps.png").read_bytes() == b"a picture"
     with pytest.raises(SystemExit, match="no place between <!-- steps -->"):
-        script["replaced"]("nothing", "steps", "")
+        script["replace_section"]("nothing", "steps", "")
 
 
 def test_package_text_takes_small_languages_whole_and_each_text_once(tmp_path):

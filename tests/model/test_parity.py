@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import switch_jax
-from switch_jax.checkpoint.interop.foreign import stacked_shapes
+from switch_jax.checkpoint.interop.foreign_checkpoint import stacked_shapes
 from switch_jax.checkpoint.interop.hf_names import name_table
 from switch_jax.inference.decoding import SamplingOptions
 from switch_jax.inference.generation import encode_inputs

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from switch_jax.checkpoint.checkpointer import find_checkpoint
-from switch_jax.checkpoint.interop.foreign import stacked_shapes
+from switch_jax.checkpoint.interop.foreign_checkpoint import stacked_shapes
 from switch_jax.checkpoint.interop.hf_config import config_to_hugging_face, dropless_capacity
 from switch_jax.checkpoint.interop.hf_import import (
     COMPANION_FOLDER,

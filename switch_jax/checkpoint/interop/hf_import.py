@@ -8,7 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, SliceIndex, stacked_shapes
+from switch_jax.checkpoint.interop.foreign_checkpoint import (
+    ForeignCheckpoint,
+    SliceIndex,
+    stacked_shapes,
+)
 from switch_jax.checkpoint.interop.hf_config import MODEL_TYPES, config_from_hugging_face
 from switch_jax.checkpoint.interop.hf_names import (
     ALIASES,

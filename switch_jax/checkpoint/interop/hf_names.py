@@ -7,7 +7,7 @@ kernel [out, in] for each layer and expert; a parameter here has kernels [in, ou
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from switch_jax.checkpoint.interop.foreign import SliceIndex, StackedShape
+from switch_jax.checkpoint.interop.foreign_checkpoint import SliceIndex, StackedShape
 from switch_jax.config import STACKS, Config
 
 SHARED, HEAD = "shared.weight", "lm_head.weight"

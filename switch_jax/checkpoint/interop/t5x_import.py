@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from switch_jax.checkpoint.interop.expert_placement import infer_placement
-from switch_jax.checkpoint.interop.foreign import (
+from switch_jax.checkpoint.interop.foreign_checkpoint import (
     ForeignCheckpoint,
     SliceIndex,
     StackedShape,

@@ -18,7 +18,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint, SliceIndex, StackedShape
+from switch_jax.checkpoint.interop.foreign_checkpoint import (
+    ForeignCheckpoint,
+    SliceIndex,
+    StackedShape,
+)
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.files import create_folder_atomically
 

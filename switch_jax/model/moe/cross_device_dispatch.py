@@ -12,8 +12,8 @@ device that differs from the sender only in the minor digit of its index, then i
 A buffer holds dozens of tokens instead of one. The margin costs only communication; experts
 compute the slots of `moe.capacity_factor`.
 
-Axis letters: see `expert_selection.py`; here N is the items of a device, assignments or received items,
-and M the slots of its bins.
+Axis letters: see `expert_selection.py`; here N is the items of a device, assignments or received
+items, and M the slots of its bins.
 """
 
 import dataclasses

@@ -8,7 +8,8 @@
 
 The first two move tokens to slots [E, G, C, D] and back, each step a `shard_map`; between the two
 steps is a batched matmul, which XLA partitions over `expert`, `data` and `model`. The third is one
-`shard_map`, because its layout of rows differs between devices. Axis letters: see `expert_selection.py`.
+`shard_map`, because its layout of rows differs between devices.
+Axis letters: see `expert_selection.py`.
 """
 
 import abc

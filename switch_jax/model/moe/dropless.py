@@ -2,7 +2,8 @@
 
 On a mesh, the tokens of an `expert` row of the mesh are gathered, each device computes those of
 its own experts, and the sums are scattered back. A device must hold the worst case, that all
-tokens go to its experts: `check_dropless_memory`. Axis letters: see `expert_selection.py`; here M is the
+tokens go to its experts: `check_dropless_memory`.
+Axis letters: see `expert_selection.py`; here M is the
 rows of all blocks of `grouped_matmul.py`.
 """
 

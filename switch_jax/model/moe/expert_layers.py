@@ -66,7 +66,7 @@ class SwitchAttention(Attention):
     def project(
         self, x_BxLxD: jax.Array, spec: RoutingSpec, keys: RowKeys
     ) -> tuple[QueryKeyValue, RoutingResult]:
-        """[B, L, H, K] each: queries, keys and values of the same positions; and the routing."""
+        """Returns queries, keys and values, [B, L, H, head_dim] each, and the routing."""
         (query, key_value), routing = moe_forward(self.router, self.experts, x_BxLxD, spec, keys)
         key_value_BxLxHxK = self.heads(key_value)
         return (self.heads(query), (key_value_BxLxHxK, key_value_BxLxHxK)), routing
@@ -111,7 +111,7 @@ def _choose_dispatcher(moe: MoEConfig, spec: RoutingSpec, capacity: int) -> Disp
         # No device sees a whole group, so the router cannot compute slots.
         return CrossDeviceDispatcher(*values, spec.devices_per_group, spec.capacity_factor)
     if moe.expert_capacity is not None:
-        # A fixed capacity may be far above the load of an expert: it limits which assignments are
-        # computed, and is not a number of slots to compute.
+        # A fixed capacity limits the assignments per expert, and may be far above the load:
+        # computing that many slots would be wasteful, so assignments are computed without slots.
         return DroplessDispatcher(*values, spec.first_expert)
     return LocalDispatcher(*values)

@@ -227,8 +227,8 @@ def _second_expert_mask(
 def position_in_expert(expert_SxK: jax.Array, num_experts: int) -> jax.Array:
     """[S, K] int32: position of each assignment among the assignments of its expert.
 
-    First choices come first, then token order. Positions start at 0 (in the paper's Fig 15 they
-    would start at 1: trap T1).
+    First choices come first, then token order. Positions start at 0; in the
+    paper's Fig 15 they would start at 1, and slot 0 would stay empty.
     """
     S, K = expert_SxK.shape
     N = S * K

@@ -5,7 +5,8 @@ block belongs to one expert. Only used blocks are computed: work follows the loa
 instead of the worst case (the idea of MegaBlocks, Gale et al. 2022).
 
 `grouped_matmul` is the one function to replace where a backend has a kernel for it; `make_blocks`
-lays out its rows. Axis letters: see `expert_selection.py`; here N is the blocks, and M their rows N·R.
+lays out its rows.
+Axis letters: see `expert_selection.py`; here N is the blocks, and M their rows N·R.
 """
 
 import math

@@ -112,9 +112,9 @@ class Router(nnx.Module):
         return RouterOutput(grouped(logits_BxLxE), scores, assignment)
 
     def _logits(self, x_BxLxD: jax.Array, spec: RoutingSpec, keys: RowKeys) -> jax.Array:
-        """[B, L, E] logits in `moe.router_dtype`, from a copy of the input in that dtype (trap T5).
+        """[B, L, E] logits in `moe.router_dtype`, from a copy of the input in that dtype.
 
-        Noise multiplies the copy (trap T2), so that the experts get the input without noise.
+        Noise multiplies the copy, so that the experts get the input without noise.
         """
         moe, dtype = self.config, jnp.dtype(self.config.router_dtype)
         if self.kernel is None:

@@ -1,7 +1,8 @@
 """Dispatch and combine of tokens for groups on one device: a permutation between tokens and slots.
 
 Rows are gathered by index and exchanged with an all-to-all over the mesh axis `expert`, so that
-both steps cost O(S·D); there are no one-hot tensors. Axis letters: see `expert_selection.py`; here N is
+both steps cost O(S·D); there are no one-hot tensors.
+Axis letters: see `expert_selection.py`; here N is
 the tokens G·S of a device, and M its slots E·G·C.
 """
 

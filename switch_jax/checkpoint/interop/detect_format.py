@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from switch_jax.checkpoint.interop.foreign import ForeignCheckpoint
+from switch_jax.checkpoint.interop.foreign_checkpoint import ForeignCheckpoint
 from switch_jax.checkpoint.interop.hf_import import is_hugging_face, read_hugging_face
 from switch_jax.checkpoint.interop.t5x_import import is_t5x, read_t5x
 
