@@ -15,6 +15,9 @@ hypothesis.settings.load_profile("tests")
 # A shell that puts the tests in the background lets them, and what they start, ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Processes that tests start find the package compiled, as an installed one is.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # All of this must be set before JAX is imported. Compilation is most of what tests cost:
 # little optimisation makes it twice as fast, and workers share what they have compiled.
 _FLAGS = [
@@ -34,4 +37,4 @@ _CACHE = Path(
 )
 os.environ["SWITCH_JAX_CACHE"] = str(_CACHE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "tests_xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -1,4 +1,4 @@
-"""What a user meets who makes a mistake, and the verbs end to end."""
+"""Command line: reports of wrong input, and the verbs end to end."""
 
 import json
 import subprocess
@@ -114,7 +114,9 @@ def test_eval_generate_plot_and_peek(config, workdir, capsys):
     assert "<extra_id_0>" in capsys.readouterr().out
 
 
-def test_bench_reports_both_models(config, capsys):
+def test_bench_reports_both_models(config, capsys, monkeypatch):
+    # tests/performance/test_benchmark.py times decoding.
+    monkeypatch.setattr("switch_jax.performance.benchmark.DECODING", {"greedy_1": (1, 1)})
     arguments = ["bench", "--json", "--repeats", "1", "--config", str(config)]
     small = {
         "model.num_encoder_layers": 1,

@@ -56,10 +56,11 @@ ROUTERS = {
 def test_routers_give_the_same_metrics_on_a_mesh(name):
     descent = {"optimizer.name": "sgd", "optimizer.learning_rate": 0.5}
     descent |= {"optimizer.schedule": "constant", "model.init_scale": 1.0}
-    curves = []
+    curves, initial = [], None
     for mesh in (ONE_DEVICE, SPLIT):
         program = make_program(SMALL | descent | ROUTERS[name] | mesh)
-        state, curve = program.init(), []
+        initial = initial or jax.device_get(program.init())
+        state, curve = jax.device_put(initial, program.state_sharding), []
         for step in range(3):
             state, metrics, _ = program.train_step(
                 state, program.sharded.shard_batch(make_batch(program.config, seed=step))
