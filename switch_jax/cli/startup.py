@@ -66,7 +66,7 @@ def start_jax(flags: "Launch | None" = None, facts: Mapping[str, Any] | None = N
     next start of the same config.
 
     Args:
-      flags: the process as the command line describes it; None asks the launcher.
+      flags: the process as the command line describes it; None: detected from the launcher.
       facts: what must be the same in all processes.
 
     Raises `UserError` where processes are missing or differ in `facts`.

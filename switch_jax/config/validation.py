@@ -119,12 +119,12 @@ def _check_placement(config: Config) -> None:
         moe.first is None or moe.last is None,
         f"moe.first={moe.first} and moe.last={moe.last} exclude each other; set one to None.",
     )
-    asked = {key: getattr(moe, key) for key in ("first", "last") if getattr(moe, key) is not None}
+    limits = {key: getattr(moe, key) for key in ("first", "last") if getattr(moe, key) is not None}
     for stack in STACKS:
         if moe.stacks not in ("both", stack):
             continue
         layers = {f"model.num_{stack}_layers": config.num_layers(stack)}
-        for key, count in asked.items():
+        for key, count in limits.items():
             _require(
                 count <= config.num_layers(stack),
                 f"moe.{key}={count} is more than model.num_{stack}_layers="

@@ -146,7 +146,7 @@ def test_runs_that_cannot_be_compared_are_one_sentence():
 
 
 def plot(folder, capsys, *runs):
-    """What the verb prints, and the figures it draws, of runs with these lines."""
+    """Returns the output of the verb, and the figures it draws, for runs with these lines."""
     for name, lines in zip("abc", runs):
         (folder / name).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in lines)
