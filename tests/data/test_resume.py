@@ -77,7 +77,7 @@ def kill_after_some_batches(config, folder, count):
     "reader, before, after",
     [
         *(("store", 1, 1), ("store", 2, 2), ("store", 2, 4), ("store", 4, 1)),
-        *(("seqio", 1, 1), ("seqio", 2, 2)),
+        ("seqio", 2, 2),
     ],
 )
 def test_killed_processes_resume_with_the_next_batch(configs, tmp_path, reader, before, after):
