@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pretrains a small Switch Transformer on text that every Python has, in minutes on two cores.
-# Run it again: it continues, or says that the run is finished and draws it anew.
+# Pretrains a small Switch Transformer on the text of the standard library, in minutes on two cores.
+# Run again, it resumes the run or, if it is finished, only evaluates and plots it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install plots

@@ -28,10 +28,12 @@ from switch_jax.config import Config
 from switch_jax.data import EOS
 from switch_jax.errors import UserError
 from switch_jax.files import create_folder_atomically
-from switch_jax.inference import serving_template
 from switch_jax.inference.generation import encode_inputs
 from switch_jax.inference.kv_cache import KVCache, cast_parameters, decode_one_token, init_cache
 from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
+
+# Not imported: it needs an optional package.
+_TEMPLATE = Path(__file__).with_name("serving_template.py")
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 State = dict[str, jax.Array]  # of decoding: source mask and KV cache
@@ -73,7 +75,7 @@ def export_model(
         save_file(parameters, folder / "parameters.safetensors")
         # safetensors creates a file that only its owner can read; the other files are not so.
         shutil.copymode(folder / "signature.json", folder / "parameters.safetensors")
-        shutil.copyfile(serving_template.__file__, folder / "greedy.py")
+        shutil.copyfile(_TEMPLATE, folder / "greedy.py")
         if vocabulary is not None:
             (folder / "vocabulary.model").write_bytes(vocabulary)
 
