@@ -188,7 +188,7 @@ def describe_experts(counts: AssignmentCounts, names: TokenNames) -> dict[str, A
     shuffled_VxE = shuffle_experts(pairs, counts.token_VxE.shape)
     by_chance = _mutual_information(token_expert_pairs(shuffled_VxE))
     count_E = counts.token_VxE.sum(0, dtype=np.int64)
-    E, load_E = len(count_E), count_E / max(count_E.sum(), 1)
+    E, load_E = len(count_E), count_E / max(int(count_E.sum()), 1)
     entropy = float(-np.sum(load_E * np.log(load_E, where=load_E > 0, out=np.zeros(E))))
     with np.errstate(invalid="ignore"):
         gate_E = counts.gate_E / count_E

@@ -55,7 +55,7 @@ def param(value: jax.Array, *axes: str, kind: ParameterKind) -> nnx.Param:
     return nnx.Param(value, axes=axes, kind=kind)
 
 
-def gathered_weight(parameter: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+def gathered_weight(parameter: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns a parameter in the dtype `dtype`, all-gathered where `mesh.fsdp` splits it.
 
     Without this constraint XLA may move activations instead of weights, and computes wrong results

@@ -41,7 +41,8 @@ def gather_sum(
     del inverse_M
     # A loop of K gathers: with one gather of all rows, XLA would write and read [N, K, D].
     pairs = zip(index_NxK.T, weight_NxK.T)
-    return sum(take_rows(x_MxD, index_N) * weight_N[:, None] for index_N, weight_N in pairs)
+    first, *others = (take_rows(x_MxD, index_N) * weight_N[:, None] for index_N, weight_N in pairs)
+    return sum(others, start=first)
 
 
 def _gather_sum_fwd(x_MxD, weight_NxK, index_NxK, inverse_M):
