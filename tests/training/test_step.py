@@ -200,9 +200,12 @@ COLLECTIVES = {
 def test_each_mesh_has_the_expected_collectives(runs, two_hop_runs, mesh):
     collectives = two_hop_runs[1].collectives if mesh == "two hops" else runs[mesh].collectives
     expected = COLLECTIVES[mesh]
-    if jax.__version__.startswith("0.10."):  # other versions combine some collectives differently
+    version = tuple(map(int, jax.__version__.split(".")[:2]))
+    if version == (0, 10):  # other versions combine some collectives differently
         assert collectives == expected
-    assert collectives.keys() == expected.keys()
+    if version < (0, 12):  # later ones also divide reductions over several axes differently
+        assert collectives.keys() == expected.keys()
+    assert {kind for kind, *_ in collectives} == {kind for kind, *_ in expected}
     exchanges = {key: count for key, count in expected.items() if key[0] == "all-to-all"}
     assert collectives.items() >= exchanges.items()
 
