@@ -1,4 +1,4 @@
-"""Multi-process runs: equal losses, stops, dead processes, continuation, and the rendezvous."""
+"""Multi-process runs: equal losses, stops, dead processes and continuation."""
 
 import itertools
 import json
@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import threading
 import time
 
 import jax
@@ -17,10 +16,7 @@ from switch_jax.checkpoint.checkpointer import Checkpointer
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config.load import override_config
 from switch_jax.data import open_batches
-from switch_jax.distributed.cluster import Launch
 from switch_jax.distributed.mesh import make_mesh
-from switch_jax.distributed.rendezvous import wait_for_processes
-from switch_jax.errors import UserError
 from switch_jax.training.state import restore_state
 from switch_jax.training.step import TrainProgram
 from tests.support import runs
@@ -255,90 +251,3 @@ def test_every_started_process_names_the_missing_ones(config, tmp_path):
         )
         assert ", process 3 (d);" in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-def rendezvous(count, indices, seconds=5.0, facts=None):
-    """Returns the error (None: no error) in each process of `indices`; a thread runs each."""
-    address = f"localhost:{free_port()}"
-    facts = facts or [{}] * len(indices)
-    errors = [None] * len(indices)
-
-    def run(position):
-        try:
-            launch = Launch(address, count, indices[position])
-            wait_for_processes(launch, facts[position], seconds)
-        except UserError as error:
-            errors[position] = str(error)
-
-    threads = [threading.Thread(target=run, args=(position,)) for position in range(len(indices))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-        assert not thread.is_alive()
-    return errors
-
-
-def test_rendezvous_of_all_processes():
-    assert rendezvous(4, [3, 1, 0, 2], facts=[{"a": 1}] * 4) == [None] * 4
-
-
-def test_the_rendezvous_names_missing_processes():
-    errors = rendezvous(4, [0, 2], seconds=1)
-    assert errors[0] == errors[1] and "2 of 4" in errors[0] and "process 1, process 3;" in errors[0]
-
-
-def test_a_missing_process_0_is_named():
-    errors = rendezvous(2, [1], seconds=1)
-    assert "Process 0 cannot be reached at localhost:" in errors[0]
-
-
-def test_two_processes_with_one_index_are_named():
-    errors = rendezvous(3, [0, 1, 1], seconds=2)
-    assert "started as process 1" in errors[0] and errors[0] in errors[1:]
-
-
-def test_different_facts_are_named():
-    facts = [{"train.seed": 0, "verb": "train"}, {"train.seed": 0, "verb": "train"}]
-    errors = rendezvous(2, [0, 1], facts=[facts[0], facts[1] | {"train.seed": 7}])
-    assert errors[0] == errors[1] and "Process 1 on" in errors[0]
-    assert "has train.seed = 7 and process 0 has 0" in errors[0]
-
-
-def test_the_server_ignores_other_clients_and_clients_that_left():
-    """A process that left may connect again; clients of other protocols are disconnected."""
-    address = f"localhost:{free_port()}"
-    failures = []
-
-    def run(index):
-        try:
-            wait_for_processes(Launch(address, 3, index), {}, 20)
-        except UserError as error:
-            failures.append(str(error))
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(3)]
-    threads[0].start()
-    hello = {"process": 1, "count": 3, "host": "x", "facts": {}}
-    for message in ("GET / HTTP/1.1", json.dumps({"process": 1}), json.dumps(hello)):
-        for _ in range(100):
-            try:
-                connection = socket.create_connection(("localhost", int(address.split(":")[1])))
-                break
-            except OSError:
-                time.sleep(0.05)
-        connection.sendall(message.encode() + b"\n")
-        time.sleep(0.3)
-        connection.close()
-    for thread in threads[1:]:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-        assert not thread.is_alive()
-    assert not failures
-
-
-def test_a_taken_port_is_named():
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot listen on port {port}"):
-            wait_for_processes(Launch(f"localhost:{port}", 2, 0), {}, 1)
