@@ -19,6 +19,7 @@ from switch_jax.errors import UserError
 
 # Environment variable: seconds that processes wait for each other at the start.
 _START_TIMEOUT = "SWITCH_JAX_START_TIMEOUT"
+_MAX_START_TIMEOUT = 7 * 24 * 60 * 60
 
 # A process without a heartbeat for this long counts as dead, and JAX ends the other processes. A
 # thread of JAX sends heartbeats, so that a long compilation does not delay them.
@@ -35,7 +36,7 @@ def connect(flags: Launch | None, facts: Mapping[str, Any]) -> None:
 
     Raises `UserError` where processes are missing, or differ in their facts.
     """
-    seconds = float(os.environ.get(_START_TIMEOUT, "120"))
+    seconds = _start_timeout()
     launch = flags or detect_launch(seconds)
     if launch is None or launch.count == 1:
         return
@@ -54,6 +55,20 @@ def connect(flags: Launch | None, facts: Mapping[str, Any]) -> None:
         launch.index,
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
+
+
+def _start_timeout() -> float:
+    """Returns the seconds of `$SWITCH_JAX_START_TIMEOUT`; raises `UserError` for other values."""
+    text = os.environ.get(_START_TIMEOUT) or "120"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _MAX_START_TIMEOUT:  # neither is NaN
+        raise UserError(
+            f"{_START_TIMEOUT} is {text!r}; set it to seconds, at most {_MAX_START_TIMEOUT}."
+        )
+    return seconds
 
 
 def barrier() -> None:

@@ -4,7 +4,13 @@ import os
 
 import pytest
 
-from switch_jax.distributed.cluster import Launch, detect_launch, expand_hostlist, launch_from_flags
+from switch_jax.distributed.cluster import (
+    Launch,
+    detect_launch,
+    expand_hostlist,
+    launch_from_flags,
+)
+from switch_jax.distributed.multihost import connect
 from switch_jax.errors import UserError
 
 SLURM = {
@@ -62,6 +68,9 @@ def detect_with(monkeypatch, environment):
         {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},  # a batch script
         OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # a pod without a job
+        {"SLURM_STEP_NUM_TASKS": "", "SLURM_JOB_ID": "77"},
+        SLURM | {"SLURM_STEP_NUM_TASKS": "", "SLURM_PROCID": ""},
+        dict.fromkeys((*SLURM, *OPEN_MPI, *TPU), ""),
     ],
 )
 def test_a_single_process_has_no_launch(environment, variables):
@@ -79,6 +88,17 @@ def test_slurm_gives_index_count_coordinator_and_hosts(environment):
 def test_hosts_of_a_cyclic_slurm_distribution_are_not_guessed(environment):
     launch = detect_with(environment, SLURM | {"SLURM_DISTRIBUTION": "cyclic"})
     assert launch.hosts == () and launch.name(3) == "process 3"
+
+
+def test_absurd_task_counts_name_no_hosts(environment):
+    odd = {"SLURM_STEP_TASKS_PER_NODE": "999999999999(x999999999999)"}
+    assert detect_with(environment, SLURM | odd).hosts == ()
+
+
+def test_open_mpi_in_a_slurm_step_is_the_innermost_launcher(environment):
+    """mpirun starts one task of a step on each node, and its processes inherit the variables."""
+    launch = detect_with(environment, SLURM | {"SLURM_STEP_NUM_TASKS": "2"} | OPEN_MPI)
+    assert (launch.count, launch.index) == (4, 3)
 
 
 def test_open_mpi_gives_index_count_and_coordinator(environment):
@@ -109,6 +129,37 @@ def test_processes_that_jax_cannot_connect_are_refused(environment):
 
 
 @pytest.mark.parametrize(
+    "variables, words",
+    [
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS is 'two', no number"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "-1"}, "SLURM_STEP_NUM_TASKS is '-1', no number"),
+        (SLURM | {"SLURM_JOB_ID": "77x"}, "SLURM_JOB_ID is '77x'"),
+        (SLURM | {"SLURM_LOCALID": "x\x1b"}, r"SLURM_LOCALID is 'x\\x1b'"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS is 2, and .* 2 of 4"),
+        (SLURM | {"SLURM_PROCID": "4"}, "process 4 of 4"),
+        (SLURM | {"SLURM_NTASKS": "0", "SLURM_STEP_NUM_TASKS": "0"}, "process 2 of 0"),
+        # Processes of mpirun in a Slurm step, where JAX would take them for process 0 of the step
+        (
+            {k: v for k, v in OPEN_MPI.items() if "orte" not in k} | SLURM,
+            "OMPI_COMM_WORLD_RANK is 3, and .* 2 of 4",
+        ),
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "here"}, "no HOST:PORT of process 0, but 'here'"),
+        (SLURM | {"JAX_COORDINATOR_PORT": "99999"}, "no HOST:PORT"),
+    ],
+)
+def test_odd_variables_of_launchers_are_refused(environment, variables, words):
+    with pytest.raises(UserError, match=f"{words}.*; .*give --coordinator"):
+        detect_with(environment, variables)
+
+
+@pytest.mark.parametrize("seconds", ["x", "nan", "-1", "0", "1e300"])
+def test_an_odd_time_limit_is_refused(environment, seconds):
+    environment.setenv("SWITCH_JAX_START_TIMEOUT", seconds)
+    with pytest.raises(UserError, match=f"SWITCH_JAX_START_TIMEOUT is '{seconds}'; set it to"):
+        connect(None, {})
+
+
+@pytest.mark.parametrize(
     "flags, words",
     [
         (("a:1", None, 0), "go together"),
@@ -136,6 +187,9 @@ def test_flags_describe_a_launch():
         ("a,b2", ["a", "b2"]),
         ("node[01-03,7],x", ["node01", "node02", "node03", "node7", "x"]),
         ("r[1-2]n[08-09]-x", ["r1n08-x", "r1n09-x", "r2n08-x", "r2n09-x"]),
+        ("a[1-x]", []),
+        ("a[1-999999999]", []),
+        ("a[1-9999]b[1-9999]", []),
     ],
 )
 def test_slurm_node_lists_are_expanded(nodes, names):
