@@ -7,6 +7,7 @@ reader sees either the whole content or none of it, even if the writer is killed
 import errno
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,17 +16,60 @@ from pathlib import Path
 
 from switch_jax.errors import UserError
 
-# Errors of the operating system that the user can correct.
-_USER_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.ENOLCK,
+_NEEDS_ROOM = "make room for it, or choose another folder"
+_NEEDS_PERMISSION = "allow it, or choose another path"
+_NEEDS_A_DISK = "check the disk, or choose another folder"
+
+# Errors of the operating system that the user can correct, and how.
+_ADVICE = {
+    errno.ENOSPC: _NEEDS_ROOM,
+    errno.EDQUOT: _NEEDS_ROOM,
+    errno.EFBIG: _NEEDS_ROOM,
+    errno.EACCES: _NEEDS_PERMISSION,
+    errno.EPERM: _NEEDS_PERMISSION,
+    errno.EROFS: _NEEDS_PERMISSION,
+    errno.EEXIST: "choose another path",
+    errno.ENOTDIR: "choose another path",
+    errno.EISDIR: "choose another path",
+    errno.ELOOP: "choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "close other programs, or raise the limit of open files",
+    errno.ENOLCK: _NEEDS_A_DISK,
+    errno.EIO: _NEEDS_A_DISK,
+    errno.ESTALE: _NEEDS_A_DISK,
 }
+_QUOTED_PATH = re.compile(r"""["'`](/[^"'`]+)["'`]""")
+
+
+def explain_os_error(error: BaseException | None) -> str | None:
+    """Returns a sentence for an error of the operating system that the user can correct.
+
+    Such errors are a full disk, a folder that is read-only, a path that is too long. The error may
+    come from any library: where it is no `OSError`, as TensorStore's and safetensors', the system's
+    text in its message counts, and so do the errors that led to it. Returns None for other errors.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        code, path = _os_error(error)
+        if code in _ADVICE:
+            where = f"{path}: " if path else ""
+            return f"{where}{os.strerror(code)}; {_ADVICE[code]}."
+        error = error.__cause__
+    return None
+
+
+def _os_error(error: BaseException) -> tuple[int, str | None]:
+    """Returns the number of an operating system's error, 0 for another one, and its path."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno, None if error.filename is None else os.fsdecode(error.filename)
+    text = str(error)
+    for code in _ADVICE:
+        if code != errno.EEXIST and os.strerror(code) in text:
+            quoted = _QUOTED_PATH.search(text)
+            return code, quoted and quoted[1]
+    return 0, None
 
 
 def cache_root() -> Path:
@@ -82,11 +126,11 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
                 with _renamed_when_complete(partial, path):
                     build(partial)
     except OSError as error:
-        if error.errno not in _USER_ERRNOS:
+        if error.errno not in _ADVICE:
             raise
         raise UserError(
-            f"Cannot write {path}: {os.strerror(error.errno)}; make room for it, or choose"
-            " another folder (the cache's is $SWITCH_JAX_CACHE)."
+            f"Cannot write {path}: {os.strerror(error.errno)}; {_ADVICE[error.errno]}"
+            " (the cache's is $SWITCH_JAX_CACHE)."
         ) from error
     return path
 

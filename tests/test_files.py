@@ -9,7 +9,13 @@ import time
 import pytest
 
 from switch_jax.errors import UserError
-from switch_jax.files import build_once, cache_root, create_folder_atomically, write_atomically
+from switch_jax.files import (
+    build_once,
+    cache_root,
+    create_folder_atomically,
+    explain_os_error,
+    write_atomically,
+)
 
 # Each process logs that it builds, and takes long enough for the other process to wait.
 _BUILDER = """
@@ -77,6 +83,35 @@ def test_disk_errors_become_one_sentence(tmp_path, code):
 
     with pytest.raises(UserError, match=rf"Cannot write .*built: {os.strerror(code)}; .*\.$"):
         build_once(tmp_path / "built", fail)
+
+
+# As raised by Python, TensorStore, safetensors (Rust) and TensorFlow.
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EROFS, "…", "/a/b"), "/a/b: Read-only file system; allow it, or"),
+        (
+            ValueError(
+                'RESOURCE_EXHAUSTED: Error writing "/a/b" [OS error 28: ENOSPC No space left'
+                " on device] [source locations='tensorstore/x.cc:1']"
+            ),
+            "/a/b: No space left on device; make room",
+        ),
+        (RuntimeError("I/O error: Permission denied (os error 13)"), "Permission denied; allow"),
+        (OSError(errno.ENAMETOOLONG, "…"), "File name too long; choose a shorter path"),
+    ],
+)
+def test_errors_of_the_system_from_any_library_become_a_sentence(error, sentence):
+    assert explain_os_error(error).startswith(sentence)
+    try:
+        raise KeyError("step") from error
+    except KeyError as wrapper:
+        assert explain_os_error(wrapper).startswith(sentence)
+
+
+def test_errors_of_programs_have_no_sentence():
+    for error in (KeyError("x"), FileNotFoundError(errno.ENOENT, "a bug"), OSError("no number")):
+        assert explain_os_error(error) is None
 
 
 def test_other_errors_keep_their_traceback(tmp_path):

@@ -1,7 +1,6 @@
 """Entry point of the command line: parses the arguments, runs the verb, reports errors."""
 
 import argparse
-import errno
 import os
 import sys
 import traceback
@@ -25,6 +24,7 @@ from switch_jax.cli.commands import (
     train,
 )
 from switch_jax.errors import UserError
+from switch_jax.files import explain_os_error
 
 # In the order of `--help`.
 _COMMANDS: tuple[Any, ...] = (
@@ -75,11 +75,11 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if verbose or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        sentence = explain_os_error(error)
+        if verbose or sentence is None:
             raise
-        where = error.filename or "the output"
-        print(f"switch-jax: No space is left for {where}; free some.", file=sys.stderr)
+        print(f"switch-jax: {sentence}", file=sys.stderr)
         return 2
 
 
