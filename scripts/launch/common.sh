@@ -3,6 +3,7 @@
 #   parse REQUIRED OPTIONAL "$@"   sets a variable per option, and `train`, the arguments of switch-jax
 #   run COMMAND…                   prints a command and, without --dry-run, runs it
 #   succeeds COMMAND…              the same, quietly, for a question; under --dry-run the answer is no
+#   quoted WORD…                   prints words for a shell; quoted_twice, if systemd or Kubernetes starts it
 #   need TOOL INSTALL              exits unless TOOL is there; INSTALL says how to get it
 #   fail SENTENCE                  a mistake of the user's: exit 2
 
@@ -62,7 +63,7 @@ parse() {
   train=(train --config "$config" --workdir "$workdir" ${train[@]+"${train[@]}"})
 }
 
-# The words as a shell would read them back.
+# The words as a shell reads them back.
 quoted() {
   local word line='' single="'" escaped="'\\''"
   for word; do
@@ -72,6 +73,14 @@ quoted() {
     line+=" $word"
   done
   echo "${line# }"
+}
+
+# The words for a shell behind systemd or Kubernetes, which expand $NAME, ${NAME} and $(NAME) in a
+# command even between single quotes, and make $$ a $.
+quoted_twice() {
+  local line dollar='$'
+  line=$(quoted "$@")
+  echo "${line//$dollar/$dollar$dollar}"
 }
 
 run() {

@@ -27,5 +27,5 @@ run mkdir -p "$workdir"
 run sbatch --job-name="$name" --dependency=singleton --nodes="$nodes" --ntasks-per-node=8 \
   --gpus-per-node=8 --exclusive --mem=0 --time="$time" \
   ${partition:+--partition="$partition"} ${account:+--account="$account"} \
-  --requeue --signal=B:USR1@600 --output="$workdir/slurm-%j.log" --open-mode=append \
+  --requeue --signal=B:USR1@600 --output="${workdir//%/%%}/slurm-%j.log" --open-mode=append \
   scripts/launch/slurm_job.sh .venv/bin/switch-jax "${train[@]}"

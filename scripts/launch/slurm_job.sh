@@ -4,6 +4,10 @@
 # again itself, and the tasks have been sent SIGTERM.
 set -u
 
+# By it the tasks know each other; srun hands it to them.
+SWITCH_JAX_START_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export SWITCH_JAX_START_SECRET
+
 queue_again() {
   # Not by a signal to srun, which at SIGTERM kills its tasks.
   scancel --signal=TERM "$SLURM_JOB_ID"

@@ -29,7 +29,7 @@ ARGUMENTS = {
     "slurm_gpu": [*COMMON, "runs/a b", "--nodes", "4"],
     "tpu_vm": [*COMMON, "gs://b/a b", "--type", "v5p-128", "--zone", "z", "--project", "p"],
 }
-VOCABULARY = """it's "a $HOME `b`\\ c;d&"""
+VOCABULARY = """it's "a $HOME ${HOME} $(HOME) $$ `b`\\ c;d& [1] *? é {a,b} ~ # %20 ! |<>"""
 PASSED = [f"--config.data.vocabulary={VOCABULARY}", "--config.train.steps", "7"]
 PASSED += ["--", "--coordinator", VOCABULARY]
 BASH = shutil.which("bash")
@@ -75,18 +75,56 @@ def dry_run(launch):
     return dry_run
 
 
-def train_arguments(command):
-    """Parses the arguments of the `switch-jax train` at the end of a command, also within ssh."""
-    words = command
-    if "train" not in words:
-        (remote,) = (w for w in command if w.startswith("--command="))
-        words = shlex.split(remote.removeprefix("--command="))
-    start = words.index("train")
-    assert words[start - 1].endswith("switch-jax")
-    overrides, rest = _split_overrides(words[start:])
-    args = _parser().parse_args(rest)
-    args.overrides = overrides
-    return args
+def expand(text, environment):
+    """Expands variables in a command as systemd and Kubernetes do, quoted or not."""
+
+    def value(match):
+        name = match[1] or match[2]
+        return "$" if name is None else environment.get(name, match[0])
+
+    return re.sub(r"\$\$|\$\{(\w+)\}|\$\((\w+)\)", value, text)
+
+
+@pytest.fixture
+def on_host(tmp_path):
+    """Runs the remote part of a command as the host does; returns the words of `switch-jax`."""
+    folder, log = tmp_path / "host", tmp_path / "words"
+    folder.mkdir()
+    for name in ("git", "pip", "sudo", "switch-jax"):
+        text = "mkdir -p switch_jax" if name == "git" else f"printf '%s\\0' {name} \"$@\" >'{log}'"
+        (folder / name).write_text(f"#!{BASH}\n{text}\n")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": "/home/me", "USER": "me"}
+
+    def on_host(command):
+        (text,) = (w.removeprefix("--command=") for w in command if w.startswith("--command="))
+        if command[0] == "xpk":
+            text = expand(text, environment)
+        subprocess.run([BASH, "-c", text], env=environment, cwd=tmp_path, check=True)
+        words = log.read_text().split("\0")[:-1]
+        if words[0] == "sudo":
+            assert words[1] == "systemd-run"
+            assert "--property=EnvironmentFile=/home/me/switch_jax.env" in words
+            words = [expand(word, environment) for word in words]
+        return words
+
+    return on_host
+
+
+@pytest.fixture
+def train_arguments(on_host):
+    """Parses the arguments of the `switch-jax train` at the end of a command, also on a host."""
+
+    def train_arguments(command):
+        words = command if "train" in command else on_host(command)
+        start = words.index("train")
+        assert words[start - 1].endswith("switch-jax")
+        overrides, rest = _split_overrides(words[start:])
+        args = _parser().parse_args(rest)
+        args.overrides = overrides
+        return args
+
+    return train_arguments
 
 
 @pytest.fixture
@@ -118,12 +156,16 @@ def test_every_script_has_valid_bash_syntax(name):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_the_last_command_trains_with_all_given_arguments(name, dry_run):
-    args = train_arguments(dry_run(name, [*ARGUMENTS[name], *PASSED])[-1])
+def test_the_last_command_trains_with_all_given_arguments(name, dry_run, train_arguments):
+    """Also with names that the shells, systemd, Kubernetes and Slurm on the way would expand."""
+    workdir = f"{ARGUMENTS[name][3]} {VOCABULARY}"
+    command = dry_run(name, [*ARGUMENTS[name], "--workdir", workdir, *PASSED])[-1]
+    args = train_arguments(command)
     assert args.run is train.run and args.coordinator == VOCABULARY
     assert args.config == "configs/switch_base.py:num_experts=64"
-    workdir = ARGUMENTS[name][3]
     assert args.workdir == workdir.replace("gs://", "/mnt/")
+    if name == "slurm_gpu":  # which replaces %j, and %% by %
+        assert f"--output={workdir.replace('%', '%%')}/slurm-%j.log" in command
     slices = {"multislice": {"mesh.slice": "2"}, "gke_xpk": {"mesh.slice": "1"}}
     assert args.overrides == {
         "data.vocabulary": VOCABULARY,
@@ -200,6 +242,7 @@ def test_a_missing_option_is_named_in_one_sentence(name, launch):
     ("name", "arguments", "sentence"),
     [
         ("tpu_vm", ["--workdir", "runs/a"], "all hosts must see --workdir"),
+        ("gke_xpk", ["--config.data.data_dir=a\nb"], "no argument may have a line break"),
         ("tpu_vm", ["--config", "configs/none.py"], "configs/none.py does not exist"),
         ("slurm_gpu", ["--workdir", "gs://b/a"], "must be a folder"),
         ("gpu_box", ["--workdir", "gs://b/a"], "must be a folder"),
@@ -233,11 +276,30 @@ def test_help_lists_every_option(name, launch):
         assert re.search(rf"^  --{option}\b", done.stdout, re.M), option
 
 
+def test_the_secret_of_a_run_reaches_every_host_in_no_command_line(checkout, launch, stubs):
+    """The file's command runs for real; what copies it is a stand-in."""
+    folder, calls = stubs
+    (folder / "bash").unlink()
+    (folder / "mkdir").unlink()
+    for name in ("tpu_vm", "gke_xpk"):
+        done = launch(name, ARGUMENTS[name], first=folder)
+        assert done.returncode == 0, done.stderr
+        file = checkout / "runs" / "switch_jax.env"
+        secret = re.fullmatch("SWITCH_JAX_START_SECRET=([0-9a-f]{32})\n", file.read_text())[1]
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert secret not in done.stdout and not any(secret in w for call in calls() for w in call)
+        file.unlink()
+    scp = next(call for call in calls() if "scp" in call)
+    assert "runs/switch_jax.env" in scp and scp[-1] == "--worker=all"
+    assert "--env-file=runs/switch_jax.env" in calls()[-1]
+
+
 def test_a_job_near_its_time_limit_saves_and_is_requeued(tmp_path):
     log = tmp_path / "log"
     programs = {
         "srun": f"""trap 'echo saved >>{log}; exit 143' TERM
-            echo $$ >{tmp_path}/pid; echo "srun $*" >>{log}; while :; do sleep 0.02; done""",
+            echo $$ >{tmp_path}/pid
+            echo "${{#SWITCH_JAX_START_SECRET}} srun $*" >>{log}; while :; do sleep 0.02; done""",
         "scancel": f'echo "scancel $*" >>{log}; kill -TERM $(cat {tmp_path}/pid)',
         "scontrol": f'echo "scontrol $*" >>{log}',
     }
@@ -252,7 +314,7 @@ def test_a_job_near_its_time_limit_saves_and_is_requeued(tmp_path):
     job.send_signal(signal.SIGUSR1)
     job.wait(20)
     srun, *rest = log.read_text().splitlines()
-    assert srun.endswith(" train a b")
+    assert srun.startswith("32 srun ") and srun.endswith(" train a b")
     assert rest == ["scancel --signal=TERM 12", "saved", "scontrol requeue 12"]
 
 
@@ -338,7 +400,7 @@ def test_docs_show_exactly_the_existing_launchers():
 @pytest.mark.parametrize(
     "command", documented_launches(), ids=lambda command: Path(command[0]).stem
 )
-def test_documented_launches_match_the_table_of_meshes(command, dry_run):
+def test_documented_launches_match_the_table_of_meshes(command, dry_run, train_arguments):
     name = Path(command[0]).stem
     options = dict(zip(command[1::2], command[2::2], strict=False))
     kind = options.get("--type", "")
