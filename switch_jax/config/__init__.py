@@ -1,6 +1,7 @@
 """Configuration: what can be set, how it is read, and what contradicts it."""
 
 from switch_jax.config.expert_capacity import expert_capacity, rows_per_group
+from switch_jax.config.json_files import parse_json, read_json
 from switch_jax.config.load import (
     call_config_function,
     config_differences,
@@ -26,6 +27,7 @@ from switch_jax.config.schema import (
     TrainConfig,
     change_effect,
 )
+from switch_jax.config.typed_values import build_dataclass, check_value
 from switch_jax.config.validation import validate
 
 __all__ = [
@@ -39,8 +41,10 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "TrainConfig",
+    "build_dataclass",
     "call_config_function",
     "change_effect",
+    "check_value",
     "config_differences",
     "config_from_dict",
     "config_to_dict",
@@ -50,7 +54,9 @@ __all__ = [
     "load_config",
     "override_config",
     "parse_arg",
+    "parse_json",
     "read_config_file",
+    "read_json",
     "rows_per_group",
     "validate",
 ]

@@ -5,19 +5,17 @@ A config file starts from `defaults()`, a `ConfigDict` with every key, and chang
 to a validated `Config`. Only config files and this module handle a `ConfigDict`.
 """
 
-import ast
 import dataclasses
-import difflib
-import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from switch_jax.config.presets import find_config_file, run_config_file
 from switch_jax.config.schema import Config
+from switch_jax.config.typed_values import build_dataclass, parse_value, unknown_key
 from switch_jax.config.validation import validate
 from switch_jax.errors import UserError
 
@@ -43,7 +41,7 @@ def parse_arg(arg: str, **known: Any) -> types.SimpleNamespace:
         if name not in known or not equals:
             names = ", ".join(f"{k}=…" for k in known) or "none"
             raise UserError(f"The config has no argument {item!r}; there is {names}.")
-        values[name] = _check(name, _literal(text), type(known[name]))
+        values[name] = parse_value(name, text, type(known[name]))
     return types.SimpleNamespace(**values)
 
 
@@ -91,9 +89,14 @@ def override_config(config: Config, overrides: Mapping[str, str]) -> Config:
     return config_from_dict(_with_overrides(config_to_dict(config), overrides))
 
 
-def config_from_dict(raw: dict[str, Any]) -> Config:
-    """Converts nested plain values to a validated `Config`; raises `UserError`."""
-    config = _convert(Config, raw, "")
+def config_from_dict(raw: Any, source: str = "") -> Config:
+    """Converts nested plain values to a validated `Config`; raises `UserError`.
+
+    Args:
+      raw: dict by key.
+      source: where it comes from, as errors call it; "": a config file.
+    """
+    config = build_dataclass(Config, raw, source)
     validate(config)
     return config
 
@@ -126,78 +129,26 @@ def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
-
-
 def _with_overrides(raw: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Returns `raw` with the values of texts by dotted key, read as the types of the schema."""
+    kinds = dict(_leaf_types(Config))
     for key, text in overrides.items():
         *parents, last = key.split(".")
         node: Any = raw
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or last not in node:
-            raise _unknown_key(key, _dotted_keys(raw))
-        node[last] = _literal(text)
+        if any(known.startswith(f"{key}.") for known in kinds):
+            raise UserError(f"{key} is a group of keys and cannot be {text!r}; set a key of it.")
+        if key not in kinds or not isinstance(node, dict):
+            raise unknown_key("Config", key, kinds)
+        node[last] = parse_value(key, text, kinds[key])
     return raw
 
 
-def _dotted_keys(raw: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in raw.items():
-        keys += (
-            _dotted_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
-        )
-    return keys
-
-
-def _unknown_key(key: str, known: list[str]) -> UserError:
-    by_last_part = {k.split(".")[-1]: k for k in known}
-    close = difflib.get_close_matches(key, known, n=1) or [
-        by_last_part[k] for k in difflib.get_close_matches(key.split(".")[-1], by_last_part, n=1)
-    ]
-    hint = f"did you mean {close[0]!r}?" if close else f"keys are {', '.join(sorted(known))}."
-    return UserError(f"Config has no key {key!r}; {hint}")
-
-
-def _convert(cls: type, raw: dict[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for name in raw:
-        if name not in hints:
-            raise _unknown_key(prefix + name, [prefix + k for k in hints])
-    values = {}
-    for name, value in raw.items():
-        key, kind = prefix + name, hints[name]
+def _leaf_types(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted key and type of every value of a dataclass of dataclasses."""
+    for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise UserError(f"{key} is a group of keys and cannot be {value!r}.")
-            values[name] = _convert(typing.cast(type, kind), value, key + ".")
+            yield from _leaf_types(typing.cast(type, kind), f"{prefix}{name}.")
         else:
-            values[name] = _check(key, value, kind)
-    return cls(**values)
-
-
-def _check(key: str, value: Any, kind: Any) -> Any:
-    """Returns `value` as a `kind`: a plain type, a `Literal`, or one of both `| None`."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value is None and "none" in choices:  # `_literal` reads none as None
-            return "none"
-        if value not in choices:
-            raise UserError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{key} must be {_TYPE_NAMES[kind]}, not {value!r}.")
-    return value
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+            yield prefix + name, kind

@@ -144,7 +144,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
         ("switch_base.py:num_experts=64.0", ["num_experts", "whole number", "64.0"]),
         ("switch_base.py:experts=64", ["'experts=64'", "num_experts=…", "variant=…"]),
         ("switch_base.py:num_experts", ["'num_experts'", "num_experts=…"]),
-        ("switch_base.py:variant=7", ["variant", "text", "7"]),
+        ("switch_base.py:variant=7", ["no variant '7'", "'table9'"]),
         *[(f"{name}.py:variant=tabel9", ["'tabel9'", "'table9'"]) for name in WITH_TABLE9],
         ("switch_bass.py", ["switch_bass.py", "does not exist", "did you mean switch_base "]),
     ],
