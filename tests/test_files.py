@@ -1,6 +1,7 @@
 """Atomic writes and the cache: `build_once` builds once, completely or not at all."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from switch_jax.files import (
     cache_root,
     create_folder_atomically,
     explain_os_error,
+    hold_lock,
     write_atomically,
 )
 
@@ -162,3 +164,37 @@ def test_an_existing_or_impossible_folder_is_a_user_error(tmp_path):
     for path, words in (("file", "exists; name a folder"), ("file/folder", "cannot be made")):
         with pytest.raises(UserError, match=words), create_folder_atomically(tmp_path / path):
             pass
+
+
+def test_a_lock_is_held_by_one_process_and_released_when_it_is_killed(tmp_path):
+    program = """
+import sys, time
+from pathlib import Path
+from switch_jax.files import hold_lock
+
+with hold_lock(Path(sys.argv[1]), "works"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    words = rf"^Process {holder.pid} on .* trains; wait until it ends"
+    with pytest.raises(UserError, match=words), hold_lock(tmp_path / "lock", "trains"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with hold_lock(tmp_path / "lock", "trains"):
+        assert str(os.getpid()) in (tmp_path / "lock").read_text()
+    with hold_lock(tmp_path / "lock", "trains"):
+        pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with hold_lock(tmp_path / "lock", "trains"):
+        pass
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err

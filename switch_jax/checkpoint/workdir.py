@@ -9,11 +9,14 @@ figures/*.png             figures of the metrics
 experts/experts.*         expert specialisation report, as HTML and JSON
 predictions/STEP/*.jsonl  the model's answers to the examples of fine-tuning tasks; eval-STEP/ where
                           `switch-jax eval` evaluated a checkpoint
+train.lock                locked while a process trains in the folder; names the process
 """
 
 import importlib.metadata
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from switch_jax import __version__
@@ -25,7 +28,7 @@ from switch_jax.config import (
     config_to_dict,
 )
 from switch_jax.errors import UserError
-from switch_jax.files import write_atomically
+from switch_jax.files import hold_lock, write_atomically
 
 
 class Workdir:
@@ -41,6 +44,7 @@ class Workdir:
         self.figures = self.path / "figures"
         self.experts = self.path / "experts"
         self.predictions = self.path / "predictions"
+        self.lock_file = self.path / "train.lock"
 
     def config(self) -> Config:
         """Returns the run's config; raises `UserError` where config.json is missing or invalid."""
@@ -80,6 +84,15 @@ class Workdir:
                 f"{self.path} has checkpoints but no config.json; use another --workdir."
             )
 
+    def lock(self) -> AbstractContextManager[None]:
+        """Creates the folder and holds its lock: only one process may train in it at a time.
+
+        Readers need no lock. Raises `UserError` where another process holds it.
+        """
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+        return hold_lock(self.lock_file, f"trains in {self.path}")
+
     def prepare(self, config: Config, vocabulary: bytes | None, devices: str | None = None) -> None:
         """Creates the folder and writes config.json and vocabulary.model.
 
@@ -103,11 +116,17 @@ class Workdir:
             "git_revision": _git_revision(),
             "devices": devices,
         }
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             if vocabulary is not None:
                 write_atomically(self.vocabulary, vocabulary)
             write_atomically(self.config_file, (json.dumps(content, indent=2) + "\n").encode())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises `UserError` in place of the errors of a folder that cannot be written."""
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); use another --workdir."

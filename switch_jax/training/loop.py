@@ -2,6 +2,7 @@
 
 import functools
 import signal
+from contextlib import ExitStack
 
 import jax
 
@@ -37,6 +38,12 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     Returns the signal that ended the run early; None when the run is finished. Raises `UserError`
     where the config does not fit the devices, the data, the models that it names or `workdir`.
     """
+    with ExitStack() as held:
+        return _train(config, workdir, held)
+
+
+def _train(config: Config, workdir: Workdir, held: ExitStack) -> signal.Signals | None:
+    """Does the work of `train`; `held` takes the lock of `workdir`."""
     settings = config.train
     first_process = jax.process_index() == 0
     with fail_together():
@@ -64,6 +71,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
         if first_process:
             synthetic = config.data.reader == "synthetic"
             vocabulary = None if synthetic else open_vocabulary(config).content
+            held.enter_context(workdir.lock())
+            workdir.check(config)  # again: another process may have written it since
             workdir.prepare(config, vocabulary, f"{mesh.devices.size} × {device_kind}")
 
     # State, and position in the data

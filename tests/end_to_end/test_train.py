@@ -6,6 +6,8 @@ import signal
 
 import pytest
 
+from switch_jax.checkpoint import Workdir
+from switch_jax.errors import UserError
 from tests.support import runs
 
 TIMED_METRICS = {"time", "tokens_per_second", "step_seconds", "data_wait_fraction"}
@@ -43,6 +45,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_to_the_bit(config, finis
 
     killed = runs.start(*command)
     runs.wait_for_step(killed, workdir, 50)
+    with pytest.raises(UserError, match=f"Process {killed.pid} on .* trains in"):
+        Workdir(workdir).lock().__enter__()  # as a second run does before it writes anything
     killed.kill()
     killed.wait()
 
