@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,16 +35,22 @@ _COMMANDS: tuple[Any, ...] = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb and returns its exit code: 0, or 2 for wrong input, reported on stderr."""
+    """Runs a verb and returns its exit code; a failure is reported on stderr.
+
+    The code of a failure is `UserError.exit_code`, or 130 for Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(arguments)
-    except BaseException:
-        if not _is_one_of_several():
+        return _run(arguments)
+    except BaseException as error:
+        code = _report_failure(error, verbose="--verbose" in arguments)
+        several = _is_one_of_several()
+        if code is None and not several:
             raise
-        traceback.print_exc()
-        code = 1
-    if code in (1, 2) and _is_one_of_several():
+        if code is None:
+            traceback.print_exc()
+            code = 1
+    if code and several:
         from switch_jax.distributed import exit_after_failure
 
         exit_after_failure(code)
@@ -57,30 +64,37 @@ def _is_one_of_several() -> bool:
 
 
 def _run(arguments: list[str]) -> int:
-    verbose = "--verbose" in arguments
-    try:
-        overrides, rest = _split_overrides(arguments)
-        args = _parser().parse_args(rest)
-        args.overrides = overrides
-        if overrides and not hasattr(args, "config"):
-            raise UserError(
-                f"`{args.verb}` takes no --config; leave --config.{next(iter(overrides))} out."
-            )
-        return args.run(args) or 0
-    except UserError as error:
-        if verbose:
-            raise
-        print(f"switch-jax: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+    overrides, rest = _split_overrides(arguments)
+    args = _parser().parse_args(rest)
+    args.overrides = overrides
+    if overrides and not hasattr(args, "config"):
+        raise UserError(
+            f"`{args.verb}` takes no --config; leave --config.{next(iter(overrides))} out."
+        )
+    return args.run(args) or 0
+
+
+def _report_failure(error: BaseException, *, verbose: bool) -> int | None:
+    """Prints the sentence of a failure, or its traceback if `verbose`; returns the exit code.
+
+    Returns None, and prints nothing, for an exception that is a bug.
+    """
+    if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        sentence = explain_os_error(error)
-        if verbose or sentence is None:
-            raise
+    if isinstance(error, KeyboardInterrupt):
+        code, sentence = 128 + signal.SIGINT, "Interrupted."
+    elif isinstance(error, UserError):
+        code, sentence = error.exit_code, str(error)
+    elif explained := explain_os_error(error):
+        code, sentence = UserError.exit_code, explained
+    else:
+        return None
+    if verbose:
+        traceback.print_exception(error)
+    else:
         print(f"switch-jax: {sentence}", file=sys.stderr)
-        return 2
+    return code
 
 
 def _split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

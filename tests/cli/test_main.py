@@ -8,6 +8,7 @@ import time
 import pytest
 
 from switch_jax.cli.main import main
+from switch_jax.errors import NotFiniteError, UserError
 from tests.support import runs
 
 TRAIN_ONE_STEP = ["--config.train.steps=1", "--config.train.eval_batches=1"]
@@ -161,3 +162,18 @@ def test_seqio_reader_without_tensorflow_says_what_to_install(config, tmp_path):
         check=False,
     )
     assert done.returncode == 2 and 'pip install "switch_jax[data]"' in done.stderr
+
+
+def test_interrupts_and_diverged_runs_have_exit_codes_of_their_own(capsys, monkeypatch):
+    def run_and_fail(error):
+        def run(arguments):
+            raise error
+
+        monkeypatch.setattr(sys.modules["switch_jax.cli.main"], "_run", run)
+        return main([]), capsys.readouterr().err
+
+    assert run_and_fail(KeyboardInterrupt()) == (130, "switch-jax: Interrupted.\n")
+    assert run_and_fail(NotFiniteError("It diverged.")) == (3, "switch-jax: It diverged.\n")
+    assert run_and_fail(UserError("Change it.")) == (2, "switch-jax: Change it.\n")
+    with pytest.raises(ZeroDivisionError):
+        run_and_fail(ZeroDivisionError())
