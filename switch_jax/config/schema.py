@@ -41,6 +41,11 @@ class ModelConfig:
     relative_buckets: int = 32
     relative_max_distance: int = 128
     init_scale: float = 0.1  # s of paper §2.4; 1.0 is the usual Transformer initialisation
+    # Ids of padding, of the end of a text, and of the decoder's first input, as the vocabulary and
+    # the checkpoint have them; T5's are 0, 1 and 0.
+    pad_id: int = 0
+    eos_id: int = 1
+    start_id: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,17 @@ def validate(config: Config) -> None:
         f"model.relative_max_distance must be above half of model.relative_buckets, not"
         f" {model.relative_max_distance}.",
     )
+    for key in ("pad_id", "eos_id", "start_id"):
+        _require(
+            getattr(model, key) < max(model.vocab_size, 2),
+            f"model.{key}={getattr(model, key)} is not below model.vocab_size={model.vocab_size};"
+            " change one of them.",
+        )
+    _require(
+        model.pad_id != model.eos_id,
+        f"model.pad_id and model.eos_id are both {model.pad_id}, so the end of a text would be"
+        " taken for padding; change one of them.",
+    )
     _require(
         data.batch_size % train.accumulate == 0,
         f"data.batch_size={data.batch_size} is not a multiple of"
@@ -68,6 +79,7 @@ def _require(condition: bool, message: str) -> None:
 
 _MINIMUMS = {
     "model": {
+        0: "pad_id eos_id start_id",
         1: "vocab_size d_model d_ff num_heads head_dim num_encoder_layers num_decoder_layers"
         " relative_max_distance",
     },

@@ -22,6 +22,7 @@ from switch_jax.data.vocabulary import (
     NUM_SENTINELS,
     PAD,
     Vocabulary,
+    check_vocabulary,
     parse_vocabulary,
     read_vocabulary,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Task",
     "Vocabulary",
     "build_token_store",
+    "check_vocabulary",
     "examples_text",
     "feature_shapes",
     "find_sources",

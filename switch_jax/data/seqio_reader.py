@@ -31,7 +31,12 @@ from switch_jax.data.sources.bad_records import MISSING, BadRecords, ReportedBad
 from switch_jax.data.sources.source import Source, Split
 from switch_jax.data.span_corruption import span_lengths
 from switch_jax.data.token_store.store import is_store
-from switch_jax.data.vocabulary import NUM_SENTINELS, ByteVocabulary, Vocabulary
+from switch_jax.data.vocabulary import (
+    NUM_SENTINELS,
+    ByteVocabulary,
+    SentencePieceVocabulary,
+    Vocabulary,
+)
 from switch_jax.data.vocabulary_builder import check_sentinels, open_vocabulary
 from switch_jax.errors import UserError
 
@@ -257,7 +262,9 @@ def _task(
 def _seqio_vocabulary(vocabulary: Vocabulary) -> seqio.Vocabulary:
     if isinstance(vocabulary, ByteVocabulary):
         return seqio.ByteVocabulary(extra_ids=NUM_SENTINELS)
-    return seqio.SentencePieceVocabulary(vocabulary.name, extra_ids=NUM_SENTINELS)
+    assert isinstance(vocabulary, SentencePieceVocabulary)
+    extra_ids = 0 if vocabulary.has_own_sentinels else NUM_SENTINELS
+    return seqio.SentencePieceVocabulary(vocabulary.name, extra_ids=extra_ids)
 
 
 class DocumentSource(seqio.DataSource):

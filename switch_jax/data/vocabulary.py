@@ -1,44 +1,74 @@
-"""Vocabularies with T5's ids: 0 padding, 1 EOS, 2 unknown, 100 sentinels at the end.
+"""Vocabularies: the ids of pieces of text, of padding, EOS and unknown pieces, and of sentinels.
 
-A vocabulary's file is a SentencePiece model, or the word `bytes`. Every token store and every
-WORKDIR contains its own copy, so that it can be moved to another machine.
+A vocabulary's file is a SentencePiece model, or the word `bytes` or `byt5`. Every token store and
+every WORKDIR contains its own copy, so that it can be moved to another machine.
+
+Sentinels `<extra_id_0>`, `<extra_id_1>`, … mark the spans of span corruption. A SentencePiece model
+that has pieces of these names, as mT5's, has its sentinels there. Behind the pieces of any other,
+as T5's, follow 100 sentinels in descending order: `<extra_id_0>` has the last id.
 """
 
 import abc
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import sentencepiece
 from etils import epath
 
+from switch_jax.config import ModelConfig
 from switch_jax.errors import UserError
 
-PAD, EOS, UNK = 0, 1, 2
-NUM_SENTINELS = 100
+PAD, EOS, UNK = 0, 1, 2  # of vocabularies that are trained here, and of bytes; as T5's
+NUM_SENTINELS = 100  # behind the pieces of a vocabulary whose file has none
 VOCABULARY_FILE = "vocabulary.model"  # in a WORKDIR and in a token store
 HUGGING_FACE_VOCABULARY_FILE = "spiece.model"  # in a Hugging Face folder
 BYTES = "bytes"  # the byte vocabulary: value of `data.vocabulary` and content of its file
-_SENTINEL = re.compile(r"<extra_id_(\d{1,2})>")
+_SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,8})>")
 
 
 class Vocabulary(abc.ABC):
-    """Pieces of text and their ids, followed by 100 sentinels in descending order.
+    """Pieces of text and their ids.
 
     Attributes:
-      name: path or `bytes`, for messages.
+      name: path, or the name of a vocabulary of bytes, for messages.
       content: the bytes of its file.
-      size: number of pieces and sentinels; every id is smaller.
+      size: number of ids, sentinels included; every id is smaller.
+      sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, …; empty if the vocabulary has none.
+      pad: id of padding; None if the vocabulary has none.
+      eos: id of the end of a text; None if the vocabulary has none.
+      unk: id of what the vocabulary cannot write; None if it can write everything.
       fingerprint: hash of the content, 32 hexadecimal digits.
     """
 
-    def __init__(self, name: str, content: bytes, pieces: int):
+    def __init__(
+        self,
+        name: str,
+        content: bytes,
+        size: int,
+        sentinels: Iterable[int],
+        *,
+        pad: int | None,
+        eos: int | None,
+        unk: int | None,
+    ):
         self.name = name
         self.content = content
-        self.size = pieces + NUM_SENTINELS
+        self.size = size
+        self.sentinels = tuple(sentinels)
+        self.pad, self.eos, self.unk = pad, eos, unk
         self.fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
+        self._sentinel_names = {
+            token: f"<extra_id_{number}>" for number, token in enumerate(self.sentinels)
+        }
+
+    @property
+    def num_pieces(self) -> int:
+        """Number of ids that are no sentinels."""
+        return self.size - len(self.sentinels)
 
     @property
     def padded_size(self) -> int:
@@ -46,38 +76,45 @@ class Vocabulary(abc.ABC):
         return -(-self.size // 128) * 128
 
     def sentinel(self, number: int) -> int:
-        """Returns the id of `<extra_id_NUMBER>`; sentinel 0 has the last id."""
-        return self.size - 1 - number
+        """Returns the id of `<extra_id_NUMBER>`."""
+        return self.sentinels[number]
 
     def piece(self, token: int) -> str:
         """Returns an id as text: `▁the` with `▁` for a space, `</s>`, `<0x0A>`, `<extra_id_0>`;
-        `#900` for an id past the end.
+        `#900` for an id outside the vocabulary.
         """
-        if token >= self.size:
+        if not 0 <= token < self.size:
             return f"#{token}"
-        if token >= self.size - NUM_SENTINELS:
-            return f"<extra_id_{self.size - 1 - token}>"
-        return self._piece(token)
+        return self._sentinel_names.get(token) or self._piece(token)
 
     def encode(self, text: str) -> list[int]:
-        """Returns ids without EOS; `<extra_id_0>` to `<extra_id_99>` become sentinels."""
+        """Returns ids without EOS; `<extra_id_0>` and its other sentinels become one id each."""
         ids: list[int] = []
-        for i, part in enumerate(_SENTINEL.split(text)):
-            if i % 2:
-                ids.append(self.sentinel(int(part)))
-            else:
-                ids += self._encode(part)
-        return ids
+        start = 0
+        for match in _SENTINEL.finditer(text):
+            if int(match[1]) < len(self.sentinels):
+                ids += self._encode(text[start : match.start()])
+                ids.append(self.sentinels[int(match[1])])
+                start = match.end()
+        return ids + self._encode(text[start:])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns text with sentinels as `<extra_id_0>`, without padding, EOS, ids past the end."""
+        """Returns text with sentinels as `<extra_id_0>`, without padding and EOS.
+
+        Ids outside the vocabulary are left out.
+        """
+        known = [token for token in map(int, ids) if 0 <= token < self.size]
         parts = []
-        for are_pieces, group in groupby(map(int, ids), lambda i: i < self.size - NUM_SENTINELS):
-            if are_pieces:
-                parts.append(self._decode(list(group)).strip())
+        for are_sentinels, group in groupby(known, self._sentinel_names.__contains__):
+            if are_sentinels:
+                parts += [self._sentinel_names[token] for token in group]
             else:
-                parts += [f"<extra_id_{self.size - 1 - i}>" for i in group if i < self.size]
+                parts.append(self._decode(list(group)).strip())
         return " ".join(filter(None, parts))
+
+    @abc.abstractmethod
+    def is_control(self, token: int) -> bool:
+        """Whether an id is in no text: padding, EOS, or another mark."""
 
     @abc.abstractmethod
     def _piece(self, token: int) -> str: ...
@@ -87,27 +124,51 @@ class Vocabulary(abc.ABC):
     def _decode(self, ids: list[int]) -> str: ...
 
 
-class SentencePieceVocabulary(Vocabulary):
-    """A SentencePiece model.
+def named_sentinels(token_id: Callable[[str], int | None]) -> tuple[int, ...]:
+    """Returns the ids of `<extra_id_0>`, `<extra_id_1>`, …, up to a missing one.
 
-    Raises `UserError` if the content is no such model, or its special ids differ from T5's.
+    Args:
+      token_id: returns the id of a piece of that name, or None. `▁` may come before the name.
     """
+    sentinels: list[int] = []
+    for number in itertools.count():
+        name = f"<extra_id_{number}>"
+        ids = [token for token in map(token_id, ("▁" + name, name)) if token is not None]
+        if not ids:
+            return tuple(sentinels)
+        sentinels.append(ids[0])
+    raise AssertionError
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """A SentencePiece model; raises `UserError` if the content is none."""
 
     def __init__(self, name: str, content: bytes):
-        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor = processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(content)
+            processor.LoadFromSerializedProto(content)
         except RuntimeError as error:
             raise UserError(
                 f"Vocabulary {name!r} is not a SentencePiece model; set data.vocabulary to one."
             ) from error
-        ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
-        if ids != (PAD, EOS, UNK):
-            raise UserError(
-                f"Vocabulary {name!r} has pad, EOS and unknown at {ids}, not at (0, 1, 2) as"
-                " T5's; train one with `switch-jax data vocab`."
-            )
-        super().__init__(name, content, self._processor.get_piece_size())
+        size = processor.get_piece_size()
+        sentinels = named_sentinels(self._find)
+        self.has_own_sentinels = bool(sentinels)
+        if not sentinels:
+            sentinels = tuple(range(size + NUM_SENTINELS - 1, size - 1, -1))
+            size += NUM_SENTINELS
+        pad, eos, unk = (
+            None if token < 0 else token
+            for token in (processor.pad_id(), processor.eos_id(), processor.unk_id())
+        )
+        super().__init__(name, content, size, sentinels, pad=pad, eos=eos, unk=unk)
+
+    def is_control(self, token: int) -> bool:
+        return self._processor.is_control(token)
+
+    def _find(self, piece: str) -> int | None:
+        token = self._processor.piece_to_id(piece)
+        return token if self._processor.id_to_piece(token) == piece else None
 
     def _piece(self, token: int) -> str:
         return self._processor.id_to_piece(token)
@@ -120,12 +181,18 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 class ByteVocabulary(Vocabulary):
-    """The byte vocabulary of ByT5: the 256 bytes of UTF-8, from id 3 on."""
+    """The 256 bytes of UTF-8, from id 3 on, and 100 sentinels behind them."""
 
     _FIRST = 3
 
     def __init__(self):
-        super().__init__(BYTES, BYTES.encode(), self._FIRST + 256)
+        pieces = self._FIRST + 256
+        size = pieces + NUM_SENTINELS
+        sentinels = range(size - 1, pieces - 1, -1)
+        super().__init__(BYTES, BYTES.encode(), size, sentinels, pad=PAD, eos=EOS, unk=UNK)
+
+    def is_control(self, token: int) -> bool:
+        return token < self._FIRST
 
     def _piece(self, token: int) -> str:
         if token < self._FIRST:
@@ -163,3 +230,32 @@ def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
 def parse_vocabulary(name: str, content: bytes) -> Vocabulary:
     """Returns the vocabulary of a file's content; raises `UserError` if it is not a vocabulary."""
     return ByteVocabulary() if content == BYTES.encode() else SentencePieceVocabulary(name, content)
+
+
+def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
+    """Raises `UserError` where a model cannot be used with a vocabulary.
+
+    The vocabulary has more ids than the model, or another padding or EOS; an id that the model uses
+    as one of them without the vocabulary's knowing must not be in any text.
+    """
+    name = vocabulary.name
+    if vocabulary.size > model.vocab_size:
+        raise UserError(
+            f"Vocabulary {name!r} has {vocabulary.size} ids, sentinels included, and"
+            f" model.vocab_size={model.vocab_size}; set it to {vocabulary.padded_size}, or"
+            " data.vocabulary to the model's own."
+        )
+    for key, meaning, own, used in (
+        ("pad_id", "padding", vocabulary.pad, model.pad_id),
+        ("eos_id", "the end of a text", vocabulary.eos, model.eos_id),
+    ):
+        if own not in (None, used):
+            raise UserError(
+                f"In vocabulary {name!r}, {own} stands for {meaning}, and model.{key}={used}; set"
+                f" it to {own}, or data.vocabulary to the model's own."
+            )
+        if own is None and used < vocabulary.size and not vocabulary.is_control(used):
+            raise UserError(
+                f"Vocabulary {name!r} has no id for {meaning}, and model.{key}={used} is its piece"
+                f" {vocabulary.piece(used)!r}; set it to an id that is in no text."
+            )

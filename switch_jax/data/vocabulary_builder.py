@@ -22,6 +22,7 @@ from switch_jax.data.vocabulary import (
     UNK,
     VOCABULARY_FILE,
     Vocabulary,
+    check_vocabulary,
     read_vocabulary,
 )
 from switch_jax.errors import UserError
@@ -41,7 +42,7 @@ def open_vocabulary(config: Config) -> Vocabulary:
     store; else the vocabulary of the checkpoint `init_from` or `distill.teacher`; else one that is
     trained on the mixture on first use and kept in the cache.
 
-    Raises `UserError` if it cannot be read or has more ids than `model.vocab_size`.
+    Raises `UserError` if it cannot be read or does not fit the model (`check_vocabulary`).
     """
     data = config.data
     inherited = _checkpoint_vocabulary(config.init_from) or _checkpoint_vocabulary(
@@ -56,11 +57,7 @@ def open_vocabulary(config: Config) -> Vocabulary:
         vocabulary = read_vocabulary(inherited)
     else:
         vocabulary = read_vocabulary(_trained_vocabulary(data, config.model.vocab_size))
-    if vocabulary.size > config.model.vocab_size:
-        raise UserError(
-            f"Vocabulary {vocabulary.name!r} has {vocabulary.size} ids, sentinels included, and"
-            f" model.vocab_size={config.model.vocab_size}; set it to {vocabulary.padded_size}."
-        )
+    check_vocabulary(vocabulary, config.model)
     return vocabulary
 
 

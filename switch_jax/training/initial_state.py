@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -20,7 +21,7 @@ from switch_jax.checkpoint import (
     transfer_report,
 )
 from switch_jax.config import Config
-from switch_jax.data import NUM_SENTINELS, open_vocabulary, parse_vocabulary
+from switch_jax.data import open_vocabulary, parse_vocabulary
 from switch_jax.errors import UserError
 from switch_jax.model import (
     LayerSlice,
@@ -34,11 +35,13 @@ from switch_jax.training.step import TrainProgram
 
 
 class VocabularyGrowth(NamedTuple):
-    """Sizes of a vocabulary that has grown: ids of pieces stay, sentinels move to the end."""
+    """Ids of a vocabulary that has grown: pieces keep their ids, sentinels may have others.
 
-    num_pieces: int  # of the old vocabulary, without sentinels
-    old_size: int
-    new_size: int
+    The pieces and sentinels of the old vocabulary, in the same order in both tuples.
+    """
+
+    old_ids: tuple[int, ...]
+    new_ids: tuple[int, ...]
 
 
 def make_initial_state(program: TrainProgram) -> TrainState:
@@ -100,13 +103,18 @@ def _vocabulary_growth(source: PretrainedModel, config: Config) -> VocabularyGro
     old, new = parse_vocabulary("init_from", source.vocabulary), open_vocabulary(config)
     if old.fingerprint == new.fingerprint:
         return None
-    num_pieces = old.size - NUM_SENTINELS
-    if new.size < old.size or any(old.piece(i) != new.piece(i) for i in range(num_pieces)):
+    sentinels = set(old.sentinels)
+    pieces = tuple(token for token in range(old.size) if token not in sentinels)
+    if (
+        new.size < old.size
+        or len(new.sentinels) < len(old.sentinels)
+        or any(old.piece(token) != new.piece(token) for token in pieces)
+    ):
         raise UserError(
             f"The vocabulary {new.name!r} is another than that of init_from={config.init_from}; set"
             " data.vocabulary to that one, or to one that only adds pieces behind its own."
         )
-    return VocabularyGrowth(num_pieces, old.size, new.size)
+    return VocabularyGrowth(pieces + old.sentinels, pieces + new.sentinels[: len(old.sentinels)])
 
 
 def _restore_optimizer(source: PretrainedModel, program: TrainProgram, fresh: Any) -> Any:
@@ -195,13 +203,9 @@ def _move_ids(fresh: jax.Array, old: jax.Array, axis: int, growth: VocabularyGro
 
     `axis` is the vocabulary's dimension in both arrays.
     """
-    pieces, sentinels = (
-        jax.lax.slice_in_dim(old, start, end, axis=axis)
-        for start, end in ((0, growth.num_pieces), (growth.num_pieces, growth.old_size))
-    )
-    fresh = jax.lax.dynamic_update_slice_in_dim(fresh, pieces, 0, axis)
-    first_sentinel = growth.new_size - NUM_SENTINELS
-    return jax.lax.dynamic_update_slice_in_dim(fresh, sentinels, first_sentinel, axis)
+    rows = jnp.take(old, np.array(growth.old_ids), axis=axis)
+    index = (slice(None),) * axis + (np.array(growth.new_ids),)
+    return fresh.at[index].set(rows)
 
 
 def _overwrite(fresh: jax.Array, old: jax.Array) -> jax.Array:
