@@ -11,7 +11,7 @@ from switch_jax.analysis.learning_curves import (
     speed_up,
     value_at,
 )
-from switch_jax.analysis.plotting import import_matplotlib, new_figure
+from switch_jax.analysis.plotting import import_matplotlib, literal_text, new_figure
 from switch_jax.analysis.run_plots import draw_run_plots, draw_source_losses
 from switch_jax.analysis.speedup import (
     common_sources,
@@ -33,6 +33,7 @@ __all__ = [
     "expert_table",
     "html_page",
     "import_matplotlib",
+    "literal_text",
     "markdown_to_html",
     "mean_spread",
     "new_figure",

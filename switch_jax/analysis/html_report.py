@@ -9,6 +9,8 @@ from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 
+from switch_jax.errors import printable
+
 
 def html_page(title: str, body: str, style: str = "") -> str:
     """Returns a page with the colours and fonts of all reports, light and dark.
@@ -57,7 +59,7 @@ def markdown_to_html(text: str, folder: Path) -> str:
 
 def escape_markdown(text: str) -> str:
     """Returns Markdown that shows `text` as it is, on one line."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     line = re.sub(r"[\\`*<>\[\]|~#&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
     return re.sub(r"^(\d*)([-+=.)])(?!\w)", r"\1\\\2", line)  # else a list or a heading may begin
 

@@ -1,8 +1,8 @@
-"""Matplotlib figures: import on first use, and the common style."""
+"""Matplotlib figures: import on first use, the common style, and texts of others in them."""
 
 from typing import Any
 
-from switch_jax.errors import UserError
+from switch_jax.errors import UserError, printable
 
 
 def import_matplotlib() -> Any:
@@ -13,6 +13,16 @@ def import_matplotlib() -> Any:
     except ImportError:
         raise UserError('Figures need Matplotlib: pip install "switch_jax[plots]".') from None
     return matplotlib
+
+
+def literal_text(text: str) -> str:
+    """Returns a text that Matplotlib draws as it is, for names that others have chosen.
+
+    Without mathematics between dollar signs, and in a legend also if it begins with `_`.
+    """
+    zero_width_space = "\u200b"  # a legend leaves out labels that begin with `_`
+    text = printable(text).replace("$", r"\$")
+    return zero_width_space + text if text.startswith("_") else text
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **grid: Any) -> Any:

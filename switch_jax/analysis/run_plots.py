@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from switch_jax.analysis.plotting import new_figure
+from switch_jax.analysis.plotting import literal_text, new_figure
 from switch_jax.analysis.speedup import common_sources, compare_sources, comparison_to_json
 from switch_jax.checkpoint import Workdir, read_metrics
 from switch_jax.errors import UserError
@@ -71,7 +71,7 @@ def _draw_loss(runs: Runs) -> Any:
     by_step, by_tokens = figure.axes
     for number, (run, lines) in enumerate(runs.items()):
         steps, loss = _series(lines, "train", "cross_entropy")
-        colour = f"C{number}"
+        colour, run = f"C{number}", literal_text(run)
         by_step.plot(steps, loss, color=colour, alpha=0.35, lw=1, label=f"{run}, training")
         steps, loss = _series(lines, "eval", "cross_entropy")
         by_step.plot(steps, loss, color=colour, marker="o", ms=3, label=f"{run}, validation")
@@ -108,7 +108,7 @@ def _draw_router(runs: Runs) -> Any:
                 *_series(lines, "train", f"router/{name}"),
                 color=f"C{number}" if several else "black",
                 lw=2,
-                label=run if several else "mean",
+                label=literal_text(run) if several else "mean",
             )
         axes.set(xlabel="step", title=label)
     figure.axes[-1].legend(frameon=False, fontsize=8)
@@ -130,7 +130,7 @@ def _draw_tasks(runs: Runs, scores: list[str]) -> Any:
     for axes, score in zip(figure.axes, scores):
         for number, (run, lines) in enumerate(runs.items()):
             steps, values = _series(lines, "eval", score)
-            axes.plot(steps, values, color=f"C{number}", marker="o", ms=3, label=run)
+            axes.plot(steps, values, color=f"C{number}", marker="o", ms=3, label=literal_text(run))
             if values:
                 best = int(np.argmax(values))
                 axes.plot(steps[best], values[best], "*", color=f"C{number}", ms=11)
@@ -143,7 +143,7 @@ def _draw_tasks(runs: Runs, scores: list[str]) -> Any:
                     fontsize=8,
                 )
         axes.margins(y=0.15)
-        axes.set(xlabel="step", title=score.removesuffix("/score"))
+        axes.set(xlabel="step", title=literal_text(score.removesuffix("/score")))
     for axes in figure.axes[len(scores) :]:
         axes.remove()
     figure.axes[0].set_ylabel("score")
@@ -172,8 +172,8 @@ def draw_source_losses(runs: Runs) -> Any:
         y = range(len(names))
         axes.hlines(y, *qualities, color="0.8", lw=2, zorder=2)
         for run, role, quality in zip(runs, (" (baseline)", ""), qualities):
-            axes.plot(quality, y, "o", ms=4, label=run + role)
-        axes.set_yticks(y, names, fontsize=7 if panels > 1 else 9)
+            axes.plot(quality, y, "o", ms=4, label=literal_text(run) + role)
+        axes.set_yticks(y, map(literal_text, names), fontsize=7 if panels > 1 else 9)
         axes.tick_params("y", length=0)
         # The last panel may have fewer sources; it has the same height.
         axes.set(xlabel="neg. log perplexity (nats)", ylim=(height - 0.4, -0.6))

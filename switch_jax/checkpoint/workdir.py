@@ -14,6 +14,7 @@ train.lock                locked while a process trains in the folder; names the
 
 import importlib.metadata
 import json
+import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -53,7 +54,7 @@ class Workdir:
             if "model_type" in content:
                 raise UserError(
                     f"{self.path} is a folder of Hugging Face's; make a WORKDIR of it with"
-                    f" `switch-jax convert from-hf {self.path} OUT`."
+                    f" `switch-jax convert from-hf {shlex.quote(str(self.path))} OUT`."
                 )
             return config_from_dict(content["config"])
         except (FileNotFoundError, NotADirectoryError):

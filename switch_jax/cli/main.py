@@ -24,7 +24,7 @@ from switch_jax.cli.commands import (
     sweep,
     train,
 )
-from switch_jax.errors import UserError
+from switch_jax.errors import UserError, printable
 from switch_jax.files import explain_os_error
 
 # In the order of `--help`.
@@ -93,7 +93,7 @@ def _report_failure(error: BaseException, *, verbose: bool) -> int | None:
     if verbose:
         traceback.print_exception(error)
     else:
-        print(f"switch-jax: {sentence}", file=sys.stderr)
+        print(f"switch-jax: {printable(sentence)}", file=sys.stderr)
     return code
 
 

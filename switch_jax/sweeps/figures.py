@@ -11,6 +11,7 @@ from switch_jax.analysis import (
     PowerLaw,
     draw_source_losses,
     import_matplotlib,
+    literal_text,
     mean_spread,
     new_figure,
 )
@@ -91,7 +92,7 @@ def _draw_curves(figure: Curves, results: Results) -> Any:
             axes.plot(*zip(*curve), color=COLOURS[index % len(COLOURS)], lw=0.8, alpha=0.35)
         length = max(map(len, curves))  # curves of seeds that diverged are shorter
         x, quality = np.mean([curve for curve in curves if len(curve) == length], axis=0).T
-        axes.plot(x, quality, lw=1.8, ms=3, label=label, **_series_style(index))
+        axes.plot(x, quality, lw=1.8, ms=3, label=literal_text(label), **_series_style(index))
         largest_x = max(largest_x, x[-1])
         late_qualities += [y for curve in curves for _, y in curve[len(curve) // 4 :]]
         if index == 0:
@@ -139,7 +140,7 @@ def _draw_scaling(figure: Scaling, results: Results, power_laws: Mapping[str, An
         for index, (label, series_points) in enumerate(list(series.items())[: panel + 1]):
             x, loss = np.array(series_points).T
             colour = COLOURS[(5, 4)[index]]
-            axes.plot(x, loss, "os"[index], ms=5, color=colour, label=label)
+            axes.plot(x, loss, "os"[index], ms=5, color=colour, label=literal_text(label))
             if power_laws[label] is not None:
                 law = PowerLaw(**power_laws[label])
                 line_x = np.geomspace(x.min(), x.max())
@@ -162,8 +163,12 @@ def _draw_transfer(figure: Transfer, results: Results) -> Any:
     axes = drawing.axes[0]
     for index, (label, points) in enumerate(series.items()):
         if points:
-            axes.plot(*zip(*sorted(points)), lw=1, ms=5, label=label, **_series_style(index))
-    axes.set(xlabel=f"upstream: {_QUALITY_LABEL}", ylabel=f"downstream: {figure.metric}")
+            axes.plot(
+                *zip(*sorted(points)), lw=1, ms=5, label=literal_text(label), **_series_style(index)
+            )
+    axes.set(
+        xlabel=f"upstream: {_QUALITY_LABEL}", ylabel=f"downstream: {literal_text(figure.metric)}"
+    )
     axes.legend(frameon=False, fontsize=8)
     return drawing
 
@@ -192,7 +197,7 @@ def _draw_table(table: Table, results: Results) -> Any:
             colour = COLOURS[index % len(COLOURS)]
             axes.plot(finite, [index] * len(finite), "o", ms=4, color=colour)
             axes.plot([spread.mean], [index], "|", ms=14, color=colour)
-    axes.set_yticks(range(len(table.rows)), table.rows)
+    axes.set_yticks(range(len(table.rows)), map(literal_text, table.rows))
     axes.set_ylim(len(table.rows) - 0.5, -0.5)
-    axes.set_xlabel(_QUALITY_LABEL if table.metric == QUALITY else table.metric)
+    axes.set_xlabel(_QUALITY_LABEL if table.metric == QUALITY else literal_text(table.metric))
     return drawing if has_data else None

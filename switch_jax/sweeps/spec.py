@@ -234,9 +234,11 @@ def _comparable_settings(config: Config) -> dict[str, Any]:
 
 def _check_names(sweep: Sweep) -> None:
     """Raises `UserError` for invalid or unknown names, and for circular references."""
+    kinds = {"Run": sweep.runs, "Table": sweep.tables, "Figure": sweep.figures}
+    for kind, name in ((kind, name) for kind, names in kinds.items() for name in names):
+        if not re.fullmatch(r"[\w.+-]+", name):  # they are names of files
+            raise UserError(f"{kind} {name!r} of the sweep must be letters, digits and . _ + -.")
     for name, run in sweep.runs.items():
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise UserError(f"Run {name!r} of the sweep must be letters, digits and . _ + -.")
         _check_runs_exist(sweep, run.required_runs(), f"run {name!r}")
     _check_no_circle(sweep)
     for name, table in sweep.tables.items():

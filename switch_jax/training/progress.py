@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from switch_jax.errors import printable
+
 
 class ProgressDisplay:
     """A progress bar on stderr with a description, a status and the time left.
@@ -19,11 +21,12 @@ class ProgressDisplay:
         self, total: float, done: float = 0.0, *, status: str = "", active: bool = True
     ) -> None:
         """`total`, `done`: amounts of work in one unit; one process of several is `active`."""
-        self._console = Console(stderr=True, quiet=not active)
+        # All texts are shown as they are: names of tasks and messages may look like markup.
+        self._console = Console(stderr=True, quiet=not active, markup=False, emoji=False)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.percentage:.0f} %  {task.fields[status]}"),
+            TextColumn("{task.percentage:.0f} %  {task.fields[status]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -69,14 +72,17 @@ class ProgressDisplay:
         self._status = self._status if status is None else status
         texts = [text for text in (self._status, self._time_left()) if text]
         self._bar.update(
-            self._task, completed=done, description=self._description, status="  ".join(texts)
+            self._task,
+            completed=done,
+            description=printable(self._description),
+            status=printable("  ".join(texts)),
         )
         if line and not self._console.is_terminal:
             self.print_line("  ".join([self._description, *texts]))
 
     def print_line(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), highlight=False, soft_wrap=True)
 
     def _time_left(self) -> str:
         done_here = self._done - (self._base or 0.0)

@@ -51,6 +51,11 @@ def failure(capsys, *arguments):
     return err
 
 
+def test_control_characters_in_messages_are_escaped(capsys):
+    err = failure(capsys, "train", "--config", "a\x1b[2J\nb.py", "--workdir", "x")
+    assert r"a\x1b[2J\nb.py" in err
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [

@@ -131,6 +131,7 @@ INCOMPLETE = {
         "", {"a": MINI.but({"init_from": "{run:b}"}), "b": MINI.but({"init_from": "{run:a}"})}
     ),
     "letters": Sweep("", {"a/b": MINI}),
+    "Table '../t'.*letters": Sweep("", {"a": MINI}, tables={"../t": Table("", "", {"A": "a"})}),
     "no run 'x'": Sweep("", {"a": MINI.but({"init_from": "{run:x}"})}),
     "figure 'f'.*no run 'b'": Sweep("", {"a": MINI}, figures={"f": Curves("", "", {"A": "b"})}),
 }

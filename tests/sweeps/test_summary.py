@@ -1,6 +1,7 @@
 """Summary and report of a sweep, for results whose summary is known."""
 
 import dataclasses
+import html
 import json
 import re
 
@@ -190,6 +191,30 @@ def test_every_table_and_figure_is_drawn_and_in_both_summaries(everything, tmp_p
     assert "Better in the end: 2.0 ± 0.0 of 2 sources" in text
     assert "Mean speed-up of those that get there: 2.00 ± 0.00 ×" in text
     json.loads((tmp_path / "summary.json").read_text())
+
+
+STRANGE = ("$a_{$", "_b", "[/c]", "|`d`", "<script>e", "f\x1b[2J")
+
+
+def test_names_are_text_and_never_markup(tmp_path):
+    """Labels with mathematics, markup of rich, Markdown and HTML, and control characters."""
+    runs = dict.fromkeys(STRANGE, "dense")
+    sweep = Sweep(
+        "<script>t",
+        {"dense": SweepRun("c.py")},
+        (0, 1),
+        {"table": Table("$t_{$", "Claim", runs)},
+        {"steps": Curves("|t|", "[/c]", runs)},
+    )
+    write_results_report(sweep, RESULTS, tmp_path)
+    for name in ("table", "steps"):
+        texts = re.findall("<text .*?>(.*?)</text>", (tmp_path / f"figures/{name}.svg").read_text())
+        shown = {html.unescape(text).lstrip("\u200b") for text in texts}
+        assert shown >= {*STRANGE[:-1], r"f\x1b[2J"}
+    page = (tmp_path / "index.html").read_text()
+    assert "<script" not in page
+    cells = re.findall("<td>(.*?)</td>", page)
+    assert {html.unescape(cell) for cell in cells} >= {*STRANGE[:-1], r"f\x1b[2J"}
 
 
 def test_a_sweep_without_finished_runs_has_a_summary(everything, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 from switch_jax.cli.arguments import add_config, add_verbose, positive_int
@@ -82,10 +83,9 @@ def run_pack(args: argparse.Namespace) -> int:
         return 130
     print(store_table(manifest))
     names = ",".join(manifest["sources"])
-    print(
-        f"Train on it with --config.data.reader=store --config.data.data_dir={output}"
-        + (f" --config.data.mixture={names}" if len(names) < 60 else "")
-    )
+    flags = ["--config.data.reader=store", f"--config.data.data_dir={output}"]
+    flags += [f"--config.data.mixture={names}"] if len(names) < 60 else []
+    print(f"Train on it with {shlex.join(flags)}")
     return 0
 
 
