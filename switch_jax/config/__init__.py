@@ -3,7 +3,6 @@
 from switch_jax.config.expert_capacity import expert_capacity, rows_per_group
 from switch_jax.config.json_files import parse_json, read_json
 from switch_jax.config.load import (
-    call_config_function,
     config_differences,
     config_from_dict,
     config_to_dict,
@@ -14,6 +13,7 @@ from switch_jax.config.load import (
     parse_arg,
     read_config_file,
 )
+from switch_jax.config.presets import call_config_function, split_config_spec
 from switch_jax.config.schema import (
     STACKS,
     BlockRun,
@@ -58,5 +58,6 @@ __all__ = [
     "read_config_file",
     "read_json",
     "rows_per_group",
+    "split_config_spec",
     "validate",
 ]

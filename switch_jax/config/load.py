@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
-from switch_jax.config.presets import find_config_file, run_config_file
+from switch_jax.config.presets import call_config_function, split_config_spec
 from switch_jax.config.schema import Config
 from switch_jax.config.typed_values import build_dataclass, parse_value, unknown_key
 from switch_jax.config.validation import validate
@@ -54,34 +55,25 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
 
     Raises `UserError` for a missing file, an unknown key, or an invalid value.
     """
-    return config_from_dict(_with_overrides(read_config_file(spec).to_dict(), overrides or {}))
+    try:
+        raw = read_config_file(spec).to_dict()
+    except RequiredValueError as error:
+        raise UserError(
+            f"Config {spec!r} has a placeholder without a value ({error}); give it one."
+        ) from error
+    return config_from_dict(_with_overrides(raw, overrides or {}))
 
 
 def read_config_file(spec: str) -> ConfigDict:
     """Returns the `ConfigDict` of a config file or preset; raises `UserError` as `load_config`."""
     config = call_config_function(spec, "get_config", "Config")
     if not isinstance(config, ConfigDict):
-        path = spec.partition(":")[0]
-        raise UserError(f"get_config in {path!r} must return the ConfigDict of defaults().")
+        path, _ = split_config_spec(spec)
+        raise UserError(
+            f"get_config in {path!r} must return the ConfigDict of defaults(), not a"
+            f" {type(config).__name__}."
+        )
     return config
-
-
-def call_config_function(spec: str, function: str, kind: str, folder: str = "") -> Any:
-    """Calls a function of a config file with the part of `spec` behind the colon.
-
-    Args:
-      spec: `FILE` or `FILE:argument`, where FILE is a path or the name of a preset.
-      function: name of the function.
-      kind: of config, as errors call it.
-      folder: subfolder of the presets of this kind.
-
-    Raises `UserError` where there is no such file, or it lacks the function.
-    """
-    path, _, arg = spec.partition(":")
-    module = run_config_file(find_config_file(path, kind, folder))
-    if function not in module:
-        raise UserError(f"{kind} file {path!r} must define {function}(arg='').")
-    return module[function](arg)
 
 
 def override_config(config: Config, overrides: Mapping[str, str]) -> Config:

@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import os
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,10 @@ def find_config_file(name: str, kind: str, folder: str = "") -> Path:
     Raises `UserError` where `name` is neither a file nor a preset.
     """
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     preset = presets_folder() / f"{name}.py"
-    if not path.is_absolute() and preset.is_file():
+    if not path.is_absolute() and os.path.isfile(preset):
         return preset
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
     names = preset_names(folder)
@@ -57,13 +59,59 @@ def find_config_file(name: str, kind: str, folder: str = "") -> Path:
     )
 
 
-def run_config_file(path: Path) -> dict[str, Any]:
-    """Runs a config file and returns its globals.
+def split_config_spec(spec: str) -> tuple[str, str]:
+    """Returns file and argument of `FILE:argument`; a FILE that exists may have colons itself."""
+    colons = [index for index, char in enumerate(spec) if char == ":"]
+    for end in [len(spec), *reversed(colons)]:
+        if os.path.isfile(spec[:end]):
+            return spec[:end], spec[end + 1 :]
+    file, _, argument = spec.partition(":")
+    return file, argument
 
-    It may import the modules beside it, as a script may.
+
+def call_config_function(spec: str, function: str, kind: str, folder: str = "") -> Any:
+    """Calls a function of a config file with the part of `spec` behind the colon.
+
+    The file may import the modules beside it, as a script may.
+
+    Args:
+      spec: `FILE` or `FILE:argument`, where FILE is a path or the name of a preset.
+      function: name of the function.
+      kind: of config, as errors call it.
+      folder: subfolder of the presets of this kind.
+
+    Raises `UserError` where there is no such file, or it fails or lacks the function.
     """
-    with _importable(path.resolve().parent):
-        return runpy.run_path(str(path))
+    name, argument = split_config_spec(spec)
+    path = find_config_file(name, kind, folder)
+    with _importable(path.resolve().parent), _faults_named(path, kind):
+        module = runpy.run_path(str(path))
+        if not callable(module.get(function)):
+            raise UserError(f"{kind} file {name!r} must define {function}(arg='').")
+        return module[function](argument)
+
+
+@contextlib.contextmanager
+def _faults_named(path: Path, kind: str) -> Iterator[None]:
+    """Turns what the code of a config file raises into a `UserError` that names file and line."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):  # the latter is the user's
+        raise
+    except BaseException as error:  # a file may also raise SystemExit
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+        where = f" in line {lines[-1]}" if lines else ""
+        reason = " ".join("".join(traceback.format_exception_only(error)[-1:]).split())
+        reason = reason if len(reason) < 200 else f"{reason[:200]}…"
+        raise UserError(
+            f"{kind} file {str(path)!r} fails{where} ({reason.rstrip('.')}); correct it."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Typed values of plain ones: dataclasses of nested dicts, and values of the command line's text.
 
-A type is a plain type (`int`, `float`, `bool`, `str`), `Any`, a `Literal`, a dataclass, a list,
-tuple or dict of types, or a union of these. Where a value has another type, a `UserError` names the
-key.
+A type is a plain type (`int`, `float`, `bool`, `str`), another class, `Any`, a `Literal`, a
+dataclass, a list, tuple, dict or `Mapping` of types, or a union of these. Where a value has another
+type, a `UserError` names the key.
 """
 
 import ast
@@ -12,7 +12,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from switch_jax.errors import UserError
@@ -27,7 +27,7 @@ _TYPE_NAMES: dict[Any, str] = {
     list: "a list",
     tuple: "a list",
     dict: "a group of keys",
-    types.NoneType: "None",
+    Mapping: "a dict",
 }
 
 
@@ -128,10 +128,17 @@ class _Reader:
                 raise self._wrong(key, f"one of {', '.join(map(str, args))}", value)
             return value
         if dataclasses.is_dataclass(kind):
+            if isinstance(value, typing.cast(type, kind)):  # of a config file, and not of JSON
+                value = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
             return self.build(typing.cast(type, kind), value, f"{key}.")
         if origin in (list, tuple) and isinstance(value, list | tuple):
-            return origin(self.check(f"{key}[{i}]", item, args[0]) for i, item in enumerate(value))
-        if origin is dict and isinstance(value, dict):
+            fixed = origin is tuple and args[-1] is not ...
+            if fixed and len(value) != len(args):
+                raise self._wrong(key, f"a list of {len(args)}", value)
+            item_kinds = args if fixed else (args[0],) * len(value)
+            items = zip(value, item_kinds, strict=True)
+            return origin(self.check(f"{key}[{i}]", *item) for i, item in enumerate(items))
+        if origin in (dict, Mapping) and isinstance(value, Mapping):
             return {
                 self.check(f"a name in {key}", name, args[0]): self.check(
                     f"{key}.{name}", item, args[1]
@@ -143,7 +150,7 @@ class _Reader:
         if kind is float and type(value) is int and abs(value) < 2**1023:
             return float(value)
         if origin or type(value) is not kind or (kind is float and not math.isfinite(value)):
-            raise self._wrong(key, _TYPE_NAMES[origin or kind], value)
+            raise self._wrong(key, _name_of(origin or kind), value)
         return value
 
     def _check_union(self, key: str, value: Any, members: tuple[Any, ...]) -> Any:
@@ -151,19 +158,25 @@ class _Reader:
         if value is None and types.NoneType in members:
             return None
         kinds = [kind for kind in members if kind is not types.NoneType]
-        if len(kinds) == 1:
-            return self.check(key, value, kinds[0])
+        of_value = [kind for kind in kinds if isinstance(kind, type) and isinstance(value, kind)]
+        if len(kinds) == 1 or of_value:
+            return self.check(key, value, (of_value or kinds)[0])
         for kind in kinds:
             try:
                 return self.check(key, value, kind)
             except UserError:
                 continue
-        names = (_TYPE_NAMES.get(typing.get_origin(k) or k, _TYPE_NAMES[dict]) for k in kinds)
+        names = (_name_of(typing.get_origin(kind) or kind) for kind in kinds)
         raise self._wrong(key, " or ".join(dict.fromkeys(names)), value)
 
     def _wrong(self, key: str, expected: str, value: Any) -> UserError:
         where = f"{self.source}: " if self.source else ""
         return UserError(f"{where}{key} must be {expected}, not {_short(value)}.")
+
+
+def _name_of(kind: Any) -> str:
+    """Returns a type as errors call it."""
+    return _TYPE_NAMES.get(kind) or f"a {kind.__name__}"
 
 
 def _unquoted(text: str) -> str:

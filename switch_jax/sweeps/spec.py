@@ -12,7 +12,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from switch_jax.checkpoint import QUALITY
-from switch_jax.config import Config, call_config_function, flatten_config, load_config
+from switch_jax.config import (
+    Config,
+    call_config_function,
+    check_value,
+    flatten_config,
+    load_config,
+    split_config_spec,
+)
 from switch_jax.errors import UserError
 
 _RUN_REFERENCE = re.compile(r"\{run:([^{}]*)\}")
@@ -206,9 +213,13 @@ def load_sweep(spec: str) -> Sweep:
     Raises `UserError` for a missing file, and for a sweep that contradicts itself.
     """
     sweep = call_config_function(spec, "get_sweep", "Sweep", "sweeps")
+    path, _ = split_config_spec(spec)
     if not isinstance(sweep, Sweep):
-        path = spec.partition(":")[0]
-        raise UserError(f"get_sweep in {path!r} must return a switch_jax.sweeps.Sweep.")
+        raise UserError(
+            f"get_sweep in {path!r} must return a switch_jax.sweeps.Sweep, not a"
+            f" {type(sweep).__name__}."
+        )
+    sweep = check_value("sweep", sweep, Sweep, path)
     _check_names(sweep)
     return sweep
 
@@ -236,17 +247,29 @@ def _check_names(sweep: Sweep) -> None:
     """Raises `UserError` for invalid or unknown names, and for circular references."""
     kinds = {"Run": sweep.runs, "Table": sweep.tables, "Figure": sweep.figures}
     for kind, name in ((kind, name) for kind, names in kinds.items() for name in names):
-        if not re.fullmatch(r"[\w.+-]+", name):  # they are names of files
-            raise UserError(f"{kind} {name!r} of the sweep must be letters, digits and . _ + -.")
+        if not re.fullmatch(r"[\w+-][\w.+-]{,99}", name):  # they are names of files
+            raise UserError(
+                f"{kind} {name!r} of the sweep must be letters, digits and . _ + -, at most 100 of"
+                " them and no . first."
+            )
+    if not sweep.runs or not sweep.seeds:
+        raise UserError("The sweep has no runs or no seeds; give it one of each.")
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise UserError(f"Seeds of the sweep are there twice ({sweep.seeds}); name each once.")
     for name, run in sweep.runs.items():
         _check_runs_exist(sweep, run.required_runs(), f"run {name!r}")
     _check_no_circle(sweep)
     for name, table in sweep.tables.items():
         runs = [*table.rows.values(), *table.teachers.values()]
         _check_runs_exist(sweep, runs, f"table {name!r}")
+        if not table.rows:
+            raise UserError(f"Table {name!r} of the sweep has no rows; name a run.")
         _check_rows_exist(name, table)
     for name, figure in sweep.figures.items():
-        _check_runs_exist(sweep, figure_runs(figure), f"figure {name!r}")
+        runs = figure_runs(figure)
+        _check_runs_exist(sweep, runs, f"figure {name!r}")
+        if not runs:
+            raise UserError(f"Figure {name!r} of the sweep has no runs; name one.")
 
 
 def _check_runs_exist(sweep: Sweep, names: Iterable[str], where: str) -> None:

@@ -6,13 +6,12 @@ import runpy
 import pytest
 
 from switch_jax.cli.main import main
-from switch_jax.config.presets import run_config_file
 from switch_jax.errors import UserError
 from switch_jax.model.flops import flops_per_sequence, params_by_group
 from switch_jax.sweeps.spec import Curves, Sweep, SweepRun, Table, figure_runs, load_sweep
 from tests.support.paths import ROOT
 
-_SIZES_FILE = run_config_file(ROOT / "configs" / "sweeps" / "_sizes.py")
+_SIZES_FILE = runpy.run_path(str(ROOT / "configs" / "sweeps" / "_sizes.py"))
 SIZES, find_size, finetuned_run = (
     _SIZES_FILE[name] for name in ("SIZES", "find_size", "finetuned_run")
 )

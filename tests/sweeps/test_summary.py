@@ -4,12 +4,12 @@ import dataclasses
 import html
 import json
 import re
+import runpy
 
 import pytest
 
 from switch_jax.checkpoint.metrics_log import QUALITY
 from switch_jax.checkpoint.workdir import Workdir
-from switch_jax.config.presets import run_config_file
 from switch_jax.model.flops import flops_per_sequence, params_by_group, train_flops
 from switch_jax.sweeps.figures import _draw_curves
 from switch_jax.sweeps.report import figure_notes, table_cells, write_results_report
@@ -19,7 +19,7 @@ from switch_jax.sweeps.summary import summarise_sweep
 from tests.support.configs import tiny
 from tests.support.paths import ROOT
 
-_PAPER_NUMBERS = run_config_file(ROOT / "configs" / "sweeps" / "_paper_numbers.py")
+_PAPER_NUMBERS = runpy.run_path(str(ROOT / "configs" / "sweeps" / "_paper_numbers.py"))
 TABLE_7, TABLE_9_DENSE = _PAPER_NUMBERS["TABLE_7"], _PAPER_NUMBERS["TABLE_9_DENSE"]
 
 
