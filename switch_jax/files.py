@@ -41,6 +41,9 @@ _ADVICE = {
     errno.EIO: _NEEDS_A_DISK,
     errno.ESTALE: _NEEDS_A_DISK,
 }
+_PLAIN = re.compile(r"[\w./+=,@~-]+", re.ASCII)  # paths that every library reads as they are
+_DESCRIPTORS = "/proc/self/fd"  # of Linux: a link for each open descriptor
+_open_folders: dict[Path, int] = {}  # descriptors by path, of `plain_path`
 _QUOTED_PATH = re.compile(r"""["'`](/[^"'`]+)["'`]""")
 
 
@@ -102,6 +105,26 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
         ) from error
     with _renamed_when_complete(partial, path):
         yield partial
+
+
+def plain_path(folder: Path) -> Path:
+    """Returns a path to an existing folder for libraries that read more into a path than its names.
+
+    TensorStore and Orbax decode `%20`, end a path at `#` or `?`, match `[1]` as a pattern and take
+    a backslash for a slash. Where a path has other characters than letters, digits and a few signs,
+    the result is that of an open descriptor, which stays valid until the process ends.
+
+    Raises `UserError` where the system has no such paths.
+    """
+    if _PLAIN.fullmatch(str(folder)) and ".." not in folder.parts:
+        return folder.absolute()
+    if not os.path.isdir(_DESCRIPTORS):
+        raise UserError(f"{folder} must have letters, digits and . _ - alone; rename it.")
+    descriptor = _open_folders.get(folder)
+    if descriptor is None or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        _open_folders[folder] = descriptor
+    return Path(_DESCRIPTORS, str(descriptor))
 
 
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:

@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed import all_gather_int, raise_if_any_failed
 from switch_jax.errors import UserError
+from switch_jax.files import plain_path
 
 _NO_STEP = -1
 
@@ -86,7 +87,8 @@ class Checkpointer:
             enable_async_checkpointing=True,
             create=True,
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(plain_path(self._folder), options=options)
         # Each process reads without Orbax's barriers: where one process fails to read, the others
         # would wait in them.
         process = jax.process_index()
@@ -198,7 +200,8 @@ class Checkpointer:
             "optimizer": ocp.args.StandardRestore(dict(rest)),
             "data": _PositionArgs(position),
         }
-        restored = self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**items))
+        folder = plain_path(self._folder) / str(step)
+        restored = self._reader.restore(folder, args=ocp.args.Composite(**items))
         return restored["params"], restored["optimizer"]
 
     def close(self) -> None:
@@ -219,7 +222,8 @@ def find_checkpoint(path: str | Path) -> tuple[Workdir, Path]:
     path = Path(path).expanduser().absolute()
     if not path.exists():
         raise UserError(f"{path} does not exist; name a WORKDIR or one of its checkpoints.")
-    if path.parent.name == "checkpoints" and path.name.isdigit():
+    is_run = (path / "config.json").exists()  # a WORKDIR may be called checkpoints/7
+    if path.parent.name == "checkpoints" and path.name.isdecimal() and not is_run:
         return Workdir(path.parent.parent), path
     workdir = Workdir(path)
     workdir.config()
@@ -254,7 +258,7 @@ def _array_metadata(folder: Path) -> dict[str, Any]:
     # Not from an Orbax Checkpointer, which warns of a file that only its manager writes.
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        return handler.metadata(epath.Path(folder.absolute())).tree
+        return handler.metadata(epath.Path(plain_path(folder))).tree
     finally:
         handler.close()
 
@@ -297,7 +301,7 @@ def _partial_restore(checkpoint: Path, item: str, abstract: dict[str, Any]) -> d
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
     with _reading(checkpoint), ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(checkpoint.absolute() / item, args=args)
+        return reader.restore(plain_path(checkpoint) / item, args=args)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
 from switch_jax.model.parameters import named_parameters
 from tests.support.configs import tiny
+from tests.support.paths import ODD_NAME
 
 CONFIG = tiny(**{"model.tied_embeddings": False, "mesh.expert": 4})
 
@@ -48,8 +49,8 @@ def test_stacked_dimensions_are_layers_and_experts():
 
 def test_write_workdir_writes_config_vocabulary_files_and_parameters(values, tmp_path):
     files = {"huggingface/generation_config.json": b"{}"}
-    write_workdir(foreign(values, vocabulary=b"bytes", companion_files=files), tmp_path / "out")
-    workdir = Workdir(tmp_path / "out")
+    write_workdir(foreign(values, vocabulary=b"bytes", companion_files=files), tmp_path / ODD_NAME)
+    workdir = Workdir(tmp_path / ODD_NAME)
     data = dataclasses.replace(CONFIG.data, vocabulary=str(workdir.vocabulary))
     assert workdir.config() == dataclasses.replace(CONFIG, data=data)
     assert workdir.vocabulary.read_bytes() == b"bytes"

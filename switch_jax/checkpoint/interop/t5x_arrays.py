@@ -16,6 +16,7 @@ import tensorstore as ts
 from flax import serialization
 
 from switch_jax.errors import UserError
+from switch_jax.files import plain_path
 
 INDEX, STATE, MANIFEST = "checkpoint", "state", "manifest.ocdbt"
 _PARAMETERS = "target."
@@ -81,10 +82,10 @@ def open_arrays(checkpoint: Path) -> T5XArrays:
         checkpoint if _is_state(checkpoint) or _is_index(checkpoint / INDEX) else checkpoint / STATE
     )
     if (folder / MANIFEST).is_file():
-        return _from_store(folder, {"driver": "ocdbt", "base": f"file://{folder.absolute()}/"})
+        return _from_store(folder, {"driver": "ocdbt", "base": _file_store(folder)})
     if _is_index(folder / INDEX):
         return _from_index(folder)
-    return _from_store(folder, {"driver": "file", "path": f"{folder.absolute()}/"})
+    return _from_store(folder, _file_store(folder))
 
 
 def _from_store(folder: Path, base: dict[str, Any]) -> T5XArrays:
@@ -156,7 +157,12 @@ def _from_leaf(checkpoint: Path, leaf: Any, context: ts.Context) -> T5XArray:
         )
     if not (folder / ".zarray").is_file():
         raise UserError(f"{checkpoint} lacks the array {name}; copy its folder there.")
-    return _open_zarr(folder, {"driver": "file", "path": f"{folder}/"}, context, check=True)
+    return _open_zarr(folder, _file_store(folder), context, check=True)
+
+
+def _file_store(folder: Path) -> dict[str, Any]:
+    """Returns TensorStore's description of a folder."""
+    return {"driver": "file", "path": f"{plain_path(folder)}/"}
 
 
 def _context() -> ts.Context:

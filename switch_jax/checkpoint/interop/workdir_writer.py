@@ -24,7 +24,7 @@ from switch_jax.checkpoint.interop.foreign_checkpoint import (
     StackedShape,
 )
 from switch_jax.checkpoint.workdir import Workdir
-from switch_jax.files import create_folder_atomically
+from switch_jax.files import create_folder_atomically, plain_path
 
 _MAX_BYTES_IN_FLIGHT = 128 * 2**20  # of slices that are being written
 
@@ -46,7 +46,9 @@ def write_workdir(imported: ForeignCheckpoint, output: Path) -> None:
         for name, content in imported.companion_files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
-        _write_parameters(imported, workdir.checkpoints / "0" / "params")
+        checkpoint = workdir.checkpoints / "0"
+        checkpoint.mkdir(parents=True)
+        _write_parameters(imported, plain_path(checkpoint) / "params")
 
 
 def _write_parameters(imported: ForeignCheckpoint, folder: Path) -> None:
