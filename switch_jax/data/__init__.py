@@ -12,7 +12,7 @@ from switch_jax.data.finetuning.task_mixtures import MIXTURES
 from switch_jax.data.finetuning.tasks import Task, get_task
 from switch_jax.data.mixture import find_sources
 from switch_jax.data.peek import examples_text
-from switch_jax.data.readers import open_batches, open_batches_by_source, read_task_examples
+from switch_jax.data.readers import open_batches, open_epoch_by_source, read_task_examples
 from switch_jax.data.text_batches import text_file_batches
 from switch_jax.data.token_store.build import build_token_store, store_table
 from switch_jax.data.vocabulary import (
@@ -48,7 +48,7 @@ __all__ = [
     "find_sources",
     "get_task",
     "open_batches",
-    "open_batches_by_source",
+    "open_epoch_by_source",
     "open_vocabulary",
     "padded_batch",
     "parse_vocabulary",

@@ -74,11 +74,8 @@ class BatchIterator(Protocol):
     """An endless iterator over this process's rows of each global batch.
 
     `save` writes the position after the batch last returned into a folder that only this iterator
-    uses; `restore` reads it. `rows_per_epoch` is the number of rows, of all processes together,
-    after which the data repeats; None where it is not known.
+    uses; `restore` reads it.
     """
-
-    rows_per_epoch: int | None
 
     def __iter__(self) -> "BatchIterator": ...
     def __next__(self) -> Batch: ...
@@ -102,7 +99,6 @@ class RowIterator(abc.ABC):
         self._saves = process_rows.first_in_group and process_rows.group == 0
         self._source = source
         self._next_row = 0
-        self.rows_per_epoch: int | None = None
 
     @abc.abstractmethod
     def make_rows(self, numbers: np.ndarray) -> Batch:

@@ -9,7 +9,7 @@ import numpy as np
 
 from switch_jax.config import Config
 from switch_jax.data.batch import Batch
-from switch_jax.data.readers import open_batches, open_batches_by_source
+from switch_jax.data.readers import open_batches, open_epoch_by_source
 from switch_jax.data.sources.source import Split
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.data.vocabulary_builder import open_vocabulary
@@ -26,7 +26,7 @@ def examples_text(config: Config, count: int, split: Split = "train") -> str:
     """
     vocabulary = open_vocabulary(config)
     lines: list[str] = []
-    for source, batches in open_batches_by_source(config, split).items():
+    for source, batches in open_epoch_by_source(config, split).items():
         for number, row in enumerate(islice(_split_rows(batches), count), start=1):
             lines += [f"{source}, example {number}", *_describe_row(row, vocabulary), ""]
     batches = open_batches(config, split)

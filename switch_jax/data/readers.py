@@ -4,11 +4,11 @@ Only the seqio reader uses TensorFlow, which is imported when the reader is chos
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from switch_jax.config import Config
-from switch_jax.data.batch import ALL_ROWS, BatchIterator, ProcessRows, SyntheticIterator
+from switch_jax.data.batch import ALL_ROWS, Batch, BatchIterator, ProcessRows, SyntheticIterator
 from switch_jax.data.sources.source import Split
 from switch_jax.data.token_store import dataset
 
@@ -36,20 +36,24 @@ def open_batches(
             return seqio_reader.open_batches(config, split, process_rows)
 
 
-def open_batches_by_source(
+def open_epoch_by_source(
     config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
-) -> Mapping[str, BatchIterator]:
-    """Returns an iterator like that of `open_batches` for each source of the mixture, by name."""
+) -> Mapping[str, Iterator[Batch]]:
+    """Returns one epoch of each source of the mixture, by name; raises as `open_batches` does.
+
+    The rows of an epoch are the same for any number of processes, and every process has the same
+    number of batches; rows behind the last one are padding. Synthetic data has no end.
+    """
     config = _fix_validation_seed(config, split)
     match config.data.reader:
         case "store":
-            return dataset.open_batches_by_source(config, split, process_rows)
+            return dataset.open_epoch_by_source(config, split, process_rows)
         case "synthetic":
             return {"synthetic": SyntheticIterator(config, process_rows)}
         case "seqio":
             from switch_jax.data import seqio_reader
 
-            return seqio_reader.open_batches_by_source(config, split, process_rows)
+            return seqio_reader.open_epoch_by_source(config, split, process_rows)
 
 
 def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:

@@ -8,7 +8,7 @@ each group of processes, valid for the same number of groups only.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +57,37 @@ def open_batches(
     return SeqioIterator(config.data, split, process_rows, used, vocabulary, rates)
 
 
-def open_batches_by_source(
+def open_epoch_by_source(
     config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
-) -> dict[str, "SeqioIterator"]:
-    """Returns an iterator over each source, by name; raises `UserError`."""
+) -> dict[str, Iterator[Batch]]:
+    """Returns one epoch of each source, by name; raises `UserError`.
+
+    Every process reads all documents and keeps its rows, so that the rows do not depend on the
+    number of processes.
+    """
     sources, vocabulary = _open_sources(config)
     used = [source for source in sources if source.shards(split)] or sources
     return {
-        source.name: SeqioIterator(
-            config.data, split, process_rows, [source], vocabulary, {source.name: 1.0}
-        )
-        for source in used
+        source.name: _epoch(config.data, split, process_rows, source, vocabulary) for source in used
     }
+
+
+def _epoch(
+    data: DataConfig,
+    split: Split,
+    process_rows: ProcessRows,
+    source: Source,
+    vocabulary: Vocabulary,
+) -> Iterator[Batch]:
+    """Yields a process's rows of one epoch of a source; rows behind the last one are padding."""
+    indices = process_rows.indices(data.batch_size)
+    rates = {source.name: 1.0}
+    for batch in SeqioIterator(data, split, ALL_ROWS, [source], vocabulary, rates, num_epochs=1):
+        missing = data.batch_size - len(batch["encoder_input_tokens"])
+        yield {
+            name: np.pad(feature, ((0, missing), (0, 0)))[indices]
+            for name, feature in batch.items()
+        }
 
 
 def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
@@ -108,6 +127,7 @@ class SeqioIterator:
 
     Args:
       rates: of each source, its share of the rows, by name.
+      num_epochs: the iterator ends behind so many epochs, with a batch of fewer rows; None: never.
 
     Raises `UserError` if there are more groups than documents.
     """
@@ -120,8 +140,10 @@ class SeqioIterator:
         sources: list[Source],
         vocabulary: Vocabulary,
         rates: Mapping[str, float],
+        num_epochs: int | None = None,
     ):
-        self.rows_per_epoch: int | None = None
+        self._num_epochs = num_epochs
+        self._has_read_batch = False
         self._num_rows = len(process_rows.indices(data.batch_size))
         self._names = ", ".join(rates)
         self._folder = f"process_{process_rows.group}_of_{process_rows.num_groups}"
@@ -172,7 +194,7 @@ class SeqioIterator:
             seqio.EncDecFeatureConverter(pack=data.pack),
             dataset_split=split,
             shuffle=split == "train",
-            num_epochs=None,
+            num_epochs=self._num_epochs,
             shard_info=seqio.ShardInfo(process_rows.group, process_rows.num_groups),
             seed=data.seed,
             verbose=False,
@@ -180,7 +202,7 @@ class SeqioIterator:
         logging.set_verbosity(verbosity)
         options = tf.data.Options()
         options.autotune.enabled = False  # it halves the speed of a hundred pipelines
-        batches = dataset.batch(self._num_rows, drop_remainder=True)
+        batches = dataset.batch(self._num_rows, drop_remainder=self._num_epochs is None)
         return batches.prefetch(1).with_options(options)
 
     def __iter__(self) -> "SeqioIterator":
@@ -192,11 +214,14 @@ class SeqioIterator:
             if reader.failures:
                 raise reader.failures[0]
         self._bad_records.print_once()
+        if tensors is None and self._has_read_batch:
+            raise StopIteration
         if tensors is None:
             raise UserError(
                 f"A source of {self._names} has no text for {self._folder}; leave it out of"
                 " data.mixture, name files for it with {split}, or set data.reader=store."
             )
+        self._has_read_batch = True
         return {
             name: tensor.numpy().astype(np.float32 if name.endswith("weights") else np.int32)
             for name, tensor in tensors.items()

@@ -2,9 +2,8 @@
 
 import functools
 import itertools
-import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from switch_jax.checkpoint import Workdir, restore_params
 from switch_jax.config import Config
 from switch_jax.data import (
     Batch,
-    BatchIterator,
     ProcessRows,
-    open_batches_by_source,
+    open_epoch_by_source,
     open_vocabulary,
     read_vocabulary,
 )
@@ -114,28 +112,10 @@ def validation_batches(config: Config, rows: ProcessRows) -> ValidationBatches:
 
     A source has `train.eval_batches` batches, or fewer if these contain each of its rows once.
     """
-    index_B, count = rows.indices(config.data.batch_size), config.train.eval_batches
     return {
-        name: list(itertools.islice(_one_epoch(stream, index_B, config.data.batch_size), count))
-        for name, stream in open_batches_by_source(config, "validation", rows).items()
+        name: list(itertools.islice(epoch, config.train.eval_batches))
+        for name, epoch in open_epoch_by_source(config, "validation", rows).items()
     }
-
-
-def _one_epoch(stream: BatchIterator, index_B: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Yields the batches of one epoch; rows of the next epoch in the last batch become padding.
-
-    `index_B` has the index of each row in the global batch.
-    """
-    for number, batch in enumerate(stream):
-        epoch = math.inf if stream.rows_per_epoch is None else stream.rows_per_epoch
-        rows_left = epoch - number * batch_size
-        if rows_left <= 0:
-            return
-        is_next_epoch_B = index_B >= rows_left
-        yield {
-            name: np.where(is_next_epoch_B[:, None], 0, feature).astype(feature.dtype)
-            for name, feature in batch.items()
-        }
 
 
 def _token_counts(batches: Iterable[Batch], config: Config) -> np.ndarray:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
-from switch_jax.data import open_batches, open_batches_by_source, open_vocabulary
-from switch_jax.data.batch import feature_shapes
+from switch_jax.data import open_batches, open_epoch_by_source, open_vocabulary
+from switch_jax.data.batch import ALL_ROWS, feature_shapes
 from switch_jax.data.sources.python_docs import python_documents
 from switch_jax.data.span_corruption import noise_and_spans, span_lengths
 from switch_jax.data.vocabulary import EOS
@@ -177,6 +177,20 @@ def test_processes_read_different_documents():
     assert not same(*parts)
 
 
+def test_an_epoch_has_every_row_once_for_any_batch_size_and_processes():
+    def rows(batch_size, *processes):
+        c = config(batch_size=batch_size)
+        epochs = [open_epoch_by_source(c, "validation", rows)["text"] for rows in processes]
+        batches = [list(epoch) for epoch in epochs]
+        assert len({len(of_process) for of_process in batches}) == 1
+        tokens = np.concatenate([b["encoder_input_tokens"] for of in batches for b in of])
+        return sorted(row.tobytes() for row in tokens if row.any())
+
+    expected = rows(4, ALL_ROWS)
+    assert len(expected) == len(set(expected)) > 32 and len(expected) % 16
+    assert rows(16, share(0, 2), share(1, 2)) == expected
+
+
 def test_a_process_without_a_document_is_refused():
     with pytest.raises(UserError, match=r"no text for process_7_of_8.*data\.reader=store"):
         next(open_batches(config(), "validation", share(7, 8)))
@@ -234,7 +248,7 @@ def test_sources_are_mixed_at_their_rates(tmp_path):
         of_a = (ids == ord("a") + 3).any(1)
         assert not (of_a & (ids == ord("b") + 3).any(1)).any()
         assert abs(of_a.mean() - 0.8) < 0.05, reader
-        each = open_batches_by_source(c, "train")
+        each = open_epoch_by_source(c, "train")
         assert list(each) == ["a", "b"]
         only_b = next(each["b"])["encoder_input_tokens"]
         assert not (only_b == ord("a") + 3).any() and (only_b == ord("b") + 3).any(1).all()

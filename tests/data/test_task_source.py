@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
-from switch_jax.data import open_batches, open_batches_by_source, read_task_examples
+from switch_jax.data import open_batches, open_epoch_by_source, read_task_examples
 from switch_jax.data.catalog import source_name, sources_for_spec
 from switch_jax.data.finetuning.task_records import read_task_records
 from switch_jax.data.finetuning.tasks import TASKS, custom_task
@@ -103,9 +103,12 @@ def test_custom_pairs_are_read_unchanged(tmp_path, reader):
     batches, count = open_batches(spec, "train"), 2 if reader == "store" else 32
     seen = [pair for _ in range(count) for pair in texts(next(batches))]
     assert set(seen) == {tuple(pair.values()) for pair in pairs(8)}
-    [(name, validation)] = open_batches_by_source(spec, "validation").items()
+    [(name, validation)] = open_epoch_by_source(spec, "validation").items()
     assert name == "pairs.twice"
-    assert set(texts(next(validation))) == {tuple(p.values()) for p in pairs(3, begin=8)}
+    [batch] = validation  # of 4 rows; the examples are not repeated to fill it
+    assert [row.any() for row in batch["decoder_loss_weights"]] == [True] * 3 + [False]
+    examples = texts({name: rows[:3] for name, rows in batch.items()})
+    assert sorted(examples) == sorted(tuple(p.values()) for p in pairs(3, begin=8))
 
 
 def test_both_readers_give_the_same_rows(tmp_path):

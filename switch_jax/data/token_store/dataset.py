@@ -45,10 +45,10 @@ def open_batches(
     return StoreIterator(config.data, split, process_rows, store, vocabulary, rates)
 
 
-def open_batches_by_source(
+def open_epoch_by_source(
     config: Config, split: Split, process_rows: ProcessRows = ALL_ROWS
-) -> dict[str, "StoreIterator"]:
-    """Returns an iterator over each source, by name; raises `UserError`."""
+) -> dict[str, Iterator[Batch]]:
+    """Returns one epoch of each source, by name; raises `UserError`."""
     store, vocabulary = _open_checked(config)
     documents = store.num_documents(split)
     names = [
@@ -56,7 +56,9 @@ def open_batches_by_source(
     ]
     used = [name for name in names if documents[name]] or names
     return {
-        name: StoreIterator(config.data, split, process_rows, store, vocabulary, {name: 1.0})
+        name: StoreIterator(
+            config.data, split, process_rows, store, vocabulary, {name: 1.0}
+        ).first_epoch()
         for name in used
     }
 
@@ -110,8 +112,17 @@ class StoreIterator(RowIterator):
         self._first_sentinel = vocabulary.sentinel(0)
         self._sources = [_SourceRows(data, store, name, split) for name in rates]
         self._quotas = _quotas(np.array(list(rates.values())))
-        if len(self._sources) == 1:
-            self.rows_per_epoch = self._sources[0].rows_per_epoch
+
+    def first_epoch(self) -> Iterator[Batch]:
+        """Yields the batches of the first epoch of one source; rows behind it are padding."""
+        [source] = self._sources
+        for first_row in range(0, source.rows_per_epoch, self._batch_size):
+            numbers = first_row + self._indices
+            is_past_end_B = numbers >= source.rows_per_epoch
+            yield {
+                name: np.where(is_past_end_B[:, None], 0, feature).astype(feature.dtype)
+                for name, feature in self.make_rows(numbers).items()
+            }
 
     def make_rows(self, numbers: np.ndarray) -> Batch:
         sources, source_rows = self._choose_sources(numbers)
