@@ -46,9 +46,9 @@ def examples_text(config: Config, count: int, split: Split = "train") -> str:
 
 
 def _split_rows(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yields single rows, without the batch axis."""
+    """Yields single rows, without the batch axis; leaves out rows of padding."""
     for batch in batches:
-        for i in range(len(batch["encoder_input_tokens"])):
+        for i in np.flatnonzero(batch["decoder_loss_weights"].any(axis=1)):
             yield {name: values[i] for name, values in batch.items()}
 
 
