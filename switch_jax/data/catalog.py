@@ -27,6 +27,7 @@ from switch_jax.data.sources.source import (
     FileSource,
     Source,
     Split,
+    files_in,
     glob_files,
     newest_version,
 )
@@ -149,6 +150,8 @@ def _named_files(spec: str, is_known: Callable[[str], bool], known: str) -> dict
     patterns = {split: pattern.replace("{split}", split) for split in SPLITS}
     if "{split}" not in pattern:
         del patterns["validation"]
+    elif os.path.isfile(pattern):  # its name has these characters
+        patterns = {"train": pattern}
     files_of_split = {split: glob_files(pattern) for split, pattern in patterns.items()}
     for split, files in files_of_split.items():
         if not files:
@@ -179,9 +182,7 @@ def _allenai(
 ) -> Source | None:
     """Returns a source in AllenAI's json.gz, in `root` or in AllenAI's folders below it."""
     for parent in (root, root / folder, root / "c4" / folder):
-        files = {
-            split: glob_files(os.fspath(parent / pattern)) for split, pattern in patterns.items()
-        }
+        files = {split: files_in(parent, pattern) for split, pattern in patterns.items()}
         if files["train"] and not version:
             return FileSource(name, files, {})
     return None
@@ -211,7 +212,7 @@ def _tfds(
         ) from error
     prefix = dataset.partition("/")[0]
     files = {
-        split: glob_files(os.fspath(folder / f"{prefix}-{tfds_split}.tfrecord*"))
+        split: files_in(folder, f"{prefix}-{tfds_split}.tfrecord*")
         for split, tfds_split in splits.items()
     }
     if not files["train"]:

@@ -9,11 +9,12 @@ A mixture is one source, or several separated by commas, all with a rate or none
 Rates are shares of the training rows; they need not sum to one. Sources without a rate have shares
 in proportion to (number of documents) ** `data.rate_exponent`. The exponent is 0.3 for mT5 and
 mSwitch; it is the inverse of seqio's temperature. The members of a group such as mc4 share the
-group's rate in the same proportion.
+group's rate in the same proportion. A comma or `=` of a path is written `\\,` or `\\=`.
 """
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -36,12 +37,13 @@ class MixturePart(NamedTuple):
 def parse_mixture(mixture: str) -> list[MixturePart]:
     """Parses `data.mixture`; raises `UserError` if it is empty or only some parts have a rate."""
     parts = []
-    for item in filter(None, map(str.strip, mixture.split(","))):
-        spec, _, text = item.rpartition("=")
+    for item in filter(None, map(str.strip, re.split(r"(?<!\\),", mixture))):
+        *spec, text = re.split(r"(?<!\\)=", item)
         try:
-            parts.append(MixturePart(spec.strip(), float(text)))
+            part = MixturePart("=".join(spec).strip(), float(text))
         except ValueError:  # no rate, or an `=` within a path
-            parts.append(MixturePart(item, None))
+            part = MixturePart(item, None)
+        parts.append(part._replace(spec=re.sub(r"\\([,=])", r"\1", part.spec)))
     rates = [part.rate for part in parts if part.rate is not None]
     if not parts or not all(part.spec for part in parts):
         raise UserError(f"data.mixture={mixture!r} names no source; name one, as python_docs.")

@@ -3,9 +3,11 @@
 import collections
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,10 +17,11 @@ from switch_jax.data.finetuning.task_source import TaskSource
 from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.data.mixture import find_sources, mixture_rates, parse_mixture
 from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.sources.source import File, FileSource
+from switch_jax.data.sources.source import File, FileSource, glob_files, newest_version
 from switch_jax.data.token_store.dataset import _ROUND, _quotas
 from switch_jax.errors import UserError
 from tests.support import runs
+from tests.support.paths import ODD_NAME
 
 
 def all_texts(source, split):
@@ -49,6 +52,7 @@ def test_parse_mixture():
     assert parse_mixture(" c4=0.7, /b/*.txt = 0.3 ") == [("c4", 0.7), ("/b/*.txt", 0.3)]
     assert parse_mixture("/d/lang=sw/*.txt") == [("/d/lang=sw/*.txt", None)]
     assert parse_mixture("/d/lang=sw/*.txt=2") == [("/d/lang=sw/*.txt", 2.0)]
+    assert parse_mixture(r"/a\,b/x\=1=2,/c\d/*\=3=4") == [("/a,b/x=1", 2.0), (r"/c\d/*=3", 4.0)]
     for wrong in ("", ",", "=3"):
         with pytest.raises(UserError, match="names no source"):
             parse_mixture(wrong)
@@ -104,6 +108,25 @@ def test_sources_with_equal_names_are_numbered(tmp_path):
     with pytest.raises(UserError, match="there is only text, text_2"):
         elsewhere = second.replace("/b/", "/c/")
         mixture_rates(DataConfig(mixture=elsewhere), documents, specs)
+
+
+def test_folders_and_files_may_have_any_name(tmp_path):
+    folder = tmp_path / ODD_NAME
+    names = (f"{ODD_NAME}.txt", "c4-train.00000-of-00001.json.gz", "c4/en/1.0.0/dataset_info.json")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    escaped = str(folder / names[0]).replace(",", r"\,")
+    (source,) = find_sources(DataConfig(mixture=f"{escaped}=1"))
+    assert all_texts(source, "train") == [names[0]]
+    pattern = str(folder / "a%*.txt")
+    assert glob_files(pattern) == glob_files(str(folder / names[0])) != []
+    assert newest_version(epath.Path(folder, "c4/en")).name == "1.0.0"
+    shutil.rmtree(folder / "c4")
+    (source,) = sources_for_spec("c4", str(folder))
+    assert [path for shard in source.shards("train") for path in shard.paths] == [
+        str(folder / names[1])
+    ]
 
 
 def test_an_unused_data_dir_is_refused(tmp_path):

@@ -21,6 +21,7 @@ from switch_jax.training.state import restore_state
 from switch_jax.training.step import TrainProgram
 from tests.support import runs
 from tests.support import tasks as miniature
+from tests.support.paths import ODD_NAME
 
 # A tiny model with experts, because every process but the first compiles for itself.
 SMALL = {
@@ -160,7 +161,7 @@ def test_losses_do_not_depend_on_the_number_of_processes(config, tmp_path):
     """
     small = [f"--config.{key}={value}" for key, value in SMALL.items()]
     command = ["train", "--config", config, *small]
-    workdir, four_dir, two_dir = (tmp_path / name for name in ("one", "four", "two"))
+    workdir, four_dir, two_dir = (tmp_path / name for name in ("one", ODD_NAME, "two"))
     one_process = [*command, "--config.mesh.data=2"]
     runs.run(*one_process, "--workdir", workdir, XLA_FLAGS=xla_flags(2))
     reference = losses(workdir)

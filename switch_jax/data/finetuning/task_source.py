@@ -21,7 +21,7 @@ from switch_jax.data.sources.source import (
     Source,
     Split,
     files_digest,
-    glob_files,
+    files_in,
     is_held_out,
     newest_version,
 )
@@ -109,9 +109,9 @@ def find_task_source(root: epath.Path, task: Task) -> TaskSource:
     for rows in (task.splits[part] for part in SPLITS if part in task.splits):
         if version is not None:
             prefix = task.dataset.partition("/")[0]
-            of_split = glob_files(os.fspath(version / f"{prefix}-{rows.split}.tfrecord*"))
+            of_split = files_in(version, f"{prefix}-{rows.split}.tfrecord*")
         else:
-            of_split = glob_files(os.fspath(folder / f"{rows.split}*"))
+            of_split = files_in(folder, f"{rows.split}*")
             name = re.compile(rf"{rows.split}(-\d+-of-\d+)?(\.\w+)+(-\d+-of-\d+)?(\.\w+)?")
             of_split = [f for f in of_split if name.fullmatch(os.path.basename(f.path))]
             of_split = [f for f in of_split if is_task_file(f.path)]

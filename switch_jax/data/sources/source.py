@@ -5,6 +5,7 @@ Of a source without a validation split, a fixed 1 % of the training documents is
 
 import abc
 import dataclasses
+import glob
 import hashlib
 import os
 import re
@@ -175,24 +176,43 @@ def _missing_numbers(paths: Iterable[str]) -> list[str]:
 
 
 def glob_files(pattern: str) -> list[File]:
-    """Returns the files that match `pattern`, on a disk or in a bucket, sorted by path."""
+    """Returns the files that match a pattern, on a disk or in a bucket, sorted by path.
+
+    A file that exists, such as `/text[1].txt`, and folders that exist are no patterns.
+    """
+    if os.path.isfile(pattern):
+        return _files([epath.Path(pattern)])
     parts = pattern.split("/")
-    fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts) - 1)
-    folder, rest = epath.Path("/".join(parts[:fixed]) or "/"), "/".join(parts[fixed:])
-    if fixed == 0:
-        folder = epath.Path(".")
-    if not folder.is_dir():
-        return []
-    paths = [path for path in folder.glob(rest) if not path.is_dir()]
-    stats = [(path, path.stat()) for path in sorted(paths) if path.exists()]
-    return [File(os.fspath(path), stat.length, stat.mtime) for path, stat in stats]
+    fixed = 0
+    while fixed < len(parts) - 1 and (
+        not re.search(r"[*?[]", parts[fixed]) or os.path.isdir("/".join(parts[: fixed + 1]))
+    ):
+        fixed += 1
+    folder = epath.Path("/".join(parts[:fixed]) or "/") if fixed else epath.Path(".")
+    return files_in(folder, "/".join(parts[fixed:]))
+
+
+def files_in(folder: epath.Path, pattern: str) -> list[File]:
+    """Returns the files below a folder that match a pattern, sorted by path."""
+    return _files(_paths_in(folder, pattern)) if folder.is_dir() else []
 
 
 def newest_version(folder: epath.Path, version: str = "") -> epath.Path | None:
     """Returns the folder of a version that TFDS prepared, by default the newest; None if none."""
     if not folder.is_dir():
         return None
-    versions = [path.parent for path in folder.glob("*/dataset_info.json")]
+    versions = [path.parent for path in _paths_in(folder, "*/dataset_info.json")]
     if version:
         versions = [path for path in versions if path.name == version]
     return max(versions, default=None, key=lambda path: [*map(int, re.findall(r"\d+", path.name))])
+
+
+def _paths_in(folder: epath.Path, pattern: str) -> list[epath.Path]:
+    # `epath` would read the folder's own path as a part of the pattern.
+    return [*epath.Path(glob.escape(os.fspath(folder))).glob(pattern)]
+
+
+def _files(paths: Iterable[epath.Path]) -> list[File]:
+    found = [path for path in sorted(paths) if path.exists() and not path.is_dir()]
+    stats = [(path, path.stat()) for path in found]
+    return [File(os.fspath(path), stat.length, stat.mtime) for path, stat in stats]
