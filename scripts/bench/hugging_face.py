@@ -114,7 +114,7 @@ class Ours:
         self.batch = self.program.sharded.shard_batch(
             {
                 "encoder_input_tokens": source_BxS.astype(np.int32),
-                "decoder_input_tokens": shift_right(target_BxT),
+                "decoder_input_tokens": shift_right(target_BxT, config.model.start_id),
                 "decoder_target_tokens": target_BxT,
                 "decoder_loss_weights": np.ones(target_BxT.shape, np.float32),
             }

@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ def documents() -> list[str]:
     return [text[i : i + 2200] for text in whole for i in range(0, len(text), 2200)]
 
 
-def grain_batches(folder: Path, data: DataConfig, first_sentinel: int) -> Iterator[Batch]:
+def grain_batches(folder: Path, config: Config, sentinels: Sequence[int]) -> Iterator[Batch]:
     """Returns the rows of a store from ArrayRecord, read by Grain and corrupted in the same way."""
     import grain
     from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -56,10 +56,12 @@ def grain_batches(folder: Path, data: DataConfig, first_sentinel: int) -> Iterat
     def batch(rows: list[bytes], numbers: np.random.Generator) -> Batch:
         tokens = np.stack([np.frombuffer(row, np.uint16) for row in rows])
         examples = numbers.integers(0, 2**62, len(rows))
-        return padded_batch(*corrupt_spans(tokens, data.seed, examples, first_sentinel), data)
+        eos_id = config.model.eos_id
+        corrupted = corrupt_spans(tokens, config.data.seed, examples, sentinels, eos_id)
+        return padded_batch(*corrupted, config)
 
     rows = grain.MapDataset.source(ArrayRecordDataSource(sorted(map(str, folder.iterdir()))))
-    rows = rows.seed(data.seed).shuffle().repeat()
+    rows = rows.seed(config.data.seed).shuffle().repeat()
     batches = rows.batch(ROWS, batch_fn=list).random_map(batch)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
@@ -102,8 +104,8 @@ def readers(folder: Path) -> dict[str, Callable[[], Iterator[Batch]]]:
     packed = sum(split["tokens"] for split in next(iter(manifest["sources"].values())).values())
     print(f"data pack: {packed / seconds:,.0f} tokens/s by one worker", file=sys.stderr)
     build_token_store(DataConfig(mixture=many), vocabulary, folder / "many", workers=1)
-    data = config(mixture=one, data_dir=str(folder / "one")).data
-    length = span_lengths(data.inputs_length, data.targets_length).tokens
+    settings = config(mixture=one, data_dir=str(folder / "one"))
+    length = span_lengths(settings.data.inputs_length, settings.data.targets_length).tokens
     write_array_records(folder / "records", TokenStore(folder / "one"), "one", length)
 
     def store(mixture: str, name: str, **more) -> Callable[[], Iterator[Batch]]:
@@ -118,7 +120,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Iterator[Batch]]]:
     return {
         "packed records": store(one, "one"),
         "the same rows from ArrayRecord, by Grain": functools.partial(
-            grain_batches, folder / "records", data, vocabulary.sentinel(0)
+            grain_batches, folder / "records", settings, vocabulary.sentinels
         ),
         "packed records, documents apart (`data.pack=True`)": store(one, "one", pack=True),
         f"packed records, {SOURCES} sources": store(many, "many"),

@@ -22,7 +22,6 @@ import numpy as np
 from switch_jax.checkpoint import Workdir, restore_params
 from switch_jax.config import STACKS, Config
 from switch_jax.data import (
-    PAD,
     Batch,
     ProcessRows,
     open_vocabulary,
@@ -94,10 +93,10 @@ def _add_counts(counts_VxE: np.ndarray, token: np.ndarray, expert: np.ndarray) -
     np.add.at(counts_VxE.reshape(-1), index, np.int32(1))
 
 
-def batch_tokens(batch: Batch) -> dict[str, RoutedTokens]:
+def batch_tokens(batch: Batch, config: Config) -> dict[str, RoutedTokens]:
     """Returns the routed tokens of a batch, by stack."""
     result = {}
-    for stack, mask_BxL in zip(STACKS, token_masks(batch)):
+    for stack, mask_BxL in zip(STACKS, token_masks(batch, config)):
         token_BxL = batch[f"{stack}_input_tokens"]
         segment_BxL = batch.get(f"{stack}_segment_ids", mask_BxL.astype(np.int32))
         same_BxL = segment_BxL[:, 1:] == segment_BxL[:, :-1]
@@ -137,7 +136,7 @@ def count_assignments(
     counts: dict[str, list[AssignmentCounts]] = {}
     for batch in batches:
         global_batch, assignments = jax.device_get(jitted(params, sharded.shard_batch(batch)))
-        tokens = batch_tokens(global_batch)
+        tokens = batch_tokens(global_batch, config)
         for key, layers in assignments.items():
             stack, _ = key.split("/")
             if key not in counts:
@@ -306,5 +305,8 @@ def _token_names(workdir: Workdir, config: Config) -> TokenNames:
         vocabulary = open_vocabulary(config)
     else:
         return lambda token: f"#{token}"
+    model = config.model
     # The only real token with the id of padding is the start token of the decoder's inputs.
-    return lambda token: "<start>" if token == PAD else vocabulary.piece(token)
+    return lambda token: (
+        "<start>" if token == model.pad_id == model.start_id else vocabulary.piece(token)
+    )

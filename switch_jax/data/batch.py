@@ -5,8 +5,8 @@ process reads, S and T are the lengths of inputs and targets.
 
 | feature                | shape  | dtype   |                                              |
 |------------------------|--------|---------|----------------------------------------------|
-| encoder_input_tokens   | [B, S] | int32   | unpacked: 0 is padding                       |
-| decoder_input_tokens   | [B, T] | int32   | targets shifted right, start token 0         |
+| encoder_input_tokens   | [B, S] | int32   | unpacked: model.pad_id is padding            |
+| decoder_input_tokens   | [B, T] | int32   | targets shifted right, after model.start_id  |
 | decoder_target_tokens  | [B, T] | int32   |                                              |
 | decoder_loss_weights   | [B, T] | float32 | 1 where a target counts in the loss, else 0  |
 | *_segment_ids          | [B, ·] | int32   | packed only: 0 is padding, 1, 2, … documents |
@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from switch_jax.config import Config, DataConfig
+from switch_jax.config import Config, ModelConfig
 from switch_jax.data.counter_rng import random_bits
 from switch_jax.errors import UserError
 
@@ -136,7 +136,7 @@ class RowIterator(abc.ABC):
 
 
 class SyntheticIterator(RowIterator):
-    """Random tokens without padding; with packing, two segments of equal length in a row.
+    """Random tokens, none of them padding; with packing, two segments of equal length in a row.
 
     A row is a function of `data.seed` and its number.
     """
@@ -146,10 +146,11 @@ class SyntheticIterator(RowIterator):
         self._config = config
 
     def make_rows(self, numbers: np.ndarray) -> Batch:
-        data, vocab_size = self._config.data, self._config.model.vocab_size
+        data, model = self._config.data, self._config.model
         lengths = (data.inputs_length, data.targets_length)
         bits = random_bits(data.seed, numbers, sum(lengths), stream=0)
-        tokens = (1 + bits % np.uint64(max(1, vocab_size - 1))).astype(np.int32)
+        tokens = (bits % np.uint64(max(1, model.vocab_size - 1))).astype(np.int32)
+        tokens += tokens >= model.pad_id
         inputs, targets = np.split(tokens, [data.inputs_length], axis=1)
         batch = {"encoder_input_tokens": inputs, "decoder_target_tokens": targets}
         positions = None
@@ -160,44 +161,63 @@ class SyntheticIterator(RowIterator):
                     row = values.astype(np.int32)
                     batch[f"{stack}_{name}"] = np.tile(row, (len(numbers), 1))
             positions = batch["decoder_positions"]
-        batch["decoder_input_tokens"] = shift_right(targets, positions)
+        batch["decoder_input_tokens"] = shift_right(targets, model.start_id, positions)
         batch["decoder_loss_weights"] = np.ones(targets.shape, np.float32)
         return batch
 
 
-def shift_right(targets: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
-    """Returns the decoder inputs of targets: the targets shifted right, after a start token 0.
+def shift_right(
+    targets: np.ndarray, start_id: int, positions: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns the decoder inputs of targets: the targets shifted right, after a start token.
 
     Args:
       targets: [B, T] integers.
+      start_id: id of the start token.
       positions: [B, T] positions within the segments of packed targets; every segment then begins
-        with a 0.
+        with the start token.
 
     Returns [B, T] of the same dtype.
     """
-    shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
-    return shifted if positions is None else np.where(positions == 0, 0, shifted)
+    shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
+    if positions is None:
+        return shifted
+    return np.where(positions == 0, start_id, shifted)
 
 
-def padded_batch(inputs: np.ndarray, targets: np.ndarray, data: DataConfig) -> Batch:
+def padding_value(feature: str, model: ModelConfig) -> int:
+    """Returns what a feature has at padding: `model.pad_id` for tokens, else 0."""
+    return model.pad_id if feature.endswith("_tokens") else 0
+
+
+def add_padding_rows(batch: Batch, count: int, model: ModelConfig) -> Batch:
+    """Returns a batch with `count` more rows of padding behind its own."""
+    return {
+        name: np.pad(rows, ((0, count), (0, 0)), constant_values=padding_value(name, model))
+        for name, rows in batch.items()
+    }
+
+
+def padded_batch(inputs: np.ndarray, targets: np.ndarray, config: Config) -> Batch:
     """Returns an unpacked batch of rows of equal length, padded at the end.
 
     Args:
       inputs: [B, I] int32, I at most `data.inputs_length`.
       targets: [B, J] int32, J at most `data.targets_length`; all of them count in the loss.
     """
+    data, model = config.data, config.model
     weights = np.ones(targets.shape, np.float32)
-    targets = _pad(targets, data.targets_length)
+    targets = _pad(targets, data.targets_length, model.pad_id)
     return {
-        "encoder_input_tokens": _pad(inputs, data.inputs_length),
-        "decoder_input_tokens": shift_right(targets),
+        "encoder_input_tokens": _pad(inputs, data.inputs_length, model.pad_id),
+        "decoder_input_tokens": shift_right(targets, model.start_id),
         "decoder_target_tokens": targets,
-        "decoder_loss_weights": _pad(weights, data.targets_length),
+        "decoder_loss_weights": _pad(weights, data.targets_length, 0),
     }
 
 
-def _pad(rows: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(rows, ((0, 0), (0, length - rows.shape[1])))
+def _pad(rows: np.ndarray, length: int, value: int) -> np.ndarray:
+    return np.pad(rows, ((0, 0), (0, length - rows.shape[1])), constant_values=value)
 
 
 def feature_shapes(config: Config) -> dict[str, tuple[tuple[int, int], type]]:

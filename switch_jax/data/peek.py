@@ -28,15 +28,16 @@ def examples_text(config: Config, count: int, split: Split = "train") -> str:
     lines: list[str] = []
     for source, batches in open_epoch_by_source(config, split).items():
         for number, row in enumerate(islice(_split_rows(batches), count), start=1):
-            lines += [f"{source}, example {number}", *_describe_row(row, vocabulary), ""]
+            lines += [f"{source}, example {number}", *_describe_row(row, vocabulary, config), ""]
     batches = open_batches(config, split)
     first = next(batches)  # not timed: it starts the pipeline
-    padding = {side: 1 - _token_mask(first, side).mean() for side in _STACKS}
+    pad_id = config.model.pad_id
+    padding = {side: 1 - _token_mask(first, side, pad_id).mean() for side in _STACKS}
     tokens, seconds = 0, 0.0
     start = time.perf_counter()
     while seconds < _TIMED_SECONDS:
         batch = next(batches)
-        tokens += sum(int(_token_mask(batch, side).sum()) for side in _STACKS)
+        tokens += sum(int(_token_mask(batch, side, pad_id).sum()) for side in _STACKS)
         seconds = time.perf_counter() - start
     lines += [
         f"Padding: {padding['inputs']:.1%} of the inputs, {padding['targets']:.1%} of the targets.",
@@ -52,17 +53,17 @@ def _split_rows(batches: Iterable[Batch]) -> Iterator[Batch]:
             yield {name: values[i] for name, values in batch.items()}
 
 
-def _token_mask(batch: Batch, side: str) -> np.ndarray:
+def _token_mask(batch: Batch, side: str, pad_id: int) -> np.ndarray:
     """Bool of the shape of the tokens: True where a token is not padding."""
-    segments = batch.get(f"{_STACKS[side]}_segment_ids", batch[_TOKENS[side]])
-    return segments > 0
+    segments = batch.get(f"{_STACKS[side]}_segment_ids")
+    return batch[_TOKENS[side]] != pad_id if segments is None else segments > 0
 
 
-def _describe_row(row: Batch, vocabulary: Vocabulary) -> list[str]:
+def _describe_row(row: Batch, vocabulary: Vocabulary, config: Config) -> list[str]:
     """Returns the lines of a row: one or more for each segment of inputs and targets."""
     lines = []
     for side, stack in _STACKS.items():
-        tokens, mask = row[_TOKENS[side]], _token_mask(row, side)
+        tokens, mask = row[_TOKENS[side]], _token_mask(row, side, config.model.pad_id)
         segments = row.get(f"{stack}_segment_ids", mask.astype(np.int32))
         for segment in range(1, segments.max(initial=0) + 1):
             name = f"{side} {segment}" if f"{stack}_segment_ids" in row else side

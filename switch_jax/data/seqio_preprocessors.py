@@ -4,6 +4,8 @@ From one preprocessor to the next, the feature `targets` contains the tokens of 
 row, without an EOS.
 """
 
+from collections.abc import Sequence
+
 from switch_jax.data.seqio_import import seqio, tf
 from switch_jax.data.span_corruption import MEAN_SPAN, NOISE_DENSITY, span_lengths
 
@@ -50,18 +52,29 @@ def split_into_rows(dataset: tf.data.Dataset, sequence_length: dict[str, int]) -
 
 
 @seqio.map_over_dataset(num_seeds=1)
-def corrupt_example(
-    example: Example, seed: tf.Tensor, output_features: dict[str, seqio.Feature]
-) -> Example:
+def corrupt_example(example: Example, seed: tf.Tensor, sentinels: Sequence[int]) -> Example:
     """Computes `span_corruption.corrupt_spans` in TensorFlow, for one sequence, without the EOS."""
     tokens = example["targets"]
     # T5 splits the seed six ways and uses the first two here.
     mask = noise_mask(tf.size(tokens), tf.random.experimental.stateless_split(seed, 6)[:2])
-    first_sentinel = output_features["targets"].vocabulary.vocab_size - 1
+    ids = tf.constant(sentinels, tokens.dtype)
     return {
-        "inputs": _replace_runs(tokens, mask, first_sentinel),
-        "targets": _replace_runs(tokens, ~mask, first_sentinel),
+        "inputs": _replace_runs(tokens, mask, ids),
+        "targets": _replace_runs(tokens, ~mask, ids),
     }
+
+
+def exchange_padding(dataset: tf.data.Dataset, pad_id: int) -> tf.data.Dataset:
+    """Exchanges the ids 0 and `pad_id` in the features `inputs` and `targets`."""
+
+    def exchange(example: Example) -> Example:
+        return {
+            name: tf.where(tokens == 0, pad_id, tf.where(tokens == pad_id, 0, tokens))
+            for name, tokens in example.items()
+            if name in ("inputs", "targets")
+        }
+
+    return dataset.map(exchange)
 
 
 def noise_mask(length: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
@@ -90,9 +103,9 @@ def _partition(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor
     return cuts[1:] - cuts[:-1]
 
 
-def _replace_runs(tokens: tf.Tensor, mask: tf.Tensor, first_sentinel: int) -> tf.Tensor:
-    """Replaces each run of Trues in `mask` by one sentinel, counting down."""
+def _replace_runs(tokens: tf.Tensor, mask: tf.Tensor, sentinels: tf.Tensor) -> tf.Tensor:
+    """Replaces each run of Trues in `mask` by the next sentinel."""
     continues = mask & tf.pad(mask[:-1], [[1, 0]])
     starts = mask & ~continues
-    sentinels = first_sentinel + 1 - tf.cumsum(tf.cast(starts, tokens.dtype))
-    return tf.boolean_mask(tf.where(starts, sentinels, tokens), ~continues)
+    runs = tf.maximum(tf.cumsum(tf.cast(starts, tf.int32)) - 1, 0)
+    return tf.boolean_mask(tf.where(starts, tf.gather(sentinels, runs), tokens), ~continues)

@@ -5,6 +5,7 @@ store is one number; the position of this reader is the pipeline's shuffle buffe
 each group of processes, valid for the same number of groups only.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from switch_jax.config import Config, DataConfig
-from switch_jax.data.batch import ALL_ROWS, Batch, ProcessRows
+from switch_jax.config import Config
+from switch_jax.data.batch import ALL_ROWS, Batch, ProcessRows, add_padding_rows, shift_right
 from switch_jax.data.finetuning.task_source import TaskSource, examples_to_json
 from switch_jax.data.mixture import find_sources, mixture_rates
 from switch_jax.data.seqio_blocks import BLOCK_SIZE, BlockReader
@@ -24,19 +25,16 @@ from switch_jax.data.seqio_import import seqio, tf
 from switch_jax.data.seqio_preprocessors import (
     concatenate_documents,
     corrupt_example,
+    exchange_padding,
     select_random_chunk,
     split_into_rows,
 )
+from switch_jax.data.seqio_vocabulary import seqio_vocabulary
 from switch_jax.data.sources.bad_records import MISSING, BadRecords, ReportedBadRecords
 from switch_jax.data.sources.source import Source, Split
 from switch_jax.data.span_corruption import span_lengths
 from switch_jax.data.token_store.store import is_store
-from switch_jax.data.vocabulary import (
-    NUM_SENTINELS,
-    ByteVocabulary,
-    SentencePieceVocabulary,
-    Vocabulary,
-)
+from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.data.vocabulary_builder import check_sentinels, open_vocabulary
 from switch_jax.errors import UserError
 
@@ -54,7 +52,7 @@ def open_batches(
     specs = {source.name: source.spec for source in sources}
     rates = mixture_rates(config.data, documents, specs)
     used = [source for source in sources if source.name in rates]
-    return SeqioIterator(config.data, split, process_rows, used, vocabulary, rates)
+    return SeqioIterator(config, split, process_rows, used, vocabulary, rates)
 
 
 def open_epoch_by_source(
@@ -67,27 +65,23 @@ def open_epoch_by_source(
     """
     sources, vocabulary = _open_sources(config)
     used = [source for source in sources if source.shards(split)] or sources
-    return {
-        source.name: _epoch(config.data, split, process_rows, source, vocabulary) for source in used
-    }
+    return {source.name: _epoch(config, split, process_rows, source, vocabulary) for source in used}
 
 
 def _epoch(
-    data: DataConfig,
+    config: Config,
     split: Split,
     process_rows: ProcessRows,
     source: Source,
     vocabulary: Vocabulary,
 ) -> Iterator[Batch]:
     """Yields a process's rows of one epoch of a source; rows behind the last one are padding."""
-    indices = process_rows.indices(data.batch_size)
-    rates = {source.name: 1.0}
-    for batch in SeqioIterator(data, split, ALL_ROWS, [source], vocabulary, rates, num_epochs=1):
-        missing = data.batch_size - len(batch["encoder_input_tokens"])
-        yield {
-            name: np.pad(feature, ((0, missing), (0, 0)))[indices]
-            for name, feature in batch.items()
-        }
+    batch_size, rates = config.data.batch_size, {source.name: 1.0}
+    indices = process_rows.indices(batch_size)
+    for batch in SeqioIterator(config, split, ALL_ROWS, [source], vocabulary, rates, num_epochs=1):
+        missing = batch_size - len(batch["encoder_input_tokens"])
+        whole = add_padding_rows(batch, missing, config.model)
+        yield {name: feature[indices] for name, feature in whole.items()}
 
 
 def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
@@ -134,7 +128,7 @@ class SeqioIterator:
 
     def __init__(
         self,
-        data: DataConfig,
+        config: Config,
         split: Split,
         process_rows: ProcessRows,
         sources: list[Source],
@@ -142,6 +136,7 @@ class SeqioIterator:
         rates: Mapping[str, float],
         num_epochs: int | None = None,
     ):
+        data, self._ids = config.data, config.model
         self._num_epochs = num_epochs
         self._has_read_batch = False
         self._num_rows = len(process_rows.indices(data.batch_size))
@@ -164,22 +159,23 @@ class SeqioIterator:
                 self._bad_records.add(MISSING, path)
         self._readers = [BlockReader(source, split, self._bad_records) for source in sources]
         self._iterator = iter(
-            self._dataset(data, split, process_rows, vocabulary, list(rates.values()))
+            self._dataset(config, split, process_rows, vocabulary, list(rates.values()))
         )
 
     def _dataset(
         self,
-        data: DataConfig,
+        config: Config,
         split: Split,
         process_rows: ProcessRows,
         vocabulary: Vocabulary,
         rates: list[float],
     ) -> tf.data.Dataset:
+        data = config.data
         buffered_rows = max(16, _BUFFERED_ROWS // len(rates))
         open_shards = max(1, _OPEN_SHARDS // len(rates))
         sources = [DocumentSource(reader, open_shards) for reader in self._readers]
         tasks = [
-            _task(f"source_{number}", source, vocabulary, data, buffered_rows)
+            _task(f"source_{number}", source, vocabulary, config, buffered_rows)
             for number, source in enumerate(sources)
         ]
         provider = tasks[0]
@@ -222,10 +218,15 @@ class SeqioIterator:
                 " data.mixture, name files for it with {split}, or set data.reader=store."
             )
         self._has_read_batch = True
-        return {
-            name: tensor.numpy().astype(np.float32 if name.endswith("weights") else np.int32)
-            for name, tensor in tensors.items()
-        }
+        batch: Batch = {}
+        for name, tensor in tensors.items():
+            batch[name] = tensor.numpy().astype(np.float32 if "weights" in name else np.int32)
+            if name.endswith("_tokens"):
+                batch[name] = _exchange(batch[name], 0, self._ids.pad_id)
+        batch["decoder_input_tokens"] = shift_right(
+            batch["decoder_target_tokens"], self._ids.start_id, batch.get("decoder_positions")
+        )
+        return batch
 
     def save(self, directory: Path) -> None:
         """Writes the position of this group; only the group's first process does."""
@@ -258,16 +259,20 @@ def _task(
     name: str,
     source: "DocumentSource",
     vocabulary: Vocabulary,
-    data: DataConfig,
+    config: Config,
     buffered_rows: int,
 ) -> seqio.Task:
-    """Returns the seqio task of one source; the rows of a training split are shuffled."""
-    feature = seqio.Feature(_seqio_vocabulary(vocabulary), add_eos=True)
+    """Returns the seqio task of one source; the rows of a training split are shuffled.
+
+    seqio takes every 0 for padding. So 0 and the id of padding are exchanged in its rows.
+    """
+    data, ids = config.data, config.model
+    feature = seqio.Feature(seqio_vocabulary(vocabulary, ids.eos_id), add_eos=True)
     corruption = [
         select_random_chunk,
         *([] if data.pack else [concatenate_documents]),
         split_into_rows,
-        corrupt_example,
+        functools.partial(corrupt_example, sentinels=vocabulary.sentinels),
     ]
     return seqio.Task(
         name,
@@ -278,18 +283,16 @@ def _task(
             seqio.CacheDatasetPlaceholder(),
             *([] if source.has_targets else corruption),
             seqio.preprocessors.append_eos_after_trim,
+            *([functools.partial(exchange_padding, pad_id=ids.pad_id)] if ids.pad_id else []),
         ],
         output_features={"inputs": feature, "targets": feature},
         shuffle_buffer_size=buffered_rows,
     )
 
 
-def _seqio_vocabulary(vocabulary: Vocabulary) -> seqio.Vocabulary:
-    if isinstance(vocabulary, ByteVocabulary):
-        return seqio.ByteVocabulary(extra_ids=NUM_SENTINELS)
-    assert isinstance(vocabulary, SentencePieceVocabulary)
-    extra_ids = 0 if vocabulary.has_own_sentinels else NUM_SENTINELS
-    return seqio.SentencePieceVocabulary(vocabulary.name, extra_ids=extra_ids)
+def _exchange(tokens: np.ndarray, a: int, b: int) -> np.ndarray:
+    """Returns tokens with the ids `a` and `b` exchanged."""
+    return tokens if a == b else np.where(tokens == a, b, np.where(tokens == b, a, tokens))
 
 
 class DocumentSource(seqio.DataSource):

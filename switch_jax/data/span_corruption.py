@@ -8,16 +8,16 @@
 on the length alone, so the lengths after corruption are known beforehand. The placement is uniform
 over all alternations of that many kept and noise spans that begin with a kept span.
 
-Sentinels count down from the vocabulary's last id. A text of more than 2000 tokens has more
-than 100 spans; its last sentinels are then the vocabulary's rarest pieces, as in T5.
+Span i has sentinel i of the vocabulary. A text of more than 2000 tokens has more than 100 spans, so
+it needs a vocabulary with more sentinels than T5's.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from switch_jax.data.counter_rng import random_bits
-from switch_jax.data.vocabulary import EOS
 from switch_jax.errors import UserError
 
 NOISE_DENSITY = 0.15
@@ -86,21 +86,21 @@ def noise_mask(length: int, seed: int, examples: np.ndarray) -> np.ndarray:
 
 
 def corrupt_spans(
-    tokens: np.ndarray, seed: int, examples: np.ndarray, first_sentinel: int
+    tokens: np.ndarray, seed: int, examples: np.ndarray, sentinels: Sequence[int], eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Corrupts texts of equal length.
 
     Args:
       tokens: [B, L] integers.
       examples: [B] numbers of the examples; a row depends on `seed` and its number only.
-      first_sentinel: id of `<extra_id_0>`.
+      sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, …, at least as many as there are spans.
 
     Returns inputs [B, I] and targets [B, T], int32, both with a final EOS; I and T are
     given by `corrupted_lengths(L)`.
     """
     mask = noise_mask(tokens.shape[1], seed, examples)
-    inputs = _replace_runs(tokens, mask, first_sentinel)
-    return inputs, _replace_runs(tokens, ~mask, first_sentinel)
+    ids = np.array(sentinels)
+    return _replace_runs(tokens, mask, ids, eos_id), _replace_runs(tokens, ~mask, ids, eos_id)
 
 
 def _partitions(total: int, parts: int, seed: int, examples: np.ndarray, stream: int) -> np.ndarray:
@@ -118,13 +118,15 @@ def _partitions(total: int, parts: int, seed: int, examples: np.ndarray, stream:
     return np.diff(cuts, axis=1)
 
 
-def _replace_runs(tokens: np.ndarray, mask: np.ndarray, first_sentinel: int) -> np.ndarray:
-    """Replaces each run of Trues in `mask` [B, L] by one sentinel, and appends an EOS.
+def _replace_runs(
+    tokens: np.ndarray, mask: np.ndarray, sentinels: np.ndarray, eos_id: int
+) -> np.ndarray:
+    """Replaces each run of Trues in `mask` [B, L] by the next sentinel, and appends an EOS.
 
     Every row of `mask` has the same number of Trues and of runs, so rows stay equally long.
     """
     starts = mask.copy()
     starts[:, 1:] &= ~mask[:, :-1]
-    sentinels = first_sentinel + 1 - np.cumsum(starts, axis=1)
-    kept = np.where(starts, sentinels, tokens)[~mask | starts].reshape(len(tokens), -1)
-    return np.pad(kept, ((0, 0), (0, 1)), constant_values=EOS).astype(np.int32)
+    sentinel_of_run = sentinels[np.cumsum(starts, axis=1) - 1]  # -1, unused, before the first
+    kept = np.where(starts, sentinel_of_run, tokens)[~mask | starts].reshape(len(tokens), -1)
+    return np.pad(kept, ((0, 0), (0, 1)), constant_values=eos_id).astype(np.int32)

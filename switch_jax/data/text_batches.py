@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from switch_jax.config import Config
-from switch_jax.data.batch import ALL_ROWS, Batch, ProcessRows, padded_batch
+from switch_jax.data.batch import ALL_ROWS, Batch, ProcessRows, add_padding_rows, padded_batch
 from switch_jax.data.span_corruption import corrupt_spans, span_lengths
 from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.data.vocabulary_builder import check_sentinels
 from switch_jax.errors import UserError
 
 
@@ -20,12 +21,14 @@ def text_file_batches(
     padding fill the last batch. Rows are never packed, whatever `data.pack` is: every piece but the
     last fills its row, so packing would change nothing but the features.
 
-    Raises `UserError` for a file that cannot be read, is empty, or is not UTF-8.
+    Raises `UserError` for a file that cannot be read, is empty, or is not UTF-8, and for a
+    vocabulary with fewer sentinels than a row needs.
     """
     data, tokens = config.data, np.array(vocabulary.encode(_read_utf8(path)), np.int64)
     if not len(tokens):
         raise UserError(f"{path} is empty; name a file with text.")
     length = span_lengths(data.inputs_length, data.targets_length).tokens
+    check_sentinels(data, vocabulary)
     full_rows = len(tokens) // length
     end = full_rows * length
     full, rest = tokens[:end].reshape(full_rows, length), tokens[None, end:]
@@ -33,11 +36,13 @@ def text_file_batches(
     for first, pieces in ((0, full), (full_rows, rest)):
         if pieces.size:
             examples = first + np.arange(len(pieces))
-            corrupted = corrupt_spans(pieces, data.seed, examples, vocabulary.sentinel(0))
-            parts.append(padded_batch(*corrupted, data))
+            corrupted = corrupt_spans(
+                pieces, data.seed, examples, vocabulary.sentinels, config.model.eos_id
+            )
+            parts.append(padded_batch(*corrupted, config))
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     count, B = len(rows["encoder_input_tokens"]), data.batch_size
-    padded = {name: np.pad(x, ((0, -count % B), (0, 0))) for name, x in rows.items()}
+    padded = add_padding_rows(rows, -count % B, config.model)
     indices = process_rows.indices(B)
     return [
         {name: x[start + indices] for name, x in padded.items()} for start in range(0, count, B)

@@ -62,13 +62,14 @@ def open_vocabulary(config: Config) -> Vocabulary:
 
 
 def check_sentinels(data: DataConfig, vocabulary: Vocabulary) -> None:
-    """Raises `UserError` if a row has more spans than the vocabulary has ids for sentinels."""
+    """Raises `UserError` if a row has more spans than the vocabulary has sentinels."""
     length = span_lengths(data.inputs_length, data.targets_length).tokens
     spans = noise_and_spans(max(length, 2))[1]
-    if vocabulary.sentinel(spans - 1) <= UNK:
+    if spans > len(vocabulary.sentinels):
         raise UserError(
-            f"A row of data.inputs_length={data.inputs_length} has {spans} spans, more than"
-            f" {vocabulary.name!r} has ids; set it lower, or take a larger vocabulary."
+            f"A row of data.inputs_length={data.inputs_length} has {spans} spans, and"
+            f" {vocabulary.name!r} has {len(vocabulary.sentinels)} sentinels to mark them; set it"
+            " lower, or take a vocabulary with more pieces such as <extra_id_0>."
         )
 
 

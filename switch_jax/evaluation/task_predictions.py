@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from switch_jax.data import EOS, Vocabulary, padded_batch
+from switch_jax.data import Vocabulary, padded_batch
 from switch_jax.distributed import batch_sharding, replicated
 from switch_jax.inference import generate
 from switch_jax.model import MeshJit, ShardedModel, process_rows, row_cross_entropy
@@ -26,6 +26,7 @@ class Predictor:
     def __init__(self, sharded: ShardedModel, vocabulary: Vocabulary):
         self._sharded = sharded
         self._vocabulary = vocabulary
+        self._ids = sharded.config.model  # of padding and EOS
         # As many rows as a microbatch of training has.
         self._batch_size = sharded.config.data.batch_size // sharded.config.train.accumulate
         self._row_indices = process_rows(sharded.mesh).indices(self._batch_size)
@@ -43,7 +44,7 @@ class Predictor:
         for numbers, source_BxS in self._input_batches(inputs):
             tokens_BxT = np.asarray(self._generate_tokens(params, source_BxS))
             for number, tokens_T in zip(numbers, tokens_BxT):
-                ends = np.flatnonzero(tokens_T == EOS)
+                ends = np.flatnonzero(tokens_T == self._ids.eos_id)
                 output_tokens = tokens_T[: ends[0]] if len(ends) else tokens_T
                 outputs[number] = self._vocabulary.decode(output_tokens.tolist())
         return outputs
@@ -52,14 +53,15 @@ class Predictor:
         self, params: Mapping[str, jax.Array], inputs: Sequence[str], classes: Sequence[str]
     ) -> list[str]:
         """Returns, for each of N inputs, the most probable of C class names as output."""
-        data = self._sharded.config.data
-        targets = [self._encode(name, data.targets_length) for name in classes]
-        data = dataclasses.replace(data, targets_length=max(map(len, targets)))
+        config = self._sharded.config
+        targets = [self._encode(name, config.data.targets_length) for name in classes]
+        data = dataclasses.replace(config.data, targets_length=max(map(len, targets)))
+        config = dataclasses.replace(config, data=data)
         log_likelihood_NxC = np.empty((len(inputs), len(classes)))
         for numbers, source_BxS in self._input_batches(inputs):
             for c, target in enumerate(targets):
                 rows = np.tile(np.array(target, np.int32), (len(self._row_indices), 1))
-                batch = padded_batch(rows[:, :1], rows, data)
+                batch = padded_batch(rows[:, :1], rows, config)
                 batch.pop("encoder_input_tokens")
                 global_batch = {name: self._to_global(value) for name, value in batch.items()}
                 global_batch["encoder_input_tokens"] = source_BxS
@@ -91,8 +93,8 @@ class Predictor:
             numbers = order[begin : begin + B]
             longest = len(encoded[numbers[-1]])
             length = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, max_length)
-            source_BxS = np.zeros((B, length), np.int32)
-            source_BxS[:, 0] = EOS  # rows after the last example are empty texts
+            source_BxS = np.full((B, length), self._ids.pad_id, np.int32)
+            source_BxS[:, 0] = self._ids.eos_id  # rows after the last example are empty texts
             for row, number in enumerate(numbers):
                 source_BxS[row, : len(encoded[number])] = encoded[number]
             yield numbers, self._to_global(source_BxS[self._row_indices])
@@ -105,4 +107,4 @@ class Predictor:
 
     def _encode(self, text: str, max_length: int) -> list[int]:
         """Returns at most `max_length` tokens, the last of which is EOS."""
-        return [*self._vocabulary.encode(text)[: max_length - 1], EOS]
+        return [*self._vocabulary.encode(text)[: max_length - 1], self._ids.eos_id]

@@ -23,7 +23,7 @@ from switch_jax.errors import UserError
 DecodeState = Any
 
 # (tokens [N] int32, their position, state) → (logits [N, V] float32 of the next token, new state).
-# The first token is 0, at position 0.
+# The first token is the start token, at position 0.
 DecodeStep = Callable[[jax.Array, jax.Array, DecodeState], tuple[jax.Array, DecodeState]]
 
 # (logits [N, V] of the next token, position of the last token) → next tokens [N] int32.
@@ -82,10 +82,18 @@ class SamplingOptions:
                 raise UserError(f"{sentence}.")
 
 
+class SpecialIds(NamedTuple):
+    """Ids that begin and end a sequence, and that fill it up behind its end."""
+
+    start: int
+    end: int
+    pad: int
+
+
 class Sequences(NamedTuple):
     """Decoded sequences; those of beam search by descending score.
 
-    token_BxKxL: int32, up to and including the end token, then 0.
+    token_BxKxL: int32, up to and including the end token, then padding.
     score_BxK: float32 log probability, of beam search divided by `length_penalty`; -inf where
       there is no sequence.
     """
@@ -143,7 +151,7 @@ def decode_loop(
     choose_token: ChooseToken,
     num_sequences: int,
     length: int,
-    end: int,
+    special: SpecialIds,
 ) -> tuple[jax.Array, jax.Array]:
     """Decodes token by token until every sequence has ended.
 
@@ -153,9 +161,10 @@ def decode_loop(
       choose_token: `greedy_choice`, or `sample` of a `Sampler`.
       num_sequences: N.
       length: maximum number of tokens.
-      end: end token.
+      special: start token, end token and padding.
 
-    Returns tokens [N, length] int32, 0 after the end token, and log probabilities [N] float32.
+    Returns tokens [N, length] int32, padding after the end token, and log probabilities [N]
+    float32.
     """
 
     def unfinished(carry):
@@ -165,20 +174,19 @@ def decode_loop(
     def advance(carry):
         position, token_N, token_NxL, score_N, done_N, state = carry
         logits_NxV, state = step(token_N, position, state)
-        token_N = jnp.where(done_N, 0, choose_token(logits_NxV, position))
+        token_N = jnp.where(done_N, special.pad, choose_token(logits_NxV, position))
         score_NxV = jax.nn.log_softmax(logits_NxV)
         score_N += jnp.where(
             done_N, 0, jnp.take_along_axis(score_NxV, token_N[:, None], axis=-1)[:, 0]
         )
         token_NxL = token_NxL.at[:, position].set(token_N)
-        return position + 1, token_N, token_NxL, score_N, done_N | (token_N == end), state
+        return position + 1, token_N, token_NxL, score_N, done_N | (token_N == special.end), state
 
     N = num_sequences
-    zeros_N = jnp.zeros(N, jnp.int32)
-    start = (jnp.zeros((N, length), jnp.int32), jnp.zeros(N), jnp.zeros(N, bool), state)
-    _, _, token_NxL, score_N, _, _ = jax.lax.while_loop(
-        unfinished, advance, (jnp.int32(0), zeros_N, *start)
-    )
+    token_N = jnp.full(N, special.start, jnp.int32)
+    token_NxL = jnp.full((N, length), special.pad, jnp.int32)
+    first = (jnp.int32(0), token_N, token_NxL, jnp.zeros(N), jnp.zeros(N, bool), state)
+    _, _, token_NxL, score_N, _, _ = jax.lax.while_loop(unfinished, advance, first)
     return token_NxL, score_N
 
 
@@ -207,7 +215,7 @@ def beam_search(
     num_inputs: int,
     num_beams: int,
     length: int,
-    end: int,
+    special: SpecialIds,
     alpha: jax.Array | float,
 ) -> Sequences:
     """Runs beam search with T5X's rules.
@@ -225,7 +233,7 @@ def beam_search(
       num_inputs: B.
       num_beams: K.
       length: maximum number of tokens.
-      end: end token.
+      special: start token, end token and padding.
       alpha: exponent of `length_penalty`, not negative.
 
     Returns K sequences per input: the ended ones by score, then the live ones by score. (T5X
@@ -242,6 +250,7 @@ def beam_search(
         live_token_BxK = jax.lax.dynamic_index_in_dim(
             beams.token_BxKxL, jnp.maximum(position - 1, 0), 2, keepdims=False
         )
+        live_token_BxK = jnp.where(position == 0, special.start, live_token_BxK)
         logits_NxV, state = step(live_token_BxK.reshape(-1), position, beams.state)
         V = logits_NxV.shape[1]
         score_BxKxV = jax.nn.log_softmax(logits_NxV).reshape(B, K, V)
@@ -251,7 +260,7 @@ def beam_search(
         token_Bx2KxL = (
             _take_per_row(beams.token_BxKxL, parent_Bx2K).at[:, :, position].set(last_token_Bx2K)
         )
-        has_ended_Bx2K = last_token_Bx2K == end
+        has_ended_Bx2K = last_token_Bx2K == special.end
 
         ended_score_Bx2K = jnp.where(
             has_ended_Bx2K, score_Bx2K / length_penalty(position + 1, alpha), -jnp.inf
@@ -268,11 +277,11 @@ def beam_search(
             position + 1, _take_per_row(token_Bx2KxL, index_BxK), score_BxK, ended, state
         )
 
-    zeros = jnp.zeros((B, K, length), jnp.int32)
-    no_sequences = Sequences(zeros, jnp.full((B, K), -jnp.inf))
+    padding = jnp.full((B, K, length), special.pad, jnp.int32)
+    no_sequences = Sequences(padding, jnp.full((B, K), -jnp.inf))
     # One live sequence at first: K equal ones would give every continuation K times.
     first = _BeamState(
-        jnp.int32(0), zeros, no_sequences.score_BxK.at[:, 0].set(0), no_sequences, state
+        jnp.int32(0), padding, no_sequences.score_BxK.at[:, 0].set(0), no_sequences, state
     )
     last = jax.lax.while_loop(unfinished, advance, first)
     # Where fewer than K sequences ended, the loop ran to the last position.
@@ -283,7 +292,8 @@ def beam_search(
     index_BxK = jnp.argsort(rank_Bx2K, axis=1, stable=True)[:, :K]
     score_BxK = _take_per_row(score_Bx2K, index_BxK)
     exists_BxKx1 = (score_BxK > -jnp.inf)[:, :, None]
-    return Sequences(jnp.where(exists_BxKx1, _take_per_row(token_Bx2KxL, index_BxK), 0), score_BxK)
+    token_BxKxL = _take_per_row(token_Bx2KxL, index_BxK)
+    return Sequences(jnp.where(exists_BxKx1, token_BxKxL, special.pad), score_BxK)
 
 
 def _top_of_rows(score_BxX: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ stay small and parameters of the same shapes can be exchanged. Files of the fold
     parameters.safetensors    parameters by path, in the dtype in which they are used
     signature.json            names, shapes and dtypes of arguments, results and parameters
     greedy.py                 greedy decoding with the programs, to run or to copy from
-    vocabulary.model          the SentencePiece model, if there is one
+    vocabulary.model          the vocabulary, if there is one
 """
 
 import json
@@ -25,7 +25,6 @@ from jax import export
 
 from switch_jax import __version__
 from switch_jax.config import Config
-from switch_jax.data import EOS
 from switch_jax.errors import UserError
 from switch_jax.files import create_folder_atomically
 from switch_jax.inference.generation import encode_inputs
@@ -52,7 +51,7 @@ def export_model(
     Args:
       model: from `switch_jax.load`, on one device.
       output: a folder that does not exist.
-      inputs_length: S; inputs are padded to it with 0.
+      inputs_length: S; inputs are padded to it with `model.pad_id`.
       max_length: maximum number of generated tokens.
       vocabulary: content of `vocabulary.model`.
 
@@ -123,8 +122,9 @@ def _write_programs(
         "inputs_length": inputs_length,
         "max_length": max_length,
         "max_batch": max_batch,
-        "start_token": 0,
-        "end_token": EOS,
+        "start_token": model.config.model.start_id,
+        "end_token": model.config.model.eos_id,
+        "pad_token": model.config.model.pad_id,
         "encode": {
             "arguments": ["parameters", {"inputs": _shape_and_dtype(inputs)}],
             "returns": "state",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from switch_jax.data import EOS, NUM_SENTINELS, Vocabulary
+from switch_jax.data import Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.inference.decoding import SamplingOptions
 from switch_jax.inference.generation import generate_with_scores
@@ -33,34 +33,37 @@ def complete_texts(
     Args:
       model: from `switch_jax.load`.
       vocabulary: the model's.
-      texts: each has at most `NUM_SENTINELS` blanks.
+      texts: each has at most as many blanks as the vocabulary has sentinels.
       max_length: maximum number of generated tokens.
       options: of decoding; greedy by default.
 
     Raises `UserError` for a text with more blanks than there are sentinels.
     """
     options = SamplingOptions() if options is None else options
-    texts = [_number_blanks(text) for text in texts]
-    tokens = [[*vocabulary.encode(text), EOS] for text in texts]
+    ids = model.config.model
+    texts = [_number_blanks(text, len(vocabulary.sentinels)) for text in texts]
+    tokens = [[*vocabulary.encode(text), ids.eos_id] for text in texts]
     for first in range(0, len(texts), FILL_BATCH_SIZE):
         rows = tokens[first : first + FILL_BATCH_SIZE]
         # Padding keeps the number of compiled programs small: rows to a multiple of a length, and
         # the last batch with copies of its last row, which take no extra decoding steps.
         length = -(-max(map(len, rows)) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         rows += rows[-1:] * (min(FILL_BATCH_SIZE, len(texts)) - len(rows))
-        source = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
+        source = np.array([row + [ids.pad_id] * (length - len(row)) for row in rows], np.int32)
         sequences = generate_with_scores(model, source, max_length, options, first_row=first)
         outputs = np.asarray(sequences.token_BxKxL[:, 0])
         for text, output in zip(texts[first : first + FILL_BATCH_SIZE], outputs):
-            yield _fill_sentinels(text, vocabulary.decode([int(t) for t in output if t > EOS]))
+            yield _fill_sentinels(text, vocabulary.decode(output.tolist()))
 
 
-def _number_blanks(text: str) -> str:
+def _number_blanks(text: str, limit: int) -> str:
     """Returns `text` with every `___` replaced by the next sentinel."""
     numbers = itertools.count()
     text = re.sub(r"_{3,}", lambda _: f"<extra_id_{next(numbers)}>", text)
-    if next(numbers) > NUM_SENTINELS:
-        raise UserError(f"A text has more than {NUM_SENTINELS} blanks; split it.")
+    if next(numbers) > limit:
+        raise UserError(
+            f"A text has more blanks than the vocabulary has sentinels ({limit}); split it."
+        )
     return text
 
 

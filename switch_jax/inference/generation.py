@@ -9,7 +9,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from switch_jax.data import EOS
 from switch_jax.distributed import constrain, no_mesh, num_batch_shards
 from switch_jax.errors import UserError
 from switch_jax.inference.decoding import (
@@ -17,6 +16,7 @@ from switch_jax.inference.decoding import (
     Sampler,
     SamplingOptions,
     Sequences,
+    SpecialIds,
     beam_search,
     decode_loop,
     greedy_choice,
@@ -49,12 +49,12 @@ def generate(
 
     Args:
       model: as from `switch_jax.load`; on a mesh with that mesh in context (`jax.set_mesh`).
-      encoder_input_tokens: [B, S] int32, 0 is padding.
+      encoder_input_tokens: [B, S] int32, `model.pad_id` is padding.
       max_length: maximum number of tokens to generate.
       beam_size, length_penalty, num_return, temperature, top_k, top_p, seed: see
         `SamplingOptions`.
 
-    Returns [B, max_length] int32, tokens up to and including EOS (1), then 0; with `num_return`
+    Returns [B, max_length] int32, tokens up to and including EOS, then padding; with `num_return`
     above 1 [B, num_return, max_length], the best beam first. The result for an input does not
     depend on the other inputs or on its padding. `generate_with_scores` also returns scores.
 
@@ -121,10 +121,11 @@ def _greedy_or_beam_search(
 ) -> Sequences:
     B = len(source_BxS)
     step, cache = make_decode_step(model, *encode_inputs(model, source_BxS), max_length, num_beams)
+    special = _special_ids(model)
     if num_beams == 1:
-        tokens_and_scores = decode_loop(step, cache, greedy_choice, B, max_length, EOS)
+        tokens_and_scores = decode_loop(step, cache, greedy_choice, B, max_length, special)
         return Sequences(*(x[:, None] for x in tokens_and_scores))
-    return beam_search(step, cache, CACHE_SEQUENCE_AXIS, B, num_beams, max_length, EOS, alpha)
+    return beam_search(step, cache, CACHE_SEQUENCE_AXIS, B, num_beams, max_length, special, alpha)
 
 
 @partial(jax.jit, static_argnames=("max_length", "num_samples"))
@@ -149,13 +150,20 @@ def _sample(
     sampler = Sampler(key_N, temperature, top_k, top_p)
     encoded = encode_inputs(model, source_BxS)
     step, cache = make_decode_step(model, *encoded, max_length, num_samples)
-    tokens_and_scores = decode_loop(step, cache, sampler.sample, B * num_samples, max_length, EOS)
+    tokens_and_scores = decode_loop(
+        step, cache, sampler.sample, B * num_samples, max_length, _special_ids(model)
+    )
     return Sequences(*(x.reshape(B, num_samples, *x.shape[1:]) for x in tokens_and_scores))
+
+
+def _special_ids(model: SwitchTransformer) -> SpecialIds:
+    ids = model.config.model
+    return SpecialIds(ids.start_id, ids.eos_id, ids.pad_id)
 
 
 def encode_inputs(model: SwitchTransformer, source_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns encoder states [B, S, D] in the activation dtype, and the mask [B, S] of inputs."""
-    mask_BxS = source_BxS > 0
+    mask_BxS = source_BxS != model.config.model.pad_id
     moe = model.config.moe
     # Other encoders, and all decoders, are dropless here. These two have a capacity that is part
     # of the model: an expert chooses, or takes, a fixed number of tokens of a sequence.

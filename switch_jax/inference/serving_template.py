@@ -30,18 +30,19 @@ class ExportedModel:
         self._step = jax.jit(step, donate_argnums=3)  # the state is changed in place
 
     def greedy(self, rows: list[list[int]]) -> np.ndarray:
-        """[batch, max_length] int32: generated tokens up to and including the end token, then 0."""
+        """[batch, max_length] int32: generated tokens up to the end token, then padding."""
         signature = self.signature
-        inputs = np.zeros((len(rows), signature["inputs_length"]), np.int32)
+        pad = signature["pad_token"]
+        inputs = np.full((len(rows), signature["inputs_length"]), pad, np.int32)
         for row, tokens in zip(inputs, rows):
             row[: len(tokens)] = tokens
         state = self._encode(self.parameters, inputs)
-        outputs = np.zeros((len(rows), signature["max_length"]), np.int32)
+        outputs = np.full((len(rows), signature["max_length"]), pad, np.int32)
         token = np.full(len(rows), signature["start_token"], np.int32)
         done = np.zeros(len(rows), bool)
         for position in range(signature["max_length"]):
             logits, state = self._step(self.parameters, token, np.int32(position), state)
-            token = np.where(done, 0, np.asarray(logits).argmax(-1)).astype(np.int32)
+            token = np.where(done, pad, np.asarray(logits).argmax(-1)).astype(np.int32)
             outputs[:, position] = token
             done |= token == signature["end_token"]
             if done.all():

@@ -48,7 +48,7 @@ class LossSums(NamedTuple):
 def loss_denominators(batch: Mapping[str, jax.Array], config: Config) -> LossDenominators:
     """Computes the denominators of a global batch."""
     groups, tokens = {}, {}
-    for stack, token_mask_BxL in zip(STACKS, token_masks(batch)):
+    for stack, token_mask_BxL in zip(STACKS, token_masks(batch, config)):
         mask_BxL = routed_mask(token_mask_BxL, config)
         B, L = mask_BxL.shape
         rows = rows_per_group(config.moe, B, L)

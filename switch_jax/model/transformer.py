@@ -216,8 +216,8 @@ class SwitchTransformer(nnx.Module):
         """Computes logits without dropout, at the evaluation capacity factor.
 
         Args:
-          encoder_input_tokens: [B, S] int32; 0 is padding.
-          decoder_input_tokens: [B, T] int32; targets shifted right, beginning with 0.
+          encoder_input_tokens: [B, S] int32; `model.pad_id` is padding.
+          decoder_input_tokens: [B, T] int32; targets shifted right, after `model.start_id`.
 
         Returns [B, T, V] float32.
         """
@@ -260,7 +260,7 @@ class SwitchTransformer(nnx.Module):
 
         The arguments are the same as those of `forward`.
         """
-        encoder_mask, decoder_mask = token_masks(batch)
+        encoder_mask, decoder_mask = token_masks(batch, self.config)
         encoder_ids = batch.get("encoder_segment_ids", encoder_mask.astype(jnp.int32))
         decoder_ids = batch.get("decoder_segment_ids", jnp.ones(decoder_mask.shape, jnp.int32))
         rows = batch_size or encoder_mask.shape[0]
@@ -347,15 +347,15 @@ def collect_router_stats(routing: Mapping[str, RoutingBySublayer]) -> RouterStat
     }
 
 
-def token_masks(batch: Mapping[str, Any]) -> tuple[Any, Any]:
+def token_masks(batch: Mapping[str, Any], config: Config) -> tuple[Any, Any]:
     """Returns bool masks [B, S] and [B, T] of the positions that are not padding.
 
-    Padding is a property of the position, not of the token id: the decoder's start token has the id
-    of padding and is no padding. So the decoder's mask comes from segment ids or loss weights.
+    In a decoder, padding is a property of the position, not of the token id: the start token may
+    have the id of padding and is no padding. So its mask comes from segment ids or loss weights.
     """
     if "encoder_segment_ids" in batch:
         return batch["encoder_segment_ids"] > 0, batch["decoder_segment_ids"] > 0
-    encoder = batch["encoder_input_tokens"] > 0
+    encoder = batch["encoder_input_tokens"] != config.model.pad_id
     if "decoder_loss_weights" in batch:
         return encoder, batch["decoder_loss_weights"] > 0
     return encoder, batch["decoder_input_tokens"] >= 0

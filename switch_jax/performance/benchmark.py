@@ -26,6 +26,7 @@ from switch_jax.errors import UserError
 from switch_jax.inference import (
     CACHE_SEQUENCE_AXIS,
     SamplingOptions,
+    SpecialIds,
     beam_search,
     decode_loop,
     encode_inputs,
@@ -226,7 +227,8 @@ def _compile_decoding(
     program: TrainProgram, params: Mapping[str, jax.Array], rows: int, beams: int
 ) -> Callable[[], Any]:
     """Returns a compiled decoding loop with encoded inputs, in which no sequence ends early."""
-    config, mesh, no_end_token = program.config, program.mesh, -1
+    config, mesh = program.config, program.mesh
+    never_ends = SpecialIds(config.model.start_id, -1, config.model.pad_id)
     length, shape = _decoded_length(config), (rows, config.data.inputs_length)
     source_BxS = 2 + jnp.arange(math.prod(shape)).reshape(shape) % (config.model.vocab_size - 2)
 
@@ -237,11 +239,9 @@ def _compile_decoding(
             program.sharded.model(params), encoded_BxSxD, mask_BxS, length, beams
         )
         if beams == 1:
-            return decode_loop(step, cache, greedy_choice, rows, length, no_end_token)
+            return decode_loop(step, cache, greedy_choice, rows, length, never_ends)
         alpha = SamplingOptions().length_penalty
-        return beam_search(
-            step, cache, CACHE_SEQUENCE_AXIS, rows, beams, length, no_end_token, alpha
-        )
+        return beam_search(step, cache, CACHE_SEQUENCE_AXIS, rows, beams, length, never_ends, alpha)
 
     with jax.set_mesh(mesh):
         source_BxS = jax.device_put(source_BxS, batch_sharding(mesh))

@@ -23,6 +23,7 @@ from switch_jax.analysis.expert_specialization import (
 from switch_jax.checkpoint.checkpointer import Checkpointer
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.cli.main import main
+from switch_jax.config import Config
 from switch_jax.config.load import load_config, override_config
 from switch_jax.data import open_batches
 from switch_jax.data.sources.python_docs import python_documents
@@ -74,7 +75,7 @@ def counted():
         "encoder_segment_ids": np.array([[1, 1, 2, 0], [1, 1, 1, 1]], np.int32),
     }
     decoder = {name.replace("encoder", "decoder"): rows for name, rows in encoder.items()}
-    tokens = batch_tokens(encoder | decoder)["encoder"]
+    tokens = batch_tokens(encoder | decoder, Config())["encoder"]
     # Expert 2 means none. Padding has experts, which must not be counted.
     expert_NxK = np.array([[0, 1], [1, 2], [0, 2], [0, 1], [0, 2], [0, 2], [1, 0], [1, 2]])
     gate_NxK = np.array([[8, 4], [2, 9], [6, 9], [9, 9], [6, 9], [5, 9], [1, 5], [1, 9]]) / 10

@@ -252,14 +252,27 @@ def test_lengths_that_do_not_fit_are_refused(data):
         open_batches(config(**data), "train")
 
 
-def test_a_split_shorter_than_a_row_is_one_short_row():
-    longer = len(stored_tokens("validation")) + 100
-    long = config(inputs_length=longer, targets_length=longer, batch_size=2)
+def test_a_split_shorter_than_a_row_is_one_short_row(tmp_path, texts):
+    vocabulary = open_vocabulary(config())
+    short = texts["validation"][0][:600]
+    mixture = runs.write_text(tmp_path, train=texts["train"][-1:], validation=[short])
+    long = config(
+        mixture=mixture,
+        vocabulary=vocabulary.name,
+        inputs_length=600,
+        targets_length=600,
+        batch_size=2,
+    )
     batch = next(open_batches(long, "validation"))
-    lengths = corrupted_lengths(len(stored_tokens("validation")))
+    lengths = corrupted_lengths(len(vocabulary.encode(short)))
     assert ((batch["encoder_input_tokens"] > 0).sum(1) == lengths.inputs).all()
     assert (batch["decoder_loss_weights"].sum(1) == lengths.targets).all()
     assert (batch["encoder_input_tokens"][0] != batch["encoder_input_tokens"][1]).any()
+
+
+def test_rows_with_more_spans_than_sentinels_are_refused():
+    with pytest.raises(UserError, match=r"has 114 spans, and .* has 100 sentinels to mark them"):
+        open_batches(config(inputs_length=2048, targets_length=500), "train")
 
 
 def test_processes_must_divide_the_batch():

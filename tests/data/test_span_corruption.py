@@ -22,6 +22,7 @@ from switch_jax.errors import UserError
 from tests.support.paths import GOLDEN
 
 FIRST_SENTINEL = 31_999
+SENTINELS = range(FIRST_SENTINEL, FIRST_SENTINEL - 100, -1)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def uncorrupted(inputs, targets, num_sentinels):
 def test_corruption_can_be_undone_and_counts_are_exact(length, rows, seed, first):
     examples = first + np.arange(rows)
     tokens = np.random.default_rng(seed).integers(3, 30_000, (rows, length)).astype(np.uint16)
-    inputs, targets = corrupt_spans(tokens, seed, examples, FIRST_SENTINEL)
+    inputs, targets = corrupt_spans(tokens, seed, examples, SENTINELS, EOS)
     noise, count = noise_and_spans(length)
     assert inputs.dtype == targets.dtype == np.int32
     assert (length, inputs.shape[1], targets.shape[1]) == corrupted_lengths(length)
@@ -93,7 +94,7 @@ def test_corruption_can_be_undone_and_counts_are_exact(length, rows, seed, first
 
 
 def test_a_single_token_is_kept():
-    inputs, targets = corrupt_spans(np.array([[7]]), 0, np.array([0]), FIRST_SENTINEL)
+    inputs, targets = corrupt_spans(np.array([[7]]), 0, np.array([0]), SENTINELS, EOS)
     assert inputs.tolist() == [[7, EOS]]
     assert targets.tolist() == [[FIRST_SENTINEL, EOS]]
     assert corrupted_lengths(1) == (1, 2, 2)

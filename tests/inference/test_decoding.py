@@ -18,12 +18,14 @@ from switch_jax.errors import UserError
 from switch_jax.inference.decoding import (
     Sampler,
     SamplingOptions,
+    SpecialIds,
     beam_search,
     decode_loop,
     greedy_choice,
 )
 
 END, B = 1, 2
+IDS = SpecialIds(start=0, end=END, pad=0)
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 SIZES = [(3, 4), (4, 3), (5, 2)]  # vocabulary, length
 
@@ -57,7 +59,7 @@ def table_step(table_BxPxV, K, steps=None):
 @partial(jax.jit, static_argnames=("K", "L"))
 def beams(table_BxPxV, alpha, K, L):
     step, state = table_step(table_BxPxV, K)
-    return beam_search(step, state, 1, B, K, L, END, alpha)
+    return beam_search(step, state, 1, B, K, L, IDS, alpha)
 
 
 def log_softmax(x):
@@ -178,14 +180,14 @@ def test_decoding_stops_when_the_result_cannot_change():
         greedy_positions: list[int] = []
         step, state = table_step(jnp.asarray(table), 1, greedy_positions)
         jax.block_until_ready(
-            jax.jit(lambda s, step=step: decode_loop(step, s, greedy_choice, B, L, END))(state)
+            jax.jit(lambda s, step=step: decode_loop(step, s, greedy_choice, B, L, IDS))(state)
         )
         jax.effects_barrier()
         assert sorted(greedy_positions) == list(range(length))
 
     beam_positions: list[int] = []
     step, state = table_step(jnp.asarray(ends_after_2), 1, beam_positions)
-    sequences = jax.jit(lambda s: beam_search(step, s, 1, B, 1, L, END, 0.6))(state)
+    sequences = jax.jit(lambda s: beam_search(step, s, 1, B, 1, L, IDS, 0.6))(state)
     jax.effects_barrier()
     assert np.asarray(sequences.token_BxKxL)[0, 0].tolist() == [2, END, 0, 0]
     assert sorted(beam_positions) == [0, 1]
@@ -195,7 +197,7 @@ def test_greedy_decoding_takes_and_scores_the_best_tokens():
     V, L = 4, 3
     table = random_table(3, V, L)
     step, state = table_step(jnp.asarray(table), 1)
-    tokens, score = jax.jit(lambda s: decode_loop(step, s, greedy_choice, B, L, END))(state)
+    tokens, score = jax.jit(lambda s: decode_loop(step, s, greedy_choice, B, L, IDS))(state)
     for row in range(B):
         expected: list[int] = []
         while len(expected) < L and END not in expected:

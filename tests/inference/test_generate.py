@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ import pytest
 
 import switch_jax
 from switch_jax.cli.main import main
+from switch_jax.config import Config
 from switch_jax.data.vocabulary import EOS
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.distributed.sharding import batch_sharding
 from switch_jax.errors import UserError
-from switch_jax.inference.decoding import SamplingOptions, Sequences, beam_search
+from switch_jax.inference.decoding import SamplingOptions, Sequences, SpecialIds, beam_search
 from switch_jax.inference.fill_blanks import complete_texts
 from switch_jax.inference.generation import (
     encode_inputs,
@@ -201,7 +203,9 @@ def test_beam_search_is_the_same_without_a_cache(varied_model):
         return logits[:, position], tokens_NxL
 
     start = jnp.zeros((6 * K, L), jnp.int32)
-    expected = jax.jit(lambda s: beam_search(step, s, 0, 6, K, L, EOS, 0.6))(start)
+    expected = jax.jit(lambda s: beam_search(step, s, 0, 6, K, L, SpecialIds(0, EOS, 0), 0.6))(
+        start
+    )
     actual = generate_with_scores(varied_model, source, L, BEAMS)
     np.testing.assert_array_equal(actual.token_BxKxL, expected.token_BxKxL)
     np.testing.assert_allclose(actual.score_BxK, expected.score_BxK, atol=1e-5)
@@ -325,16 +329,20 @@ def test_the_command_line_refuses_sampling_with_beams_before_loading(tmp_path, c
     assert "beam_size=2" in capsys.readouterr().err
 
 
+MODEL = types.SimpleNamespace(config=Config())
+
+
 class Words:
     """A vocabulary of words, with sentinels."""
 
     words = ("<pad>", "</s>", "import", "as", "np", "numpy", "<extra_id_1>", "<extra_id_0>")
+    sentinels = (7, 6)
 
     def encode(self, text):
         return [self.words.index(word) for word in text.split()]
 
     def decode(self, ids):
-        return " ".join(self.words[i] for i in ids)
+        return " ".join(self.words[i] for i in ids if i > EOS)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +362,7 @@ def test_blanks_are_filled_and_other_texts_get_the_output(monkeypatch, text, ans
         return Sequences(np.array([[words.encode(answer)]]), np.zeros((1, 1)))
 
     monkeypatch.setattr("switch_jax.inference.fill_blanks.generate_with_scores", fake_generate)
-    assert list(complete_texts(None, words, [text])) == [filled]
+    assert list(complete_texts(MODEL, words, [text])) == [filled]
 
 
 def test_many_texts_are_filled_in_batches_and_in_their_order(monkeypatch):
@@ -369,8 +377,8 @@ def test_many_texts_are_filled_in_batches_and_in_their_order(monkeypatch):
         return Sequences(np.array(answers)[:, None], np.zeros((len(source), 1)))
 
     monkeypatch.setattr("switch_jax.inference.fill_blanks.generate_with_scores", fake_generate)
-    filled = list(complete_texts(None, words, texts, options=SamplingOptions(seed=4)))
+    filled = list(complete_texts(MODEL, words, texts, options=SamplingOptions(seed=4)))
     assert filled == [text.replace("___", text.split()[0]) for text in texts]
     assert calls == [((32, 64), 0, 4), ((32, 128), 32, 4), ((32, 64), 64, 4)]
-    with pytest.raises(UserError, match="more than 100 blanks"):
-        list(complete_texts(None, words, ["___ " * 101]))
+    with pytest.raises(UserError, match=r"more blanks than the vocabulary has sentinels \(2\)"):
+        list(complete_texts(MODEL, words, ["___ " * 3]))

@@ -58,7 +58,7 @@ def layer_stats(
 def stats_of(config, batch, rows=slice(None)) -> RouterStatsByStack:
     """Router statistics of both stacks for some rows of a global batch."""
     stats = {}
-    for i, (stack, mask) in enumerate(zip(("encoder", "decoder"), token_masks(batch))):
+    for i, (stack, mask) in enumerate(zip(("encoder", "decoder"), token_masks(batch, config))):
         stats_of_layer, logits = layer_stats(config, np.asarray(mask)[rows], seed=i)
         groups = logits.shape[1]
         chosen = np.arange(len(mask))[rows] * groups // len(mask)

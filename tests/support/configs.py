@@ -66,7 +66,7 @@ def make_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
             batch[f"{stack}_positions"] = positions.astype(np.int32)
     return batch | {
         "encoder_input_tokens": tokens["encoder"],
-        "decoder_input_tokens": shift_right(tokens["decoder"], batch.get("decoder_positions")),
+        "decoder_input_tokens": shift_right(tokens["decoder"], 0, batch.get("decoder_positions")),
         "decoder_target_tokens": tokens["decoder"],
         "decoder_loss_weights": masks["decoder"].astype(np.float32),
     }

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from switch_jax.config import Config, DataConfig
+from switch_jax.config import Config, ModelConfig
 from switch_jax.data.batch import (
     ALL_ROWS,
     Batch,
     ProcessRows,
     RowIterator,
     padded_batch,
+    padding_value,
     shift_right,
 )
 from switch_jax.data.counter_rng import derived_seed, permute
@@ -29,7 +30,7 @@ from switch_jax.data.span_corruption import corrupt_spans, span_lengths
 from switch_jax.data.token_store.open_store import open_store
 from switch_jax.data.token_store.sequence_packing import cached_row_plan, plan_pairs, plan_rows
 from switch_jax.data.token_store.store import TokenStore
-from switch_jax.data.vocabulary import EOS, Vocabulary
+from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.data.vocabulary_builder import check_sentinels, open_vocabulary
 from switch_jax.errors import UserError
 
@@ -42,7 +43,7 @@ def open_batches(
     """Returns an iterator over all sources, mixed at their rates; raises `UserError`."""
     store, vocabulary = _open_checked(config)
     rates = mixture_rates(config.data, store.num_documents(), store.specs())
-    return StoreIterator(config.data, split, process_rows, store, vocabulary, rates)
+    return StoreIterator(config, split, process_rows, store, vocabulary, rates)
 
 
 def open_epoch_by_source(
@@ -57,7 +58,7 @@ def open_epoch_by_source(
     used = [name for name in names if documents[name]] or names
     return {
         name: StoreIterator(
-            config.data, split, process_rows, store, vocabulary, {name: 1.0}
+            config, split, process_rows, store, vocabulary, {name: 1.0}
         ).first_epoch()
         for name in used
     }
@@ -97,20 +98,21 @@ class StoreIterator(RowIterator):
 
     def __init__(
         self,
-        data: DataConfig,
+        config: Config,
         split: Split,
         process_rows: ProcessRows,
         store: TokenStore,
         vocabulary: Vocabulary,
         rates: Mapping[str, float],
     ):
+        data = config.data
         contents = [(name, rate, store.fingerprint(name, split)) for name, rate in rates.items()]
         shape = (data.inputs_length, data.targets_length, data.pack, data.seed)
         digest = hashlib.blake2b(repr((contents, shape)).encode(), digest_size=16)
         super().__init__(data.batch_size, process_rows, digest.hexdigest())
-        self._data = data
-        self._first_sentinel = vocabulary.sentinel(0)
-        self._sources = [_SourceRows(data, store, name, split) for name in rates]
+        self._config, self._data = config, data
+        self._sentinels = vocabulary.sentinels
+        self._sources = [_SourceRows(config, store, name, split) for name in rates]
         self._quotas = _quotas(np.array(list(rates.values())))
 
     def first_epoch(self) -> Iterator[Batch]:
@@ -120,7 +122,9 @@ class StoreIterator(RowIterator):
             numbers = first_row + self._indices
             is_past_end_B = numbers >= source.rows_per_epoch
             yield {
-                name: np.where(is_past_end_B[:, None], 0, feature).astype(feature.dtype)
+                name: np.where(
+                    is_past_end_B[:, None], padding_value(name, self._config.model), feature
+                )
                 for name, feature in self.make_rows(numbers).items()
             }
 
@@ -161,7 +165,7 @@ class StoreIterator(RowIterator):
     def _unpacked_batch(self, pieces: "_Pieces") -> Batch:
         batch: Batch = {}
         for indices, inputs, targets in self._inputs_and_targets(pieces):
-            for name, values in padded_batch(inputs, targets, self._data).items():
+            for name, values in padded_batch(inputs, targets, self._config).items():
                 if name not in batch:
                     batch[name] = np.empty((len(pieces.row), values.shape[1]), values.dtype)
                 batch[name][pieces.row[indices]] = values
@@ -181,11 +185,13 @@ class StoreIterator(RowIterator):
             ("decoder", targets, self._data.targets_length),
         ):
             ordered = [sequences[i] for i in order]
-            batch |= _place_segments(stack, ordered, row, segment, length)
+            batch |= _place_segments(stack, ordered, row, segment, length, self._config.model)
         batch["encoder_input_tokens"] = batch.pop("encoder_tokens")
         batch["decoder_target_tokens"] = batch.pop("decoder_tokens")
         batch["decoder_input_tokens"] = shift_right(
-            batch["decoder_target_tokens"], batch["decoder_positions"]
+            batch["decoder_target_tokens"],
+            self._config.model.start_id,
+            batch["decoder_positions"],
         )
         batch["decoder_loss_weights"] = (batch["decoder_segment_ids"] > 0).astype(np.float32)
         return batch
@@ -206,7 +212,11 @@ class StoreIterator(RowIterator):
                 mask = sources == i
                 tokens[mask] = self._sources[i].tokens.take(starts[mask], int(length))
             examples = pieces.example[indices]
-            yield indices, *corrupt_spans(tokens, self._data.seed, examples, self._first_sentinel)
+            eos_id = self._config.model.eos_id
+            yield (
+                indices,
+                *corrupt_spans(tokens, self._data.seed, examples, self._sentinels, eos_id),
+            )
 
 
 def _quotas(rates: np.ndarray) -> np.ndarray:
@@ -237,7 +247,9 @@ class _SourceRows:
       rows_per_epoch: number of rows after which the source repeats.
     """
 
-    def __init__(self, data: DataConfig, store: TokenStore, name: str, split: Split):
+    def __init__(self, config: Config, store: TokenStore, name: str, split: Split):
+        data = config.data
+        self._eos_id = config.model.eos_id
         self._seed = derived_seed(data.seed, name)
         self.tokens = store.tokens(name, split)
         self.has_targets = store.has_targets(name)
@@ -271,7 +283,7 @@ class _SourceRows:
         for length, document in zip(self._lengths, (2 * number, 2 * number + 1)):
             begin, end = self.tokens.offsets[document : document + 2]
             tokens = self.tokens.take(np.array([begin]), int(min(end - begin, length - 1)))[0]
-            sides.append(np.append(tokens.astype(np.int32), EOS))
+            sides.append(np.append(tokens.astype(np.int32), self._eos_id))
         return sides[0], sides[1]
 
     def pieces(self, numbers: np.ndarray) -> _Pieces:
@@ -300,7 +312,12 @@ class _SourceRows:
 
 
 def _place_segments(
-    stack: str, sequences: list[np.ndarray], row_of: np.ndarray, segment: np.ndarray, length: int
+    stack: str,
+    sequences: list[np.ndarray],
+    row_of: np.ndarray,
+    segment: np.ndarray,
+    length: int,
+    model: ModelConfig,
 ) -> Batch:
     """Places sequences side by side in their rows.
 
@@ -326,7 +343,8 @@ def _place_segments(
         ("segment_ids", np.repeat(segment, lengths)),
         ("positions", positions),
     ):
-        feature = np.zeros((row_of[-1] + 1, length), np.int32)
+        shape = row_of[-1] + 1, length
+        feature = np.full(shape, padding_value(f"{stack}_{name}", model), np.int32)
         feature[rows, columns] = values
         batch[f"{stack}_{name}"] = feature
     return batch
