@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,10 @@ from switch_jax.checkpoint.checkpointer import (
     restore_opt_state,
     restore_params,
 )
+from switch_jax.checkpoint.finite import check_arrays
 from switch_jax.checkpoint.interop.detect_format import read_foreign
 from switch_jax.config import Config
+from switch_jax.distributed import fail_together
 from switch_jax.model import (
     SwitchTransformer,
     abstract_model,
@@ -35,7 +38,7 @@ class PretrainedModel(NamedTuple):
     config: the model's config.
     shapes: shapes of its parameters and adapters, by path.
     restore: function of the shapes and shardings of some parameters by path, which returns these
-      parameters, float32; raises `UserError` where they cannot be read.
+      parameters, float32; raises `UserError` where they cannot be read, or are NaN or infinite.
     vocabulary: content of its `vocabulary.model`, where there is one.
     restore_optimizer: `restore_opt_state` of its checkpoint; None for a foreign checkpoint.
     notes: a sentence for each repair or assumption, for the user.
@@ -79,7 +82,7 @@ def find_pretrained(path: str | Path, *, together: bool = False) -> PretrainedMo
         return PretrainedModel(
             foreign.config,
             foreign.shapes,
-            foreign.restore,
+            functools.partial(_restore_finite, foreign.restore, path, together),
             foreign.vocabulary,
             notes=foreign.notes,
         )
@@ -87,10 +90,25 @@ def find_pretrained(path: str | Path, *, together: bool = False) -> PretrainedMo
     return PretrainedModel(
         workdir.config(),
         parameter_shapes(folder),
-        functools.partial(restore_params, folder),
+        functools.partial(
+            _restore_finite, functools.partial(restore_params, folder), folder, together
+        ),
         workdir.vocabulary.read_bytes() if workdir.vocabulary.is_file() else None,
         functools.partial(restore_opt_state, folder),
     )
+
+
+def _restore_finite(
+    restore: Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]],
+    source: object,
+    together: bool,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """Returns what `restore` does, if it is finite; `together`: in all processes, or in none."""
+    arrays = restore(abstract)
+    with fail_together() if together else nullcontext():
+        check_arrays(arrays, source)
+    return arrays
 
 
 def load(path: str | Path) -> SwitchTransformer:

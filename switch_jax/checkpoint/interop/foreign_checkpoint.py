@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from switch_jax.checkpoint.finite import check_finite
 from switch_jax.config import Config
 from switch_jax.model import abstract_model, named_parameters, parameter_metadata
 
@@ -54,7 +55,7 @@ class ForeignCheckpoint:
     config: validated config; its model has exactly the parameters of the checkpoint.
     read_slice: function (path, index) → one slice of a parameter, float32, of shape
       `StackedShape.slice_shape`. Shapes were checked when the checkpoint was opened; raises
-      `UserError` for damaged data.
+      `UserError` for damaged data. Values may be NaN or infinite; `read_finite_slice` refuses them.
     vocabulary: content of its `vocabulary.model`, where there is one.
     companion_files: other files of the model, by their path in a WORKDIR.
     notes: a sentence for each repair or assumption, for the user.
@@ -75,6 +76,12 @@ class ForeignCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all parameters, by path."""
         return {name: stacked.shape for name, stacked in self.parameters.items()}
+
+    def read_finite_slice(self, name: str, index: SliceIndex) -> np.ndarray:
+        """Returns a slice as `read_slice` does; raises `UserError` for NaN and infinity in it."""
+        values = self.read_slice(name, index)
+        check_finite(values, "/".join([name, *map(str, index)]), "the checkpoint")
+        return values
 
     def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Returns the parameters whose paths are in `abstract`, with its shardings, float32.

@@ -8,6 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from switch_jax.checkpoint.interop.expert_placement import infer_placement
+from switch_jax.checkpoint.interop.hf_config_keys import (
+    CONFIG,
+    HuggingFaceConfig,
+    key_notes,
+    parse_config,
+    special_ids,
+)
 from switch_jax.checkpoint.interop.hf_names import Structure
 from switch_jax.config import STACKS, Config, config_from_dict
 from switch_jax.errors import UserError
@@ -35,20 +42,6 @@ _MOE = {
     "router_dtype": "router_dtype",
 }
 
-# Defaults of Hugging Face's classes, for keys that older files do not have.
-_DEFAULTS = {
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "dropout_rate": 0.1,
-    "layer_norm_epsilon": 1e-6,
-    "expert_capacity": 64,
-    "router_jitter_noise": 0.01,
-    "router_aux_loss_coef": 0.001,
-    "router_z_loss_coef": 0.001,
-    "router_dtype": "float32",
-    "router_bias": False,
-}
-
 # Hugging Face's name → `model.activation`; of equal values, the first name is written. All their
 # GELUs have the tanh form, as here.
 _ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu", "gated-gelu_new": "geglu"}
@@ -56,45 +49,41 @@ _BATCH_SIZE = 8  # sequences; not in a checkpoint, and small enough to evaluate 
 
 
 def config_from_hugging_face(
-    raw: Mapping[str, Any], structure: Structure
+    raw: Mapping[str, Any], structure: Structure, generation: Mapping[str, Any] | None = None
 ) -> tuple[Config, tuple[str, ...]]:
-    """Returns the config of a Hugging Face model, and a note for each repair.
+    """Returns the config of a Hugging Face model, and a note for each repair and unused key.
 
     Args:
       raw: content of its config.json, of one of `MODEL_TYPES`.
       structure: the structure that the names of its tensors have.
+      generation: content of its generation_config.json; None without one.
 
     Raises `UserError` for a model that this program does not have.
     """
-    complete = {**_DEFAULTS, **raw}
-    for key, supported in (("layer_norm_epsilon", 1e-6), ("router_bias", False)):
-        if complete[key] != supported:
-            raise UserError(
-                f"config.json has {key}={complete[key]}, and models here have {supported}; this"
-                " one cannot be converted."
-            )
+    read = parse_config(raw)
     notes: list[str] = []
-    layers = {stack: _num_layers(stack, complete, structure, notes) for stack in STACKS}
-    model = {key: _required(complete, hf_key) for hf_key, key in _MODEL.items()} | {
+    layers = {stack: _num_layers(stack, read, structure, notes) for stack in STACKS}
+    model = {key: getattr(read, hf_key) for hf_key, key in _MODEL.items()} | {
         "num_encoder_layers": layers["encoder"],
         "num_decoder_layers": layers["decoder"],
-        "activation": _activation(complete, structure),
-        "tied_embeddings": _tied(complete, structure, notes),
-        "dtype": "bfloat16"
-        if raw.get("dtype", raw.get("torch_dtype")) == "bfloat16"
-        else "float32",
+        "activation": _activation(read, structure),
+        "tied_embeddings": _tied(read, structure, notes),
+        "dtype": "bfloat16" if (read.dtype or read.torch_dtype) == "bfloat16" else "float32",
+        **special_ids(read, generation or {}),
     }
     moe = {}
-    if raw["model_type"] == SWITCH:
-        moe = {key: _required(complete, hf_key) for hf_key, key in _MOE.items()}
+    if read.model_type == SWITCH:
+        if read.num_experts is None:
+            raise UserError(f"{CONFIG} lacks the key 'num_experts'; add it.")
+        moe = {key: getattr(read, hf_key) for hf_key, key in _MOE.items()}
         # There, each sequence is a routing group, and padding is routed as other tokens are.
         moe |= {"group_size": 1, "padding": "routed"}
-        moe |= _placement(complete, structure, notes)
+        moe |= _placement(read, structure, notes)
     try:
         config = config_from_dict({"model": model, "moe": moe, "data": {"batch_size": _BATCH_SIZE}})
     except UserError as error:
-        raise UserError(f"config.json describes a model that is none here: {error}") from None
-    return config, tuple(notes)
+        raise UserError(f"{CONFIG} describes a model that is none here: {error}") from None
+    return config, (*notes, *key_notes(raw, generation or {}))
 
 
 def config_to_hugging_face(config: Config, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,9 +105,6 @@ def config_to_hugging_face(config: Config, source: Mapping[str, Any]) -> dict[st
         "architectures": [f"{family}ForConditionalGeneration"],
         "is_encoder_decoder": True,
         "layer_norm_epsilon": 1e-6,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
         ff_key: next(n for n, activation in _ACTIVATIONS.items() if activation == model.activation),
     }
     raw: dict[str, Any] = {hf_key: getattr(model, key) for hf_key, key in _MODEL.items()}
@@ -126,6 +112,7 @@ def config_to_hugging_face(config: Config, source: Mapping[str, Any]) -> dict[st
         "num_layers": model.num_encoder_layers,
         "num_decoder_layers": model.num_decoder_layers,
         "tie_word_embeddings": model.tied_embeddings,
+        **special_ids_to_hugging_face(config),
     }
     if config.sparse:
         raw |= {hf_key: getattr(moe, key) for hf_key, key in _MOE.items()}
@@ -135,6 +122,16 @@ def config_to_hugging_face(config: Config, source: Mapping[str, Any]) -> dict[st
             raw[f"num_sparse_{stack}_layers"] = len(config.sparse_layers(stack))
             raw[f"{stack}_sparse_step"] = moe.every
     return defaults | dict(source) | raw
+
+
+def special_ids_to_hugging_face(config: Config) -> dict[str, int]:
+    """Returns the ids of a model by their keys in config.json and generation_config.json."""
+    model = config.model
+    return {
+        "pad_token_id": model.pad_id,
+        "eos_token_id": model.eos_id,
+        "decoder_start_token_id": model.start_id,
+    }
 
 
 def dropless_capacity(config: Config) -> int:
@@ -164,47 +161,52 @@ def check_expressible(config: Config) -> None:
             )
 
 
-def _required(raw: Mapping[str, Any], key: str) -> Any:
-    if key not in raw:
-        raise UserError(f"config.json has no {key}; take the one of the model.")
-    return raw[key]
-
-
-def _num_layers(
-    stack: str, raw: Mapping[str, Any], structure: Structure, notes: list[str]
-) -> int | Any:
-    configured = raw.get("num_decoder_layers") if stack == "decoder" else None
-    configured = _required(raw, "num_layers") if configured is None else configured
-    if isinstance(configured, int) and structure.layers[stack] > configured:
+def _num_layers(stack: str, read: HuggingFaceConfig, structure: Structure, notes: list[str]) -> int:
+    configured = read.num_layers
+    if stack == "decoder" and read.num_decoder_layers is not None:
+        configured = read.num_decoder_layers
+    if structure.layers[stack] > configured:
         notes.append(
-            f"config.json has {configured} layers for the {stack}, and the weights have"
+            f"{CONFIG} has {configured} layers for the {stack}, and the weights have"
             f" {structure.layers[stack]} layers: the number in the weights is used."
         )
         return structure.layers[stack]
     return configured
 
 
-def _activation(raw: Mapping[str, Any], structure: Structure) -> str:
-    name = raw.get("feed_forward_proj") or raw.get("dense_act_fn", "relu")
-    if structure.gated and not str(name).startswith("gated-"):
+def _activation(read: HuggingFaceConfig, structure: Structure) -> str:
+    """Returns `model.activation`; T5's classes have its name in two keys, Switch's in one."""
+    default = "gated-gelu" if read.model_type == "mt5" else "relu"
+    name = read.dense_act_fn or "relu"
+    if read.model_type != SWITCH:
+        name = read.feed_forward_proj or default
+        own = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
+        if read.dense_act_fn not in (None, own):
+            raise UserError(
+                f"{CONFIG} has feed_forward_proj={name!r}, and dense_act_fn={read.dense_act_fn!r}"
+                f" and not {own!r}; correct the wrong one."
+            )
+    if structure.gated and not name.startswith("gated-"):
         name = f"gated-{name}"
     if name not in _ACTIVATIONS:
         raise UserError(
-            f"config.json has the activation {name!r}; activations that can be converted are"
+            f"{CONFIG} has the activation {name!r}; activations that can be converted are"
             f" {', '.join(_ACTIVATIONS)}."
         )
     return _ACTIVATIONS[name]
 
 
-def _tied(raw: Mapping[str, Any], structure: Structure, notes: list[str]) -> bool:
+def _tied(read: HuggingFaceConfig, structure: Structure, notes: list[str]) -> bool:
     """Whether the head is the embedding, applied to scaled decoder states."""
-    if raw["model_type"] == "mt5":
+    if read.model_type == "mt5":
         scaled = False  # also where newer files have tie_word_embeddings=true
-    else:  # two keys of T5 have it; where they differ, the newer one is right
-        scaled = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
+    elif read.scale_decoder_outputs is not None:  # two keys of T5 have it; the newer one is right
+        scaled = read.scale_decoder_outputs
+    else:
+        scaled = read.tie_word_embeddings is not False
     if scaled and structure.own_head:
         notes.append(
-            "config.json ties the head to the embedding, and the weights have another one: the"
+            f"{CONFIG} ties the head to the embedding, and the weights have another one: the"
             " head in the weights is used."
         )
         return False
@@ -212,18 +214,18 @@ def _tied(raw: Mapping[str, Any], structure: Structure, notes: list[str]) -> boo
         notes.append(
             "The head is the embedding, without scaling; it becomes a parameter of its own."
         )
-    return bool(scaled)
+    return scaled
 
 
-def _placement(raw: Mapping[str, Any], structure: Structure, notes: list[str]) -> dict[str, Any]:
+def _placement(read: HuggingFaceConfig, structure: Structure, notes: list[str]) -> dict[str, Any]:
     """Returns the keys of `moe` that place the experts in the layers with a router."""
     keys = infer_placement(structure.layers, structure.sparse)
     every = keys["every"]
     for stack in filter(structure.sparse.get, STACKS):
-        step = raw.get(f"{stack}_sparse_step", every)
-        if step != every:
+        step = getattr(read, f"{stack}_sparse_step")
+        if step not in (None, every):
             notes.append(
-                f"config.json has {stack}_sparse_step={step}, and the weights have experts in"
+                f"{CONFIG} has {stack}_sparse_step={step}, and the weights have experts in"
                 f" {'every layer' if every == 1 else f'one of {every} layers'}: the placement in"
                 " the weights is used."
             )

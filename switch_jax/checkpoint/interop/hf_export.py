@@ -3,18 +3,23 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from switch_jax.checkpoint.checkpointer import find_checkpoint
+from switch_jax.checkpoint.finite import all_finite
 from switch_jax.checkpoint.interop.foreign_checkpoint import stacked_shapes
-from switch_jax.checkpoint.interop.hf_config import config_to_hugging_face, dropless_capacity
+from switch_jax.checkpoint.interop.hf_config import (
+    config_to_hugging_face,
+    dropless_capacity,
+    special_ids_to_hugging_face,
+)
+from switch_jax.checkpoint.interop.hf_config_keys import CONFIG, GENERATION_CONFIG
 from switch_jax.checkpoint.interop.hf_import import (
     COMPANION_FOLDER,
-    CONFIG,
     DTYPE_RECORD,
     UNUSED_FILE,
 )
@@ -22,10 +27,12 @@ from switch_jax.checkpoint.interop.hf_names import ALIASES, HEAD, SHARED, name_t
 from switch_jax.checkpoint.interop.hf_tensors import DTYPES, INDEX, import_safetensors
 from switch_jax.checkpoint.pretrained import PretrainedModel, find_pretrained
 from switch_jax.checkpoint.workdir import Workdir
-from switch_jax.config import Config
+from switch_jax.config import Config, check_value, parse_json, read_json
 from switch_jax.data import BYTES, HUGGING_FACE_VOCABULARY_FILE
+from switch_jax.errors import UserError
 from switch_jax.files import create_folder_atomically
 
+_DtypeName = Literal["F32", "F16", "BF16"]  # the keys of `DTYPES`
 FILE_BYTES = 4 * 10**9  # largest size of a weights file, and of the tensors kept in memory
 
 
@@ -56,10 +63,21 @@ def export_hugging_face(path: str | Path, output: Path) -> tuple[str, ...]:
     with create_folder_atomically(output) as partial:
         for name, content in source.companions.items():
             (partial / name).write_bytes(content)
+        if GENERATION_CONFIG in source.companions:
+            ids = special_ids_to_hugging_face(model.config)
+            _replace_values(partial / GENERATION_CONFIG, ids)
         (partial / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
         tensors = itertools.chain(_tensors(model, source), source.unused.items())
         _write_tensors(tensors, partial)
     return _notes(model.config)
+
+
+def _replace_values(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes other values for the keys that a JSON file has, where they differ."""
+    content = read_json(path)
+    changed = {k: v for k, v in values.items() if content.get(k) not in (None, v, [v])}
+    if changed:
+        path.write_text(json.dumps(content | changed, indent=2) + "\n")
 
 
 def _notes(config: Config) -> tuple[str, ...]:
@@ -72,13 +90,21 @@ def _notes(config: Config) -> tuple[str, ...]:
 
 
 def _source(workdir: Workdir) -> _Source:
-    files = {file.name: file.read_bytes() for file in (workdir.path / COMPANION_FOLDER).glob("*")}
+    folder = workdir.path / COMPANION_FOLDER
+    files = {file.name: file.read_bytes() for file in folder.glob("*")}
     stored_unused = files.pop(UNUSED_FILE, None)
-    config, dtypes = (json.loads(files.pop(name, b"{}")) for name in (CONFIG, DTYPE_RECORD))
+    config = _parse_companion(folder / CONFIG, files, dict[str, Any])
+    dtypes = _parse_companion(folder / DTYPE_RECORD, files, dict[str, _DtypeName])
     if workdir.vocabulary.is_file() and workdir.vocabulary.read_bytes() != BYTES.encode():
         files[HUGGING_FACE_VOCABULARY_FILE] = workdir.vocabulary.read_bytes()
     unused = {} if stored_unused is None else import_safetensors().numpy.load(stored_unused)
     return _Source(config, dtypes, unused, files)
+
+
+def _parse_companion(path: Path, files: dict[str, bytes], kind: Any) -> Any:
+    """Removes a JSON file from `files`; returns its content as a `kind` of dict."""
+    content = parse_json(files.pop(path.name, b"{}"), str(path))
+    return check_value("the whole", content, kind, str(path))
 
 
 def _tensors(model: PretrainedModel, source: _Source) -> Iterator[tuple[str, np.ndarray]]:
@@ -98,7 +124,19 @@ def _tensors(model: PretrainedModel, source: _Source) -> Iterator[tuple[str, np.
             if not dtypes and not np.array_equal(tensor, embedding):
                 dtypes = {name: source.dtypes[SHARED]}  # the head was equal to the embedding before
             for written_name, dtype in dtypes.items():
-                yield written_name, np.ascontiguousarray(tensor, DTYPES[dtype])
+                yield written_name, _cast(written_name, tensor, dtype)
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns a tensor in a dtype of `DTYPES`; raises `UserError` where it cannot hold a value."""
+    with np.errstate(over="ignore"):
+        written = np.ascontiguousarray(tensor, DTYPES[dtype])
+    if not all_finite(written):
+        raise UserError(
+            f"{name} has values that {dtype}, the dtype of the imported folder, does not hold; set"
+            f" F32 for it in {COMPANION_FOLDER}/{DTYPE_RECORD} of the WORKDIR."
+        )
+    return written
 
 
 def _dtypes_by_name(name: str, config: Config, source: _Source) -> dict[str, str]:

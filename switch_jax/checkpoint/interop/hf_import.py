@@ -14,6 +14,7 @@ from switch_jax.checkpoint.interop.foreign_checkpoint import (
     stacked_shapes,
 )
 from switch_jax.checkpoint.interop.hf_config import MODEL_TYPES, config_from_hugging_face
+from switch_jax.checkpoint.interop.hf_config_keys import CONFIG, GENERATION_CONFIG
 from switch_jax.checkpoint.interop.hf_names import (
     ALIASES,
     HEAD,
@@ -24,17 +25,16 @@ from switch_jax.checkpoint.interop.hf_names import (
     name_table,
 )
 from switch_jax.checkpoint.interop.hf_tensors import TensorFolder, import_safetensors
-from switch_jax.config import Config
+from switch_jax.config import Config, check_value, read_json
 from switch_jax.data import HUGGING_FACE_VOCABULARY_FILE
 from switch_jax.errors import UserError
 
 # Folder in a WORKDIR with the other files of a Hugging Face folder, which an export writes again.
 COMPANION_FOLDER = "huggingface"
-CONFIG = "config.json"
 DTYPE_RECORD = "tensors.json"  # dtype of each tensor
 UNUSED_FILE = "unused.safetensors"  # the tensor `UNUSED`
 _COMPANIONS = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -45,9 +45,10 @@ _COMPANIONS = (
 def is_hugging_face(path: Path) -> bool:
     """Whether a folder has a config.json of Hugging Face."""
     try:
-        return "model_type" in json.loads((path / CONFIG).read_text())
-    except (OSError, ValueError, TypeError):
+        raw = read_json(path / CONFIG)
+    except UserError:
         return False
+    return isinstance(raw, dict) and "model_type" in raw
 
 
 def read_hugging_face(path: Path) -> ForeignCheckpoint:
@@ -55,11 +56,11 @@ def read_hugging_face(path: Path) -> ForeignCheckpoint:
 
     Raises `UserError` for a folder that is incomplete, damaged, or of another model.
     """
-    raw = _read_config(path)
+    raw, generation = _read_config(path), _read_group(path / GENERATION_CONFIG)
     tensors = TensorFolder(path)
     stored_names = _stored_names(path, tensors)
     try:
-        config, notes = config_from_hugging_face(raw, infer_structure(stored_names))
+        config, notes = config_from_hugging_face(raw, infer_structure(stored_names), generation)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     table = name_table(config, stacked_shapes(config))
@@ -74,15 +75,22 @@ def read_hugging_face(path: Path) -> ForeignCheckpoint:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not is_hugging_face(path):
+    raw = _read_group(path / CONFIG)
+    if "model_type" not in raw:
         raise UserError(f"{path} has no {CONFIG} with a model_type; name a Hugging Face folder.")
-    raw = json.loads((path / CONFIG).read_text())
     if raw["model_type"] not in MODEL_TYPES:
         raise UserError(
             f"{path} is a model of the type {raw['model_type']!r}; types that can be converted are"
             f" {', '.join(MODEL_TYPES)}."
         )
     return raw
+
+
+def _read_group(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file of keys; {} where there is none."""
+    if not path.exists():
+        return {}
+    return check_value("the whole", read_json(path), dict[str, Any], str(path))
 
 
 def _stored_names(path: Path, tensors: TensorFolder) -> dict[str, str]:

@@ -3,7 +3,7 @@
 A tensor is read on demand.
 """
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from switch_jax.checkpoint.interop.torch_bin import TorchFile
+from switch_jax.config import build_dataclass, read_json
 from switch_jax.errors import UserError
 
 # Dtypes of weights, by their names in safetensors.
@@ -32,6 +33,13 @@ class TensorSpec(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str  # a key of `DTYPES`
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """Keys of an index that are read."""
+
+    weight_map: dict[str, str]  # file by name of the tensor
 
 
 class _TensorFile(Protocol):
@@ -88,11 +96,7 @@ class TensorFolder:
 
     def _read_index(self, index: str) -> dict[str, str]:
         path = self._folder / index
-        try:
-            weight_map = json.loads(path.read_text())["weight_map"]
-            files = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error!r}); copy it again.") from error
+        files = build_dataclass(_Index, read_json(path), str(path), ignore_unknown=True).weight_map
         for file in sorted(set(files.values())):
             if Path(file).name != file or "\\" in file:
                 raise UserError(

@@ -53,7 +53,7 @@ def write_workdir(imported: ForeignCheckpoint, output: Path) -> None:
 
 def _write_parameters(imported: ForeignCheckpoint, folder: Path) -> None:
     leaves = {
-        name: _Slices(stacked, functools.partial(imported.read_slice, name))
+        name: _Slices(stacked, functools.partial(imported.read_finite_slice, name))
         for name, stacked in imported.parameters.items()
     }
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -117,4 +117,9 @@ async def _write_slices(slices: _Slices, info: ocp.type_handlers.ParamInfo) -> N
     max_in_flight = max(1, _MAX_BYTES_IN_FLIGHT // slice_bytes)
     remaining = slices.stacked.indices()
     while indices := tuple(itertools.islice(remaining, max_in_flight)):
-        await asyncio.gather(*(array[index].write(slices.read(index)) for index in indices))
+        writes: list[Any] = []
+        try:
+            for index in indices:
+                writes.append(array[index].write(slices.read(index)))
+        finally:  # a write must not go on where a failure removes the folder
+            await asyncio.gather(*writes)
