@@ -1,7 +1,10 @@
-"""Atomic writes of files and folders, and the cache that all runs on a machine share.
+"""Atomic writes of files and folders, the cache of a machine, and folders that others made.
 
 Content is first written to a hidden sibling of its path, which is renamed when it is complete. So a
 reader sees either the whole content or none of it, even if the writer is killed.
+
+A folder that others made, such as a downloaded one, is read through `path_within` and
+`folder_size`, which refuse what leads out of it.
 """
 
 import errno
@@ -44,6 +47,9 @@ _ADVICE = {
 _PLAIN = re.compile(r"[\w./+=,@~-]+", re.ASCII)  # paths that every library reads as they are
 _DESCRIPTORS = "/proc/self/fd"  # of Linux: a link for each open descriptor
 _open_folders: dict[Path, int] = {}  # descriptors by path, of `plain_path`
+# Zeros, the most regular data that a checkpoint has, become a thousand times shorter with gzip.
+_MAX_EXPANSION = 1000
+_ALWAYS_ALLOWED_BYTES = 2**30
 _QUOTED_PATH = re.compile(r"""["'`](/[^"'`]+)["'`]""")
 
 
@@ -80,6 +86,52 @@ def _os_error(error: BaseException) -> tuple[int, str | None]:
 def cache_root() -> Path:
     """Returns `$SWITCH_JAX_CACHE`, by default `~/.cache/switch_jax`; it need not exist."""
     return Path(os.environ.get("SWITCH_JAX_CACHE") or "~/.cache/switch_jax").expanduser()
+
+
+def path_within(folder: Path, name: str) -> Path:
+    """Returns the path of a file or folder in a folder that others made; it need not exist.
+
+    In a snapshot in Hugging Face's cache, files are links to `../../blobs`.
+
+    Raises `UserError` where the name, or a symbolic link, leads out of the folder.
+    """
+    real_folder = Path(os.path.realpath(folder))
+    roots = [real_folder]
+    roots += [p.parent / "blobs" for p in real_folder.parents if p.name == "snapshots"]
+    try:
+        target = Path(os.path.realpath(folder / name))
+    except ValueError:  # a null character
+        target = Path(os.sep)
+    if not any(target.is_relative_to(root) for root in roots):
+        raise UserError(
+            f"{folder} has or names {name!r}, which leads to {target}, outside of it; do not use"
+            " it, or copy the file into it."
+        )
+    return folder / name
+
+
+def folder_size(folder: Path) -> int:
+    """Returns the bytes of all files in a folder that others made.
+
+    Raises `UserError` for a symbolic link in it that leads out of it.
+    """
+    size = 0
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            if path.is_symlink():
+                path_within(folder, str(path.relative_to(folder)))
+        size += sum(os.stat(Path(parent, name)).st_size for name in files)
+    return size
+
+
+def check_expansion(what: str, size: int, stored: int) -> None:
+    """Raises `UserError` where data would take absurdly more bytes than the files that hold it."""
+    if size > _MAX_EXPANSION * stored + _ALWAYS_ALLOWED_BYTES:
+        raise UserError(
+            f"{what} would take {size:,} bytes in memory, and its files have {stored:,}; do not use"
+            " it."
+        )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Atomic writes and the cache: `build_once` builds once, completely or not at all."""
+"""Atomic writes, the cache (`build_once` builds once or not at all), and folders of others."""
 
 import errno
 import fcntl
@@ -13,9 +13,12 @@ from switch_jax.errors import UserError
 from switch_jax.files import (
     build_once,
     cache_root,
+    check_expansion,
     create_folder_atomically,
     explain_os_error,
+    folder_size,
     hold_lock,
+    path_within,
     write_atomically,
 )
 
@@ -198,3 +201,59 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     with hold_lock(tmp_path / "lock", "trains"):
         pass
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+@pytest.fixture
+def downloaded(tmp_path):
+    """A folder of others, beside a secret."""
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "downloaded"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "file").write_text("123")
+    (folder / "inside").symlink_to("sub/file")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sub/file", "sub/../inside", "inside", "missing", "%2e%2e/a"])
+def test_names_and_links_within_a_folder_are_followed(name, downloaded, tmp_path):
+    assert path_within(downloaded, name) == downloaded / name
+    (tmp_path / "link").symlink_to(downloaded)  # the name that a user gives may be a link
+    assert path_within(tmp_path / "link", name) == tmp_path / "link" / name
+    assert folder_size(downloaded) == 6
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "a\0b"])
+def test_names_that_lead_out_of_a_folder_are_refused(name, downloaded):
+    with pytest.raises(UserError, match="outside of it; do not use it"):
+        path_within(downloaded, name)
+
+
+@pytest.mark.parametrize("target", ["../secret", "/etc", "../none", "../downloaded2", ".."])
+def test_links_that_lead_out_of_a_folder_are_refused(target, downloaded):
+    (downloaded / "sub" / "link").symlink_to(os.path.join("..", target))
+    with pytest.raises(UserError, match=r"'sub/link', which leads to /"):
+        path_within(downloaded, "sub/link")
+    with pytest.raises(UserError, match=r"'sub/link', which leads to /"):
+        folder_size(downloaded)
+
+
+def test_links_into_the_blobs_of_hugging_faces_cache_are_followed(tmp_path):
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    (snapshot / "sub").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / "1").write_text("content")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    (snapshot / "sub" / "config.json").symlink_to("../../../blobs/1")
+    (snapshot / "refs").symlink_to("../../refs/main")
+    assert path_within(snapshot, "config.json").read_text() == "content"
+    assert path_within(snapshot / "sub", "config.json").read_text() == "content"
+    with pytest.raises(UserError, match="outside"):
+        path_within(snapshot, "refs")
+
+
+def test_data_that_expands_absurdly_is_refused_with_its_bytes():
+    check_expansion("A", 2**30, 1)
+    check_expansion("A", 500 * 2**30, 2**30)
+    with pytest.raises(UserError, match=r"A would take 2,000,000,000 bytes .* files have 300;"):
+        check_expansion("A", 2 * 10**9, 300)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -22,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed import all_gather_int, raise_if_any_failed
 from switch_jax.errors import UserError
-from switch_jax.files import plain_path
+from switch_jax.files import check_expansion, folder_size, plain_path
 
 _NO_STEP = -1
 
@@ -248,9 +249,17 @@ def parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
     Raises `UserError` where the checkpoint cannot be read.
     """
-    with _reading(checkpoint):
+    with _reading(checkpoint) as stored_bytes:
         stored = _array_metadata(checkpoint / "params")
-        return {name: tuple(array.shape) for name, array in stored.items()}
+        shapes = {name: tuple(array.shape) for name, array in stored.items()}
+        check_expansion(
+            f"The parameters in {checkpoint}",
+            sum(
+                math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in stored.values()
+            ),
+            stored_bytes,
+        )
+        return shapes
 
 
 def _array_metadata(folder: Path) -> dict[str, Any]:
@@ -305,10 +314,14 @@ def _partial_restore(checkpoint: Path, item: str, abstract: dict[str, Any]) -> d
 
 
 @contextmanager
-def _reading(checkpoint: Path) -> Iterator[None]:
-    """Raises `UserError` in place of the errors of a checkpoint that cannot be read."""
+def _reading(checkpoint: Path) -> Iterator[int]:
+    """Yields the bytes of a checkpoint's files.
+
+    Raises `UserError` for a link in it that leads out of it, and in place of the errors of a
+    checkpoint that cannot be read.
+    """
     try:
-        yield
+        yield folder_size(checkpoint)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"Checkpoint {checkpoint} cannot be read ({_first_line(error)}); take another one."

@@ -29,7 +29,7 @@ from switch_jax.config import (
     config_to_dict,
 )
 from switch_jax.errors import UserError
-from switch_jax.files import hold_lock, write_atomically
+from switch_jax.files import hold_lock, path_within, write_atomically
 
 
 class Workdir:
@@ -48,7 +48,13 @@ class Workdir:
         self.lock_file = self.path / "train.lock"
 
     def config(self) -> Config:
-        """Returns the run's config; raises `UserError` where config.json is missing or invalid."""
+        """Returns the run's config.
+
+        Raises `UserError` where config.json is missing or invalid, or a file of the run is a
+        symbolic link that leads out of the folder.
+        """
+        for file in (self.config_file, self.vocabulary):
+            path_within(self.path, file.name)
         try:
             content = json.loads(self.config_file.read_text())
             if "model_type" in content:

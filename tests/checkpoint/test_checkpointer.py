@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from switch_jax import files
 from switch_jax.checkpoint.checkpointer import (
     Checkpointer,
     find_checkpoint,
@@ -137,6 +138,30 @@ def test_parameters_and_optimizer_are_read_from_a_checkpoint_folder(workdir):
     np.testing.assert_array_equal(restored, params["encoder/wi"])
     (opt_state,) = restore_opt_state(folder, abstract(rest["opt_state"]))
     np.testing.assert_array_equal(opt_state, rest["opt_state"][0])
+
+
+def test_links_that_lead_out_are_refused_and_a_folder_on_another_disk_is_not(workdir, tmp_path):
+    save(workdir, 3)
+    workdir.checkpoints.rename(tmp_path / "disk")
+    workdir.checkpoints.symlink_to(tmp_path / "disk")
+    folder = find_checkpoint(workdir.path)[1]
+    assert parameter_shapes(folder) == {"encoder/wi": (8, 4)}
+    (folder / "params" / "x").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match=r"'params/x', which leads to /etc/passwd"):
+        parameter_shapes(folder)
+    with pytest.raises(UserError, match=r"'params/x', which leads to /etc/passwd"):
+        restore_params(folder, {})
+    workdir.vocabulary.symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match=r"'vocabulary\.model', which leads to /etc/passwd"):
+        find_checkpoint(workdir.path)
+
+
+def test_parameters_much_larger_than_their_files_are_refused(workdir, monkeypatch):
+    save(workdir, 3)
+    monkeypatch.setattr(files, "_ALWAYS_ALLOWED_BYTES", 0)
+    monkeypatch.setattr(files, "_MAX_EXPANSION", 0)
+    with pytest.raises(UserError, match=r"parameters in .* would take 128 bytes in memory"):
+        parameter_shapes(workdir.checkpoints / "3")
 
 
 def test_an_optimizer_state_of_another_shape_is_refused(workdir):

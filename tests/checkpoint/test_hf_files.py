@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from switch_jax.checkpoint.interop import torch_bin as torch_bin_module
 from switch_jax.checkpoint.interop.hf_import import read_hugging_face
+from switch_jax.checkpoint.interop.torch_bin import TorchFile
 from switch_jax.checkpoint.interop.workdir_writer import write_workdir
 from switch_jax.cli.main import main
 from switch_jax.errors import UserError
@@ -129,18 +133,12 @@ class RunsCommand:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_commands_in_a_pickle_are_refused_and_not_run(legacy, folder, tmp_path, capsys):
-    (folder / "model.safetensors").unlink()
     ran = tmp_path / "hf" / "ran"
     malicious = pickle.dumps({SHARED: RunsCommand(ran)}, 2)
     pickle.loads(malicious)
     assert ran.exists()  # pickle.load runs the command
     ran.unlink()
-    path = folder / "pytorch_model.bin"
-    if legacy:
-        head = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
-        path.write_bytes(b"".join([*head, malicious, pickle.dumps([], 2)]))
-    else:
-        torch_bin.write_archive(path, malicious, {})
+    torch_file(folder, malicious, legacy=legacy)
     check_fails(folder, tmp_path, capsys, "system", "do not use that file")
     assert not ran.exists()
 
@@ -185,10 +183,57 @@ def test_a_file_truncated_during_the_conversion_leaves_nothing(folder, stored, t
     assert {p.name for p in tmp_path.iterdir()} == {"hf"}
 
 
-def test_symbolic_links_are_followed(folder, tmp_path):
-    """In Hugging Face's cache every file is a symbolic link."""
-    linked = tmp_path / "linked"
-    linked.mkdir()
+def test_links_of_hugging_faces_cache_are_followed_and_no_others(folder, tmp_path, capsys):
+    """In the cache every file is a link. A link elsewhere would carry that file along."""
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, repository / "blobs")
     for file in folder.iterdir():
-        (linked / file.name).symlink_to(file)
-    assert read_hugging_face(linked).config == read_hugging_face(folder).config
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert read_hugging_face(snapshot).config == read_hugging_face(folder).config
+    (tmp_path / "secret").write_text("secret")
+    for name in ("spiece.model", "generation_config.json", "model.safetensors", "config.json"):
+        (folder / name).rename(folder / "kept") if (folder / name).exists() else None
+        outside = snapshot / name if name == "config.json" else tmp_path / "secret"
+        (folder / name).symlink_to(outside)
+        check_fails(folder, tmp_path, capsys, repr(name), "outside of it")
+        (folder / name).unlink()
+        (folder / "kept").rename(folder / name) if (folder / "kept").exists() else None
+
+
+def torch_file(folder: Path, pickled: bytes, storages=None, *, legacy=False) -> Path:
+    """Writes a `.bin` file with this description of its tensors."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    path = folder / "pytorch_model.bin"
+    if legacy:
+        head = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+        path.write_bytes(b"".join([*head, pickled, pickle.dumps([], 2)]))
+    else:
+        torch_bin.write_archive(path, pickled, storages or {})
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_of_a_few_bytes_takes_little_memory(legacy, folder, tmp_path, capsys):
+    """Python's unpickler in C would make a table of 2^24 entries, and of 2^32 entries 64 GiB."""
+    memoised = b"\x80\x02}r" + (2**24).to_bytes(4, "little") + b"."
+    path = torch_file(folder, memoised, legacy=legacy)
+    tracemalloc.start()
+    assert TorchFile(path).tensors == {}
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_of_many_bytes_is_refused(legacy, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch_bin_module, "_MAX_PICKLE_BYTES", 10_000)
+    torch_file(folder, b"\x80\x02(" + b"]" * 10_000 + b"t.", legacy=legacy)
+    check_fails(folder, tmp_path, capsys, "more than 10,000 bytes")
+
+
+def test_a_tensor_of_one_number_repeated_is_refused(folder, tmp_path, capsys):
+    """Its values are in the file, by strides of 0, but would take 4 TB."""
+    number = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (2**20, 2**20), (0, 0))
+    torch_file(folder, torch_bin.describe({"x": number})[0], {"0": np.zeros(1, np.float32)})
+    check_fails(folder, tmp_path, capsys, "values of x are not in it")

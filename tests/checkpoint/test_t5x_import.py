@@ -215,7 +215,29 @@ def test_paths_outside_of_the_folder_are_refused(path_in_index, copy, tmp_path):
     leaf = content["optimizer"]["target"]["encoder"]["layers_1"]["mlp"]["expert"]["wi"]
     leaf["kernel"]["kvstore"]["path"] = path_in_index
     (copy / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
-    assert "outside of its folder" in failure(copy)
+    assert ("outside of it" if path_in_index else "without a name") in failure(copy)
+
+
+@pytest.mark.parametrize("key, value", [("shape", [2**30, 2**20]), ("chunks", [2**40, 1, 1])])
+def test_absurd_sizes_are_refused_with_their_bytes_before_reading(key, value, copy):
+    file = copy / ARRAY / ".zarray"
+    metadata = json.loads(file.read_text())
+    value = value[: len(metadata["shape"])] + [1] * (len(metadata["shape"]) - len(value))
+    file.write_text(json.dumps(metadata | {key: value}))
+    size = 4 * np.prod(value, dtype=np.int64)
+    assert f"{ARRAY} would take {size:,} bytes in memory" in failure(copy)
+
+
+def test_a_chunk_that_is_a_link_out_of_the_checkpoint_is_refused(copy):
+    chunk = min(file for file in (copy / ARRAY).iterdir() if not file.name.startswith("."))
+    chunk.unlink()
+    chunk.symlink_to("/etc/passwd")
+    assert "leads to /etc/passwd, outside of it" in failure(copy)
+
+
+def test_an_index_nested_deeply_is_damaged(copy):
+    (copy / "checkpoint").write_bytes(b"\x81\xa6target" + b"\x81\xa1a" * 1010 + b"\xc0")
+    assert "checkpoint cannot be read" in failure(copy)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):

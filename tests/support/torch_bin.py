@@ -26,7 +26,8 @@ class _Tensor:
         value = self.value
         strides = tuple(s // value.itemsize for s in value.strides)
         torch = sys.modules["torch"]
-        storage = _Storage(getattr(torch, _STORAGES[value.dtype.name]), self.key, value.size)
+        size = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, strides))
+        storage = _Storage(getattr(torch, _STORAGES[value.dtype.name]), self.key, size)
         arguments = (storage, 0, value.shape, strides, False, collections.OrderedDict())
         return sys.modules["torch._utils"]._rebuild_tensor_v2, arguments
 
@@ -83,11 +84,16 @@ def _state(arrays: Mapping[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray
 
 def write_zip(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a file in the format of PyTorch 1.6 and later."""
+    write_archive(path, *describe(arrays))
+
+
+def describe(arrays: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Returns the pickle that describes tensors, and their storages by key."""
     state, storages = _state(arrays)
     content = io.BytesIO()
     with _torch_modules():
         _Pickler(content, 2).dump(state)
-    write_archive(path, content.getvalue(), storages)
+    return content.getvalue(), storages
 
 
 def write_archive(

@@ -30,7 +30,7 @@ from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config import Config, check_value, parse_json, read_json
 from switch_jax.data import BYTES, HUGGING_FACE_VOCABULARY_FILE
 from switch_jax.errors import UserError
-from switch_jax.files import create_folder_atomically
+from switch_jax.files import create_folder_atomically, path_within
 
 _DtypeName = Literal["F32", "F16", "BF16"]  # the keys of `DTYPES`
 FILE_BYTES = 4 * 10**9  # largest size of a weights file, and of the tensors kept in memory
@@ -91,7 +91,10 @@ def _notes(config: Config) -> tuple[str, ...]:
 
 def _source(workdir: Workdir) -> _Source:
     folder = workdir.path / COMPANION_FOLDER
-    files = {file.name: file.read_bytes() for file in folder.glob("*")}
+    names = [file.name for file in folder.glob("*")]
+    files = {
+        name: path_within(workdir.path, f"{COMPANION_FOLDER}/{name}").read_bytes() for name in names
+    }
     stored_unused = files.pop(UNUSED_FILE, None)
     config = _parse_companion(folder / CONFIG, files, dict[str, Any])
     dtypes = _parse_companion(folder / DTYPE_RECORD, files, dict[str, _DtypeName])

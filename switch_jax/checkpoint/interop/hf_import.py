@@ -28,6 +28,7 @@ from switch_jax.checkpoint.interop.hf_tensors import TensorFolder, import_safete
 from switch_jax.config import Config, check_value, read_json
 from switch_jax.data import HUGGING_FACE_VOCABULARY_FILE
 from switch_jax.errors import UserError
+from switch_jax.files import path_within
 
 # Folder in a WORKDIR with the other files of a Hugging Face folder, which an export writes again.
 COMPANION_FOLDER = "huggingface"
@@ -56,7 +57,7 @@ def read_hugging_face(path: Path) -> ForeignCheckpoint:
 
     Raises `UserError` for a folder that is incomplete, damaged, or of another model.
     """
-    raw, generation = _read_config(path), _read_group(path / GENERATION_CONFIG)
+    raw, generation = _read_config(path), _read_group(path, GENERATION_CONFIG)
     tensors = TensorFolder(path)
     stored_names = _stored_names(path, tensors)
     try:
@@ -68,14 +69,14 @@ def read_hugging_face(path: Path) -> ForeignCheckpoint:
     return ForeignCheckpoint(
         config,
         functools.partial(_read_slice, tensors, table, stored_names),
-        vocabulary=_content(path / HUGGING_FACE_VOCABULARY_FILE),
+        vocabulary=_content(path, HUGGING_FACE_VOCABULARY_FILE),
         companion_files=_companion_files(path, tensors),
         notes=notes,
     )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    raw = _read_group(path / CONFIG)
+    raw = _read_group(path, CONFIG)
     if "model_type" not in raw:
         raise UserError(f"{path} has no {CONFIG} with a model_type; name a Hugging Face folder.")
     if raw["model_type"] not in MODEL_TYPES:
@@ -86,8 +87,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_group(path: Path) -> dict[str, Any]:
+def _read_group(folder: Path, name: str) -> dict[str, Any]:
     """Returns the content of a JSON file of keys; {} where there is none."""
+    path = path_within(folder, name)
     if not path.exists():
         return {}
     return check_value("the whole", read_json(path), dict[str, Any], str(path))
@@ -160,13 +162,14 @@ def _read_slice(
     return value.T if transposed else value
 
 
-def _content(path: Path) -> bytes | None:
+def _content(folder: Path, name: str) -> bytes | None:
+    path = path_within(folder, name)
     return path.read_bytes() if path.is_file() else None
 
 
 def _companion_files(path: Path, tensors: TensorFolder) -> dict[str, bytes]:
     """Returns the files that an export needs to write the same folder, by path in a WORKDIR."""
-    files = {name: _content(path / name) for name in (CONFIG, *_COMPANIONS)}
+    files = {name: _content(path, name) for name in (CONFIG, *_COMPANIONS)}
     dtypes = {name: spec.dtype for name, spec in tensors.specs.items()}
     files[DTYPE_RECORD] = json.dumps(dtypes, indent=0).encode()
     if UNUSED in tensors.specs:

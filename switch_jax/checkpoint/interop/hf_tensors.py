@@ -13,6 +13,7 @@ import numpy as np
 from switch_jax.checkpoint.interop.torch_bin import TorchFile
 from switch_jax.config import build_dataclass, read_json
 from switch_jax.errors import UserError
+from switch_jax.files import path_within
 
 # Dtypes of weights, by their names in safetensors.
 DTYPES = {
@@ -108,7 +109,7 @@ class TensorFolder:
 
     def _file(self, file: str) -> _TensorFile:
         if file not in self._files:
-            path = self._folder / file
+            path = path_within(self._folder, file)
             open_file = _BinFile if file.endswith(".bin") else _SafetensorsFile
             self._files[file] = open_file(path)
         return self._files[file]

@@ -5,6 +5,7 @@ with one zarr array each. *Orbax*: a folder `state` with all arrays in one OCDBT
 folder per array. Arrays are opened here; slices of them are read on demand.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +17,12 @@ import tensorstore as ts
 from flax import serialization
 
 from switch_jax.errors import UserError
-from switch_jax.files import plain_path
+from switch_jax.files import check_expansion, folder_size, path_within, plain_path
 
 INDEX, STATE, MANIFEST = "checkpoint", "state", "manifest.ocdbt"
 _PARAMETERS = "target."
 _PLACEHOLDER = "PLACEHOLDER://"  # prefix of a reference in indices of Orbax before OCDBT
+_MAX_INDEX_BYTES = 2**30  # an index of all optimizer states has some megabytes
 _CACHE_BYTES = 256 * 2**20  # of chunks, which consecutive slices share
 
 ArrayIndex = tuple[int | slice, ...]  # index of an array, one entry for each dimension
@@ -91,6 +93,7 @@ def open_arrays(checkpoint: Path) -> T5XArrays:
 def _from_store(folder: Path, base: dict[str, Any]) -> T5XArrays:
     """Opens all arrays of a key-value store."""
     context = _context()
+    stored = folder_size(folder)  # an upper limit for each array: a database is no folder per array
     try:
         keys = ts.KvStore.open(base, context=context).result().list().result()
     except ValueError as error:
@@ -103,14 +106,17 @@ def _from_store(folder: Path, base: dict[str, Any]) -> T5XArrays:
     for name in parameter_names:
         store = base | {"path": f"{base.get('path', '')}{name}/"}
         path = name.removeprefix(_PARAMETERS).replace(".", "/")
-        arrays[path] = _open_zarr(folder / name, store, context)
+        arrays[path] = _open_zarr(folder / name, store, context, stored)
     return T5XArrays(arrays, len(names) - len(parameter_names))
 
 
 def _from_index(checkpoint: Path) -> T5XArrays:
     """Opens all arrays of a legacy index."""
+    index = path_within(checkpoint, INDEX)
+    if (size := index.stat().st_size) > _MAX_INDEX_BYTES:
+        raise UserError(f"{index} has {size:,} bytes, which no index needs; do not use it.")
     try:
-        content = serialization.msgpack_restore((checkpoint / INDEX).read_bytes())
+        content = serialization.msgpack_restore(index.read_bytes())
         state = content.get("optimizer", content)
         leaves = dict(_leaves(state["target"], ()))
     except (
@@ -118,8 +124,9 @@ def _from_index(checkpoint: Path) -> T5XArrays:
         KeyError,
         TypeError,
         AttributeError,
+        RecursionError,
     ) as error:  # msgpack has no common class
-        raise _damaged(checkpoint / INDEX, error) from error
+        raise _damaged(index, error) from error
     context = _context()
     arrays = {name: _from_leaf(checkpoint, leaf, context) for name, leaf in leaves.items()}
     return T5XArrays(arrays, sum(1 for _ in _leaves(state.get("state", {}), ())))
@@ -149,15 +156,12 @@ def _from_leaf(checkpoint: Path, leaf: Any, context: ts.Context) -> T5XArray:
     else:
         value = np.asarray(leaf)
         return T5XArray(value.shape, lambda index: np.asarray(value[index], np.float32))
-    folder = (checkpoint / name).resolve()
-    if not folder.is_relative_to(checkpoint.resolve()) or not name:
-        raise UserError(
-            f"{checkpoint / INDEX} points to {name!r}, which is outside of its folder; take the"
-            " checkpoint from where it comes from."
-        )
+    folder = path_within(checkpoint, name).resolve()
+    if folder == checkpoint.resolve():
+        raise UserError(f"{checkpoint / INDEX} has an array without a name; copy it again.")
     if not (folder / ".zarray").is_file():
         raise UserError(f"{checkpoint} lacks the array {name}; copy its folder there.")
-    return _open_zarr(folder, _file_store(folder), context, check=True)
+    return _open_zarr(folder, _file_store(folder), context, folder_size(folder), check=True)
 
 
 def _file_store(folder: Path) -> dict[str, Any]:
@@ -170,18 +174,23 @@ def _context() -> ts.Context:
 
 
 def _open_zarr(
-    path: Path, store: dict[str, Any], context: ts.Context, check: bool = False
+    path: Path, store: dict[str, Any], context: ts.Context, stored: int, check: bool = False
 ) -> T5XArray:
     """Opens a zarr array.
 
-    With `check`, a missing chunk is an error; TensorStore reads it as zeros.
+    Args:
+      stored: bytes of its files; the array and each chunk of it may only be so much larger.
+      check: whether a missing chunk is an error; TensorStore reads it as zeros.
     """
     spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
     try:
         array = ts.open(spec, open=True, read=True, context=context).result()
         if not jnp.issubdtype(array.dtype.numpy_dtype, jnp.floating):
             raise ValueError(f"its numbers are {array.dtype.name}")
-        chunks = np.prod(-(-np.array(array.shape) // array.chunk_layout.read_chunk.shape))
+        chunk_shape: Any = array.chunk_layout.read_chunk.shape
+        numbers = max(math.prod(array.shape), math.prod(chunk_shape))
+        check_expansion(str(path), numbers * array.dtype.numpy_dtype.itemsize, stored)
+        chunks = np.prod(-(-np.array(array.shape) // chunk_shape))
         files = ts.KvStore.open(store, context=context).result().list() if check else None
         if files is not None and (existing := len(files.result()) - 1) < chunks:
             raise ValueError(f"{existing} of {chunks:.0f} chunks are there")

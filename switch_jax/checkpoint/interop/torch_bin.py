@@ -3,12 +3,13 @@
 A file has a pickle that describes tensors, and the bytes of their storages: in a zip archive, or
 before PyTorch 1.6 one after the other. A pickle can call any function that it names. This reader
 accepts only the names of tensors, storages and ordered dictionaries, and replaces the first two by
-harmless functions and classes of its own.
+harmless functions and classes of its own. What it reads into memory is bounded beforehand.
 """
 
 import collections
 import math
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,9 +28,10 @@ _DTYPES = {
 # Exceptions that a damaged pickle or archive raises.
 _DAMAGE_ERRORS = (
     *(OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, MemoryError, OverflowError),
-    *(ValueError, TypeError, AttributeError, LookupError),
+    *(ValueError, TypeError, AttributeError, LookupError, struct.error),
 )
-_MAX_PICKLE_BYTES = 2**28  # the description of a million tensors is smaller
+_MAX_PICKLE_BYTES = 2**25  # the description of a hundred thousand tensors is smaller
+_MAX_WORD_BYTES = 16  # of a file with one word
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -100,9 +102,11 @@ class TorchFile:
         numbers: tuple[Any, ...] = (storage.size, offset, *shape, *strides)
         valid = all(type(n) is int and n >= 0 for n in numbers) and len(shape) == len(strides)
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides)) if valid else 0
+        expanded = valid and math.prod(shape) > storage.size  # by strides of 0
         end = self._offsets.get(storage.key, math.inf) + storage.size * storage.dtype.itemsize
         if (
             not valid
+            or expanded
             or (0 not in shape and last >= storage.size)
             or end > self._path.stat().st_size
         ):
@@ -130,18 +134,16 @@ def _open_zip(path: Path) -> tuple[Any, dict[str, int]]:
                 )
             if parts[1:] == ["data.pkl"]:
                 pickle_entry = entry
-            if parts[1:] == ["byteorder"] and archive.read(entry) != b"little":
-                raise UserError(f"{path} is big-endian; save it on another computer.")
+            if parts[1:] == ["byteorder"]:
+                with archive.open(entry) as stream:
+                    if stream.read(_MAX_WORD_BYTES) != b"little":
+                        raise UserError(f"{path} is big-endian; save it on another computer.")
             if len(parts) == 3 and parts[1] == "data":
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise UserError(f"{path} is compressed; save it with PyTorch.")
                 offsets[parts[2]] = _data_offset(file, entry)
         if pickle_entry is None:
             raise UserError(f"{path} is an archive without a data.pkl; name a PyTorch file.")
-        if pickle_entry.file_size > _MAX_PICKLE_BYTES:
-            raise UserError(
-                f"{path} describes more tensors than any model has; do not use that file."
-            )
         with archive.open(pickle_entry) as stream:
             return _SafeUnpickler(stream, path).load(), offsets
 
@@ -176,14 +178,17 @@ def _open_legacy(path: Path) -> tuple[Any, dict[str, int]]:
         return content, offsets
 
 
-class _SafeUnpickler(pickle.Unpickler):
+class _SafeUnpickler(pickle._Unpickler):
     """Unpickles descriptions of tensors; raises `UserError` for any other name in the pickle.
+
+    The base class is the one in Python: that in C allocates a table as long as the largest number
+    in the pickle.
 
     storages: all storages so far, by key.
     """
 
     def __init__(self, file: Any, path: Path):
-        super().__init__(file, encoding="utf-8")
+        super().__init__(_BoundedReader(file, path), encoding="utf-8")
         self._path = path
         self.storages: dict[str, _Storage] = {}
 
@@ -220,6 +225,30 @@ class _SafeUnpickler(pickle.Unpickler):
 
     def _parameter(self, data: Any, *_: Any) -> Any:
         return data
+
+
+class _BoundedReader:
+    """A file of which at most `_MAX_PICKLE_BYTES` are read, then `UserError` is raised."""
+
+    def __init__(self, file: Any, path: Path):
+        self._file, self._path, self._left = file, path, _MAX_PICKLE_BYTES
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(self._claim(size))
+
+    def readline(self) -> bytes:
+        line = self._file.readline(self._left + 1)
+        self._claim(len(line))
+        return line
+
+    def _claim(self, size: int) -> int:
+        if not 0 <= size <= self._left:
+            raise UserError(
+                f"{self._path} describes its tensors in more than {_MAX_PICKLE_BYTES:,} bytes,"
+                " which no model needs; do not use that file."
+            )
+        self._left -= size
+        return size
 
 
 class _StorageType(NamedTuple):
