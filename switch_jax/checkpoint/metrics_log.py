@@ -37,15 +37,19 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(workdir.tensorboard), purge_step=first_step + 1)
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of a step; metrics.jsonl has null for a value that is not finite."""
+        """Writes the metrics of a step.
+
+        For a value that is not finite, metrics.jsonl has null and TensorBoard has none.
+        """
         if not self._active:
             return
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         line = {"step": step, "split": split, "time": time.time(), **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        for name, value in values.items():
+            if value is not None:
+                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -167,6 +167,9 @@ class TrainConfig:
     checkpoint_every: int = _key(5000, change="none")
     keep_checkpoints: int = _key(3, change="none")  # newest ones
     keep_best: str | None = None  # the best one by this evaluation metric is kept, too
+    # A step whose loss, gradients or parameters are not finite ends the run (exit code 3), or its
+    # update is skipped; ten such steps in a row end the run, too.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     idle_expert_steps: int = 1000  # an expert without tokens for so long is reported
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from switch_jax.checkpoint import (
@@ -30,6 +29,7 @@ from switch_jax.model import (
     named_parameters,
     parameter_metadata,
 )
+from switch_jax.training.optimizer import is_schedule_state
 from switch_jax.training.state import TrainState
 from switch_jax.training.step import TrainProgram
 
@@ -133,11 +133,11 @@ def _restore_optimizer(source: PretrainedModel, program: TrainProgram, fresh: An
             " another optimizer; set init_optimizer=fresh."
         ) from error
 
-    def is_schedule(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByScheduleState)
-
     return jax.tree.map(
-        lambda old, new: new if is_schedule(new) else old, loaded, fresh, is_leaf=is_schedule
+        lambda old, new: new if is_schedule_state(new) else old,
+        loaded,
+        fresh,
+        is_leaf=is_schedule_state,
     )
 
 

@@ -9,7 +9,12 @@ import jax
 from switch_jax.checkpoint import Checkpointer, MetricsWriter, Workdir
 from switch_jax.config import Config
 from switch_jax.data import open_batches, open_vocabulary
-from switch_jax.distributed import fail_together, make_mesh, stop_requests
+from switch_jax.distributed import (
+    fail_together,
+    make_mesh,
+    raise_if_any_failed,
+    stop_requests,
+)
 from switch_jax.evaluation import (
     TaskScorer,
     check_metric,
@@ -20,6 +25,7 @@ from switch_jax.evaluation import (
 )
 from switch_jax.model import mfu, process_rows
 from switch_jax.training.distill import check_distillation, teacher_config, teacher_parameters
+from switch_jax.training.finite_guard import FiniteGuard
 from switch_jax.training.idle_experts import IdleExperts
 from switch_jax.training.initial_state import initial_state_report, make_initial_state
 from switch_jax.training.progress import ProgressDisplay, evaluation_summary, train_status
@@ -36,7 +42,8 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
     any process ends the loop after the current step, with a checkpoint.
 
     Returns the signal that ended the run early; None when the run is finished. Raises `UserError`
-    where the config does not fit the devices, the data, the models that it names or `workdir`.
+    where the config does not fit the devices, the data, the models that it names or `workdir`, and
+    `NotFiniteError` where training diverges.
     """
     with ExitStack() as held:
         return _train(config, workdir, held)
@@ -103,34 +110,42 @@ def _train(config: Config, workdir: Workdir, held: ExitStack) -> signal.Signals 
         if mesh.devices.size < jax.device_count():
             display.print_line(f"using {mesh.devices.size} of {jax.device_count()} devices")
         batch = program.sharded.shard_batch(next(batches))
-        previous_loss = None
-        for step in range(start_step + 1, settings.steps + 1):
+        first_step, guard = start_step + 1, FiniteGuard(settings.on_nonfinite)
+        for step in range(first_step, settings.steps + 1):
             state, metrics, load = program.train_step(state, batch, teacher_params)
             idle_experts.update(load)
-            if previous_loss is None:
+            if step == first_step:
                 jax.block_until_ready(state)  # so that compilation does not count as a step
                 meter.restart(step, metrics)
-            else:
-                # At most one step ahead of the device, so that the display is up to date and a
-                # signal takes effect at once.
-                jax.block_until_ready(previous_loss)
-            previous_loss = metrics["loss"]
             display.update(step, f"step {step} of {settings.steps}")
             finished = step == settings.steps
             stop_signal = stop_request()
             last = finished or stop_signal is not None
             saving = last or step % settings.checkpoint_every == 0
+            evaluating = finished or step % settings.eval_every == 0
+            logging = finished or step % settings.log_every == 0
             if not saving:
                 with meter.loading_batch(metrics):  # while the device computes this step
                     batch = program.sharded.shard_batch(next(batches))
-            if finished or step % settings.log_every == 0:
+            # At most one step ahead of the device, so that the display is up to date and a signal
+            # takes effect at once. Only finite states are evaluated and saved.
+            divergence = guard.check(step, metrics, wait=logging or evaluating or saving)
+            if divergence is not None:
+                values = meter.read_metrics(divergence.step, divergence.metrics)
+                writer.write(divergence.step, "train", values)
+                checkpoints.close()
+                raise_if_any_failed(divergence.error)
+            if logging or (saving and guard.skipped_steps):
                 values = meter.read_metrics(step, metrics)
+                if settings.on_nonfinite == "skip":
+                    values["skipped_steps"] = guard.skipped_steps
+                    guard.skipped_steps = 0
                 writer.write(step, "train", values)
                 display.update(step, status=train_status(values), line=True)
                 for warning in idle_experts.new_warnings():
                     display.print_line(f"step {step}  {warning}")
             evaluated = None
-            if finished or step % settings.eval_every == 0:
+            if evaluating:
                 evaluated = evaluate(program.sharded, state.params, validation)
                 evaluated |= scorer(state.params, workdir.predictions / str(step))
                 writer.write(step, "eval", evaluated)

@@ -194,6 +194,25 @@ def opt_state_axes(
     return jax.tree.map(node_axes, state, is_leaf=lambda node: isinstance(node, dict))
 
 
+def is_schedule_state(node: Any) -> bool:
+    """Whether a node of the optimizer's state is the step count of the learning rate."""
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def select_update(finite: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the optimizer's state `new` if `finite`, else `old`; the learning rate goes on."""
+    return jax.tree.map(
+        lambda new, old: (
+            new
+            if is_schedule_state(new)
+            else jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        ),
+        new,
+        old,
+        is_leaf=is_schedule_state,
+    )
+
+
 def learning_rate_schedule(optimizer: OptimizerConfig, train: TrainConfig) -> optax.Schedule:
     """Returns the learning rate as a function of the step, counted from 0.
 

@@ -31,6 +31,7 @@ from switch_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
     opt_state_axes,
+    select_update,
     trained_parameters,
 )
 from switch_jax.training.state import TrainState
@@ -60,8 +61,9 @@ class TrainProgram:
         without a teacher.
       init: `() → TrainState`; depends on `train.seed` and not on the mesh.
       train_step: `(state, batch, teacher's parameters) → (state, metrics, load)`; `metrics` are
-        scalars by name (`tokens`: uint32 [2]), `load` the number of assignments of every expert,
-        [layers, E] by key of `RouterStatsByStack`.
+        scalars by name (`tokens`: uint32 [2]; `finite`: whether loss, gradients and new parameters
+        are), `load` the number of assignments of every expert, [layers, E] by key of
+        `RouterStatsByStack`.
     """
 
     def __init__(self, config: Config, mesh: Mesh, teacher: Config | None = None):
@@ -117,6 +119,8 @@ class TrainProgram:
     ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
         """Runs one optimizer step over a global batch, in `train.accumulate` microbatches.
 
+        With `train.on_nonfinite=skip`, a step that is not finite keeps parameters and optimizer.
+
         `teacher_params` is an argument and not a constant, because a constant would be compiled
         into the program.
         """
@@ -157,25 +161,32 @@ class TrainProgram:
         opt_state = state.opt_state
         if config.optimizer.memory == "host":
             opt_state = jax.device_put(opt_state, self._opt_state_on_device)
-        updates, opt_state = self._optimizer.update(grads, opt_state, state.params)
+        updates, new_opt_state = self._optimizer.update(grads, opt_state, state.params)
         trained_params = optax.apply_updates(trained_params, updates)
         params = self._update_balance_biases(state.params | trained_params, stats)
+        total_loss, grad_norm = sum(terms.values()), optax.global_norm(grads)
+        norms = jnp.stack([total_loss, grad_norm, optax.global_norm(params)])
+        finite = jnp.isfinite(norms).all()
+        if config.train.on_nonfinite == "skip":
+            params = {n: jnp.where(finite, p, state.params[n]) for n, p in params.items()}
+            new_opt_state = select_update(finite, new_opt_state, opt_state)
         tokens = _add_to_uint64(state.tokens, jnp.sum(batch["decoder_loss_weights"] > 0))
 
         metrics = {
-            "loss": sum(terms.values()),
+            "loss": total_loss,
             **terms,
             # Without the soft weight of distillation, so that runs can be compared.
             "cross_entropy": sums.cross_entropy / jnp.maximum(denominators.targets, 1),
             "accuracy": sums.correct / jnp.maximum(denominators.targets, 1),
             "tokens": tokens,
             "learning_rate": self._schedule(state.step),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": grad_norm,
             "param_norm": optax.global_norm(params),
+            "finite": finite,
             **router_metrics(stats, config),
         }
         load = {key: sums.load_E for key, sums in stats.items()}
-        return TrainState(state.step + 1, tokens, params, opt_state), metrics, load
+        return TrainState(state.step + 1, tokens, params, new_opt_state), metrics, load
 
     def _teacher_factors(
         self, params: Mapping[str, jax.Array], microbatch: Batch

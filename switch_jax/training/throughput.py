@@ -40,7 +40,8 @@ class ThroughputMeter:
         Adds `tokens_per_second` (target tokens), `step_seconds`, `data_wait_fraction` and, where it
         is known, `mfu`.
         """
-        values = {name: float(value) for name, value in metrics.items() if name != "tokens"}
+        others = ("tokens", "finite")  # no float32, or for `FiniteGuard`
+        values = {name: float(value) for name, value in metrics.items() if name not in others}
         values["tokens"] = _token_count(metrics)
         seconds, steps = time.perf_counter() - self._start, step - self._step
         if steps:
