@@ -10,10 +10,10 @@ from switch_jax.data.batch import (
 )
 from switch_jax.data.finetuning.task_mixtures import MIXTURES
 from switch_jax.data.finetuning.tasks import Task, get_task
-from switch_jax.data.mixture import find_sources
+from switch_jax.data.mixture import find_sources, has_plain_text
 from switch_jax.data.peek import examples_text
 from switch_jax.data.readers import open_batches, open_epoch_by_source, read_task_examples
-from switch_jax.data.text_batches import text_file_batches
+from switch_jax.data.text_batches import read_text_file, text_file_batches
 from switch_jax.data.token_store.build import build_token_store, store_table
 from switch_jax.data.vocabulary import (
     BYTES,
@@ -47,12 +47,14 @@ __all__ = [
     "feature_shapes",
     "find_sources",
     "get_task",
+    "has_plain_text",
     "open_batches",
     "open_epoch_by_source",
     "open_vocabulary",
     "padded_batch",
     "parse_vocabulary",
     "read_task_examples",
+    "read_text_file",
     "read_vocabulary",
     "sample_texts",
     "store_table",

@@ -43,7 +43,8 @@ sm sn so sq sr st su sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu
 """
 MC4_LANGUAGES = tuple(_CODES.split())
 _SPLITS: dict[Split, str] = {split: split for split in SPLITS}
-_PAIRS = "pairs:"
+_PAIRS_GROUP = "pairs"  # begins the names of sources of custom pairs
+_PAIRS = f"{_PAIRS_GROUP}:"
 
 
 def source_name(spec: str) -> str:
@@ -53,7 +54,7 @@ def source_name(spec: str) -> str:
     suffixes.
     """
     if spec.startswith(_PAIRS):
-        return f"pairs.{source_name(spec.removeprefix(_PAIRS))}"
+        return f"{_PAIRS_GROUP}.{source_name(spec.removeprefix(_PAIRS))}"
     if not is_file_pattern(spec):
         return spec.partition(":")[0]
     for part in reversed(spec.split("/")):
@@ -117,6 +118,12 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
 def needs_folder(spec: str) -> bool:
     """Whether a part of a mixture is read from `data.data_dir`."""
     return spec != "python_docs" and not is_file_pattern(spec)
+
+
+def is_task_spec(spec: str) -> bool:
+    """Whether a part of a mixture stands for inputs and targets, and not for text."""
+    name = source_name(spec)
+    return name.startswith(f"{_PAIRS_GROUP}.") or bool(_task_names(name))
 
 
 def group_members(spec: str, names: Iterable[str]) -> list[str]:

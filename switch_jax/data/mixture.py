@@ -22,7 +22,13 @@ from typing import NamedTuple
 from etils import epath
 
 from switch_jax.config import DataConfig
-from switch_jax.data.catalog import group_members, is_file_pattern, needs_folder, sources_for_spec
+from switch_jax.data.catalog import (
+    group_members,
+    is_file_pattern,
+    is_task_spec,
+    needs_folder,
+    sources_for_spec,
+)
 from switch_jax.data.sources.source import Source
 from switch_jax.errors import UserError
 
@@ -53,6 +59,11 @@ def parse_mixture(mixture: str) -> list[MixturePart]:
             f"data.mixture={mixture!r}: give every source a rate above 0, or none of them."
         )
     return parts
+
+
+def has_plain_text(mixture: str) -> bool:
+    """Whether `data.mixture` has a source of text, for span corruption, and not only tasks."""
+    return not all(is_task_spec(part.spec) for part in parse_mixture(mixture))
 
 
 def find_sources(data: DataConfig) -> list[Source]:

@@ -24,7 +24,7 @@ def text_file_batches(
     Raises `UserError` for a file that cannot be read, is empty, or is not UTF-8, and for a
     vocabulary with fewer sentinels than a row needs.
     """
-    data, tokens = config.data, np.array(vocabulary.encode(_read_utf8(path)), np.int64)
+    data, tokens = config.data, np.array(vocabulary.encode(read_text_file(path)), np.int64)
     if not len(tokens):
         raise UserError(f"{path} is empty; name a file with text.")
     length = span_lengths(data.inputs_length, data.targets_length).tokens
@@ -49,7 +49,8 @@ def text_file_batches(
     ]
 
 
-def _read_utf8(path: Path) -> str:
+def read_text_file(path: Path) -> str:
+    """Returns the text of a UTF-8 file; raises `UserError` where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

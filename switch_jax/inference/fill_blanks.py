@@ -1,12 +1,11 @@
-"""Filling blanks: completes texts that have blanks or sentinels, with a model's output."""
+"""Text generation for texts: blanks filled with a model's output, or the output itself."""
 
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from switch_jax.data import Vocabulary
+from switch_jax.data import Vocabulary, has_plain_text
 from switch_jax.errors import UserError
 from switch_jax.inference.decoding import SamplingOptions
 from switch_jax.inference.generation import generate_with_scores
@@ -23,12 +22,13 @@ def complete_texts(
     *,
     max_length: int = 128,
     options: SamplingOptions | None = None,
+    fill_blanks: bool | None = None,
 ) -> Iterator[str]:
-    """Yields each text with its blanks filled, in order.
+    """Yields each text with its blanks filled, or else the model's output for it, in order.
 
-    A blank is `___` or a sentinel such as `<extra_id_0>`. For a text without blanks, yields the
-    model's output. A blank for which the output has no text becomes `___`. Of several results, the
-    first is used.
+    A blank is `___` or a sentinel such as `<extra_id_0>`. A blank for which the output has no text
+    becomes `___`. The output itself is yielded for a text without blanks, where it has a text for
+    none of them, and where blanks are not filled. Of several results, the first is used.
 
     Args:
       model: from `switch_jax.load`.
@@ -36,12 +36,18 @@ def complete_texts(
       texts: each has at most as many blanks as the vocabulary has sentinels.
       max_length: maximum number of generated tokens.
       options: of decoding; greedy by default.
+      fill_blanks: False: a `___` is part of the text, as in a question to a model for tasks. None:
+        blanks are filled if `data.mixture` of the model's config has text, which is pretrained on
+        by filling blanks, and not if it has tasks only.
 
     Raises `UserError` for a text with more blanks than there are sentinels.
     """
     options = SamplingOptions() if options is None else options
+    if fill_blanks is None:
+        fill_blanks = has_plain_text(model.config.data.mixture)
+    if fill_blanks:
+        texts = [_number_blanks(text, len(vocabulary.sentinels)) for text in texts]
     ids = model.config.model
-    texts = [_number_blanks(text, len(vocabulary.sentinels)) for text in texts]
     tokens = [[*vocabulary.encode(text), ids.eos_id] for text in texts]
     for first in range(0, len(texts), FILL_BATCH_SIZE):
         rows = tokens[first : first + FILL_BATCH_SIZE]
@@ -53,31 +59,37 @@ def complete_texts(
         sequences = generate_with_scores(model, source, max_length, options, first_row=first)
         outputs = np.asarray(sequences.token_BxKxL[:, 0])
         for text, output in zip(texts[first : first + FILL_BATCH_SIZE], outputs):
-            yield _fill_sentinels(text, vocabulary.decode(output.tolist()))
+            answer = vocabulary.decode(output.tolist())
+            yield _fill_sentinels(text, answer) if fill_blanks else answer
 
 
-def _number_blanks(text: str, limit: int) -> str:
-    """Returns `text` with every `___` replaced by the next sentinel."""
-    numbers = itertools.count()
-    text = re.sub(r"_{3,}", lambda _: f"<extra_id_{next(numbers)}>", text)
-    if next(numbers) > limit:
-        raise UserError(
-            f"A text has more blanks than the vocabulary has sentinels ({limit}); split it."
-        )
-    return text
+def _number_blanks(text: str, num_sentinels: int) -> str:
+    """Returns `text` with every `___` replaced by the next sentinel that it does not have yet."""
+    unused = (
+        sentinel
+        for sentinel in map("<extra_id_{}>".format, range(num_sentinels))
+        if sentinel not in text
+    )
+
+    def next_sentinel(blank: re.Match) -> str:
+        sentinel = next(unused, None)
+        if sentinel is None:
+            raise UserError(
+                f"A text has more blanks than the vocabulary has sentinels ({num_sentinels}); split"
+                " it."
+            )
+        return sentinel
+
+    return re.sub(r"_{3,}", next_sentinel, text)
 
 
 def _fill_sentinels(text: str, output: str) -> str:
     """Replaces the sentinels of `text` by the text behind them in `output`.
 
-    Returns `output` if `text` has no sentinels.
+    Returns `output` if it has a text for none of them.
     """
-    if not re.search(r"<extra_id_\d+>", text):
-        return output.strip()
     pieces = re.split(r"<extra_id_(\d+)>", output)
-    answers = dict(zip(pieces[1::2], pieces[2::2]))
-
-    def fill(blank: re.Match) -> str:
-        return answers.get(blank[1], "").strip() or "___"
-
-    return re.sub(r"<extra_id_(\d+)>", fill, text)
+    answers = {blank: answer.strip() for blank, answer in zip(pieces[1::2], pieces[2::2])}
+    if not any(answers.get(blank) for blank in re.findall(r"<extra_id_(\d+)>", text)):
+        return output.strip()
+    return re.sub(r"<extra_id_(\d+)>", lambda blank: answers.get(blank[1]) or "___", text)

@@ -29,7 +29,7 @@ from switch_jax.inference.kv_cache import (
     decode_one_token,
     init_cache,
 )
-from switch_jax.model import SwitchTransformer
+from switch_jax.model import SwitchTransformer, check_token_ids
 
 
 def generate(
@@ -58,7 +58,8 @@ def generate(
     above 1 [B, num_return, max_length], the best beam first. The result for an input does not
     depend on the other inputs or on its padding. `generate_with_scores` also returns scores.
 
-    Raises `UserError` for options that are out of range or exclude each other.
+    Raises `UserError` for options that are out of range or exclude each other, and for ids outside
+    the vocabulary; not for ids where the call is traced, as in `jax.jit`: they are not known there.
     """
     options = SamplingOptions(
         beam_size, length_penalty, num_return, temperature, top_k, top_p, seed
@@ -82,6 +83,7 @@ def generate_with_scores(
     position); `first_row` is the number of the first row. Expert layers drop no tokens, except in
     encoders with expert-choice routing or `moe.expert_capacity`.
     """
+    check_token_ids("encoder_input_tokens", encoder_input_tokens, model.config.model.vocab_size)
     source_BxS = jnp.asarray(encoder_input_tokens, jnp.int32)
     if source_BxS.ndim != 2:
         raise UserError(f"encoder_input_tokens is {source_BxS.shape}; make it [rows, tokens].")

@@ -40,6 +40,7 @@ from switch_jax.model.parameters import (
     with_parameters,
 )
 from switch_jax.model.sharded import Batch, MeshJit, ShardedModel, process_rows
+from switch_jax.model.token_ids import check_token_ids
 from switch_jax.model.transformer import (
     RouterStatsByStack,
     SwitchTransformer,
@@ -67,6 +68,7 @@ __all__ = [
     "SwitchTransformer",
     "abstract_model",
     "add_adapters",
+    "check_token_ids",
     "collect_router_stats",
     "expert_layers",
     "flops_by_part",

@@ -27,6 +27,7 @@ from switch_jax.model.layers import (
 )
 from switch_jax.model.moe.expert_layers import SwitchAttention, SwitchMlp
 from switch_jax.model.moe.router import RouterStats, RoutingResult, RoutingSpec
+from switch_jax.model.token_ids import check_token_ids
 
 # Routing by sub-layer of a stack ("mlp", "self_attention"): leaves have a leading axis of sparse
 # layers.
@@ -219,8 +220,14 @@ class SwitchTransformer(nnx.Module):
           encoder_input_tokens: [B, S] int32; `model.pad_id` is padding.
           decoder_input_tokens: [B, T] int32; targets shifted right, after `model.start_id`.
 
-        Returns [B, T, V] float32.
+        Returns [B, T, V] float32. Raises `UserError` for ids outside the vocabulary, except where
+        the call is traced, as in `jax.jit`: there the values are not known.
         """
+        for name, tokens in (
+            ("encoder_input_tokens", encoder_input_tokens),
+            ("decoder_input_tokens", decoder_input_tokens),
+        ):
+            check_token_ids(name, tokens, self.config.model.vocab_size)
         batch = {
             "encoder_input_tokens": encoder_input_tokens,
             "decoder_input_tokens": decoder_input_tokens,

@@ -335,7 +335,7 @@ MODEL = types.SimpleNamespace(config=Config())
 class Words:
     """A vocabulary of words, with sentinels."""
 
-    words = ("<pad>", "</s>", "import", "as", "np", "numpy", "<extra_id_1>", "<extra_id_0>")
+    words = ("<pad>", "</s>", "import", "as", "np", "numpy", "<extra_id_1>", "<extra_id_0>", "___")
     sentinels = (7, 6)
 
     def encode(self, text):
@@ -351,7 +351,11 @@ class Words:
         ("import ___ as np", "<extra_id_0> numpy </s>", "import numpy as np"),
         ("import <extra_id_0> as np", "<extra_id_0> numpy </s>", "import numpy as np"),
         ("___ numpy as ___", "<extra_id_0> import <extra_id_1> np </s>", "import numpy as np"),
-        ("import ___ as np", "numpy </s>", "import ___ as np"),
+        ("import ___ as <extra_id_0>", "<extra_id_1> numpy <extra_id_0> np", "import numpy as np"),
+        ("import ___ as ___", "<extra_id_0> numpy </s>", "import numpy as ___"),
+        # Never the text itself in place of an output.
+        ("import ___ as np", "numpy </s>", "numpy"),
+        ("import ___ as np", "<extra_id_0> <extra_id_1> </s>", "<extra_id_0> <extra_id_1>"),
         ("import numpy", "as np </s>", "as np"),
     ],
 )
@@ -377,8 +381,47 @@ def test_many_texts_are_filled_in_batches_and_in_their_order(monkeypatch):
         return Sequences(np.array(answers)[:, None], np.zeros((len(source), 1)))
 
     monkeypatch.setattr("switch_jax.inference.fill_blanks.generate_with_scores", fake_generate)
-    filled = list(complete_texts(MODEL, words, texts, options=SamplingOptions(seed=4)))
+    options = SamplingOptions(seed=4)
+    filled = list(complete_texts(MODEL, words, texts, options=options))
     assert filled == [text.replace("___", text.split()[0]) for text in texts]
     assert calls == [((32, 64), 0, 4), ((32, 128), 32, 4), ((32, 64), 64, 4)]
     with pytest.raises(UserError, match=r"more blanks than the vocabulary has sentinels \(2\)"):
-        list(complete_texts(MODEL, words, ["___ " * 3]))
+        list(complete_texts(MODEL, words, ["___ ___ ___"]))
+
+
+@pytest.mark.parametrize(
+    "mixture, fills",
+    [
+        ("pairs:/data/{split}.jsonl", False),
+        ("glue.rte, pairs.mine", False),
+        ("super_glue", False),
+        ("python_docs", True),
+        ("/text/{split}.jsonl=0.9, squad=0.1", True),
+    ],
+)
+def test_models_of_tasks_are_asked_the_text_as_it_stands(monkeypatch, mixture, fills):
+    words = Words()
+    seen = []
+
+    def fake_generate(model, source, max_length, options, first_row):
+        seen.append(words.decode(source[0][:3]))
+        return Sequences(np.array([[words.encode("numpy </s>")]]), np.zeros((1, 1)))
+
+    monkeypatch.setattr("switch_jax.inference.fill_blanks.generate_with_scores", fake_generate)
+    model = types.SimpleNamespace(config=tiny(**{"data.mixture": mixture}))
+    assert list(complete_texts(model, words, ["import ___ np"])) == ["numpy"]
+    assert seen == ["import <extra_id_0> np" if fills else "import ___ np"]
+
+
+def test_ids_outside_the_vocabulary_are_refused(model):
+    ids = np.ones((1, 4), np.int32)
+    last = model.config.model.vocab_size - 1
+    for wrong in (ids * (last + 1), -ids, ids * np.int64(2**32), ids * 1.5, [[2**70]]):
+        with pytest.raises(UserError, match="encoder_input_tokens has the"):
+            generate(model, wrong, max_length=2)
+        with pytest.raises(UserError, match="encoder_input_tokens has the"):
+            model(wrong, ids)
+    with pytest.raises(
+        UserError, match=f"decoder_input_tokens has the id {last + 1}, .* 0 to {last}"
+    ):
+        model(ids, jnp.array(ids * (last + 1)))

@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beam_size", type=positive_int, default=1, metavar="N", help="beam size (1: greedy)"
     )
+    parser.add_argument(
+        "--fill_blanks",
+        action=argparse.BooleanOptionalAction,
+        help="whether ___ is a blank to fill (yes for a run on text, no for one on tasks only)",
+    )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--temperature",
@@ -53,13 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generates, and prints one result per text."""
-    if args.input and not Path(args.input).is_file():
-        raise UserError(f"Input file {args.input!r} does not exist.")
-    texts = [args.text]
-    if args.input:  # only a line feed ends a text; other line separators belong to it
-        texts = Path(args.input).read_text(errors="replace").removesuffix("\n").split("\n")
     from switch_jax.checkpoint import find_checkpoint_together, load
-    from switch_jax.data import read_vocabulary
+    from switch_jax.data import read_text_file, read_vocabulary
     from switch_jax.inference import SamplingOptions, complete_texts
 
     options = SamplingOptions(
@@ -69,10 +69,23 @@ def run(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
     )
+    if args.input is None:
+        try:
+            args.text.encode()
+        except UnicodeEncodeError as error:  # bytes of the shell that Python could not decode
+            raise UserError("--text is not UTF-8; convert it, or set a UTF-8 locale.") from error
+        texts = [args.text]
+    else:  # only a line feed ends a text; other line separators belong to it
+        texts = read_text_file(Path(args.input)).removesuffix("\n").split("\n")
     start(args)
     workdir, folder = find_checkpoint_together(args.workdir)
     vocabulary, model = read_vocabulary(workdir.vocabulary), load(folder)
     for text in complete_texts(
-        model, vocabulary, texts, max_length=args.max_length, options=options
+        model,
+        vocabulary,
+        texts,
+        max_length=args.max_length,
+        options=options,
+        fill_blanks=args.fill_blanks,
     ):
         print_result(text)
