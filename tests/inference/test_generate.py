@@ -329,6 +329,16 @@ def test_the_command_line_refuses_sampling_with_beams_before_loading(tmp_path, c
     assert "beam_size=2" in capsys.readouterr().err
 
 
+def test_the_command_line_refuses_texts_that_are_not_utf8_before_loading(tmp_path, capsys):
+    (tmp_path / "latin1.txt").write_bytes("a café\n".encode("latin-1"))
+    for arguments, name in (
+        (["--text", "caf\udce9"], "--text"),
+        (["--input", str(tmp_path / "latin1.txt")], "latin1.txt"),
+    ):
+        assert main(["generate", "--workdir", str(tmp_path), *arguments]) == 2
+        assert f"{name} is not UTF-8" in capsys.readouterr().err
+
+
 MODEL = types.SimpleNamespace(config=Config())
 
 
