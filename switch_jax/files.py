@@ -126,11 +126,10 @@ def folder_size(folder: Path) -> int:
 
 
 def check_expansion(what: str, size: int, stored: int) -> None:
-    """Raises `UserError` where data would take absurdly more bytes than the files that hold it."""
+    """Raises `UserError` where data takes absurdly more bytes than the files that hold it."""
     if size > _MAX_EXPANSION * stored + _ALWAYS_ALLOWED_BYTES:
         raise UserError(
-            f"{what} would take {size:,} bytes in memory, and its files have {stored:,}; do not use"
-            " it."
+            f"{what} expands to {size:,} bytes, and its files have {stored:,}; do not use it."
         )
 
 

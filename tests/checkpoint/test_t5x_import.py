@@ -225,7 +225,7 @@ def test_absurd_sizes_are_refused_with_their_bytes_before_reading(key, value, co
     value = value[: len(metadata["shape"])] + [1] * (len(metadata["shape"]) - len(value))
     file.write_text(json.dumps(metadata | {key: value}))
     size = 4 * np.prod(value, dtype=np.int64)
-    assert f"{ARRAY} would take {size:,} bytes in memory" in failure(copy)
+    assert f"{ARRAY} expands to {size:,} bytes" in failure(copy)
 
 
 def test_a_chunk_that_is_a_link_out_of_the_checkpoint_is_refused(copy):

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from switch_jax import files
 from switch_jax.data.sources import compression, plain_text, record_files, tfrecord
 from switch_jax.data.sources.bad_records import (
     DAMAGED,
@@ -311,6 +312,25 @@ def test_too_long_records_are_skipped(tmp_path, monkeypatch, name):
     if name == "a.tfrecord":
         path.write_bytes(path.read_bytes()[:-1])
         assert read_file(path)[1].counts == {TOO_LONG: 2, DAMAGED: 1}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_row_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(record_files, "MAX_RECORD_BYTES", 100)
+    endless = b'"b\n",' * 99 if name == "a.csv" else b"b" * 999
+    (tmp_path / name).write_bytes(b"x\n" + b"a" * 60 + b"\n" + b"a" * 60 + b"\n" + endless)
+    *rows, last = record_files.read_records(str(tmp_path / name))
+    assert [row.fields for row in rows] == [{"x": "a" * 60}] * 2
+    assert last == (DAMAGED, f"{tmp_path / name}, record 3")
+
+
+def test_a_file_that_expands_absurdly_is_refused_with_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_ALWAYS_ALLOWED_BYTES", 2**20)
+    data = zstandard.ZstdCompressor(level=1).compress(bytes(2**25))
+    (tmp_path / "a.txt.zst").write_bytes(data)
+    expected = rf"a\.txt\.zst expands to [\d,]+ bytes, and its files have {len(data):,};"
+    with pytest.raises(UserError, match=expected):
+        read_file(tmp_path / "a.txt.zst")
 
 
 @pytest.mark.parametrize("name", ["a.json.zst", "a.txt.zst", "a.tfrecord.zst"])

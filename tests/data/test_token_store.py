@@ -279,6 +279,30 @@ def test_damaged_files_are_refused(packed):
             open_batches(Config(data=DataConfig(data_dir=str(packed), vocabulary="bytes")), "train")
 
 
+def test_names_and_links_out_of_a_store_are_refused(packed):
+    manifest = (packed / "manifest.json").read_text()
+    name = config(packed).data.mixture
+    for outside in ("../other", "/etc"):
+        (packed / "manifest.json").write_text(manifest.replace(f'"{name}"', f'"{outside}"'))
+        with pytest.raises(UserError, match="outside of it; do not use it"):
+            TokenStore(packed).tokens(outside, "train")
+    (packed / "manifest.json").write_text(manifest)
+    (packed / name / "link").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="link', which leads to /etc/passwd"):
+        TokenStore(packed)
+
+
+def test_offsets_whose_header_claims_far_more_numbers_are_damaged(packed):
+    name = config(packed).data.mixture
+    path = packed / name / "train" / "00000.offsets.npy"
+    with path.open("wb") as file:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (2**45,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(80))
+    with pytest.raises(UserError, match=r"00000\.offsets\.npy' is damaged"):
+        _ = TokenStore(packed).tokens(name, "train").offsets
+
+
 def test_a_named_store_must_exist_and_have_the_vocabulary(packed, tmp_path):
     with pytest.raises(UserError, match=r"'text'.* is not known|names text"):
         open_batches(config(packed, mixture="text"), "train")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from switch_jax.errors import UserError
+from switch_jax.files import check_expansion
 
 _BLOCK_BYTES = 2**16  # read at once
 _PIECE_BYTES = 2**10  # decompressed at once, to at most 32 MiB (Zstandard's highest ratio)
@@ -24,16 +25,17 @@ def open_stream(file: Any, suffix: str | None, path: str) -> io.BufferedReader:
     """Returns the content of the open file `path`, decompressed if `suffix` is `.gz` or `.zst`.
 
     Reading raises `DamagedFile` at a truncation, and up to 1 KiB of compressed data before other
-    damage. Raises `UserError` if a package is missing.
+    damage, and `UserError` where the content is absurdly longer than the file. Raises `UserError`
+    if a package is missing.
     """
     match suffix:
         case ".gz":
-            chunks = _decompress(file, lambda: zlib.decompressobj(wbits=31), zlib.error)
+            chunks = _decompress(file, path, lambda: zlib.decompressobj(wbits=31), zlib.error)
         case ".zst":
             zstandard = import_package("zstandard", path)
             # Windows as large as `zstd --long=31` writes.
             frames = zstandard.ZstdDecompressor(max_window_size=2**31)
-            chunks = _decompress(file, frames.decompressobj, zstandard.ZstdError)
+            chunks = _decompress(file, path, frames.decompressobj, zstandard.ZstdError)
         case _:
             chunks = _read_blocks(file)
     return io.BufferedReader(_ChunkStream(chunks), _BLOCK_BYTES)
@@ -75,11 +77,13 @@ def _read_blocks(file: Any) -> Iterator[bytes]:
 
 
 def _decompress(
-    file: Any, new_decompressor: Callable[[], Any], failure: type[Exception]
+    file: Any, path: str, new_decompressor: Callable[[], Any], failure: type[Exception]
 ) -> Iterator[bytes]:
     """Yields the content of all gzip members or Zstandard frames of a file."""
     decompressor = new_decompressor()
+    read, written = 0, 0  # bytes
     for block in _read_blocks(file):
+        read += len(block)
         for begin in range(0, len(block), _PIECE_BYTES):
             piece = block[begin : begin + _PIECE_BYTES]
             while piece:
@@ -92,6 +96,8 @@ def _decompress(
                     data = decompressor.decompress(piece)
                 except failure:
                     raise DamagedFile from None
+                written += len(data)
+                check_expansion(path, written, read)
                 yield data
                 piece = decompressor.unused_data
     if not decompressor.eof:  # true of an empty file, too

@@ -136,15 +136,40 @@ def _parse_json(line: bytes, field: str | None) -> Fields | str:
 def _read_table(
     file: io.BufferedReader, path: str, field: str | None
 ) -> Iterator[tuple[int, Fields | str | None]]:
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    lines = _RowLines(io.TextIOWrapper(file, "utf-8-sig", newline=""))
     if file_format(path) == "csv":
-        rows = csv.DictReader(text)
+        rows = csv.DictReader(lines)
     else:  # quotation marks mean nothing in GLUE's tables
-        rows = csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
-        yield from enumerate(rows, start=1)
+        for number, row in enumerate(rows, start=1):
+            lines.size = 0
+            yield number, row
     except (csv.Error, UnicodeDecodeError):
         raise DamagedFile from None
+
+
+class _RowLines:
+    """The lines of a table; raises `DamagedFile` where a row has more than `MAX_RECORD_BYTES`.
+
+    size: characters of the current row so far; whoever has read a row sets it to 0.
+    """
+
+    def __init__(self, text: io.TextIOWrapper):
+        self._text = text
+        self.size = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(MAX_RECORD_BYTES - self.size + 1)
+        self.size += len(line)
+        if self.size > MAX_RECORD_BYTES:
+            raise DamagedFile
+        if not line:
+            raise StopIteration
+        return line
 
 
 def _read_examples(

@@ -27,6 +27,7 @@ import numpy as np
 
 from switch_jax.data.sources.source import Split
 from switch_jax.errors import UserError
+from switch_jax.files import folder_size, path_within
 
 MANIFEST = "manifest.json"
 FORMAT = 4
@@ -44,7 +45,8 @@ class TokenStore:
       manifest: the JSON object of `manifest.json`.
       vocabulary_fingerprint: fingerprint of the vocabulary that the text was tokenised with.
 
-    Raises `UserError` for a folder that is missing, incomplete or damaged.
+    Raises `UserError` for a folder that is missing, incomplete or damaged, or whose names or links
+    lead out of it.
     """
 
     def __init__(self, directory: Path):
@@ -54,6 +56,7 @@ class TokenStore:
                 f"There is no packed text in {str(directory)!r}; set data.data_dir to a folder that"
                 " `switch-jax data pack` wrote, or to None for the cache."
             )
+        folder_size(directory)  # for its links
         try:
             self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
             if self.manifest["format"] != FORMAT:
@@ -77,7 +80,7 @@ class TokenStore:
 
     def examples(self, name: str) -> list[dict[str, Any]]:
         """Returns the validation examples of pairs, with `inputs`, `targets` and `answer`."""
-        path = examples_path(self._directory / name / "validation")
+        path = examples_path(path_within(self._directory, f"{name}/validation"))
         return [json.loads(line) for line in path.open()] if path.exists() else []
 
     def fingerprint(self, name: str, split: Split) -> str:
@@ -87,7 +90,9 @@ class TokenStore:
     def tokens(self, name: str, split: Split) -> "SplitTokens":
         """Returns the tokens of a source's split; raises `UserError` if files are damaged."""
         sizes = self._sources[name][split]["shards"]
-        return SplitTokens(self._directory / name / split, self.manifest["dtype"], sizes)
+        return SplitTokens(
+            path_within(self._directory, f"{name}/{split}"), self.manifest["dtype"], sizes
+        )
 
 
 class SplitTokens:
@@ -118,7 +123,10 @@ class SplitTokens:
         parts = [np.zeros(1, np.int64)]
         for shard, end in enumerate(self._ends):
             try:
-                offsets = np.load(offsets_path(self._directory, shard))
+                # Mapped, because memory for what a damaged header says may be far too much.
+                offsets = np.load(offsets_path(self._directory, shard), mmap_mode="r")
+                if offsets.ndim != 1 or offsets.dtype != np.int64:
+                    raise ValueError
             except (OSError, ValueError, EOFError):
                 raise _damaged(offsets_path(self._directory, shard)) from None
             parts.append(offsets[1:] + (end - offsets[-1]))
