@@ -1,0 +1,84 @@
+"""Digests of what a verb writes, without what differs between two equal runs.
+
+Of a WORKDIR, they are those of the newest checkpoint's arrays, of the metrics without times, and of
+the config. Of any other folder, they are those of all its files.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_TIMED = {"time", "tokens_per_second", "step_seconds", "data_wait_fraction", "mfu", "seconds"}
+_IGNORED = {"tensorboard", "jobs", "index.html", ".cache"}  # index.html: the summary with speeds
+_TIMES = re.compile(
+    rb'"(?:time|seconds|[a-z_]*_seconds)": [-+.0-9e]+|[0-9.,]+ (?:target )?tokens(?:/s| per second)'
+)
+
+
+def digests(folder: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Returns a digest of everything in `paths`, by its path in `folder`."""
+    found: dict[str, str] = {}
+    for path in paths:
+        for name, content in _contents(folder / path, folder):
+            content = content.replace(str(folder).encode(), b"")
+            found[name] = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return found
+
+
+def same_text(one: str, two: str) -> bool:
+    """Whether two texts are equal but for measured times."""
+    return _TIMES.sub(b"", one.encode()) == _TIMES.sub(b"", two.encode())
+
+
+def first_difference(results: dict[str, str] | None, right: dict[str, str] | None) -> str | None:
+    """Returns the name of something that two runs have differently; None where all is equal."""
+    one, two = results or {}, right or {}
+    names: Sequence[str] = sorted(one.keys() | two.keys())
+    return next((name for name in names if one.get(name) != two.get(name)), None)
+
+
+def _contents(path: Path, folder: Path) -> Iterator[tuple[str, bytes]]:
+    name = str(path.relative_to(folder))
+    if (path / "checkpoints").is_dir():
+        yield from _workdir_contents(path, name)
+    elif path.is_dir():
+        for child in sorted(path.iterdir()):
+            if child.name not in _IGNORED and not child.name.endswith(".lock"):
+                yield from _contents(child, folder)
+    elif path.exists():
+        yield name, _TIMES.sub(b"", path.read_bytes())
+
+
+def _workdir_contents(path: Path, name: str) -> Iterator[tuple[str, bytes]]:
+    steps = [int(p.name) for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
+    newest = path / "checkpoints" / str(max(steps))
+    for item in ("params", "optimizer"):
+        if (newest / item).is_dir():
+            for key, array in _arrays(newest / item).items():
+                yield f"{name}/{newest.name}/{item}/{key}", array.tobytes()
+    config = json.loads((path / "config.json").read_text())["config"]
+    yield f"{name}/config", json.dumps(config).encode()
+    if (path / "metrics.jsonl").exists():
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        metrics = [{k: v for k, v in line.items() if k not in _TIMED} for line in lines]
+        yield f"{name}/metrics", json.dumps(metrics).encode()
+    if (path / "vocabulary.model").exists():
+        yield f"{name}/vocabulary.model", (path / "vocabulary.model").read_bytes()
+
+
+def _arrays(folder: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a checkpoint's item by path, read by Orbax alone."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as reader:
+        tree: Any = reader.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        restored = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    leaves = jax.tree_util.tree_flatten_with_path(restored)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
