@@ -27,21 +27,29 @@ _SOURCES_PER_PANEL = 36  # at the most
 _TASKS_PER_ROW = 4  # panels
 
 
-def draw_run_plots(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
-    """Draws the metrics of runs into `folder`; returns the files written.
+def read_runs(workdirs: Sequence[Workdir]) -> Runs:
+    """Returns the metrics of runs, by the names of their folders where these differ.
 
-    `loss.png`; `router.png` if a model has experts; `tasks.png` if tasks were scored; `sources.png`
-    for two runs that share several sources, with the first run as baseline.
-
-    Raises `UserError` if a run has no metrics, and if Matplotlib is not installed.
+    Raises `UserError` if a run has no metrics.
     """
-    runs = {}
+    runs: Runs = {}
     for workdir in workdirs:
         lines = read_metrics(workdir)
         if not lines:
             raise UserError(f"{workdir.path} has no metrics.jsonl yet; train it first.")
         name = workdir.path.resolve().name
         runs[str(workdir.path) if name in runs else name] = lines
+    return runs
+
+
+def draw_run_plots(runs: Runs, folder: Path) -> list[Path]:
+    """Draws the metrics of runs into `folder`; returns the files written.
+
+    `loss.png`; `router.png` if a model has experts; `tasks.png` if tasks were scored; `sources.png`
+    for two runs that share several sources, with the first run as baseline.
+
+    Raises `UserError` if Matplotlib is not installed.
+    """
     figures = {"loss.png": _draw_loss(runs)}
     if any(name.startswith("router/") for lines in runs.values() for name in lines[0]):
         figures["router.png"] = _draw_router(runs)
@@ -57,12 +65,16 @@ def draw_run_plots(workdirs: Sequence[Workdir], folder: Path) -> list[Path]:
     return written
 
 
-def _series(lines: list[dict], split: str, name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and the values of a metric, where it is finite."""
+def _series(
+    lines: list[dict], split: str, name: str, x: str = "step"
+) -> tuple[list[float], list[float]]:
+    """Returns the values of `x` and of a metric, of the lines that have both."""
     points = [
-        (m["step"], m[name]) for m in lines if m["split"] == split and m.get(name) is not None
+        (m[x], m[name])
+        for m in lines
+        if m["split"] == split and m.get(x) is not None and m.get(name) is not None
     ]
-    return [step for step, _ in points], [value for _, value in points]
+    return [x for x, _ in points], [value for _, value in points]
 
 
 def _draw_loss(runs: Runs) -> Any:
@@ -76,8 +88,7 @@ def _draw_loss(runs: Runs) -> Any:
         steps, loss = _series(lines, "eval", "cross_entropy")
         by_step.plot(steps, loss, color=colour, marker="o", ms=3, label=f"{run}, validation")
         by_tokens.plot(
-            _series(lines, "train", "tokens")[1],
-            _series(lines, "train", "accuracy")[1],
+            *_series(lines, "train", "accuracy", x="tokens"),
             color=colour,
             lw=1,
             label=run,

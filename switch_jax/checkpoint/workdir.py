@@ -2,7 +2,8 @@
 
 config.json               resolved config, package versions, git revision, devices
 vocabulary.model          the run's vocabulary
-metrics.jsonl             metrics, one JSON object per line
+metrics.jsonl             metrics, one JSON object per line; metrics.damaged.jsonl: as it was before
+                          a start removed damaged lines
 tensorboard/              the same metrics
 checkpoints/STEP/         parameters, optimizer state, data position
 figures/*.png             figures of the metrics
@@ -19,6 +20,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from switch_jax import __version__
 from switch_jax.config import (
@@ -27,6 +29,7 @@ from switch_jax.config import (
     config_differences,
     config_from_dict,
     config_to_dict,
+    read_json,
 )
 from switch_jax.errors import UserError
 from switch_jax.files import hold_lock, path_within, write_atomically
@@ -56,22 +59,35 @@ class Workdir:
         for file in (self.config_file, self.vocabulary):
             path_within(self.path, file.name)
         try:
-            content = json.loads(self.config_file.read_text())
-            if "model_type" in content:
-                raise UserError(
-                    f"{self.path} is a folder of Hugging Face's; make a WORKDIR of it with"
-                    f" `switch-jax convert from-hf {shlex.quote(str(self.path))} OUT`."
-                )
-            return config_from_dict(content["config"])
-        except (FileNotFoundError, NotADirectoryError):
+            return config_from_dict(self._content()["config"])
+        except UserError as error:
+            where = "" if str(self.path) in str(error) else f"{self.config_file}: "
+            raise UserError(f"{where}{error}") from error
+
+    def devices(self) -> str | None:
+        """Returns the description of the devices that train the run; raises like `config`."""
+        devices = self._content().get("devices")
+        return devices if isinstance(devices, str) else None
+
+    def _content(self) -> dict[str, Any]:
+        """Returns config.json, with a `config` that is an object."""
+        if not self.config_file.is_file():
             raise UserError(
                 f"{self.path} is not a WORKDIR: it has no config.json; name the folder that was"
                 " given to `switch-jax train --workdir`."
-            ) from None
-        except (ValueError, KeyError, TypeError) as error:
+            )
+        content = read_json(self.config_file)
+        if isinstance(content, dict) and "model_type" in content:
             raise UserError(
-                f"{self.config_file} cannot be read ({error}); restore it or use another WORKDIR."
-            ) from error
+                f"{self.path} is a folder of Hugging Face's; make a WORKDIR of it with"
+                f" `switch-jax convert from-hf {shlex.quote(str(self.path))} OUT`."
+            )
+        if not (isinstance(content, dict) and isinstance(content.get("config"), dict)):
+            raise UserError(
+                f"{self.config_file} has no `config` as `switch-jax train` writes it; restore it or"
+                " use another WORKDIR."
+            )
+        return content
 
     def check(self, config: Config) -> None:
         """Raises `UserError` where the folder holds a run of another model; writes nothing."""

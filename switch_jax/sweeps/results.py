@@ -1,7 +1,6 @@
 """Results of a finished run, read from its WORKDIR."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,7 +82,7 @@ def read_result(workdir: Workdir, step_flops: float) -> RunResult:
         tokens_per_step=train[-1]["tokens"] / train[-1]["step"],
         step_seconds=statistics.median(seconds) if seconds else None,
         dropped=statistics.fmean(last_dropped) if last_dropped else None,
-        devices=json.loads(workdir.config_file.read_text())["devices"],
+        devices=workdir.devices(),
     )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switch_jax.analysis.run_plots import draw_run_plots, score_metrics
+from switch_jax.analysis.run_plots import draw_run_plots, read_runs, score_metrics
 from switch_jax.checkpoint.checkpointer import Checkpointer
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.cli.main import main
@@ -235,7 +235,7 @@ def on_one_device(config):
 
 
 def test_task_scores_are_plotted(run, tmp_path):
-    figures = {path.name for path in draw_run_plots([run, run], tmp_path)}
+    figures = {path.name for path in draw_run_plots(read_runs([run, run]), tmp_path)}
     assert "tasks.png" in figures
     lines = [{"step": 1, "split": "eval", "average": 1.0, "squad/score": 1.0}]
     assert score_metrics({"a": lines}) == ["squad/score"]

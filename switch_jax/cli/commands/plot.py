@@ -22,13 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draws the figures, and prints their paths."""
-    from switch_jax.analysis import common_sources, compare_sources, draw_run_plots, speedup_table
-    from switch_jax.checkpoint import Workdir, read_metrics
+    from switch_jax.analysis import (
+        common_sources,
+        compare_sources,
+        draw_run_plots,
+        read_runs,
+        speedup_table,
+    )
+    from switch_jax.checkpoint import Workdir
 
     workdirs = [Workdir(path) for path in args.workdir]
+    runs = read_runs(workdirs)
     folder = Path(args.output) if args.output else workdirs[0].figures
-    for path in draw_run_plots(workdirs, folder):
+    for path in draw_run_plots(runs, folder):
         print(path)
-    runs = [read_metrics(workdir) for workdir in workdirs]
-    if len(runs) == 2 and common_sources(*runs):
-        print("", speedup_table(compare_sources(*runs), *args.workdir), sep="\n")
+    if len(runs) == 2 and common_sources(*runs.values()):
+        print("", speedup_table(compare_sources(*runs.values()), *args.workdir), sep="\n")
