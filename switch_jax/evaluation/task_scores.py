@@ -1,5 +1,6 @@
 """Task scores: predicts the validation examples of fine-tuning tasks, and computes metrics."""
 
+import functools
 import hashlib
 import json
 import sys
@@ -32,6 +33,7 @@ from switch_jax.files import write_atomically
 from switch_jax.model import ShardedModel
 
 Examples = Sequence[Mapping[str, Any]]  # from `read_task_examples`
+_SHOWN_CHARACTERS = 60  # of a text in a message
 _NUM_PROBED = 4  # examples that are scored in advance, to list the metrics
 # Keys of a task's scores that are not metrics of its answers.
 _NOT_METRICS = ("score", "invalid", "cross_entropy", "neg_log_perplexity")
@@ -131,7 +133,7 @@ class TaskScorer:
         return [[name] for name, examples in self._examples.items() if _labelled(examples)]
 
     def _notes(self) -> list[str]:
-        """Returns warnings about examples that are cut, and about a missing average."""
+        """Returns warnings about examples that are cut or unwritable, and a missing average."""
         data, notes = self._config.data, []
         for name, examples in self._examples.items():
             for side, limit in (("inputs", data.inputs_length), ("targets", data.targets_length)):
@@ -141,6 +143,16 @@ class TaskScorer:
                         f"{name}: {long} of {len(examples)} validation {side} are longer than"
                         f" data.{side}_length={limit}, and are cut."
                     )
+            texts = [example["targets"] for example in _labelled(examples)]
+            written = [self._vocabulary.decode(self._vocabulary.encode(text)) for text in texts]
+            lost = [pair for pair in zip(texts, written) if pair[0].split() != pair[1].split()]
+            if lost:
+                first, becomes = (text[:_SHOWN_CHARACTERS] for text in lost[0])
+                notes.append(
+                    f"{name}: {len(lost)} of {len(texts)} validation targets have characters that"
+                    " the vocabulary cannot write, so that no prediction equals them; the first is"
+                    f" {first!r} and becomes {becomes!r}."
+                )
         if "average" not in self.metric_names and self._average_groups():
             tasks = (task for group in self._average_groups() for task in group)
             missing = [task for task in tasks if f"{task}/score" not in self.metric_names]
@@ -204,6 +216,15 @@ _ANSWER_TYPES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def _written_answer(vocabulary: Vocabulary, answer: str) -> str:
+    """Returns an answer with the blanks that predictions have, since a vocabulary normalises them.
+
+    An answer with other characters that the vocabulary cannot write stays as it is.
+    """
+    written = vocabulary.decode(vocabulary.encode(answer))
+    return written if written.split() == answer.split() else answer
+
+
 def _score_task(
     task: Task, examples: Examples, predictions: Sequence[str], vocabulary: Vocabulary
 ) -> dict[str, float]:
@@ -213,8 +234,7 @@ def _score_task(
         return {}
     build_answer = _ANSWER_TYPES.get(task.metrics[0], lambda x: x)
     if task.metrics == ("accuracy",) and not task.classes:
-        # A vocabulary may normalise blanks; predictions can have only texts that it can decode.
-        build_answer = lambda x: vocabulary.decode(vocabulary.encode(x))  # noqa: E731
+        build_answer = functools.partial(_written_answer, vocabulary)
     answers = [build_answer(examples[i]["answer"]) for i in labelled]
     predicted = [predictions[i] for i in labelled]
     metrics = compute_metrics(task.metrics, answers, predicted, _output_classes(task))

@@ -29,6 +29,7 @@ from switch_jax.training.state import save_state
 from switch_jax.training.step import TrainProgram
 from tests.support import tasks as miniature
 from tests.support.configs import tiny
+from tests.support.vocabularies import write_letters
 
 INPUTS = [f"glue rte: number {i}, {'longer and ' * i}" for i in range(7)]  # batches of 4
 CLASSES = ["yes", "no", "perhaps"]
@@ -199,6 +200,32 @@ def test_free_text_targets_are_compared_as_the_vocabulary_decodes_them(config, t
 
     task, [_, example] = custom_task("pairs.x"), next(iter(scorer._examples.values()))
     assert _score_task(task, [example], ["1 2"], FoldsBlanks())["accuracy"] == 100
+
+
+def test_targets_that_the_vocabulary_cannot_write_are_told_and_scored_as_they_are(
+    config, tmp_path, capsys
+):
+    targets = ("{<name>}", "{<value>}", "{<object>}", "list")
+    for split in ("train", "validation"):
+        pairs = [{"inputs": "say it", "targets": text} for text in targets]
+        miniature.write_jsonl(tmp_path / f"{split}.jsonl", pairs)
+    changes = {
+        "data.mixture": f"pairs:{tmp_path}/{{split}}.jsonl",
+        "train.keep_best": "none",
+        "data.data_dir": "none",
+        "data.vocabulary": str(write_letters(tmp_path / "letters.model")),
+    }
+    some = override_config(config, changes)
+    scorer = TaskScorer(ShardedModel(some, make_mesh(some)))
+    assert (
+        "3 of 4 validation targets have characters that the vocabulary cannot write, so that no"
+        " prediction equals them; the first is '{<name>}' and becomes '⁇ name ⁇'."
+    ) in capsys.readouterr().err
+    [examples], vocabulary = scorer._examples.values(), open_vocabulary(some)
+    predictions = [vocabulary.decode(vocabulary.encode(text)) for text in targets]
+    assert predictions == ["⁇ name ⁇", "⁇ value ⁇", "⁇ object ⁇", "list"]
+    scores = _score_task(custom_task("pairs.x"), examples, predictions, vocabulary)
+    assert scores["accuracy"] == 25
 
 
 def test_an_unwritable_folder_of_predictions_is_an_error_before_predicting(config, tmp_path):
