@@ -294,13 +294,14 @@ def _batches(workdir: Workdir, config: Config, rows: ProcessRows, text: Path | N
             f"{workdir.path} has no {workdir.vocabulary.name} to read a text with; leave --input"
             " out."
         )
-    return text_file_batches(text, read_vocabulary(workdir.vocabulary), config, rows)
+    vocabulary = read_vocabulary(workdir.vocabulary, config.model)
+    return text_file_batches(text, vocabulary, config, rows)
 
 
 def _token_names(workdir: Workdir, config: Config) -> TokenNames:
     """Returns the function from token ids to text; without a vocabulary, `#ID`."""
     if workdir.vocabulary.is_file():
-        vocabulary = read_vocabulary(workdir.vocabulary)
+        vocabulary = read_vocabulary(workdir.vocabulary, config.model)
     elif config.data.reader != "synthetic":
         vocabulary = open_vocabulary(config)
     else:

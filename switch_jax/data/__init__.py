@@ -16,22 +16,24 @@ from switch_jax.data.readers import open_batches, open_epoch_by_source, read_tas
 from switch_jax.data.text_batches import read_text_file, text_file_batches
 from switch_jax.data.token_store.build import build_token_store, store_table
 from switch_jax.data.vocabulary import (
+    BYT5,
     BYTES,
     EOS,
-    HUGGING_FACE_VOCABULARY_FILE,
+    HUGGING_FACE_VOCABULARY_FILES,
     NUM_SENTINELS,
     PAD,
     Vocabulary,
-    check_vocabulary,
+    hugging_face_file_name,
     parse_vocabulary,
     read_vocabulary,
 )
 from switch_jax.data.vocabulary_builder import open_vocabulary, sample_texts, train_vocabulary
 
 __all__ = [
+    "BYT5",
     "BYTES",
     "EOS",
-    "HUGGING_FACE_VOCABULARY_FILE",
+    "HUGGING_FACE_VOCABULARY_FILES",
     "MIXTURES",
     "NUM_SENTINELS",
     "PAD",
@@ -42,12 +44,12 @@ __all__ = [
     "Task",
     "Vocabulary",
     "build_token_store",
-    "check_vocabulary",
     "examples_text",
     "feature_shapes",
     "find_sources",
     "get_task",
     "has_plain_text",
+    "hugging_face_file_name",
     "open_batches",
     "open_epoch_by_source",
     "open_vocabulary",

@@ -16,7 +16,7 @@ from switch_jax.data.vocabulary import (
 def seqio_vocabulary(vocabulary: Vocabulary, eos_id: int) -> seqio.Vocabulary:
     """Returns a vocabulary for seqio: one of its own, which encodes in C++, where it has one."""
     if isinstance(vocabulary, ByteVocabulary):
-        return seqio.ByteVocabulary(extra_ids=NUM_SENTINELS)
+        return seqio.ByteVocabulary(extra_ids=vocabulary.size - seqio.ByteVocabulary().vocab_size)
     if isinstance(vocabulary, SentencePieceVocabulary) and vocabulary.eos == eos_id:
         extra_ids = 0 if vocabulary.has_own_sentinels else NUM_SENTINELS
         return seqio.SentencePieceVocabulary(vocabulary.name, extra_ids=extra_ids)

@@ -1,16 +1,19 @@
 """Vocabularies: the ids of pieces of text, of padding, EOS and unknown pieces, and of sentinels.
 
-A vocabulary's file is a SentencePiece model, or the word `bytes` or `byt5`. Every token store and
-every WORKDIR contains its own copy, so that it can be moved to another machine.
+A vocabulary's file is a SentencePiece model, a `tokenizer.json` of the library tokenizers, or the
+word `bytes` or `byt5`; the content says which. Every token store and every WORKDIR contains its own
+copy, so that it can be moved to another machine.
 
-Sentinels `<extra_id_0>`, `<extra_id_1>`, … mark the spans of span corruption. A SentencePiece model
-that has pieces of these names, as mT5's, has its sentinels there. Behind the pieces of any other,
-as T5's, follow 100 sentinels in descending order: `<extra_id_0>` has the last id.
+Sentinels `<extra_id_0>`, `<extra_id_1>`, … mark the spans of span corruption. mT5's model and every
+`tokenizer.json` have pieces of these names, which are the sentinels. A SentencePiece model without
+them, as T5's, is followed by 100 sentinels in descending order: `<extra_id_0>` has the last id.
 """
 
 import abc
+import codecs
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -25,8 +28,10 @@ from switch_jax.errors import UserError
 PAD, EOS, UNK = 0, 1, 2  # of vocabularies that are trained here, and of bytes; as T5's
 NUM_SENTINELS = 100  # behind the pieces of a vocabulary whose file has none
 VOCABULARY_FILE = "vocabulary.model"  # in a WORKDIR and in a token store
-HUGGING_FACE_VOCABULARY_FILE = "spiece.model"  # in a Hugging Face folder
-BYTES = "bytes"  # the byte vocabulary: value of `data.vocabulary` and content of its file
+# In a Hugging Face folder; the first that exists is used.
+HUGGING_FACE_VOCABULARY_FILES = ("spiece.model", "tokenizer.json")
+# Vocabularies of bytes: values of `data.vocabulary` and contents of their files.
+BYTES, BYT5 = "bytes", "byt5"
 _SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,8})>")
 
 
@@ -40,7 +45,7 @@ class Vocabulary(abc.ABC):
       sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, …; empty if the vocabulary has none.
       pad: id of padding; None if the vocabulary has none.
       eos: id of the end of a text; None if the vocabulary has none.
-      unk: id of what the vocabulary cannot write; None if it can write everything.
+      unk: id of what the vocabulary cannot write; None if it has none.
       fingerprint: hash of the content, 32 hexadecimal digits.
     """
 
@@ -114,7 +119,7 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def is_control(self, token: int) -> bool:
-        """Whether an id is in no text: padding, EOS, or another mark."""
+        """Whether an id stands for no text: padding, EOS, or another mark."""
 
     @abc.abstractmethod
     def _piece(self, token: int) -> str: ...
@@ -180,16 +185,78 @@ class SentencePieceVocabulary(Vocabulary):
         return self._processor.decode(ids)
 
 
+class TokenizerVocabulary(Vocabulary):
+    """A `tokenizer.json`, which the library tokenizers reads.
+
+    Ids are those of the library. A unigram model that leaves it open how spaces are written has
+    them as `▁` before each word, as T5's tokenizer has.
+
+    Raises `UserError` if the content is none, or the library is not installed.
+    """
+
+    def __init__(self, name: str, content: bytes):
+        try:
+            from tokenizers import Tokenizer, decoders, pre_tokenizers
+        except ImportError:
+            raise UserError(
+                f"Vocabulary {name!r} is a tokenizer.json and needs the package tokenizers; install"
+                " switch_jax[interop]."
+            ) from None
+        try:
+            self._tokenizer = tokenizer = Tokenizer.from_str(content.decode())
+            raw = json.loads(content)
+        except Exception as error:  # the library has no class of its own
+            raise UserError(
+                f"Vocabulary {name!r} is not a tokenizer.json that the package tokenizers reads"
+                f" ({error}); set data.vocabulary to another file, or install a newer tokenizers."
+            ) from error
+        for entry in raw.get("added_tokens") or []:
+            if (token := tokenizer.token_to_id(entry["content"])) != entry["id"]:
+                raise UserError(  # it leaves no gaps
+                    f"In vocabulary {name!r} the package tokenizers numbers {entry['content']!r}"
+                    f" as {token}, and the file as {entry['id']}; set data.vocabulary to another"
+                    " file."
+                )
+        model = raw["model"]
+        if model.get("type") == "Unigram" and tokenizer.pre_tokenizer is None:
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+            )
+            tokenizer.decoder = decoders.Metaspace()
+        size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        pad, eos = map(tokenizer.token_to_id, ("<pad>", "</s>"))
+        unk = model.get("unk_id")
+        if unk is None:
+            unk = tokenizer.token_to_id(model.get("unk_token") or "<unk>")
+        sentinels = named_sentinels(tokenizer.token_to_id)
+        added = tokenizer.get_added_tokens_decoder()
+        self._controls = {token for token, entry in added.items() if entry.special}
+        self._controls = (self._controls | {pad, eos}) - {unk, *sentinels}
+        super().__init__(name, content, size, sentinels, pad=pad, eos=eos, unk=unk)
+
+    def is_control(self, token: int) -> bool:
+        return token in self._controls
+
+    def _piece(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or f"#{token}"
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int]) -> str:
+        pieces = [token for token in ids if token not in self._controls]
+        return self._tokenizer.decode(pieces, skip_special_tokens=False)
+
+
 class ByteVocabulary(Vocabulary):
     """The 256 bytes of UTF-8, from id 3 on, and 100 sentinels behind them."""
 
     _FIRST = 3
+    _BEHIND = _FIRST + 256
 
-    def __init__(self):
-        pieces = self._FIRST + 256
-        size = pieces + NUM_SENTINELS
-        sentinels = range(size - 1, pieces - 1, -1)
-        super().__init__(BYTES, BYTES.encode(), size, sentinels, pad=PAD, eos=EOS, unk=UNK)
+    def __init__(self, name: str = BYTES, size: int = _BEHIND + NUM_SENTINELS):
+        sentinels = range(size - 1, size - 1 - NUM_SENTINELS, -1)
+        super().__init__(name, name.encode(), size, sentinels, pad=PAD, eos=EOS, unk=UNK)
 
     def is_control(self, token: int) -> bool:
         return token < self._FIRST
@@ -208,35 +275,91 @@ class ByteVocabulary(Vocabulary):
         return data.decode("utf-8", "replace")
 
 
-def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
-    """Reads a vocabulary file; the path `bytes` means the byte vocabulary.
+class ByT5Vocabulary(ByteVocabulary):
+    """The vocabulary of ByT5: sentinels are the last 100 ids of the bytes, `<extra_id_0>` is 258.
 
-    Raises `UserError` for a file that is missing or contains no vocabulary.
+    So an id may stand for a sentinel or for a part of a character. `decode` takes it for a sentinel
+    where it is no part of a character.
     """
-    if str(path) == BYTES:
-        return ByteVocabulary()
+
+    def __init__(self):
+        super().__init__(BYT5, self._BEHIND)
+        in_no_text = range(0xF5 + self._FIRST, self._BEHIND)
+        self._sentinel_names = {
+            i: name for i, name in self._sentinel_names.items() if i in in_no_text
+        }
+
+    def decode(self, ids: Iterable[int]) -> str:
+        data = bytes(i - self._FIRST for i in map(int, ids) if self._FIRST <= i < self._BEHIND)
+        parts = re.split("(<extra_id_[0-9]+>)", data.decode("utf-8", _BYT5_SENTINELS))
+        return " ".join(filter(None, (part.strip() for part in parts)))
+
+
+_BYT5_SENTINELS = "switch_jax.byt5_sentinels"  # how errors in UTF-8 are decoded
+
+
+def _decode_byt5_sentinel(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    number = 255 - error.object[error.start]
+    return f"<extra_id_{number}>" if number < NUM_SENTINELS else "\ufffd", error.start + 1
+
+
+codecs.register_error(_BYT5_SENTINELS, _decode_byt5_sentinel)
+
+
+def read_vocabulary(path: str | os.PathLike, model: ModelConfig | None = None) -> Vocabulary:
+    """Reads a vocabulary file; the paths `bytes` and `byt5` mean these vocabularies.
+
+    Args:
+      model: must be usable with the vocabulary; None: any.
+
+    Raises `UserError` for a file that is missing, contains no vocabulary or does not fit the model.
+    """
+    if str(path) in (BYTES, BYT5):
+        return parse_vocabulary(str(path), str(path).encode(), model)
     file = epath.Path(path).expanduser()
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(
             f"Vocabulary {str(file)!r} cannot be read ({error.strerror or error}); set"
-            f" data.vocabulary to a SentencePiece model, to {BYTES}, or to None for one of the"
-            " mixture's own."
+            f" data.vocabulary to a SentencePiece model, a tokenizer.json, {BYTES} or {BYT5}, or to"
+            " None for one of the mixture's own."
         ) from error
-    return parse_vocabulary(str(file), content)
+    return parse_vocabulary(str(file), content, model)
 
 
-def parse_vocabulary(name: str, content: bytes) -> Vocabulary:
-    """Returns the vocabulary of a file's content; raises `UserError` if it is not a vocabulary."""
-    return ByteVocabulary() if content == BYTES.encode() else SentencePieceVocabulary(name, content)
+def parse_vocabulary(name: str, content: bytes, model: ModelConfig | None = None) -> Vocabulary:
+    """Returns the vocabulary of a file's content, as `read_vocabulary`."""
+    vocabulary: Vocabulary
+    if content == BYTES.encode():
+        vocabulary = ByteVocabulary()
+    elif content == BYT5.encode():
+        vocabulary = ByT5Vocabulary()
+    elif _is_json_object(content):
+        vocabulary = TokenizerVocabulary(name, content)
+    else:
+        vocabulary = SentencePieceVocabulary(name, content)
+    if model is not None:
+        _check_model(vocabulary, model)
+    return vocabulary
 
 
-def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
-    """Raises `UserError` where a model cannot be used with a vocabulary.
+def hugging_face_file_name(content: bytes) -> str | None:
+    """Returns the name of a vocabulary's file in a Hugging Face folder; None: it has no file."""
+    if content in (BYTES.encode(), BYT5.encode()):
+        return None
+    return HUGGING_FACE_VOCABULARY_FILES[_is_json_object(content)]
 
-    The vocabulary has more ids than the model, or another padding or EOS; an id that the model uses
-    as one of them without the vocabulary's knowing must not be in any text.
+
+def _is_json_object(content: bytes) -> bool:
+    return content.lstrip().startswith(b"{")
+
+
+def _check_model(vocabulary: Vocabulary, model: ModelConfig) -> None:
+    """Raises `UserError` where the vocabulary has more ids than the model, or other special ids.
+
+    Where the vocabulary has no padding or EOS, the model's must stand for no text.
     """
     name = vocabulary.name
     if vocabulary.size > model.vocab_size:

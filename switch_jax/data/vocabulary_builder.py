@@ -16,13 +16,12 @@ from switch_jax.data.sources.source import Source
 from switch_jax.data.span_corruption import noise_and_spans, span_lengths
 from switch_jax.data.vocabulary import (
     EOS,
-    HUGGING_FACE_VOCABULARY_FILE,
+    HUGGING_FACE_VOCABULARY_FILES,
     NUM_SENTINELS,
     PAD,
     UNK,
     VOCABULARY_FILE,
     Vocabulary,
-    check_vocabulary,
     read_vocabulary,
 )
 from switch_jax.errors import UserError
@@ -42,23 +41,21 @@ def open_vocabulary(config: Config) -> Vocabulary:
     store; else the vocabulary of the checkpoint `init_from` or `distill.teacher`; else one that is
     trained on the mixture on first use and kept in the cache.
 
-    Raises `UserError` if it cannot be read or does not fit the model (`check_vocabulary`).
+    Raises `UserError` if it cannot be read or does not fit the model.
     """
     data = config.data
     inherited = _checkpoint_vocabulary(config.init_from) or _checkpoint_vocabulary(
         config.distill.teacher
     )
     packed = None if data.data_dir is None else Path(data.data_dir, VOCABULARY_FILE)
+    path: str | Path
     if data.vocabulary is not None:
-        vocabulary = read_vocabulary(data.vocabulary)
+        path = data.vocabulary
     elif packed is not None and packed.is_file():
-        vocabulary = read_vocabulary(packed)
-    elif inherited is not None:
-        vocabulary = read_vocabulary(inherited)
+        path = packed
     else:
-        vocabulary = read_vocabulary(_trained_vocabulary(data, config.model.vocab_size))
-    check_vocabulary(vocabulary, config.model)
-    return vocabulary
+        path = inherited or _trained_vocabulary(data, config.model.vocab_size)
+    return read_vocabulary(path, config.model)
 
 
 def check_sentinels(data: DataConfig, vocabulary: Vocabulary) -> None:
@@ -160,7 +157,7 @@ def _checkpoint_vocabulary(name: str | None) -> Path | None:
     path = Path(name).expanduser().absolute()
     files = [
         path / VOCABULARY_FILE,
-        path / HUGGING_FACE_VOCABULARY_FILE,
+        *(path / name for name in HUGGING_FACE_VOCABULARY_FILES),
         path.parent.parent / VOCABULARY_FILE,
     ]
     return next((file for file in files if file.is_file()), None)

@@ -27,7 +27,7 @@ def teacher_config(config: Config) -> Config | None:
     batches, and so have the run's `moe.group_size`.
 
     Raises `UserError` where there is no such model, where its vocabulary has another size than the
-    student's, or where it does not fit the run's batches.
+    student's or other special ids, or where it does not fit the run's batches.
     """
     if not config.distilled:
         return None
@@ -40,6 +40,13 @@ def teacher_config(config: Config) -> Config | None:
             f"The teacher {path} has {teacher_size} logits and the student {student_size}; set"
             f" model.vocab_size={teacher_size}, or take a teacher of the same vocabulary."
         )
+    for key in ("pad_id", "eos_id", "start_id"):
+        ids = getattr(source.model, key), getattr(config.model, key)
+        if ids[0] != ids[1]:
+            raise UserError(
+                f"The teacher {path} has model.{key}={ids[0]} and the student {ids[1]}; set"
+                f" model.{key}={ids[0]}, or take a teacher of the same vocabulary."
+            )
     moe = dataclasses.replace(
         source.moe,
         capacity_factor=source.moe.eval_capacity_factor,

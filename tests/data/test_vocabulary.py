@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
-from switch_jax.data import check_vocabulary, open_vocabulary, vocabulary, vocabulary_builder
+from switch_jax.data import open_vocabulary, vocabulary, vocabulary_builder
 from switch_jax.data.mixture import find_sources
 from switch_jax.data.sources.python_docs import python_documents
 from switch_jax.data.vocabulary import PAD, UNK, VOCABULARY_FILE, ByteVocabulary, read_vocabulary
@@ -152,8 +152,8 @@ def test_unusable_files_are_refused_by_name(tmp_path, texts):
         ({"pad_id": 1}, "2 stands for the end of a text, and model.eos_id=1; set it to 2"),
     ):
         with pytest.raises(UserError, match=sentence):
-            check_vocabulary(other, ModelConfig(**ids))
-    check_vocabulary(other, ModelConfig(pad_id=1, eos_id=2))
+            read_vocabulary(tmp_path / "other", ModelConfig(**ids))
+    read_vocabulary(tmp_path / "other", ModelConfig(pad_id=1, eos_id=2))
 
 
 def test_a_token_store_provides_its_vocabulary(tmp_path):

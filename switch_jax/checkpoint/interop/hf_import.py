@@ -26,7 +26,7 @@ from switch_jax.checkpoint.interop.hf_names import (
 )
 from switch_jax.checkpoint.interop.hf_tensors import TensorFolder, import_safetensors
 from switch_jax.config import Config, check_value, read_json
-from switch_jax.data import HUGGING_FACE_VOCABULARY_FILE
+from switch_jax.data import BYT5, HUGGING_FACE_VOCABULARY_FILES
 from switch_jax.errors import UserError
 from switch_jax.files import path_within
 
@@ -34,10 +34,11 @@ from switch_jax.files import path_within
 COMPANION_FOLDER = "huggingface"
 DTYPE_RECORD = "tensors.json"  # dtype of each tensor
 UNUSED_FILE = "unused.safetensors"  # the tensor `UNUSED`
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _COMPANIONS = (
     GENERATION_CONFIG,
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
 )
@@ -69,10 +70,20 @@ def read_hugging_face(path: Path) -> ForeignCheckpoint:
     return ForeignCheckpoint(
         config,
         functools.partial(_read_slice, tensors, table, stored_names),
-        vocabulary=_content(path, HUGGING_FACE_VOCABULARY_FILE),
+        vocabulary=_vocabulary(path),
         companion_files=_companion_files(path, tensors),
         notes=notes,
     )
+
+
+def _vocabulary(path: Path) -> bytes | None:
+    """Returns the content of the vocabulary's file; ByT5's has none and is `byt5`."""
+    for name in HUGGING_FACE_VOCABULARY_FILES:
+        content = _content(path, name)
+        if content is not None:
+            return content
+    settings = _read_group(path, TOKENIZER_CONFIG)
+    return BYT5.encode() if settings.get("tokenizer_class") == "ByT5Tokenizer" else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

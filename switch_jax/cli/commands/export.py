@@ -30,11 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Exports the model."""
     from switch_jax.checkpoint import find_pretrained, load
+    from switch_jax.data import parse_vocabulary
     from switch_jax.inference import export_model
 
     start(args)
     source = find_pretrained(args.workdir)
     data = source.config.data
+    if source.vocabulary is not None:  # it is not written beside a model that it does not fit
+        parse_vocabulary(f"of {args.workdir}", source.vocabulary, source.config.model)
     export_model(
         load(args.workdir),
         Path(args.output),

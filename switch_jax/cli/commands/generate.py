@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generates, and prints one result per text."""
     from switch_jax.checkpoint import find_checkpoint_together, load
-    from switch_jax.data import check_vocabulary, read_text_file, read_vocabulary
+    from switch_jax.data import read_text_file, read_vocabulary
     from switch_jax.inference import SamplingOptions, complete_texts
 
     options = SamplingOptions(
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> None:
         texts = read_text_file(Path(args.input)).removesuffix("\n").split("\n")
     start(args)
     workdir, folder = find_checkpoint_together(args.workdir)
-    vocabulary, model = read_vocabulary(workdir.vocabulary), load(folder)
-    check_vocabulary(vocabulary, model.config.model)
+    vocabulary = read_vocabulary(workdir.vocabulary, workdir.config().model)
+    model = load(folder)
     for text in complete_texts(
         model,
         vocabulary,
