@@ -84,8 +84,19 @@ def _os_error(error: BaseException) -> tuple[int, str | None]:
 
 
 def cache_root() -> Path:
-    """Returns `$SWITCH_JAX_CACHE`, by default `~/.cache/switch_jax`; it need not exist."""
-    return Path(os.environ.get("SWITCH_JAX_CACHE") or "~/.cache/switch_jax").expanduser()
+    """Returns `$SWITCH_JAX_CACHE`, by default `~/.cache/switch_jax`; it need not exist.
+
+    Raises `UserError` where that begins with `~` and there is no such home folder.
+    """
+    path = expand_user(os.environ.get("SWITCH_JAX_CACHE") or "~/.cache/switch_jax")
+    if path.parts and path.parts[0].startswith("~"):
+        raise UserError(f"There is no home folder for {path}; set SWITCH_JAX_CACHE to a folder.")
+    return path
+
+
+def expand_user(path: str | Path) -> Path:
+    """Returns a path with `~` or `~NAME` in front replaced, if there is such a home folder."""
+    return Path(os.path.expanduser(path))
 
 
 def path_within(folder: Path, name: str) -> Path:

@@ -259,3 +259,9 @@ def test_data_that_expands_absurdly_is_refused_with_its_bytes():
         UserError, match=r"A expands to 2,000,000,000 bytes, and its files have 300;"
     ):
         check_expansion("A", 2 * 10**9, 300)
+
+
+def test_a_cache_in_the_home_of_nobody_is_refused(monkeypatch):
+    monkeypatch.setenv("SWITCH_JAX_CACHE", "~nobody-has-this-name/cache")
+    with pytest.raises(UserError, match="no home folder for ~nobody-has-this-name/cache; set"):
+        cache_root()

@@ -6,12 +6,16 @@ from switch_jax.errors import UserError, printable
 
 
 def import_matplotlib() -> Any:
-    """Returns the package `matplotlib`; raises `UserError` if it is not installed."""
+    """Returns the package `matplotlib`; raises `UserError` if it cannot be imported."""
     try:
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError:
         raise UserError('Figures need Matplotlib: pip install "switch_jax[plots]".') from None
+    except ValueError as error:  # of a setting
+        raise UserError(
+            f"Matplotlib cannot start ({error}); correct or unset MPLBACKEND."
+        ) from error
     return matplotlib
 
 

@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed import all_gather_int, raise_if_any_failed
 from switch_jax.errors import UserError
-from switch_jax.files import check_expansion, folder_size, plain_path
+from switch_jax.files import check_expansion, expand_user, folder_size, plain_path
 
 _NO_STEP = -1
 
@@ -220,7 +220,7 @@ def find_checkpoint(path: str | Path) -> tuple[Workdir, Path]:
 
     Raises `UserError` where there is no checkpoint.
     """
-    path = Path(path).expanduser().absolute()
+    path = expand_user(path).absolute()
     if not path.exists():
         raise UserError(f"{path} does not exist; name a WORKDIR or one of its checkpoints.")
     is_run = (path / "config.json").exists()  # a WORKDIR may be called checkpoints/7

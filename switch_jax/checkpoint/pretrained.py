@@ -23,6 +23,7 @@ from switch_jax.checkpoint.finite import check_arrays
 from switch_jax.checkpoint.interop.detect_format import read_foreign
 from switch_jax.config import Config
 from switch_jax.distributed import fail_together
+from switch_jax.files import expand_user
 from switch_jax.model import (
     SwitchTransformer,
     abstract_model,
@@ -77,7 +78,7 @@ def find_pretrained(path: str | Path, *, together: bool = False) -> PretrainedMo
 
     Raises `UserError` where there is no model.
     """
-    foreign = read_foreign(Path(path).expanduser())
+    foreign = read_foreign(expand_user(path))
     if foreign is not None:
         return PretrainedModel(
             foreign.config,

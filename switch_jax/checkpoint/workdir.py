@@ -32,14 +32,14 @@ from switch_jax.config import (
     read_json,
 )
 from switch_jax.errors import UserError
-from switch_jax.files import hold_lock, path_within, write_atomically
+from switch_jax.files import expand_user, hold_lock, path_within, write_atomically
 
 
 class Workdir:
     """Paths in a run's folder; creates nothing before `prepare`."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = expand_user(path)
         self.config_file = self.path / "config.json"
         self.vocabulary = self.path / "vocabulary.model"
         self.metrics_file = self.path / "metrics.jsonl"

@@ -1,7 +1,9 @@
 """Entry point of the command line: parses the arguments, runs the verb, reports errors."""
 
 import argparse
+import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -32,6 +34,9 @@ _COMMANDS: tuple[Any, ...] = (
     *(train, eval, experts, generate, export, inspect, compile),
     *(bench, plot, sweep, data, convert),
 )
+_WRONG_SETTING = re.compile(
+    "^Unable to initialize backend|for environment 'JAX_|for JAX flag jax_"  # JAX's texts
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     The code of a failure is `UserError.exit_code`, or 130 for Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of characters that it cannot write
     try:
         return _run(arguments)
     except BaseException as error:
@@ -86,7 +93,7 @@ def _report_failure(error: BaseException, *, verbose: bool) -> int | None:
         code, sentence = 128 + signal.SIGINT, "Interrupted."
     elif isinstance(error, UserError):
         code, sentence = error.exit_code, str(error)
-    elif explained := explain_os_error(error):
+    elif explained := explain_os_error(error) or _explain_setting(error):
         code, sentence = UserError.exit_code, explained
     else:
         return None
@@ -95,6 +102,14 @@ def _report_failure(error: BaseException, *, verbose: bool) -> int | None:
     else:
         print(f"switch-jax: {printable(sentence)}", file=sys.stderr)
     return code
+
+
+def _explain_setting(error: BaseException) -> str | None:
+    """Returns a sentence for an environment variable that JAX cannot use; None for other errors."""
+    first_line = str(error).split("\n")[0].rstrip(".")
+    if isinstance(error, RuntimeError | ValueError) and _WRONG_SETTING.search(first_line):
+        return f"JAX cannot start: {first_line}; correct or unset that environment variable."
+    return None
 
 
 def _split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -16,7 +16,6 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from etils import epath
@@ -31,6 +30,7 @@ from switch_jax.data.catalog import (
 )
 from switch_jax.data.sources.source import Source
 from switch_jax.errors import UserError
+from switch_jax.files import expand_user
 
 
 class MixturePart(NamedTuple):
@@ -167,7 +167,7 @@ def _read_counts(path: str | None) -> dict[str, int]:
     if path is None:
         return {}
     try:
-        counts = json.loads(Path(path).expanduser().read_text())
+        counts = json.loads(expand_user(path).read_text())
         if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
             raise ValueError("it must be an object of whole numbers")
         if counts and min(counts.values()) < 1:

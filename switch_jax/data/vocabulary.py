@@ -317,7 +317,7 @@ def read_vocabulary(path: str | os.PathLike, model: ModelConfig | None = None) -
     """
     if str(path) in (BYTES, BYT5):
         return parse_vocabulary(str(path), str(path).encode(), model)
-    file = epath.Path(path).expanduser()
+    file = epath.Path(os.path.expanduser(path))
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -25,7 +25,7 @@ from switch_jax.data.vocabulary import (
     read_vocabulary,
 )
 from switch_jax.errors import UserError
-from switch_jax.files import build_once, cache_root
+from switch_jax.files import build_once, cache_root, expand_user
 
 # Sizes of `model.vocab_size` whose vocabulary is smaller: T5 and mT5 pad their embeddings to a
 # multiple of 128, and their sentinels come before the padding.
@@ -154,7 +154,7 @@ def _checkpoint_vocabulary(name: str | None) -> Path | None:
     """Returns the vocabulary file of a WORKDIR, a Hugging Face folder or a WORKDIR's checkpoint."""
     if name is None:
         return None
-    path = Path(name).expanduser().absolute()
+    path = expand_user(name).absolute()
     files = [
         path / VOCABULARY_FILE,
         *(path / name for name in HUGGING_FACE_VOCABULARY_FILES),

@@ -44,7 +44,7 @@ def connect(flags: Launch | None, facts: Mapping[str, Any]) -> None:
     # Gloo, which connects CPUs, logs to file descriptor 1. Its lines go to stderr, because stdout
     # is for results only.
     sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w", 1, sys.stdout.encoding)
+    sys.stdout = os.fdopen(os.dup(1), "w", 1, sys.stdout.encoding, sys.stdout.errors)
     os.dup2(2, 1)
     # JAX's preemption service replaces the SIGTERM handler, also in programs that do not use it,
     # and does not distinguish the steps of training from those of Orbax's threads.

@@ -1,5 +1,6 @@
 """Command line: reports of wrong input, and the verbs end to end."""
 
+import io
 import json
 import subprocess
 import sys
@@ -54,6 +55,32 @@ def failure(capsys, *arguments):
 def test_control_characters_in_messages_are_escaped(capsys):
     err = failure(capsys, "train", "--config", "a\x1b[2J\nb.py", "--workdir", "x")
     assert r"a\x1b[2J\nb.py" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Unable to initialize backend 'foo': Backend 'foo' is not in the list."),
+        ValueError("invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+        ValueError('Invalid value "x" for JAX flag jax_num_cpu_devices'),
+    ],
+)
+def test_wrong_settings_of_jax_are_a_sentence(error, monkeypatch, capsys):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setitem(main.__globals__, "_run", fail)
+    err = failure(capsys, "train")
+    assert "JAX cannot start: " in err and err.endswith("unset that environment variable.\n")
+
+
+def test_output_that_the_encoding_lacks_is_escaped(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setitem(main.__globals__, "_run", lambda arguments: print("2 ×"))
+    main([])
+    out.flush()
+    assert out.buffer.getvalue() == b"2 \\xd7\n"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class TokenStore:
     def examples(self, name: str) -> list[dict[str, Any]]:
         """Returns the validation examples of pairs, with `inputs`, `targets` and `answer`."""
         path = examples_path(path_within(self._directory, f"{name}/validation"))
-        return [json.loads(line) for line in path.open()] if path.exists() else []
+        return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
 
     def fingerprint(self, name: str, split: Split) -> str:
         """Returns a hash of the tokens of a split and of the vocabulary."""
