@@ -107,6 +107,14 @@ class Workdir:
                 f"{self.path} has checkpoints but no config.json; use another --workdir."
             )
 
+    def check_vocabulary(self, content: bytes) -> None:
+        """Raises `UserError` where the folder holds a run of another vocabulary."""
+        if self.vocabulary.exists() and content != self.vocabulary.read_bytes():
+            raise UserError(
+                f"{self.path} was trained with another vocabulary; set"
+                f" data.vocabulary={self.vocabulary}, or use another --workdir."
+            )
+
     def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and holds its lock: only one process may train in it at a time.
 
@@ -128,11 +136,8 @@ class Workdir:
         Raises `UserError` for a WORKDIR of another vocabulary, before anything is written, and for
         a folder that cannot be written.
         """
-        if self.vocabulary.exists() and vocabulary not in (None, self.vocabulary.read_bytes()):
-            raise UserError(
-                f"{self.path} was trained with another vocabulary; set"
-                f" data.vocabulary={self.vocabulary}, or use another --workdir."
-            )
+        if vocabulary is not None:
+            self.check_vocabulary(vocabulary)
         content = {
             "config": config_to_dict(config),
             "versions": _versions(),

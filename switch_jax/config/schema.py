@@ -144,7 +144,9 @@ class OptimizerConfig:
     learning_rate: float = 1.0
     schedule: Literal["rsqrt", "constant", "linear", "cosine"] = "rsqrt"
     warmup_steps: int = 10_000
-    cooldown_steps: int = 0  # linear decay to zero at the end of training
+    # Linear decay to zero at the end of training. Where both do not fit into train.steps, as in a
+    # short trial of a preset, the start of training says how high the learning rate gets.
+    cooldown_steps: int = 0
     weight_decay: float = 0.0  # norms and biases excluded
     memory: Literal["device", "host"] = "device"  # of the optimizer state between two steps
     # Trained parameters: all, experts, non_experts, attention, or a regular expression that is

@@ -10,11 +10,13 @@ from switch_jax.checkpoint import Checkpointer, MetricsWriter, Workdir
 from switch_jax.config import Config
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.distributed import (
+    all_gather_int,
     fail_together,
     make_mesh,
     raise_if_any_failed,
     stop_requests,
 )
+from switch_jax.errors import UserError
 from switch_jax.evaluation import (
     TaskScorer,
     check_metric,
@@ -28,6 +30,7 @@ from switch_jax.training.distill import check_distillation, teacher_config, teac
 from switch_jax.training.finite_guard import FiniteGuard
 from switch_jax.training.idle_experts import IdleExperts
 from switch_jax.training.initial_state import initial_state_report, make_initial_state
+from switch_jax.training.optimizer import schedule_warnings
 from switch_jax.training.progress import ProgressDisplay, evaluation_summary, train_status
 from switch_jax.training.state import restore_state, save_state
 from switch_jax.training.step import TrainProgram
@@ -69,35 +72,45 @@ def _train(config: Config, workdir: Workdir, held: ExitStack) -> signal.Signals 
             check_metric(settings.keep_best, validation, scorer.metric_names)
             best_key = functools.partial(sort_key, settings.keep_best)
 
-        # Errors in the config are raised before anything is written.
         check_distillation(config)
         if config.init_from is not None and not workdir.checkpoints.exists():
             initial_state_report(config)
+        vocabulary = None
+        if config.data.reader != "synthetic":
+            vocabulary = open_vocabulary(config).content
+            workdir.check_vocabulary(vocabulary)
     scorer.check_examples_agree()
-    with fail_together():
-        if first_process:
-            synthetic = config.data.reader == "synthetic"
-            vocabulary = None if synthetic else open_vocabulary(config).content
-            held.enter_context(workdir.lock())
-            workdir.check(config)  # again: another process may have written it since
-            workdir.prepare(config, vocabulary, f"{mesh.devices.size} × {device_kind}")
 
-    # State, and position in the data
-    checkpoints = Checkpointer(workdir, settings.keep_checkpoints, best_key)
-    state = restore_state(checkpoints, program.abstract_state, batches)
+    # State, position in the data, and first batch. A start that is refused writes nothing: a new
+    # run's folder is made, and config.json is written, after everything that can refuse.
+    begun = bool(all_gather_int(workdir.checkpoints.exists())[0])
+    checkpoints = state = None
+    if begun:
+        with fail_together():
+            _lock(workdir, config, held, new=False)
+        checkpoints = Checkpointer(workdir, settings.keep_checkpoints, best_key)
+        state = restore_state(checkpoints, program.abstract_state, batches)
     if state is None:
         state = make_initial_state(program)
     start_step = int(state.step)
-    if start_step >= settings.steps:
+    if checkpoints is not None and start_step >= settings.steps:
         best = checkpoints.best()
         checkpoints.close()
         if first_process:
             print(f"{workdir.path} is finished: step {start_step} of {settings.steps}.")
             _print_results(config, workdir, best, {})
         return None
+    teacher_params = teacher_parameters(program)
+    with fail_together():
+        first_batch = next(batches)
+        if not begun:
+            _lock(workdir, config, held, new=True)
+        if first_process:
+            workdir.prepare(config, vocabulary, f"{mesh.devices.size} × {device_kind}")
+    if checkpoints is None:
+        checkpoints = Checkpointer(workdir, settings.keep_checkpoints, best_key)
 
     # Steps
-    teacher_params = teacher_parameters(program)
     meter = ThroughputMeter(lambda s: mfu(config, s, device_kind, mesh.devices.size, teacher))
     writer = MetricsWriter(workdir, start_step, active=first_process)
     idle_experts = IdleExperts(config)
@@ -109,7 +122,9 @@ def _train(config: Config, workdir: Workdir, held: ExitStack) -> signal.Signals 
             display.print_line(f"continuing from step {start_step}")
         if mesh.devices.size < jax.device_count():
             display.print_line(f"using {mesh.devices.size} of {jax.device_count()} devices")
-        batch = program.sharded.shard_batch(next(batches))
+        for warning in schedule_warnings(config):
+            display.print_line(warning)
+        batch = program.sharded.shard_batch(first_batch)
         first_step, guard = start_step + 1, FiniteGuard(settings.on_nonfinite)
         for step in range(first_step, settings.steps + 1):
             state, metrics, load = program.train_step(state, batch, teacher_params)
@@ -168,6 +183,22 @@ def _train(config: Config, workdir: Workdir, held: ExitStack) -> signal.Signals 
         else:
             _print_results(config, workdir, best, evaluated or {})
     return None if finished else stop_signal
+
+
+def _lock(workdir: Workdir, config: Config, held: ExitStack, *, new: bool) -> None:
+    """Locks `workdir` until `held` is closed, in the first process, and checks it again.
+
+    Another process may have begun a run there since the first check, also where `new` says that
+    there was none.
+    """
+    if jax.process_index() == 0:
+        held.enter_context(workdir.lock())
+        workdir.check(config)
+        if new and workdir.checkpoints.exists():
+            raise UserError(
+                f"Another process has begun a run in {workdir.path}; the same command goes on from"
+                " its checkpoint."
+            )
 
 
 def _print_results(

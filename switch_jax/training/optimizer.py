@@ -239,3 +239,16 @@ def learning_rate_schedule(optimizer: OptimizerConfig, train: TrainConfig) -> op
         return value
 
     return rate
+
+
+def schedule_warnings(config: Config) -> list[str]:
+    """Returns a sentence if warm-up and cool-down do not fit into the run, as in a short trial."""
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps + optimizer.cooldown_steps <= steps:
+        return []
+    rates = learning_rate_schedule(optimizer, config.train)(jnp.linspace(0, steps - 1, 1000))
+    return [
+        f"optimizer.warmup_steps={optimizer.warmup_steps} and"
+        f" optimizer.cooldown_steps={optimizer.cooldown_steps} are together more than"
+        f" train.steps={steps}: the learning rate is at most {float(rates.max()):.3g}"
+    ]

@@ -1,0 +1,58 @@
+"""Training loop: a start that is refused writes nothing; warnings of schedules that do not fit."""
+
+import dataclasses
+
+import pytest
+
+from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.errors import UserError
+from switch_jax.training import loop
+from switch_jax.training.optimizer import schedule_warnings
+from tests.support.configs import tiny
+
+CONFIG = tiny(**{"data.reader": "synthetic", "mesh.data": 1, "moe.num_experts": 0})
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
+def refuse(*arguments):
+    raise UserError("It does not fit; change it.")
+
+
+@pytest.mark.parametrize("refusing", ["make_initial_state", "teacher_parameters"])
+def test_a_refused_start_of_a_new_run_makes_no_folder(monkeypatch, tmp_path, refusing):
+    monkeypatch.setattr(loop, "make_initial_state", lambda program: program.init())
+    monkeypatch.setattr(loop, refusing, refuse)
+    with pytest.raises(UserError, match="It does not fit"):
+        loop.train(CONFIG, Workdir(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_start_of_a_run_that_has_begun_changes_nothing(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    workdir.prepare(CONFIG, None)
+    (workdir.checkpoints / "7").mkdir(parents=True)
+    workdir.lock_file.touch()
+    before = contents(workdir.path)
+    more = dataclasses.replace(CONFIG.train, steps=200)
+    with pytest.raises(UserError, match="heckpoint"):
+        loop.train(dataclasses.replace(CONFIG, train=more), workdir)
+    after = contents(workdir.path)
+    assert after.pop(workdir.lock_file.relative_to(workdir.path)) is not None
+    assert {path: before[path] for path in after} == after
+
+
+def test_a_schedule_that_does_not_fit_into_the_run_is_told():
+    schedule = {
+        "optimizer.schedule": "constant",
+        "optimizer.learning_rate": 1.0,
+        "optimizer.warmup_steps": 50,
+        "optimizer.cooldown_steps": 50,
+    }
+    assert not schedule_warnings(tiny(**schedule, **{"train.steps": 100}))
+    (warning,) = schedule_warnings(tiny(**schedule, **{"train.steps": 20}))
+    assert "optimizer.warmup_steps=50" in warning and "train.steps=20" in warning
+    # (step + 1) / 50 · (20 - step) / 50 is highest in the middle.
+    assert warning.endswith("the learning rate is at most 0.0441")
