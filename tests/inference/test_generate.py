@@ -193,6 +193,38 @@ def test_scores_are_the_log_probabilities_of_the_sequences(varied_model, options
     assert len({tuple(row) for row in tokens}) > K  # not the same for every input
 
 
+def with_ids(model, order, start_id: int):
+    """Returns the model with id `order[i]` for what was i, and another start token."""
+    config, old = model.config, np.argsort(order)
+    ids = dict(pad_id=int(order[0]), eos_id=int(order[1]), start_id=start_id)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **ids))
+    values = {name: leaf[...] for name, leaf in named_parameters(model).items()}
+    values |= {"embedding": values["embedding"][old], "head": values["head"][:, old]}
+    abstract = jax.eval_shape(lambda: SwitchTransformer(config, jax.random.key(0)))
+    return with_parameters(abstract, values)
+
+
+def test_other_special_ids_give_the_same_sequences(varied_model):
+    order = np.array([5, 9, *(i for i in range(16) if i not in (5, 9))])
+    source, L = prompts(6), 7
+    renamed = with_ids(varied_model, order, start_id=5)
+    expected = generate_with_scores(varied_model, source, L, BEAMS)
+    actual = generate_with_scores(renamed, order[source], L, BEAMS)
+    np.testing.assert_array_equal(actual.token_BxKxL, order[expected.token_BxKxL])
+    assert (actual.token_BxKxL[:, :, -1] == 5).any()  # padding
+
+
+def test_decoding_begins_with_the_start_token(varied_model):
+    source, L = jnp.asarray(prompts(6)), 7
+    started = with_ids(varied_model, np.arange(16), start_id=7)
+    output = np.asarray(generate(started, source, max_length=L))
+    shifted = np.pad(output, ((0, 0), (1, 0)), constant_values=7)[:, :-1]
+    best = whole_logits(varied_model, source, jnp.asarray(shifted)).argmax(-1)
+    ended = np.cumsum(shifted == EOS, axis=1) > 0
+    np.testing.assert_array_equal(output, np.where(ended, 0, best))
+    assert (output != generate(varied_model, source, max_length=L)).any()
+
+
 def test_beam_search_is_the_same_without_a_cache(varied_model):
     """The state holds only the tokens; a cache of the wrong beams would give other results."""
     source, K, L = jnp.asarray(prompts(6)), 4, 7
