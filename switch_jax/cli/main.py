@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from switch_jax import __version__
-from switch_jax.cli.arguments import add_verbose
+from switch_jax.cli.arguments import Parser, add_verbose
 from switch_jax.cli.commands import (
     bench,
     compile,
@@ -125,23 +125,22 @@ def _split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
             value = next(remaining, "--")
             if value.startswith("--"):
                 raise UserError(f"--config.{key} needs a value: write --config.{key}=VALUE.")
+        if key in overrides:
+            raise UserError(f"--config.{key} is given twice; leave one out.")
         overrides[key] = value
     return overrides, rest
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="switch-jax",
         description="Pretrain, fine-tune, distil and analyse Switch Transformers.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"switch-jax {__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for command in _COMMANDS:
         name = command.__name__.rpartition(".")[2]
-        sub = subparsers.add_parser(
-            name, help=command.HELP, description=command.HELP, allow_abbrev=False
-        )
+        sub = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(sub)
         if hasattr(command, "run"):  # `data` and `convert` have verbs of their own
             sub.set_defaults(run=command.run)

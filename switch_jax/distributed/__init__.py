@@ -19,6 +19,7 @@ from switch_jax.distributed.hardware import (
     all_to_all_seconds,
     chip_of_topology,
     device_memory_bytes,
+    devices_of_topology,
     host_memory_kind,
     peak_flops,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "constrain",
     "detect_launch",
     "device_memory_bytes",
+    "devices_of_topology",
     "devices_per_group",
     "exit_after_failure",
     "fail_together",

@@ -24,6 +24,9 @@ class Chip:
     memory: int | None = None  # bytes a program may use; of a TPU: the compiler's limit
 
 
+_MAX_DEVICES = 2**20  # of a described machine
+
+
 def _gib(value: float) -> int:
     """Bytes of `value` GiB; 1.074 GB are one GiB."""
     return int(value * 2**30)
@@ -81,18 +84,38 @@ def peak_flops(device_kind: str) -> float | None:
     return None if chip is None else chip.flops
 
 
-def chip_of_topology(topology: str) -> tuple[Chip, int]:
+def devices_of_topology(topology: str, slices: int = 1) -> int:
+    """Returns the number of devices of a topology such as `v5p:8x16x16`, `h100:64` or `cpu:8`.
+
+    Raises `UserError` where the topology is not of this form, or has no devices or too many.
+    """
+    _, _, shape = topology.partition(":")
+    if not re.fullmatch(r"\d{1,9}(x\d{1,9}){0,3}", shape, re.ASCII):
+        raise UserError(
+            f"--topology {topology} must be a name with a number or shape of devices, such as"
+            " v5p:8x16x16, h100:64 or cpu:8."
+        )
+    devices = slices * math.prod(int(size) for size in shape.split("x"))
+    if not 1 <= devices <= _MAX_DEVICES:
+        raise UserError(
+            f"--topology {topology} has {devices:,} devices; make them at least 1 and at most"
+            f" {_MAX_DEVICES:,}."
+        )
+    return devices
+
+
+def chip_of_topology(topology: str, slices: int = 1) -> tuple[Chip, int]:
     """Returns the chip and the number of chips of a topology such as `v5p:8x16x16` or `h100:64`.
 
     Raises `UserError` where the topology is not of this form or its chip is not known.
     """
-    name, _, shape = topology.partition(":")
-    if name not in _TOPOLOGY_KINDS or not re.fullmatch(r"\d+(x\d+)*", shape):
+    name, _, _ = topology.partition(":")
+    if name not in _TOPOLOGY_KINDS:
         raise UserError(
             f"--topology {topology} must be one of {', '.join(_TOPOLOGY_KINDS)} with its number or"
             " shape, such as v5p:8x16x16 or h100:64."
         )
-    return CHIPS[_TOPOLOGY_KINDS[name]], math.prod(int(size) for size in shape.split("x"))
+    return CHIPS[_TOPOLOGY_KINDS[name]], devices_of_topology(topology, slices)
 
 
 def all_to_all_seconds(chip: Chip, size: float, devices: int) -> float:

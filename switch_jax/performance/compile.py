@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from switch_jax.config import Config, override_config
-from switch_jax.distributed import CHIPS, device_memory_bytes, make_mesh
+from switch_jax.distributed import CHIPS, device_memory_bytes, devices_of_topology, make_mesh
 from switch_jax.errors import UserError
 from switch_jax.files import build_once, cache_root
 from switch_jax.model import format_si
@@ -33,6 +33,8 @@ from switch_jax.performance.roofline import ROOFLINE_FIELDS, matmul_flops, predi
 from switch_jax.training import TrainProgram, teacher_config
 
 CompileResult = dict[str, Any]
+
+_MAX_CPU_DEVICES = 4096  # emulated; every one has threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +54,27 @@ class CompileTarget:
 
         Raises `UserError` where the topology does not exist or its compiler is not installed.
         """
-        name, _, shape = self.topology.partition(":")
-        if name in ("cpu", "gpu"):
-            if self.slices != 1:
-                raise UserError(f"--slices is for TPUs; leave it out for {self.topology}.")
-            return _cpu_devices(shape) if name == "cpu" else _gpu_devices()
+        name, _, _ = self.topology.partition(":")
+        if name in ("cpu", "gpu") and self.slices != 1:
+            raise UserError(f"--slices is for TPUs; leave it out for {self.topology}.")
+        if self.topology == "gpu":
+            return _gpu_devices()
+        count = devices_of_topology(self.topology, self.slices)
+        if name == "cpu":
+            return _cpu_devices(count)
+        if not name.startswith(("v", "tpu")):
+            raise UserError(
+                f"--topology {self.topology} cannot be compiled for; name a TPU such as v5p:8x8x8,"
+                " emulated devices as cpu:8, or gpu for the attached ones."
+            )
         return _tpu_devices(self.topology, self.slices)
 
 
-def _cpu_devices(count: str) -> Sequence[jax.Device]:
-    if not count.isdigit() or int(count) < 1:
-        raise UserError("--topology cpu needs a number of devices: write cpu:8.")
+def _cpu_devices(count: int) -> Sequence[jax.Device]:
+    if count > _MAX_CPU_DEVICES:
+        raise UserError(f"--topology cpu:{count} must have at most {_MAX_CPU_DEVICES} devices.")
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", int(count))
+    jax.config.update("jax_num_cpu_devices", count)
     return jax.devices("cpu")
 
 

@@ -52,6 +52,7 @@ def draw_placement(result: Mapping[str, Any], path: Path) -> None:
         axes.grid(visible=False)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
     figure.suptitle(f"{devices:,} × {result['device_kind']}: {shape}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=144)
 
 

@@ -106,6 +106,38 @@ def test_bad_input_is_one_sentence(config, tmp_path, capsys, overrides, words):
     assert not (workdir / "checkpoints").exists() and not (workdir / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "the following arguments are required: VERB"),
+        (["trian"], "'trian'"),
+        (["train", "--workdir", "x"], "are required: --config"),
+        (["plot", "--workdir", "a", "--workdir", "b"], "--workdir: it is given twice"),
+        (["train", "--config", "c", "--config=d", "--workdir", "x"], "--config: it is given twice"),
+        (["train", "--config.a=1", "--config.a=2"], "--config.a is given twice"),
+        (["eval", "--workdir", ""], "a path is empty"),
+        (["train", "--config", "c", "--workdir", "FILE"], "FILE is a file; name a folder"),
+        (["sweep", "--config", "c", "--workdir", "FILE/x/y"], "is in FILE, which is no folder"),
+        (["data", "pack", "--config", "c", "--output", "FILE"], "FILE is a file; name a folder"),
+        (["compile", "--config", "c", "--output", "."], ". is a folder; name a file in it"),
+        (["export", "--workdir", "x", "--output", "FILE"], "FILE exists; name a folder"),
+        (["convert", "from-hf", "x", "FILE"], "FILE exists; name a folder"),
+        (["bench", "--config", "c", "--repeats", "0"], "0 is not at least 1"),
+        (["bench", "--config", "c", "--repeats", "9" * 5000], "is not a whole number"),
+        (["bench", "--config", "c", "--repeats", "1e3"], "'1e3' is not a whole number"),
+        (["inspect", "--config", "c", "--slices", "3000000000"], "at most 2147483647"),
+        (["data", "vocab", "--config", "c", "--megabytes", "nan"], "'nan' is not a number"),
+        (["generate", "--workdir", "x", "--text", "y", "--temperature", "inf"], "is not a number"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, words, tmp_path, capsys):
+    (tmp_path / "FILE").write_text("")
+    arguments = [a.replace("FILE", str(tmp_path / "FILE")) for a in arguments]
+    words = words.replace("FILE", str(tmp_path / "FILE"))
+    err = failure(capsys, *arguments)
+    assert words.casefold() in err.casefold() and err.endswith(".\n")
+
+
 def test_missing_files_are_one_sentence(config, tmp_path, capsys):
     assert "does not exist" in failure(capsys, "train", "--config", "no.py", "--workdir", tmp_path)
     assert "does not exist" in failure(capsys, "eval", "--workdir", tmp_path / "no")

@@ -174,7 +174,9 @@ def test_no_legal_mesh_is_an_error_that_names_the_reason():
 def test_chip_and_number_of_devices_of_a_topology():
     assert chip_of_topology("v5p:8x16x16") == (CHIPS["TPU v5"], 2048)
     assert chip_of_topology("h100:64") == (CHIPS["NVIDIA H100 80GB HBM3"], 64)
-    for topology in ("v9:2x2", "v4", "v4:", "v4:2x", "cpu:8"):
+    assert chip_of_topology("v5e:4x4", 2) == (CHIPS["TPU v5e"], 32)
+    wrong = ("v9:2x2", "v4", "v4:", "v4:2x", "cpu:8", "v5e:0x4", "v5e:-1", "v5e:٤", "h100:9999999")
+    for topology in wrong:
         with pytest.raises(UserError, match="--topology"):
             chip_of_topology(topology)
 

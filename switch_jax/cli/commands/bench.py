@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from switch_jax.cli.arguments import add_config, add_json, add_processes, positive_int
+from switch_jax.cli.arguments import add_config, add_json, add_processes, whole_number
 from switch_jax.cli.startup import load_config_argument, print_result, start
 
 HELP = "time a config against its FLOP-matched dense model"
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `bench`."""
     add_config(parser)
     parser.add_argument(
-        "--repeats", type=positive_int, default=10, metavar="N", help="timed runs of each (10)"
+        "--repeats", type=whole_number(1), default=10, metavar="N", help="timed runs of each (10)"
     )
     add_processes(parser)
     add_json(parser)

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from switch_jax.cli.arguments import add_config, add_json, positive_int
+from switch_jax.cli.arguments import add_config, add_json, output_file, whole_number
 from switch_jax.cli.startup import load_config_argument
 from switch_jax.errors import UserError
 
@@ -21,10 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="v5p:8x16x16 (TPU and shape of a slice), cpu:8 (emulated devices) or gpu (attached)",
     )
     parser.add_argument(
-        "--slices", type=positive_int, default=1, metavar="N", help="number of TPU slices (1)"
+        "--slices", type=whole_number(1), default=1, metavar="N", help="number of TPU slices (1)"
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="picture of what each device holds, a .png file"
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="picture of what each device holds, a .png file",
     )
     add_json(parser)
 
@@ -42,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     )
 
     if args.output:
+        if Path(args.output).suffix != ".png":
+            raise UserError(f"--output {args.output} must be a .png file; name one.")
         import_matplotlib()  # reports a missing Matplotlib before minutes of compilation
     target = CompileTarget(args.topology, args.slices)
     result = compile_step(config, target)

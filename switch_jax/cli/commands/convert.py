@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from switch_jax.cli.arguments import add_config, add_verbose
+from switch_jax.cli.arguments import add_config, add_verbose, new_folder, path
 from switch_jax.cli.startup import load_config_argument, start
 
 HELP = "convert checkpoints from and to other programs, or dense models to sparse ones"
@@ -15,10 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="convert_verb", metavar="VERB", required=True)
 
     def verb(name: str, run: Callable, text: str, source: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("source", metavar=source, help="folder to read")
-        sub.add_argument("output", metavar="OUT", help="folder to write; must not exist")
+        sub.add_argument("source", type=path, metavar=source, help="folder to read")
+        sub.add_argument(
+            "output", type=new_folder, metavar="OUT", help="folder to write; must not exist"
+        )
         add_verbose(sub)
         return sub
 

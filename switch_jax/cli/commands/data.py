@@ -5,7 +5,14 @@ import os
 import shlex
 from pathlib import Path
 
-from switch_jax.cli.arguments import add_config, add_verbose, positive_int
+from switch_jax.cli.arguments import (
+    add_config,
+    add_verbose,
+    number,
+    output_file,
+    output_folder,
+    whole_number,
+)
 from switch_jax.cli.startup import load_config_argument
 from switch_jax.errors import UserError
 
@@ -17,36 +24,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="data_verb", metavar="VERB", required=True)
 
     def verb(name: str, run, text: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         add_config(sub)
         add_verbose(sub)
         return sub
 
     vocab = verb("vocab", run_vocab, "train a SentencePiece vocabulary on a mixture")
-    vocab.add_argument("--output", required=True, metavar="FILE", help="model file to write")
     vocab.add_argument(
-        "--megabytes", type=float, default=20.0, metavar="N", help="text to train on (20)"
+        "--output", required=True, type=output_file, metavar="FILE", help="model file to write"
+    )
+    vocab.add_argument(
+        "--megabytes", type=number, default=20.0, metavar="N", help="text to train on (20)"
     )
     vocab.add_argument(
         "--coverage",
-        type=float,
+        type=number,
         default=0.9995,
         metavar="SHARE",
         help="share of characters that are pieces; the rest are bytes (0.9995; mT5: 0.99999)",
     )
     pack = verb("pack", run_pack, "tokenise a mixture into a token store")
-    pack.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    pack.add_argument(
+        "--output", required=True, type=output_folder, metavar="DIR", help="folder to write"
+    )
     pack.add_argument(
         "--workers",
-        type=positive_int,
+        type=whole_number(1),
         default=os.cpu_count(),
         metavar="N",
         help="number of processes (all cores)",
     )
     peek = verb("peek", run_peek, "print decoded training examples")
     peek.add_argument(
-        "--count", type=positive_int, default=3, metavar="N", help="examples of each source (3)"
+        "--count", type=whole_number(1), default=3, metavar="N", help="examples of each source (3)"
     )
     peek.add_argument(
         "--split", choices=("train", "validation"), default="train", help="split (train)"

@@ -4,9 +4,15 @@ import argparse
 import json
 from pathlib import Path
 
-from switch_jax.cli.arguments import add_checkpoint, add_config, add_json, add_processes
+from switch_jax.cli.arguments import (
+    add_checkpoint,
+    add_config,
+    add_json,
+    add_processes,
+    output_folder,
+    path,
+)
 from switch_jax.cli.startup import load_checkpoint_argument
-from switch_jax.errors import UserError
 
 HELP = "report which tokens each expert of a checkpoint specialises in"
 
@@ -15,9 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `experts`."""
     add_config(parser, required=False)
     add_checkpoint(parser)
-    parser.add_argument("--input", metavar="FILE", help="a text (default: validation batches)")
     parser.add_argument(
-        "--output", metavar="DIR", help="folder of the report (default: DIR/experts)"
+        "--input", type=path, metavar="FILE", help="a text (default: validation batches)"
+    )
+    parser.add_argument(
+        "--output",
+        type=output_folder,
+        metavar="DIR",
+        help="folder of the report (default: DIR/experts)",
     )
     add_processes(parser)
     add_json(parser)
@@ -25,8 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Analyses the experts, and writes the report."""
-    if args.output and Path(args.output).is_file():
-        raise UserError(f"{args.output} is a file; name a folder as --output.")
     import jax
 
     from switch_jax.analysis import (

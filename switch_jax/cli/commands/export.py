@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from switch_jax.cli.arguments import add_checkpoint, positive_int
+from switch_jax.cli.arguments import add_checkpoint, new_folder, whole_number
 from switch_jax.cli.startup import start
 
 HELP = "export a checkpoint as programs for serving, by jax.export"
@@ -12,16 +12,18 @@ HELP = "export a checkpoint as programs for serving, by jax.export"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `export`."""
     add_checkpoint(parser)
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to create")
+    parser.add_argument(
+        "--output", required=True, type=new_folder, metavar="DIR", help="folder to create"
+    )
     parser.add_argument(
         "--inputs_length",
-        type=positive_int,
+        type=whole_number(1),
         metavar="N",
         help="number of input tokens (default: as in training)",
     )
     parser.add_argument(
         "--max_length",
-        type=positive_int,
+        type=whole_number(1),
         metavar="N",
         help="maximum number of generated tokens (default: as in training)",
     )

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from switch_jax.cli.arguments import add_checkpoint, positive_int
+from switch_jax.cli.arguments import add_checkpoint, number, path, whole_number
 from switch_jax.cli.startup import print_result, start
 from switch_jax.errors import UserError
 
@@ -15,16 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", help="a text, with or without blanks (___ or <extra_id_0> …)")
-    text.add_argument("--input", metavar="FILE", help="a file with one such text per line")
+    text.add_argument(
+        "--input", type=path, metavar="FILE", help="a file with one such text per line"
+    )
     parser.add_argument(
         "--max_length",
-        type=positive_int,
+        type=whole_number(1),
         default=128,
         metavar="N",
         help="maximum number of generated tokens (128)",
     )
     parser.add_argument(
-        "--beam_size", type=positive_int, default=1, metavar="N", help="beam size (1: greedy)"
+        "--beam_size", type=whole_number(1), default=1, metavar="N", help="beam size (1: greedy)"
     )
     parser.add_argument(
         "--fill_blanks",
@@ -34,21 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--temperature",
-        type=float,
+        type=number,
         default=0.0,
         metavar="T",
         help="sampling temperature (0: greedy)",
     )
     sampling.add_argument(
         "--top_k",
-        type=int,
+        type=whole_number(0),
         default=0,
         metavar="K",
         help="sample from the K most probable tokens (0: from all)",
     )
     sampling.add_argument(
         "--top_p",
-        type=float,
+        type=number,
         default=1.0,
         metavar="P",
         help="nucleus sampling: smallest set of tokens with total probability P (1: off)",

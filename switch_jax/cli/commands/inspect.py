@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from switch_jax.cli.arguments import add_config, add_json, positive_int
+from switch_jax.cli.arguments import add_config, add_json, path, whole_number
 from switch_jax.cli.startup import load_config_argument
 
 HELP = "parameters, FLOPs and memory of a config; needs no accelerator and no data"
@@ -13,12 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `inspect`."""
     source = parser.add_mutually_exclusive_group(required=True)
     add_config(source, required=False)
-    source.add_argument("--workdir", metavar="DIR", help="a WORKDIR, whose config is inspected")
+    source.add_argument(
+        "--workdir", type=path, metavar="DIR", help="a WORKDIR, whose config is inspected"
+    )
     parser.add_argument(
         "--topology", metavar="NAME", help="suggest meshes for v5p:8x16x16, h100:64 or the like"
     )
     parser.add_argument(
-        "--slices", type=positive_int, default=1, metavar="N", help="number of TPU slices (1)"
+        "--slices", type=whole_number(1), default=1, metavar="N", help="number of TPU slices (1)"
     )
     add_json(parser)
 
@@ -43,9 +45,9 @@ def run(args: argparse.Namespace) -> None:
         config = load_config_argument(args)
     teacher = teacher_config(config)
     summary, suggestions = cost_summary(config, teacher), []
-    if args.topology:
-        chip, devices = chip_of_topology(args.topology)
-        suggestions = suggest_meshes(config, chip, devices * args.slices, args.slices, teacher)
+    if args.topology is not None:
+        chip, devices = chip_of_topology(args.topology, args.slices)
+        suggestions = suggest_meshes(config, chip, devices, args.slices, teacher)
         summary["meshes"] = [suggestion_to_json(suggestion) for suggestion in suggestions]
     if args.json:
         print(json.dumps(summary))

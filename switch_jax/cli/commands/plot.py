@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from switch_jax.cli.arguments import output_folder, path
+
 HELP = "plot the metrics of one or more runs"
 
 
@@ -12,11 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         nargs="+",
+        type=path,
         metavar="DIR",
         help="runs to compare; of two, the first is the baseline of speed-ups by source",
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="folder of the figures (default: DIR/figures of the first)"
+        "--output",
+        type=output_folder,
+        metavar="DIR",
+        help="folder of the figures (default: DIR/figures of the first)",
     )
 
 
@@ -34,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     workdirs = [Workdir(path) for path in args.workdir]
     runs = read_runs(workdirs)
     folder = Path(args.output) if args.output else workdirs[0].figures
-    for path in draw_run_plots(runs, folder):
-        print(path)
+    for figure in draw_run_plots(runs, folder):
+        print(figure)
     if len(runs) == 2 and common_sources(*runs.values()):
         print("", speedup_table(compare_sources(*runs.values()), *args.workdir), sep="\n")

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from switch_jax.cli.arguments import add_workdir
+from switch_jax.cli.arguments import add_workdir, path
 from switch_jax.errors import UserError
 
 HELP = "train the runs of a sweep, and write tables and figures of their results"
@@ -17,7 +17,7 @@ _CONFIG_HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `sweep`."""
-    parser.add_argument("--config", required=True, metavar="FILE", help=_CONFIG_HELP)
+    parser.add_argument("--config", required=True, type=path, metavar="FILE", help=_CONFIG_HELP)
     add_workdir(parser, "folder of the sweep; several processes may share it")
     parser.add_argument(
         "--commands",
