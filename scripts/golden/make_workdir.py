@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import sentencepiece
 
 import tests.conftest  # noqa: F401, before JAX
+from switch_jax.data.token_store.manifest import MANIFEST, write_manifest
 from tests.support import goldens, runs
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -66,8 +67,8 @@ def make_run(folder: Path) -> None:
         data.append(f"--config.data.vocabulary={of_text / 'vocabulary.model'}")
         pack = ("data", "pack", "--config", CONFIG, *data, "--output", "store", "--workers", 1)
         runs.run(*pack, cwd=folder)
-    manifest = folder / "store" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(f"{of_text}/", ""))
+    manifest = (folder / "store" / MANIFEST).read_text().replace(f"{of_text}/", "")
+    write_manifest(folder / "store", json.loads(manifest))
     runs.run("train", "--config", CONFIG, "--workdir", "run", cwd=folder)
     shutil.rmtree(folder / "run" / "tensorboard")
     for path in folder.glob("run/**/commit_success.txt"):  # Orbax reads no more than its name

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from switch_jax.data.seqio_vocabulary import seqio_vocabulary
 from switch_jax.data.sources.bad_records import MISSING, BadRecords, ReportedBadRecords
 from switch_jax.data.sources.source import Source, Split
 from switch_jax.data.span_corruption import span_lengths
-from switch_jax.data.token_store.store import is_store
-from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.data.token_store.manifest import is_store
+from switch_jax.data.vocabulary import Vocabulary, unknown_note
 from switch_jax.data.vocabulary_builder import check_sentinels, open_vocabulary
 from switch_jax.errors import UserError
 
@@ -143,6 +144,8 @@ class SeqioIterator:
         self._names = ", ".join(rates)
         self._folder = f"process_{process_rows.group}_of_{process_rows.num_groups}"
         self._saves = process_rows.first_in_group
+        self._tells_unknown = split == "train" and process_rows.group == 0 and self._saves
+        self._unknown = -1 if vocabulary.unk is None else vocabulary.unk
         self._bad_records = ReportedBadRecords(data.on_bad_record)
         contents = [(source.name, source.fingerprint, rates[source.name]) for source in sources]
         shape = (data.inputs_length, data.targets_length, self._num_rows, data.pack)
@@ -217,7 +220,6 @@ class SeqioIterator:
                 f"A source of {self._names} has no text for {self._folder}; leave it out of"
                 " data.mixture, name files for it with {split}, or set data.reader=store."
             )
-        self._has_read_batch = True
         batch: Batch = {}
         for name, tensor in tensors.items():
             batch[name] = tensor.numpy().astype(np.float32 if "weights" in name else np.int32)
@@ -226,7 +228,19 @@ class SeqioIterator:
         batch["decoder_input_tokens"] = shift_right(
             batch["decoder_target_tokens"], self._ids.start_id, batch.get("decoder_positions")
         )
+        if not self._has_read_batch and self._tells_unknown:
+            self._print_unknown(batch)
+        self._has_read_batch = True
         return batch
+
+    def _print_unknown(self, batch: Batch) -> None:
+        """Prints the share of unknown tokens in a batch on stderr, if there are any."""
+        sides = batch["encoder_input_tokens"], batch["decoder_target_tokens"]
+        tokens = np.concatenate(sides, axis=None)
+        unknown = np.count_nonzero(tokens == self._unknown)
+        if unknown:
+            share = unknown / np.count_nonzero(tokens != self._ids.pad_id)
+            print(unknown_note(f"First batch of {self._names}", share), file=sys.stderr)
 
     def save(self, directory: Path) -> None:
         """Writes the position of this group; only the group's first process does."""

@@ -382,3 +382,11 @@ def _check_model(vocabulary: Vocabulary, model: ModelConfig) -> None:
                 f"Vocabulary {name!r} has no id for {meaning}, and model.{key}={used} is its piece"
                 f" {vocabulary.piece(used)!r}; set it to an id that is in no text."
             )
+
+
+def unknown_note(name: str, share: float) -> str:
+    """Returns the sentence on training text of which the vocabulary lacks some characters."""
+    return (
+        f"{name}: {100 * share:.2g} % of the training tokens stand for characters that the"
+        " vocabulary lacks; a model can neither tell them apart nor write them."
+    )

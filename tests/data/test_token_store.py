@@ -17,6 +17,7 @@ from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.data.sources.python_docs import python_documents
 from switch_jax.data.token_store import open_store as open_store_module
 from switch_jax.data.token_store.build import build_token_store
+from switch_jax.data.token_store.manifest import write_manifest
 from switch_jax.data.token_store.open_store import open_store
 from switch_jax.data.token_store.store import TokenStore
 from switch_jax.data.vocabulary import ByteVocabulary
@@ -272,18 +273,60 @@ def test_damaged_files_are_refused(packed):
         open_batches(config(packed), "train")
     tokens.write_bytes(whole)
     next(open_batches(config(packed), "train"))
-    manifest = (packed / "manifest.json").read_text()
-    for wrong in ("{", json.dumps(json.loads(manifest) | {"format": 99})):
-        (packed / "manifest.json").write_text(wrong)
-        with pytest.raises(UserError, match="is damaged; delete the folder"):
-            open_batches(Config(data=DataConfig(data_dir=str(packed), vocabulary="bytes")), "train")
+    manifest = packed / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for wrong in (
+        *("{", "[]", "[" * 10**5, "7", json.dumps(content | {"format": 99})),
+        json.dumps(content | {"sources": ["text"]}),
+        manifest.read_text().replace('"documents": 60', '"documents": 61'),
+        manifest.read_text().replace(content["text"], content["text"][::-1]),
+    ):
+        manifest.write_text(wrong)
+        with pytest.raises(UserError, match=r"is damaged \(.*\); delete the folder"):
+            TokenStore(packed)
+
+
+def flip_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["00003.tokens", "00003.offsets.npy", "00003.checksums"])
+def test_a_flipped_bit_is_an_error_when_it_is_read(packed, file):
+    name = config(packed).data.mixture
+    path = packed / name / "train" / file
+    flip_bit(path, -3)
+    tokens = TokenStore(packed).tokens(name, "train")
+    with pytest.raises(UserError, match=r"00003\..*is damaged; delete the folder and pack again"):
+        _ = tokens.offsets
+        tokens.take(np.array([0]), len(tokens))
+    flip_bit(path, -3)
+    tokens = TokenStore(packed).tokens(name, "train")
+    assert len(tokens.take(np.array([0]), len(tokens))[0]) == tokens.offsets[-1]
+
+
+def test_ids_past_the_vocabulary_and_older_stores(packed):
+    """A store of format 4 has no checksums."""
+    name = config(packed).data.mixture
+    manifest = json.loads((packed / "manifest.json").read_text())
+    (packed / "manifest.json").write_text(json.dumps(manifest | {"format": 4}))
+    batch = next(open_batches(config(packed), "train"))
+    path = packed / name / "train" / "00000.tokens"
+    wrong = np.fromfile(path, np.uint16)
+    wrong[5] = SIZE
+    wrong.tofile(path)
+    tokens = TokenStore(packed).tokens(name, "train")
+    assert batch["encoder_input_tokens"].any() and tokens.take(np.array([6]), 9).any()
+    with pytest.raises(UserError, match=f"the id {SIZE}, past its vocabulary"):
+        tokens.take(np.array([0]), 9)
 
 
 def test_names_and_links_out_of_a_store_are_refused(packed):
     manifest = (packed / "manifest.json").read_text()
     name = config(packed).data.mixture
     for outside in ("../other", "/etc"):
-        (packed / "manifest.json").write_text(manifest.replace(f'"{name}"', f'"{outside}"'))
+        write_manifest(packed, json.loads(manifest.replace(f'"{name}"', f'"{outside}"')))
         with pytest.raises(UserError, match="outside of it; do not use it"):
             TokenStore(packed).tokens(outside, "train")
     (packed / "manifest.json").write_text(manifest)

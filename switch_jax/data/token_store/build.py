@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,14 +32,15 @@ from switch_jax.data.finetuning.task_source import TaskSource, examples_to_json
 from switch_jax.data.mixture import find_sources
 from switch_jax.data.sources.bad_records import MISSING, BadRecordAction, BadRecords
 from switch_jax.data.sources.source import SPLITS, Shard, Source, Split
-from switch_jax.data.token_store.store import (
+from switch_jax.data.token_store.checksums import checksums_path, write_checksums
+from switch_jax.data.token_store.manifest import (
     FORMAT,
     MANIFEST,
-    examples_path,
     is_store,
-    offsets_path,
-    tokens_path,
+    read_manifest,
+    write_manifest,
 )
+from switch_jax.data.token_store.store import examples_path, offsets_path, tokens_path
 from switch_jax.data.vocabulary import VOCABULARY_FILE, Vocabulary, read_vocabulary
 from switch_jax.errors import UserError
 from switch_jax.files import write_atomically
@@ -120,7 +122,7 @@ def _build(
     plan = _plan(tasks, vocabulary)
     if _is_complete(output, plan):
         _remove_build_files(output, tasks)
-        return json.loads((output / MANIFEST).read_text())
+        return dataclasses.asdict(read_manifest(output))
     bad_records = BadRecords(data.on_bad_record)
     for source in sources:
         for split in SPLITS:
@@ -129,11 +131,11 @@ def _build(
     (output / VOCABULARY_FILE).write_bytes(vocabulary.content)
     _tokenise_all(tasks, data.on_bad_record, workers)
     manifest = plan | _contents(sources, tasks, vocabulary, bad_records)
-    write_atomically(output / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_manifest(output, manifest)
     _remove_build_files(output, tasks)
     if summary := bad_records.summary():
         print(summary, file=sys.stderr, flush=True)
-    return manifest
+    return dataclasses.asdict(read_manifest(output))
 
 
 def _is_empty_or_store(output: Path) -> bool:
@@ -183,8 +185,8 @@ def _is_complete(output: Path, plan: dict[str, Any]) -> bool:
     Raises `UserError` for a store, complete or not, with another plan.
     """
     if is_store(output):
-        manifest = _read_json(output / MANIFEST)
-        if plan == {key: manifest.get(key) for key in plan}:
+        manifest = dataclasses.asdict(read_manifest(output))
+        if plan | {"format": manifest["format"]} == {key: manifest[key] for key in plan}:
             return True
         raise UserError(f"{output} holds other packed text; choose another --output.")
     if (output / _PLAN).is_file():
@@ -271,27 +273,35 @@ def _tokenise_shard(task: _ShardTask, action: BadRecordAction) -> int:
     dtype = _token_dtype(vocabulary)
     task.folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.blake2b(digest_size=16)
-    offsets = [0]
+    offsets, unknown, examples_checksum = [0], 0, None
     if isinstance(task.source, TaskSource) and task.split != "train":
         examples = task.source.examples(task.split, bad_records)
-        lines = "".join(line + "\n" for line in examples_to_json(examples))
-        write_atomically(examples_path(task.folder), lines.encode())
+        content = "".join(line + "\n" for line in examples_to_json(examples)).encode()
+        write_atomically(examples_path(task.folder), content)
+        examples_checksum = zlib.crc32(content)
         bad_records = BadRecords(action)  # the same records are counted again below
     tokens_file = tokens_path(task.folder, task.number)
     partial = tokens_file.with_suffix(".partial")
     with open(partial, "wb") as file:
         for text in task.source.texts(task.split, task.shard, bad_records):
-            tokens = np.array(vocabulary.encode(text), dtype).tobytes()
-            file.write(tokens)
-            digest.update(tokens)
-            offsets.append(offsets[-1] + len(tokens) // dtype.itemsize)
+            tokens = np.array(vocabulary.encode(text), dtype)
+            unknown += int(np.count_nonzero(tokens == vocabulary.unk))
+            file.write(tokens.tobytes())
+            digest.update(tokens.tobytes())
+            offsets.append(offsets[-1] + len(tokens))
+    offsets_array = np.array(offsets, np.int64)
+    digest.update(offsets_array.tobytes())
+    write_checksums(
+        checksums_path(task.folder, task.number), offsets_array, np.fromfile(partial, dtype)
+    )
+    np.save(offsets_path(task.folder, task.number), offsets_array)
     partial.replace(tokens_file)
-    np.save(offsets_path(task.folder, task.number), np.array(offsets, np.int64))
-    digest.update(np.array(offsets, np.int64).tobytes())
     summary = {
         "documents": (len(offsets) - 1) // (2 if task.source.has_targets else 1),
         "tokens": offsets[-1],
         "fingerprint": digest.hexdigest(),
+        "unknown": unknown,
+        "examples": examples_checksum,
         "left_out": bad_records.counts,
         "first": bad_records.first,
     }
@@ -322,6 +332,9 @@ def _contents(
         split = contents[task.source.name][task.split]
         split["documents"] += summary["documents"]
         split["tokens"] += summary["tokens"]
+        split["unknown"] += summary["unknown"]
+        if summary["examples"] is not None:  # a task has one shard
+            split["examples"] = summary["examples"]
         for kind, count in summary["left_out"].items():
             split["left_out"][kind] = split["left_out"].get(kind, 0) + count
         split["shards"].append([summary["documents"], summary["tokens"]])
@@ -338,6 +351,7 @@ def _contents(
 
 def _empty_contents(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     """Returns the manifest's entry of a source without documents."""
-    empty: dict[str, Any] = {"documents": 0, "tokens": 0, "fingerprint": vocabulary.fingerprint}
+    empty: dict[str, Any] = {"documents": 0, "tokens": 0, "unknown": 0}
+    empty["fingerprint"] = vocabulary.fingerprint
     splits: dict[str, Any] = {split: {**empty, "left_out": {}, "shards": []} for split in SPLITS}
     return {"spec": source.spec, "pairs": source.has_targets, **splits}

@@ -8,6 +8,7 @@ process can make any rows of it, and a run resumes without replaying earlier bat
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from switch_jax.data.span_corruption import corrupt_spans, span_lengths
 from switch_jax.data.token_store.open_store import open_store
 from switch_jax.data.token_store.sequence_packing import cached_row_plan, plan_pairs, plan_rows
 from switch_jax.data.token_store.store import TokenStore
-from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.data.vocabulary import Vocabulary, unknown_note
 from switch_jax.data.vocabulary_builder import check_sentinels, open_vocabulary
 from switch_jax.errors import UserError
 
@@ -43,6 +44,10 @@ def open_batches(
     """Returns an iterator over all sources, mixed at their rates; raises `UserError`."""
     store, vocabulary = _open_checked(config)
     rates = mixture_rates(config.data, store.num_documents(), store.specs())
+    if split == "train" and process_rows.group == 0 and process_rows.first_in_group:
+        for name in rates:
+            if share := store.unknown_share(name):
+                print(unknown_note(name, share), file=sys.stderr)
     return StoreIterator(config, split, process_rows, store, vocabulary, rates)
 
 

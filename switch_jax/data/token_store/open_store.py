@@ -7,8 +7,9 @@ from pathlib import Path
 from switch_jax.config import DataConfig
 from switch_jax.data.mixture import find_sources
 from switch_jax.data.token_store.build import build_token_store
-from switch_jax.data.token_store.store import FORMAT, TokenStore, is_store
-from switch_jax.data.vocabulary import Vocabulary
+from switch_jax.data.token_store.manifest import FORMAT, damaged, is_store
+from switch_jax.data.token_store.store import TokenStore
+from switch_jax.data.vocabulary import VOCABULARY_FILE, Vocabulary
 from switch_jax.errors import UserError
 from switch_jax.files import build_once, cache_root
 
@@ -30,6 +31,8 @@ def open_store(data: DataConfig, vocabulary: Vocabulary) -> TokenStore:
         directory = _cached_store(data, vocabulary)
     store = TokenStore(directory)
     if store.vocabulary_fingerprint != vocabulary.fingerprint:
+        if Path(vocabulary.name) == directory / VOCABULARY_FILE:
+            raise damaged(directory / VOCABULARY_FILE)
         raise UserError(
             f"The text in {str(directory)!r} was packed with another vocabulary than"
             f" {vocabulary.name!r}; set data.vocabulary to None to use its own."
