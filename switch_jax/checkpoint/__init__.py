@@ -1,11 +1,8 @@
 """Models on disk: WORKDIRs, checkpoints, and checkpoints of other programs."""
 
-from switch_jax.checkpoint.checkpointer import (
-    Checkpointer,
-    DataPosition,
-    find_checkpoint_together,
-    restore_params,
-)
+from switch_jax.checkpoint.checkpoint_reader import find_checkpoint_together, restore_params
+from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.data_position import DataPosition
 from switch_jax.checkpoint.interop.hf_export import export_hugging_face
 from switch_jax.checkpoint.interop.hf_import import read_hugging_face
 from switch_jax.checkpoint.interop.t5x_import import read_t5x

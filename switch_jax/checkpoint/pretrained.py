@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from switch_jax.checkpoint.checkpointer import (
+from switch_jax.checkpoint.checkpoint_reader import (
     find_checkpoint,
     find_checkpoint_together,
     parameter_shapes,

@@ -1,6 +1,7 @@
 """Checkpointer: saving, restoring on other shardings, and checkpoints that cannot be read."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,13 +11,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from switch_jax import files
-from switch_jax.checkpoint.checkpointer import (
-    Checkpointer,
+from switch_jax.checkpoint.checkpoint_reader import (
     find_checkpoint,
     parameter_shapes,
     restore_opt_state,
     restore_params,
 )
+from switch_jax.checkpoint.checkpointer import Checkpointer
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
@@ -115,6 +116,85 @@ def test_a_checkpoint_that_cannot_be_read_is_renamed_and_the_one_before_is_used(
     assert position == 10 and (np.asarray(params["encoder/wi"]) == 1).all()
     assert {folder.name for folder in workdir.checkpoints.iterdir()} == {"1", "corrupt-2"}
     assert "Checkpoint 2 cannot be read" in capsys.readouterr().err
+
+
+def wide_arrays(step: int):
+    """Returns arrays that are too large to be stored among TensorStore's metadata."""
+    values = np.random.default_rng(step).normal(size=(8, 400)).astype(np.float32)
+    params, rest = arrays(step, "expert")
+    return {**params, "encoder/wo": on_mesh(values, "expert")}, {**rest, "v": on_mesh(values / 2)}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory) -> Workdir:
+    """WORKDIR with checkpoints 1 and 2 of `wide_arrays` at positions 10 and 20, with metrics."""
+    workdir = Workdir(tmp_path_factory.mktemp("two") / "run")
+    workdir.prepare(CONFIG, None)
+    checkpointer = Checkpointer(workdir, keep=3, sort_key=lambda metrics: metrics["score"])
+    for step in (1, 2):
+        checkpointer.save(step, *wide_arrays(step), Position(10 * step), {"score": float(step)})
+    checkpointer.close()
+    return workdir
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def test_no_damaged_file_gives_other_values(two_checkpoints, tmp_path):
+    right = {step: jax.tree.map(np.asarray, wide_arrays(step)) for step in (1, 2)}
+    newest = two_checkpoints.checkpoints / "2"
+    names = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
+    damages = [(flip_a_bit, name) for name in names]
+    # Values are in the largest files.
+    large = sorted(names, key=lambda name: (newest / name).stat().st_size)[-6:]
+    for damage in (Path.unlink, lambda file: file.write_bytes(b"")):
+        damages += [(damage, name) for name in [*large, Path("checksums/metadata")]]
+    for item in ("params", "optimizer", "data", "checksums"):  # those of another step
+        damages.append(
+            (lambda path: shutil.copytree(path.parents[1] / "1" / path.name, path), item)
+        )
+    used = []
+    for number, (damage, name) in enumerate(damages):
+        workdir = Workdir(tmp_path / str(number))
+        shutil.copytree(two_checkpoints.path, workdir.path)
+        path, position = workdir.checkpoints / "2" / name, Position()
+        if path.is_dir():
+            shutil.rmtree(path)
+        damage(path)
+        checkpointer = Checkpointer(workdir, keep=3, sort_key=lambda metrics: metrics["score"])
+        restored = checkpointer.restore(*map(abstract, wide_arrays(1)), position)
+        step, metrics = checkpointer.best()
+        checkpointer.close()
+        jax.tree.map(np.testing.assert_array_equal, restored, right[step])
+        assert (position.number, metrics["score"]) == (10 * step, step), name
+        used.append(step)
+    assert used[-4:] == [1] * 4 and used.count(2) > 5
+
+
+def test_a_flipped_bit_is_a_sentence_where_parameters_are_read(two_checkpoints, tmp_path):
+    copy = tmp_path / "checkpoints" / "2"
+    shutil.copytree(two_checkpoints.checkpoints / "2", copy)
+    params, _ = wide_arrays(2)
+    sizes = {file: file.stat().st_size for file in copy.glob("params/ocdbt.process_0/d/*")}
+    flip_a_bit(max(sizes, key=sizes.get))
+    with pytest.raises(UserError, match=r"2 cannot be read \(.*; take another one"):
+        restore_params(copy, abstract(params))
+    restored = restore_params(two_checkpoints.checkpoints / "2", abstract(params))
+    np.testing.assert_array_equal(restored["encoder/wo"], params["encoder/wo"])
+
+
+def test_a_second_bad_checkpoint_of_a_step_and_odd_names_are_set_aside_or_ignored(workdir, capsys):
+    save(workdir, 1, 2)
+    for name in ("corrupt-5", "5", "007", "²", "9" * 20, "abc", "3.orbax-checkpoint-tmp"):
+        (workdir.checkpoints / name).mkdir()
+    (workdir.checkpoints / "8").write_text("a file")
+    assert find_checkpoint(workdir.path)[1].name == "5"
+    assert restore(workdir, *arrays(2))[1] == 20
+    names = {path.name for path in workdir.checkpoints.iterdir()}
+    assert {"1", "2", "corrupt-5", "corrupt-5-2", "007", "8"} <= names and "5" not in names
 
 
 def test_no_checkpoint_is_renamed_where_none_can_be_read(workdir):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from switch_jax.checkpoint.checkpointer import restore_params
+from switch_jax.checkpoint.checkpoint_reader import restore_params
 from switch_jax.checkpoint.metrics_log import read_metrics
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config.schema import DataConfig

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switch_jax.checkpoint.checkpointer import Checkpointer, parameter_shapes, restore_params
+from switch_jax.checkpoint.checkpoint_reader import parameter_shapes, restore_params
+from switch_jax.checkpoint.checkpointer import Checkpointer
 from switch_jax.checkpoint.metrics_log import read_metrics
 from switch_jax.checkpoint.pretrained import load
 from switch_jax.checkpoint.workdir import Workdir

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from switch_jax.checkpoint.checkpointer import find_checkpoint
+from switch_jax.checkpoint.checkpoint_reader import find_checkpoint
 from switch_jax.checkpoint.finite import all_finite
 from switch_jax.checkpoint.interop.foreign_checkpoint import stacked_shapes
 from switch_jax.checkpoint.interop.hf_config import (

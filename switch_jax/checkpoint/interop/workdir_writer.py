@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from switch_jax.checkpoint.checksums import sum_part, write_record
 from switch_jax.checkpoint.interop.foreign_checkpoint import (
     ForeignCheckpoint,
     SliceIndex,
@@ -48,21 +49,25 @@ def write_workdir(imported: ForeignCheckpoint, output: Path) -> None:
             (partial / name).write_bytes(content)
         checkpoint = workdir.checkpoints / "0"
         checkpoint.mkdir(parents=True)
-        _write_parameters(imported, plain_path(checkpoint) / "params")
+        checksums = _write_parameters(imported, plain_path(checkpoint) / "params")
+        write_record(checkpoint, {f"params/{name}": checksums[name] for name in checksums})
 
 
-def _write_parameters(imported: ForeignCheckpoint, folder: Path) -> None:
+def _write_parameters(imported: ForeignCheckpoint, folder: Path) -> dict[str, int]:
+    """Writes the parameters, and returns their checksums by name."""
     leaves = {
         name: _Slices(stacked, functools.partial(imported.read_finite_slice, name))
         for name, stacked in imported.parameters.items()
     }
+    slice_handler = _SliceHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
-        (_Slices, _SliceHandler()),
+        (_Slices, slice_handler),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns without it
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     with ocp.Checkpointer(handler) as writer:
         writer.save(folder, args=ocp.args.PyTreeSave(leaves))
+    return slice_handler.checksums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +79,20 @@ class _Slices:
 
 
 class _SliceHandler(ocp.type_handlers.TypeHandler):
-    """Writes `_Slices` as Orbax writes an array, with one chunk for each slice."""
+    """Writes `_Slices` as Orbax writes an array, with one chunk for each slice.
+
+    checksums: of the arrays written so far, by name.
+    """
+
+    def __init__(self):
+        self.checksums: dict[str, int] = {}
 
     def typestr(self) -> str:
         return "np.ndarray"  # the type that Orbax restores
 
     async def serialize(self, values: Sequence[_Slices], infos: Sequence[Any], args=None):
         for slices, info in zip(values, infos):
-            await _write_slices(slices, info)
+            self.checksums[info.name] = await _write_slices(slices, info)
         return []
 
     async def deserialize(self, infos, args=None):
@@ -91,7 +102,8 @@ class _SliceHandler(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("Written only; Orbax reads arrays.")
 
 
-async def _write_slices(slices: _Slices, info: ocp.type_handlers.ParamInfo) -> None:
+async def _write_slices(slices: _Slices, info: ocp.type_handlers.ParamInfo) -> int:
+    """Writes an array, and returns its checksum."""
     shape, num_stacked = slices.stacked
     chunk = [1] * num_stacked + list(slices.stacked.slice_shape)
     array = await ts.open(
@@ -116,10 +128,15 @@ async def _write_slices(slices: _Slices, info: ocp.type_handlers.ParamInfo) -> N
     slice_bytes = 4 * int(np.prod(slices.stacked.slice_shape))
     max_in_flight = max(1, _MAX_BYTES_IN_FLIGHT // slice_bytes)
     remaining = slices.stacked.indices()
+    checksum = 0
     while indices := tuple(itertools.islice(remaining, max_in_flight)):
         writes: list[Any] = []
         try:
             for index in indices:
-                writes.append(array[index].write(slices.read(index)))
+                values = np.asarray(slices.read(index), np.float32)
+                writes.append(array[index].write(values))
+                starts = (*index, *(0 for _ in values.shape))
+                checksum += sum_part(values.reshape([1] * num_stacked + list(values.shape)), starts)
         finally:  # a write must not go on where a failure removes the folder
             await asyncio.gather(*writes)
+    return checksum % 2**32
