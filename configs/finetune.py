@@ -1,12 +1,12 @@
-"""Fine-tuning of Switch-Base on a task, with the recipe of the paper (§4.1, §5.6).
+"""Fine-tuning on a task, with the recipe of the paper (§4.1, §5.6).
 
-    switch-jax train --config configs/finetune.py:task=glue,num_experts=64 --workdir runs/glue \\
+    switch-jax train --config configs/finetune.py:task=glue --workdir runs/glue \\
         --config.init_from=runs/switch_base --config.data.data_dir=DIR
 
-DIR has the data as TFDS prepares it, or in files: see docs/finetune.md. The model is Switch-Base;
-set model.* and moe.* to those of init_from. Your own pairs of inputs and targets:
+DIR has the data as TFDS prepares it, or in files: see docs/finetune.md. The model is that of
+init_from. Your own pairs of inputs and targets:
 
-    switch-jax train --config configs/finetune.py:task=pairs,num_experts=64 --workdir runs/mine \\
+    switch-jax train --config configs/finetune.py:task=pairs --workdir runs/mine \\
         --config.init_from=runs/switch_base --config.data.mixture='pairs:/mine/{split}.jsonl'
 """
 
@@ -32,16 +32,15 @@ TASKS = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`task` (glue), `num_experts` (128; 0 for T5-Base)."""
-    args = parse_arg(arg, task="glue", num_experts=128)
+    """`task` (glue), `num_experts` (0: those of init_from; else of a dense one, upcycled)."""
+    args = parse_arg(arg, task="glue", num_experts=0)
     if args.task not in TASKS:
         raise UserError(f"There is no task {args.task!r}; use one of {', '.join(TASKS)}.")
     mixture, inputs_length, targets_length, batch_size = TASKS[args.task]
     config = defaults()
+    config.init_model = "checkpoint"
     config.model.dropout_rate = 0.1
-    config.moe.update(
-        num_experts=args.num_experts, expert_dropout_rate=0.4 * (args.num_experts > 0)
-    )
+    config.moe.update(num_experts=args.num_experts, expert_dropout_rate=0.4)
     config.data.update(
         mixture=mixture,
         inputs_length=inputs_length,

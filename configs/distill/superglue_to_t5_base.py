@@ -16,5 +16,6 @@ def get_config(arg: str = "") -> ConfigDict:
     """`teacher` (runs/superglue) and `student` (runs/t5_base): WORKDIRs or checkpoints."""
     args = parse_arg(arg, teacher="runs/superglue", student="runs/t5_base")
     config = read_config_file("finetune:task=superglue,num_experts=0")
+    config.init_model = "config"  # T5-Base, wherever its parameters come from
     config.init_from, config.distill.teacher = args.student, args.teacher
     return config

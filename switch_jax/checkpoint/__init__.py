@@ -8,13 +8,16 @@ from switch_jax.checkpoint.interop.hf_import import read_hugging_face
 from switch_jax.checkpoint.interop.t5x_import import read_t5x
 from switch_jax.checkpoint.interop.workdir_writer import write_workdir
 from switch_jax.checkpoint.metrics_log import QUALITY, MetricsWriter, last_logged_step, read_metrics
+from switch_jax.checkpoint.model_differences import check_special_ids, model_differences
 from switch_jax.checkpoint.pretrained import PretrainedModel, find_pretrained, load
 from switch_jax.checkpoint.transfer import (
     VOCABULARY_AXES,
     Shape,
     Shapes,
+    Transfer,
     parameter_origins,
-    transfer_report,
+    plan_transfer,
+    render_transfer,
 )
 from switch_jax.checkpoint.upcycle import upcycle_dense_model
 from switch_jax.checkpoint.workdir import Workdir
@@ -28,18 +31,22 @@ __all__ = [
     "PretrainedModel",
     "Shape",
     "Shapes",
+    "Transfer",
     "Workdir",
+    "check_special_ids",
     "export_hugging_face",
     "find_checkpoint_together",
     "find_pretrained",
     "last_logged_step",
     "load",
+    "model_differences",
     "parameter_origins",
+    "plan_transfer",
     "read_hugging_face",
     "read_metrics",
     "read_t5x",
+    "render_transfer",
     "restore_params",
-    "transfer_report",
     "upcycle_dense_model",
     "write_workdir",
 ]

@@ -5,7 +5,8 @@ layer (`model/parameters.py`), so the two models may have their experts in diffe
 
 `init_rules` are `PATTERN -> NAME; …`. The first rule whose regular expression matches the whole
 name of a parameter gives the name of the checkpoint's parameter to load (`\\1` is the first group);
-with an empty NAME, the parameter is initialised. Without a matching rule, the names are equal.
+with an empty NAME, the parameter is initialised, or left out if only the checkpoint has it. Without
+a matching rule, the names are equal.
 
     decoder/(.*) -> encoder/\\1        loads the decoder from the encoder
     .*/router/.* ->                    initialises the routers
@@ -32,6 +33,16 @@ Shapes = Mapping[str, Shape]
 VOCABULARY_AXES = {"embedding": 0, "head": 1}
 
 
+# Last part of a parameter's name, or a part before it, and the key that makes a model have it.
+_KEYS_OF_PARTS = {
+    "head": "model.tied_embeddings",
+    "shared": "moe.shared_d_ff",
+    "gate": "model.activation",
+    "bias": "moe.balance_bias_rate",
+    "kernel": "moe.router",
+}
+
+
 class Transfer(NamedTuple):
     """Names of the parameters that are loaded, initialised and ignored."""
 
@@ -48,8 +59,9 @@ def plan_transfer(target: Shapes, source: Shapes, rules: str) -> Transfer:
       source: shapes of the checkpoint's parameters, by layer.
       rules: `init_rules`.
 
-    Raises `UserError` for rules that cannot be read or match nothing, and for a parameter that is
-    missing in `source` or has another shape there.
+    Raises `UserError` for rules that cannot be read or match nothing, for a parameter that is
+    missing in `source` or has another shape there, and for one that is only in `source`, in a
+    sub-layer of which other parameters are loaded: without it they compute something else.
     """
     parsed = _parse(rules)
     loaded: dict[str, str] = {}
@@ -78,14 +90,53 @@ def plan_transfer(target: Shapes, source: Shapes, rules: str) -> Transfer:
                 f" '{re.escape(name)} ->' to init_rules, and it is initialised."
             )
         loaded[name] = source_name
+    ignored = sorted(set(source) - set(loaded.values()))
+    loaded_modules = set(map(_module, loaded.values()))
+    for name in ignored:
+        if name in target or _module(name) not in loaded_modules or _is_left_out(name, parsed):
+            continue
+        raise UserError(
+            f"The source checkpoint has {name}, which this model does not have, and the parameters"
+            f" beside it are loaded; set {_key_of(name)} as there, or add a rule such as"
+            f" '{_pattern_of(name)} ->' to init_rules, and it is left out."
+        )
     for rule in parsed:
         if not rule.used:
             raise UserError(
                 f"init_rules has {rule.pattern.pattern!r}, which is the whole name of no parameter"
                 f" that a rule before it has not matched, such as {next(iter(target))}; correct it."
             )
-    ignored = sorted(set(source) - set(loaded.values()))
     return Transfer(loaded, initialised, ignored)
+
+
+def _module(name: str) -> str:
+    """Returns what computes one function: a sub-layer of a layer, or embedding and head."""
+    if name in VOCABULARY_AXES:
+        return "vocabulary"
+    return "/".join(name.split("/")[:4]) if "/layers/" in name else name
+
+
+def _is_left_out(name: str, rules: list["_Rule"]) -> bool:
+    """Whether a rule leaves out a parameter that only the checkpoint has."""
+    rule = next((rule for rule in rules if rule.pattern.fullmatch(name)), None)
+    if rule is None or rule.template:
+        return False
+    rule.used = True
+    return True
+
+
+def _key_of(name: str) -> str:
+    """Returns the key that decides whether a model has a parameter."""
+    own = name.split("/")
+    for part, key in _KEYS_OF_PARTS.items():
+        if part in own:
+            return key
+    return "the keys of model and moe"
+
+
+def _pattern_of(name: str) -> str:
+    """Returns a pattern of `init_rules` for the parameters of this name in all layers."""
+    return re.sub(r"^.*/layers/\d+/", ".*/", name)
 
 
 def _default_source(name: str, source: Shapes) -> str:
@@ -183,12 +234,6 @@ def parameter_origins(
         parameter, block = slices[name]
         origins.setdefault(parameter, {})[block] = source_slices[source_name]
     return origins
-
-
-def transfer_report(target: Shapes, config: Config, source: Shapes, source_config: Config) -> str:
-    """Returns the result of `parameter_origins`, with the same arguments, as a table."""
-    shapes = layer_shapes(target, config), layer_shapes(source, source_config)
-    return render_transfer(plan_transfer(*shapes, config.init_rules), *shapes)
 
 
 def render_transfer(transfer: Transfer, target: Shapes, source: Shapes) -> str:

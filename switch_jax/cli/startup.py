@@ -18,10 +18,22 @@ _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 
 
 def load_config_argument(args: argparse.Namespace) -> "Config":
-    """Returns the config of `--config` and its overrides; raises `UserError`."""
+    """Returns the config of `--config` and its overrides; raises `UserError`.
+
+    With `init_model=checkpoint` the model is that of `init_from` or, where a run has begun in
+    `--workdir`, that of the run.
+    """
     from switch_jax.config import load_config
 
-    return load_config(args.config, args.overrides)
+    def find_model(path: str) -> "Config":
+        from switch_jax.checkpoint import Workdir, find_pretrained
+
+        folder = getattr(args, "workdir", None)
+        if folder is not None and Workdir(folder).config_file.exists():
+            return Workdir(folder).config()
+        return find_pretrained(path).config
+
+    return load_config(args.config, args.overrides, find_model)
 
 
 def load_checkpoint_argument(args: argparse.Namespace) -> "tuple[Workdir, Path, Config]":

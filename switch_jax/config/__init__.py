@@ -13,7 +13,7 @@ from switch_jax.config.load import (
     parse_arg,
     read_config_file,
 )
-from switch_jax.config.presets import call_config_function, split_config_spec
+from switch_jax.config.presets import call_config_function, is_config_spec, split_config_spec
 from switch_jax.config.schema import (
     STACKS,
     BlockRun,
@@ -26,6 +26,7 @@ from switch_jax.config.schema import (
     OptimizerConfig,
     TrainConfig,
     change_effect,
+    key_roles,
 )
 from switch_jax.config.typed_values import build_dataclass, check_value
 from switch_jax.config.validation import validate
@@ -51,6 +52,8 @@ __all__ = [
     "defaults",
     "expert_capacity",
     "flatten_config",
+    "is_config_spec",
+    "key_roles",
     "load_config",
     "override_config",
     "parse_arg",

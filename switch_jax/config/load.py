@@ -8,14 +8,14 @@ to a validated `Config`. Only config files and this module handle a `ConfigDict`
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 from switch_jax.config.presets import call_config_function, split_config_spec
-from switch_jax.config.schema import Config
+from switch_jax.config.schema import Config, key_roles
 from switch_jax.config.typed_values import build_dataclass, parse_value, unknown_key
 from switch_jax.config.validation import validate
 from switch_jax.errors import UserError
@@ -46,12 +46,18 @@ def parse_arg(arg: str, **known: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(**values)
 
 
-def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
+def load_config(
+    spec: str,
+    overrides: Mapping[str, str] | None = None,
+    find_model: Callable[[str], Config] | None = None,
+) -> Config:
     """Returns the config of a file or preset, with overrides.
 
     Args:
       spec: `FILE` or `FILE:name=value,…`, where FILE is a path or the name of a preset.
       overrides: text of the value by dotted key, as on the command line.
+      find_model: function from the path of a checkpoint to its config, for
+        `init_model=checkpoint`; None: the model is the config's.
 
     Raises `UserError` for a missing file, an unknown key, or an invalid value.
     """
@@ -61,7 +67,21 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
         raise UserError(
             f"Config {spec!r} has a placeholder without a value ({error}); give it one."
         ) from error
-    return config_from_dict(_with_overrides(raw, overrides or {}))
+    raw = _with_overrides(raw, overrides or {})
+    path = raw.get("init_from")
+    if find_model is not None and raw.get("init_model") == "checkpoint" and isinstance(path, str):
+        _adopt_model(raw, find_model(path), overrides or {})
+    return config_from_dict(raw)
+
+
+def _adopt_model(raw: dict[str, Any], source: Config, overrides: Mapping[str, str]) -> None:
+    """Replaces the default values that belong to parameters in `raw` by those of `source`."""
+    default = config_to_dict(Config())
+    for group in ("model", "moe"):
+        for name, role in key_roles(group).items():
+            explicit = f"{group}.{name}" in overrides or raw[group][name] != default[group][name]
+            if role == "function" and not explicit:
+                raw[group][name] = getattr(getattr(source, group), name)
 
 
 def read_config_file(spec: str) -> ConfigDict:

@@ -69,6 +69,12 @@ def split_config_spec(spec: str) -> tuple[str, str]:
     return file, argument
 
 
+def is_config_spec(spec: str) -> bool:
+    """Whether a text names a config file, `FILE.py` or `FILE.py:argument`, and not a folder."""
+    file, _ = split_config_spec(spec)
+    return file.endswith(".py") and not os.path.isdir(spec)
+
+
 def call_config_function(spec: str, function: str, kind: str, folder: str = "") -> Any:
     """Calls a function of a config file with the part of `spec` behind the colon.
 

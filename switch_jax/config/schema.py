@@ -15,10 +15,17 @@ STACKS = ("encoder", "decoder")
 # none: no number depends on the key.
 ChangeEffect = Literal["checkpoint", "results", "none"]
 
+# Role of a key of `model` and `moe`.
+# function: the parameters were trained for its value.
+# evaluation: chosen by each run; it changes what the model computes in evaluation.
+# training: chosen by each run; it changes nothing in evaluation, apart from rounding.
+KeyRole = Literal["function", "evaluation", "training"]
 
-def _key(default: Any, change: ChangeEffect) -> Any:
-    """Returns a field with a default and the effect of a change; without it, the group's holds."""
-    return field(default=default, metadata={"change": change})
+
+def _key(default: Any, change: ChangeEffect | None = None, role: KeyRole | None = None) -> Any:
+    """Returns a field with a default, the effect of a change (None: its group's), and a role."""
+    metadata = {"change": change, "role": role}
+    return field(default=default, metadata={k: v for k, v in metadata.items() if v is not None})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +41,15 @@ class ModelConfig:
     num_decoder_layers: int = 12
     activation: Literal["relu", "geglu"] = "relu"
     tied_embeddings: bool = True
-    dropout_rate: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; parameters are float32
+    dropout_rate: float = _key(0.0, role="training")
+    # Of activations; parameters are float32.
+    dtype: Literal["float32", "bfloat16"] = _key("bfloat16", role="training")
     # Which activations the backward pass recomputes: none, all but matmuls, or all.
-    remat: Literal["none", "dots", "full"] = _key("none", change="none")
+    remat: Literal["none", "dots", "full"] = _key("none", "none", "training")
     relative_buckets: int = 32
     relative_max_distance: int = 128
-    init_scale: float = 0.1  # s of paper §2.4; 1.0 is the usual Transformer initialisation
+    # s of paper §2.4; 1.0 is the usual Transformer initialisation.
+    init_scale: float = _key(0.1, role="training")
     # Ids of padding, of the end of a text, and of the decoder's first input, as the vocabulary and
     # the checkpoint have them; T5's are 0, 1 and 0.
     pad_id: int = 0
@@ -71,25 +80,30 @@ class MoEConfig:
     second_policy: Literal["all", "none", "threshold", "random"] = "all"
     second_threshold: float = 0.2
     # Exploration during training: noise on the router's input, or sampled experts.
-    jitter: float = 0.0  # the input is multiplied by uniform(1 - jitter, 1 + jitter)
-    input_dropout_rate: float = 0.0
-    sampling_temperature: float = 0.0  # sample from softmax(logits / temperature); 0: argmax
-    router_dtype: Literal["float32", "bfloat16"] = "float32"
-    capacity_factor: float | None = 1.25  # None: dropless
-    eval_capacity_factor: float | None = 2.0
+    # The input is multiplied by uniform(1 - jitter, 1 + jitter).
+    jitter: float = _key(0.0, role="training")
+    input_dropout_rate: float = _key(0.0, role="training")
+    # Sample from softmax(logits / temperature); 0: argmax.
+    sampling_temperature: float = _key(0.0, role="training")
+    router_dtype: Literal["float32", "bfloat16"] = _key("float32", role="training")
+    capacity_factor: float | None = _key(1.25, role="training")  # None: dropless
+    eval_capacity_factor: float | None = _key(2.0, role="evaluation")
     # Slots per expert and group, instead of both factors (Hugging Face: 64 per sequence).
-    expert_capacity: int | None = None
-    capacity_rounding: Literal["ceil", "floor"] = "ceil"  # floor: Mesh TensorFlow
-    min_capacity: int = 4
-    group_size: int = 8192  # maximum number of tokens that share the slots of the experts
+    expert_capacity: int | None = _key(None, role="evaluation")
+    # floor: Mesh TensorFlow
+    capacity_rounding: Literal["ceil", "floor"] = _key("ceil", role="evaluation")
+    min_capacity: int = _key(4, role="evaluation")
+    # Maximum number of tokens that share the slots of the experts.
+    group_size: int = _key(8192, role="evaluation")
     # routed: padding is routed and counted as any token (Hugging Face)
-    padding: Literal["skipped", "routed"] = "skipped"
-    aux_loss_weight: float = 0.01
-    aux_loss_reduction: Literal["sum", "mean"] = "sum"  # over layers; mean: T5X
-    z_loss_weight: float = 0.0  # of the router's logits
+    padding: Literal["skipped", "routed"] = _key("skipped", role="evaluation")
+    aux_loss_weight: float = _key(0.01, role="training")
+    # Over layers; mean: T5X.
+    aux_loss_reduction: Literal["sum", "mean"] = _key("sum", role="training")
+    z_loss_weight: float = _key(0.0, role="training")  # of the router's logits
     # Balance without a loss: update rate of a bias added to the ranking (DeepSeek-V3: 0.001).
     balance_bias_rate: float = 0.0
-    expert_dropout_rate: float = 0.0
+    expert_dropout_rate: float = _key(0.0, role="training")
 
     @property
     def num_selected(self) -> int:
@@ -232,6 +246,9 @@ class Config:
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = field(default=MeshConfig(), metadata={"change": "none"})
     init_from: str | None = None  # checkpoint of the initial parameters; None: random ones
+    # checkpoint: keys of `model` and `moe` that the parameters were trained for (role `function`)
+    # are those of init_from where the config leaves them at their defaults.
+    init_model: Literal["config", "checkpoint"] = _key("config", change="none")
     init_rules: str = ""  # which parameter is read from which, PATTERN -> NAME; …: transfer.py
     # Optimizer state: fresh, or that of init_from. Steps are counted from 0 in both cases.
     init_optimizer: Literal["fresh", "loaded"] = "fresh"
@@ -300,3 +317,9 @@ def change_effect(key: str) -> ChangeEffect:
         effect = fields[name].metadata.get("change", effect)
         group = getattr(group, name)
     return effect
+
+
+def key_roles(group: str) -> dict[str, KeyRole]:
+    """Returns the role of every key of `model` or `moe`, by its name in the group."""
+    fields = dataclasses.fields(getattr(Config(), group))
+    return {one.name: one.metadata.get("role", "function") for one in fields}

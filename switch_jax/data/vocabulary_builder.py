@@ -9,12 +9,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from switch_jax.config import Config, DataConfig
+from switch_jax.config import Config, DataConfig, is_config_spec
 from switch_jax.data.mixture import find_sources, mixture_rates
 from switch_jax.data.sources.bad_records import BadRecords
 from switch_jax.data.sources.source import Source
 from switch_jax.data.span_corruption import noise_and_spans, span_lengths
 from switch_jax.data.vocabulary import (
+    BYT5,
+    BYTES,
     EOS,
     HUGGING_FACE_VOCABULARY_FILES,
     NUM_SENTINELS,
@@ -41,21 +43,28 @@ def open_vocabulary(config: Config) -> Vocabulary:
     store; else the vocabulary of the checkpoint `init_from` or `distill.teacher`; else one that is
     trained on the mixture on first use and kept in the cache.
 
-    Raises `UserError` if it cannot be read or does not fit the model.
+    Raises `UserError` if it cannot be read or does not fit the model, and where one of the
+    checkpoints has no vocabulary and `data.vocabulary` is not set.
     """
+    return read_vocabulary(_vocabulary_path(config), config.model)
+
+
+def _vocabulary_path(config: Config) -> str | Path:
     data = config.data
-    inherited = _checkpoint_vocabulary(config.init_from) or _checkpoint_vocabulary(
-        config.distill.teacher
-    )
-    packed = None if data.data_dir is None else Path(data.data_dir, VOCABULARY_FILE)
-    path: str | Path
     if data.vocabulary is not None:
-        path = data.vocabulary
-    elif packed is not None and packed.is_file():
-        path = packed
-    else:
-        path = inherited or _trained_vocabulary(data, config.model.vocab_size)
-    return read_vocabulary(path, config.model)
+        return data.vocabulary
+    inherited = [
+        _checkpoint_vocabulary(key, path)
+        for key, path in (
+            ("init_from", config.init_from),
+            ("distill.teacher", config.distill.teacher),
+        )
+        if path is not None and not is_config_spec(path)
+    ]
+    packed = None if data.data_dir is None else Path(data.data_dir, VOCABULARY_FILE)
+    if packed is not None and packed.is_file():
+        return packed
+    return inherited[0] if inherited else _trained_vocabulary(data, config.model.vocab_size)
 
 
 def check_sentinels(data: DataConfig, vocabulary: Vocabulary) -> None:
@@ -150,17 +159,24 @@ def sample_texts(data: DataConfig, sources: list[Source], characters: int) -> It
                 source_quota -= len(text)
 
 
-def _checkpoint_vocabulary(name: str | None) -> Path | None:
-    """Returns the vocabulary file of a WORKDIR, a Hugging Face folder or a WORKDIR's checkpoint."""
-    if name is None:
-        return None
+def _checkpoint_vocabulary(key: str, name: str) -> Path:
+    """Returns the vocabulary file of a WORKDIR, a Hugging Face folder or a WORKDIR's checkpoint.
+
+    Raises `UserError` where there is none; `key` names the checkpoint in the config.
+    """
     path = expand_user(name).absolute()
-    files = [
-        path / VOCABULARY_FILE,
-        *(path / name for name in HUGGING_FACE_VOCABULARY_FILES),
-        path.parent.parent / VOCABULARY_FILE,
-    ]
-    return next((file for file in files if file.is_file()), None)
+    if not path.exists():
+        raise UserError(f"{key}={name} does not exist; set it to a WORKDIR or a checkpoint.")
+    files = [path / VOCABULARY_FILE, *(path / file for file in HUGGING_FACE_VOCABULARY_FILES)]
+    if path.parent.name == "checkpoints":
+        files.append(path.parent.parent / VOCABULARY_FILE)
+    for file in files:
+        if file.is_file():
+            return file
+    raise UserError(
+        f"{key}={name} comes without a vocabulary; set data.vocabulary to the one that it was"
+        f" trained with, a SentencePiece model, a tokenizer.json, {BYTES} or {BYT5}."
+    )
 
 
 def _trained_vocabulary(data: DataConfig, model_vocab_size: int) -> Path:

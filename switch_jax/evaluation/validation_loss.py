@@ -97,8 +97,15 @@ def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[
 
 
 def check_vocabulary(workdir: Workdir, config: Config) -> None:
-    """Raises `UserError` if the vocabulary of `config` differs from the run's."""
-    if config.data.reader == "synthetic" or not workdir.vocabulary.exists():
+    """Raises `UserError` if the vocabulary of `config` differs from the run's, or is unknown."""
+    if config.data.reader == "synthetic":
+        return
+    if not workdir.vocabulary.exists():
+        if config.data.vocabulary is None:  # a newly trained one would be another
+            raise UserError(
+                f"{workdir.path} has no vocabulary; set data.vocabulary to the one that the model"
+                " was trained with."
+            )
         return
     if open_vocabulary(config).fingerprint != read_vocabulary(workdir.vocabulary).fingerprint:
         raise UserError(

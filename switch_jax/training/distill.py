@@ -5,17 +5,14 @@ parameters of the student come from `init_from`, as in any other run.
 """
 
 import dataclasses
-import re
 
 import jax
 
 from switch_jax.checkpoint import find_pretrained
-from switch_jax.config import Config, load_config, validate
+from switch_jax.config import Config, is_config_spec, load_config, validate
 from switch_jax.data import open_vocabulary
 from switch_jax.errors import UserError
 from switch_jax.training.step import TrainProgram
-
-_CONFIG_FILE = re.compile(r".+\.py(:.*)?")
 
 
 def teacher_config(config: Config) -> Config | None:
@@ -32,7 +29,7 @@ def teacher_config(config: Config) -> Config | None:
     if not config.distilled:
         return None
     path = _teacher_path(config)
-    is_config_file = _CONFIG_FILE.fullmatch(path)
+    is_config_file = is_config_spec(path)
     source = load_config(path) if is_config_file else find_pretrained(path).config
     teacher_size, student_size = source.model.vocab_size, config.model.vocab_size
     if teacher_size != student_size:
@@ -65,7 +62,7 @@ def check_distillation(config: Config) -> None:
     if not config.distilled:
         return
     path = _teacher_path(config)
-    if _CONFIG_FILE.fullmatch(path):
+    if is_config_spec(path):
         raise UserError(
             f"The teacher {path} is a config and cannot answer; train it, and set distill.teacher"
             " to its WORKDIR."

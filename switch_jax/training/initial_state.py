@@ -15,9 +15,13 @@ from switch_jax.checkpoint import (
     PretrainedModel,
     Shape,
     Shapes,
+    Transfer,
+    check_special_ids,
     find_pretrained,
+    model_differences,
     parameter_origins,
-    transfer_report,
+    plan_transfer,
+    render_transfer,
 )
 from switch_jax.config import Config
 from switch_jax.data import open_vocabulary, parse_vocabulary
@@ -26,6 +30,7 @@ from switch_jax.model import (
     LayerSlice,
     abstract_model,
     init_adapters,
+    layer_shapes,
     named_parameters,
     parameter_metadata,
 )
@@ -57,7 +62,6 @@ def make_initial_state(program: TrainProgram) -> TrainState:
     if config.init_from is None:
         return state
     source = find_pretrained(config.init_from, together=True)
-    source.print_notes()
     growth = _vocabulary_growth(source, config)
     params = dict(state.params)
     origins = parameter_origins(_shapes(params), config, source.shapes, source.config)
@@ -78,19 +82,47 @@ def make_initial_state(program: TrainProgram) -> TrainState:
 
 
 def initial_state_report(config: Config) -> str:
-    """Returns a table of the parameters that `init_from` gives; needs no accelerator and no data.
+    """Returns a table of the parameters that `init_from` gives, below notes for the user.
 
-    Raises `UserError` where the model or its vocabulary does not fit.
+    Needs no accelerator and no data. Raises `UserError` where the model or its vocabulary does not
+    fit.
     """
     source = find_pretrained(config.init_from or "")
-    _vocabulary_growth(source, config)
+    transfer, shapes = _checked_transfer(source, config)
+    table = render_transfer(transfer, *shapes)
+    return "\n".join([*source.notes, *model_differences(source.config, config), table])
+
+
+def initial_state_notes(config: Config) -> str:
+    """Returns what the user must know of `init_from` before training, a line for each fact.
+
+    Differences of the models, parameters that are initialised, and parameters that are left out.
+    Raises `UserError` as `initial_state_report` does.
+    """
+    source = find_pretrained(config.init_from or "")
+    transfer, shapes = _checked_transfer(source, config)
+    table = render_transfer(transfer._replace(loaded={}), *shapes).splitlines()[:-1]
+    return "\n".join([*source.notes, *model_differences(source.config, config), *table])
+
+
+def _checked_transfer(
+    source: PretrainedModel, config: Config
+) -> tuple[Transfer, tuple[Shapes, Shapes]]:
+    """Returns what a model loads from another; and the shapes of both by layer.
+
+    Raises `UserError` where the model, its special tokens or its vocabulary do not fit.
+    """
     model = abstract_model(config)
     params = jax.eval_shape(
         lambda params: init_adapters(params, parameter_metadata(model), config),
         named_parameters(model),
     )
-    table = transfer_report(_shapes(params), config, source.shapes, source.config)
-    return "\n".join([*source.notes, table])
+    shapes = layer_shapes(_shapes(params), config), layer_shapes(source.shapes, source.config)
+    transfer = plan_transfer(*shapes, config.init_rules)
+    if "embedding" in transfer.loaded:
+        check_special_ids(source.config, config)
+    _vocabulary_growth(source, config)
+    return transfer, shapes
 
 
 def _vocabulary_growth(source: PretrainedModel, config: Config) -> VocabularyGrowth | None:

@@ -2,6 +2,7 @@
 
 import functools
 import signal
+import sys
 from contextlib import ExitStack
 
 import jax
@@ -29,7 +30,7 @@ from switch_jax.model import mfu, process_rows
 from switch_jax.training.distill import check_distillation, teacher_config, teacher_parameters
 from switch_jax.training.finite_guard import FiniteGuard
 from switch_jax.training.idle_experts import IdleExperts
-from switch_jax.training.initial_state import initial_state_report, make_initial_state
+from switch_jax.training.initial_state import initial_state_notes, make_initial_state
 from switch_jax.training.optimizer import schedule_warnings
 from switch_jax.training.progress import ProgressDisplay, evaluation_summary, train_status
 from switch_jax.training.state import restore_state, save_state
@@ -58,6 +59,11 @@ def _train(config: Config, workdir: Workdir, held: ExitStack) -> signal.Signals 
     first_process = jax.process_index() == 0
     with fail_together():
         workdir.check(config)
+        check_distillation(config)
+        if config.init_from is not None and not workdir.checkpoints.exists():
+            notes = initial_state_notes(config)  # before text is packed
+            if first_process and notes:
+                print(notes, file=sys.stderr, flush=True)
 
         # Mesh, model, data and evaluation
         teacher = teacher_config(config)
@@ -72,9 +78,6 @@ def _train(config: Config, workdir: Workdir, held: ExitStack) -> signal.Signals 
             check_metric(settings.keep_best, validation, scorer.metric_names)
             best_key = functools.partial(sort_key, settings.keep_best)
 
-        check_distillation(config)
-        if config.init_from is not None and not workdir.checkpoints.exists():
-            initial_state_report(config)
         vocabulary = None
         if config.data.reader != "synthetic":
             vocabulary = open_vocabulary(config).content

@@ -1,12 +1,14 @@
 """Import and export of Hugging Face folders: an export writes the tensors that were imported."""
 
+import functools
+import io
 import json
-import os
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import sentencepiece
 from orbax.checkpoint import StandardCheckpointer
 from safetensors.numpy import load_file, save_file
 
@@ -20,7 +22,7 @@ from switch_jax.checkpoint.pretrained import find_pretrained
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.cli.main import main
 from switch_jax.config.load import config_from_dict, config_to_dict, override_config
-from switch_jax.data.vocabulary_builder import open_vocabulary, train_vocabulary
+from switch_jax.data.vocabulary_builder import open_vocabulary
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
 from switch_jax.model.parameters import named_parameters
@@ -53,13 +55,18 @@ def converted(stored, tmp_path_factory) -> Path:
     return base / "run"
 
 
+@functools.cache
 def vocabulary() -> bytes:
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"hf-{os.getpid()}.model"
-    train_vocabulary(["the quick brown fox jumps over the lazy dog " * 9] * 20, path, 500)
-    try:
-        return path.read_bytes()
-    finally:
-        path.unlink()
+    """Returns a vocabulary of at most 64 ids, with two sentinels."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog " * 9] * 20),
+        model_writer=model,
+        **{"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2},
+        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+        user_defined_symbols=["<extra_id_1>", "<extra_id_0>"],
+    )
+    return model.getvalue()
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,12 +61,14 @@ MODELS = {
 }
 
 
-def random_model(name: str) -> SwitchTransformer:
+def random_model(name: str, **overrides: Any) -> SwitchTransformer:
     shape = {"model.vocab_size": 40, "model.d_ff": 24, "model.head_dim": 4}
     other = {"model.relative_buckets": 16, "model.init_scale": 1.0}
     # T5X's defaults, which a checkpoint does not have.
     routing = {"moe.group_size": 8192, "moe.min_capacity": 4}
-    return SwitchTransformer(tiny(**shape | other | routing | MODELS[name]), jax.random.key(1))
+    return SwitchTransformer(
+        tiny(**shape | other | routing | MODELS[name] | overrides), jax.random.key(1)
+    )
 
 
 def t5x_arrays(model: SwitchTransformer) -> dict[str, np.ndarray]:

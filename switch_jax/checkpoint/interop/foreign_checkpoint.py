@@ -17,6 +17,8 @@ import numpy as np
 
 from switch_jax.checkpoint.finite import check_finite
 from switch_jax.config import Config
+from switch_jax.data import parse_vocabulary, read_vocabulary
+from switch_jax.errors import UserError
 from switch_jax.model import abstract_model, named_parameters, parameter_metadata
 
 SliceIndex = tuple[int, ...]  # along the stacked dimensions of a parameter
@@ -76,6 +78,29 @@ class ForeignCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all parameters, by path."""
         return {name: stacked.shape for name, stacked in self.parameters.items()}
+
+    def with_vocabulary(self, file: str | None) -> "ForeignCheckpoint":
+        """Returns the checkpoint with the vocabulary in a file, or with its own if `file` is None.
+
+        Raises `UserError` where the file has no vocabulary, where the checkpoint has another one,
+        and where the vocabulary does not fit the model.
+        """
+        content = self.vocabulary
+        if file is not None:
+            content = read_vocabulary(file).content
+            if self.vocabulary not in (None, content):
+                raise UserError(
+                    f"The checkpoint has a vocabulary of its own, other than {file}; leave"
+                    " --vocabulary out."
+                )
+        if content is None:
+            note = (
+                "There is no vocabulary: set --vocabulary FILE, or data.vocabulary=FILE where the"
+                " model is used with text."
+            )
+            return dataclasses.replace(self, notes=(*self.notes, note))
+        parse_vocabulary(file or "of the checkpoint", content, self.config.model)
+        return dataclasses.replace(self, vocabulary=content)
 
     def read_finite_slice(self, name: str, index: SliceIndex) -> np.ndarray:
         """Returns a slice as `read_slice` does; raises `UserError` for NaN and infinity in it."""

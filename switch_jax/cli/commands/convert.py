@@ -25,18 +25,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return sub
 
     programs = "(T5, mT5, Switch Transformers)"
-    verb("from-hf", from_hugging_face, f"Hugging Face folder → WORKDIR {programs}", "DIR")
+    text = f"Hugging Face folder → WORKDIR {programs}"
+    from_hf = verb("from-hf", from_hugging_face, text, "DIR")
     verb("to-hf", to_hugging_face, "checkpoint → Hugging Face folder", "WORKDIR")
-    verb("from-t5x", from_t5x, f"T5X checkpoint → WORKDIR {programs}", "DIR")
+    from_t5x_ = verb("from-t5x", from_t5x, f"T5X checkpoint → WORKDIR {programs}", "DIR")
     text = "dense model → sparse model, as --config.moe.num_experts=8 or the like describes it"
-    add_config(verb("upcycle", from_dense, text, "DIR"), required=False)
+    upcycle = verb("upcycle", from_dense, text, "DIR")
+    add_config(upcycle, required=False)
+    for sub in (from_hf, from_t5x_, upcycle):
+        sub.add_argument(
+            "--vocabulary",
+            metavar="FILE",
+            help="vocabulary of a checkpoint that comes without one: SentencePiece model or bytes",
+        )
 
 
 def from_hugging_face(args: argparse.Namespace) -> None:
     """Runs `convert from-hf`."""
     from switch_jax.checkpoint import read_hugging_face, write_workdir
 
-    checkpoint = read_hugging_face(Path(args.source))
+    checkpoint = read_hugging_face(Path(args.source)).with_vocabulary(args.vocabulary)
     write_workdir(checkpoint, Path(args.output))
     _print_written(checkpoint.notes, args.output)
 
@@ -45,7 +53,7 @@ def from_t5x(args: argparse.Namespace) -> None:
     """Runs `convert from-t5x`."""
     from switch_jax.checkpoint import read_t5x, write_workdir
 
-    checkpoint = read_t5x(Path(args.source))
+    checkpoint = read_t5x(Path(args.source)).with_vocabulary(args.vocabulary)
     write_workdir(checkpoint, Path(args.output))
     _print_written(checkpoint.notes, args.output)
 
@@ -62,8 +70,9 @@ def from_dense(args: argparse.Namespace) -> None:
         config = load_config_argument(args)
     else:
         config = override_config(source.config, args.overrides)
-    write_workdir(upcycle_dense_model(source, config), Path(args.output))
-    _print_written((), args.output)
+    checkpoint = upcycle_dense_model(source, config).with_vocabulary(args.vocabulary)
+    write_workdir(checkpoint, Path(args.output))
+    _print_written(checkpoint.notes, args.output)
 
 
 def to_hugging_face(args: argparse.Namespace) -> None:

@@ -2,10 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from switch_jax.cli.arguments import add_checkpoint, number, path, whole_number
 from switch_jax.cli.startup import print_result, start
 from switch_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from switch_jax.checkpoint import Workdir
+    from switch_jax.data import Vocabulary
 
 HELP = "fill the blanks (___) of a text, or answer it"
 
@@ -32,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fill_blanks",
         action=argparse.BooleanOptionalAction,
         help="whether ___ is a blank to fill (yes for a run on text, no for one on tasks only)",
+    )
+    parser.add_argument(
+        "--vocabulary", metavar="FILE", help="the model's vocabulary, for a WORKDIR without one"
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -61,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generates, and prints one result per text."""
     from switch_jax.checkpoint import find_checkpoint_together, load
-    from switch_jax.data import read_text_file, read_vocabulary
+    from switch_jax.data import read_text_file
     from switch_jax.inference import SamplingOptions, complete_texts
 
     options = SamplingOptions(
@@ -81,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         texts = read_text_file(Path(args.input)).removesuffix("\n").split("\n")
     start(args)
     workdir, folder = find_checkpoint_together(args.workdir)
-    vocabulary = read_vocabulary(workdir.vocabulary, workdir.config().model)
+    vocabulary = _model_vocabulary(workdir, args.vocabulary)
     model = load(folder)
     for text in complete_texts(
         model,
@@ -92,3 +100,24 @@ def run(args: argparse.Namespace) -> None:
         fill_blanks=args.fill_blanks,
     ):
         print_result(text)
+
+
+def _model_vocabulary(workdir: "Workdir", file: str | None) -> "Vocabulary":
+    """Returns the vocabulary of a WORKDIR, or that in a file for a WORKDIR without one.
+
+    Raises `UserError` where there is none, or two that differ.
+    """
+    from switch_jax.data import read_vocabulary
+
+    if file is None and not workdir.vocabulary.exists():
+        raise UserError(
+            f"{workdir.path} has no vocabulary; set --vocabulary to the one that the model was"
+            " trained with."
+        )
+    vocabulary = read_vocabulary(file or workdir.vocabulary, workdir.config().model)
+    if workdir.vocabulary.exists() and vocabulary.content != workdir.vocabulary.read_bytes():
+        raise UserError(
+            f"{workdir.path} has a vocabulary of its own, other than {file}; leave --vocabulary"
+            " out."
+        )
+    return vocabulary
