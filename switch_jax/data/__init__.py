@@ -17,11 +17,7 @@ from switch_jax.data.text_batches import read_text_file, text_file_batches
 from switch_jax.data.token_store.build import build_token_store, store_table
 from switch_jax.data.vocabulary import (
     BYT5,
-    BYTES,
-    EOS,
     HUGGING_FACE_VOCABULARY_FILES,
-    NUM_SENTINELS,
-    PAD,
     Vocabulary,
     hugging_face_file_name,
     parse_vocabulary,
@@ -31,12 +27,8 @@ from switch_jax.data.vocabulary_builder import open_vocabulary, sample_texts, tr
 
 __all__ = [
     "BYT5",
-    "BYTES",
-    "EOS",
     "HUGGING_FACE_VOCABULARY_FILES",
     "MIXTURES",
-    "NUM_SENTINELS",
-    "PAD",
     "Batch",
     "BatchIterator",
     "ProcessRows",

@@ -8,7 +8,7 @@
 on the length alone, so the lengths after corruption are known beforehand. The placement is uniform
 over all alternations of that many kept and noise spans that begin with a kept span.
 
-Span i has sentinel i of the vocabulary. A text of more than 2000 tokens has more than 100 spans, so
+Span i has sentinel i of the vocabulary. A text of more than 2009 tokens has more than 100 spans, so
 it needs a vocabulary with more sentinels than T5's.
 """
 

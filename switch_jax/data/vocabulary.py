@@ -71,11 +71,6 @@ class Vocabulary(abc.ABC):
         }
 
     @property
-    def num_pieces(self) -> int:
-        """Number of ids that are no sentinels."""
-        return self.size - len(self.sentinels)
-
-    @property
     def padded_size(self) -> int:
         """The recommended `model.vocab_size`: `size` rounded up to a multiple of 128, as in T5."""
         return -(-self.size // 128) * 128
@@ -129,7 +124,7 @@ class Vocabulary(abc.ABC):
     def _decode(self, ids: list[int]) -> str: ...
 
 
-def named_sentinels(token_id: Callable[[str], int | None]) -> tuple[int, ...]:
+def _named_sentinels(token_id: Callable[[str], int | None]) -> tuple[int, ...]:
     """Returns the ids of `<extra_id_0>`, `<extra_id_1>`, …, up to a missing one.
 
     Args:
@@ -157,7 +152,7 @@ class SentencePieceVocabulary(Vocabulary):
                 f"Vocabulary {name!r} is not a SentencePiece model; set data.vocabulary to one."
             ) from error
         size = processor.get_piece_size()
-        sentinels = named_sentinels(self._find)
+        sentinels = _named_sentinels(self._find)
         self.has_own_sentinels = bool(sentinels)
         if not sentinels:
             sentinels = tuple(range(size + NUM_SENTINELS - 1, size - 1, -1))
@@ -228,7 +223,7 @@ class TokenizerVocabulary(Vocabulary):
         unk = model.get("unk_id")
         if unk is None:
             unk = tokenizer.token_to_id(model.get("unk_token") or "<unk>")
-        sentinels = named_sentinels(tokenizer.token_to_id)
+        sentinels = _named_sentinels(tokenizer.token_to_id)
         added = tokenizer.get_added_tokens_decoder()
         self._controls = {token for token, entry in added.items() if entry.special}
         self._controls = (self._controls | {pad, eos}) - {unk, *sentinels}
