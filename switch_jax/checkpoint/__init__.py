@@ -7,7 +7,13 @@ from switch_jax.checkpoint.interop.hf_export import export_hugging_face
 from switch_jax.checkpoint.interop.hf_import import read_hugging_face
 from switch_jax.checkpoint.interop.t5x_import import read_t5x
 from switch_jax.checkpoint.interop.workdir_writer import write_workdir
-from switch_jax.checkpoint.metrics_log import QUALITY, MetricsWriter, last_logged_step, read_metrics
+from switch_jax.checkpoint.metrics_log import (
+    QUALITY,
+    MetricsWriter,
+    has_diverged,
+    last_logged_step,
+    read_metrics,
+)
 from switch_jax.checkpoint.model_differences import check_special_ids, model_differences
 from switch_jax.checkpoint.pretrained import PretrainedModel, find_pretrained, load
 from switch_jax.checkpoint.transfer import (
@@ -37,6 +43,7 @@ __all__ = [
     "export_hugging_face",
     "find_checkpoint_together",
     "find_pretrained",
+    "has_diverged",
     "last_logged_step",
     "load",
     "model_differences",

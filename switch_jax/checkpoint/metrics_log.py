@@ -101,6 +101,17 @@ def last_metrics(workdir: Workdir) -> dict[str, Any] | None:
     return next((line for line in map(_parse_line, reversed(lines)) if line is not None), None)
 
 
+def has_diverged(workdir: Workdir) -> bool:
+    """Whether the run stopped because a loss, gradient or parameter was not finite.
+
+    The next start of the run removes the line that says so.
+    """
+    line = last_metrics(workdir)
+    if line is None or line["split"] != "train" or "skipped_steps" in line:
+        return False
+    return any(line.get(name, 0.0) is None for name in ("loss", "grad_norm", "param_norm"))
+
+
 def _read_lines(workdir: Workdir) -> tuple[list[dict[str, Any]], list[int]]:
     """Returns the lines that are not damaged, and the numbers of the damaged ones, from 1."""
     texts = workdir.metrics_file.read_bytes().split(b"\n")

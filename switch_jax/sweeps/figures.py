@@ -174,9 +174,9 @@ def _draw_transfer(figure: Transfer, results: Results) -> Any:
 
 
 def _draw_sources(figure: Sources, results: Results) -> Any:
-    """Draws the first seed that both runs have finished; the summary has every seed."""
+    """Draws the first seed that has results of both runs; the summary has every seed."""
     seeds = zip(results[figure.baseline], results[figure.run])
-    pair = next(((a, b) for a, b in seeds if a is not None and b is not None), None)
+    pair = next(((a, b) for a, b in seeds if a and b and a.evaluations and b.evaluations), None)
     if pair is None:
         return None
     lines = (list(map(dict, result.evaluations)) for result in pair)

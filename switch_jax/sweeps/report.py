@@ -23,13 +23,17 @@ SpreadJson = Mapping[str, Any]  # mean, deviation, known, of, values
 
 
 def write_sweep_report(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> list[Path]:
-    """Writes the report of a sweep's finished runs into its folder; returns the files.
+    """Writes the report of a sweep's finished and diverged runs into its folder.
+
+    Returns the files.
 
     Raises `UserError` for a folder that cannot be written, and without Matplotlib.
     """
     results: dict[str, list[RunResult | None]] = {name: [] for name in sweep.runs}
     for job in jobs:
-        result = read_result(job.workdir, job.step_flops) if job.finished else None
+        result = None
+        if job.finished or job.diverged:
+            result = read_result(job.workdir, job.step_flops, diverged=job.diverged)
         results[job.name].append(result)
     return write_results_report(sweep, results, folder)
 
@@ -108,7 +112,9 @@ def runs_cells(summary: Summary) -> Cells:
     header = ["run", "seeds", "parameters", "FLOPs a sequence", "steps", "target tokens"]
     lines = [[*header, "FLOPs in training"]]
     for name, run in summary["runs"].items():
-        line = [name, f"{len(run['seeds'])} of {len(summary['seeds'])}"]
+        diverged = sum(seed["diverged"] for seed in run["seeds"].values())
+        seeds = f"{len(run['seeds'])} of {len(summary['seeds'])}"
+        line = [name, f"{seeds}, {diverged} diverged" if diverged else seeds]
         if run["seeds"]:
             line += [
                 f"{run['params']:,}",

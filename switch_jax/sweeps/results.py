@@ -1,4 +1,4 @@
-"""Results of a finished run, read from its WORKDIR."""
+"""Results of a finished or diverged run, read from its WORKDIR."""
 
 import dataclasses
 import statistics
@@ -8,6 +8,7 @@ from typing import Any
 
 from switch_jax.checkpoint import QUALITY, Workdir, read_metrics
 from switch_jax.config import Config
+from switch_jax.errors import UserError
 from switch_jax.evaluation import sort_key
 from switch_jax.model import flops_per_sequence, params_by_group
 
@@ -16,7 +17,7 @@ _LAST_ROUTER_LINES = 4  # lines of metrics.jsonl over which `RunResult.dropped` 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """Measurements of a finished run; None for what the run does not log."""
+    """Measurements of a run; None for what the run does not log."""
 
     config: Config
     params: int
@@ -27,6 +28,7 @@ class RunResult:
     step_seconds: float | None  # median, without compilation and evaluation
     dropped: float | None  # fraction of assignments without a slot, at the end
     devices: str | None
+    diverged: bool = False  # training stopped early, because a value was not finite
 
     @property
     def steps(self) -> int:
@@ -41,10 +43,12 @@ class RunResult:
     def quality(self, metric: str) -> float | None:
         """Returns the last value of `QUALITY`, or the best of a task's score, as in the paper.
 
-        None if that is not finite: the run has diverged.
+        None if the run has diverged, also if it did so after its last evaluation.
         """
+        if self.diverged or not self.evaluations:
+            return None
         if metric == QUALITY:
-            return self.evaluations[-1][metric]
+            return self.evaluations[-1].get(metric)
         return max((y for _, y in self.curve(metric)), default=None)
 
     def curve(self, metric: str, x: str = "steps") -> list[tuple[float, float]]:
@@ -62,11 +66,13 @@ class RunResult:
         return [(step * x_per_step, value) for step, value in points if value is not None]
 
 
-def read_result(workdir: Workdir, step_flops: float) -> RunResult:
-    """Reads the results of a finished run.
+def read_result(workdir: Workdir, step_flops: float, *, diverged: bool = False) -> RunResult:
+    """Reads the results of a finished or diverged run.
 
     Args:
+      workdir: the run's folder.
       step_flops: FLOPs of a train step, a teacher's included.
+      diverged: whether training stopped early, because a value was not finite.
     """
     config, lines = workdir.config(), read_metrics(workdir)
     train = [line for line in lines if line["split"] == "train"]
@@ -79,10 +85,11 @@ def read_result(workdir: Workdir, step_flops: float) -> RunResult:
         flops_per_sequence=flops_per_sequence(config),
         step_flops=step_flops,
         evaluations=tuple(line for line in lines if line["split"] == "eval"),
-        tokens_per_step=train[-1]["tokens"] / train[-1]["step"],
+        tokens_per_step=train[-1]["tokens"] / train[-1]["step"] if train else 0.0,
         step_seconds=statistics.median(seconds) if seconds else None,
         dropped=statistics.fmean(last_dropped) if last_dropped else None,
         devices=workdir.devices(),
+        diverged=diverged,
     )
 
 
@@ -97,5 +104,10 @@ def checkpoint_for_reuse(workdir: Workdir) -> Path:
         return workdir.path
     kept = {folder.name for folder in workdir.checkpoints.iterdir()}
     lines = [m for m in read_metrics(workdir) if m["split"] == "eval" and str(m["step"]) in kept]
+    if not lines:
+        raise UserError(
+            f"{workdir.path} logs no evaluation of its checkpoints, so that the best is not known;"
+            " name one as init_from or distill.teacher."
+        )
     best = max(lines, key=lambda m: (sort_key(metric, m), m["step"]))
     return workdir.checkpoints / str(best["step"])

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from switch_jax.checkpoint import Workdir, last_logged_step
+from switch_jax.checkpoint import Workdir, has_diverged, last_logged_step
 from switch_jax.config import Config, change_effect, config_differences, load_config
 from switch_jax.distributed import record_signals
 from switch_jax.errors import UserError
@@ -68,6 +68,11 @@ class Job:
         return (self.workdir.checkpoints / str(self.config.train.steps)).exists()
 
     @property
+    def diverged(self) -> bool:
+        """Whether training has stopped because it diverged; that is a result, too."""
+        return not self.finished and has_diverged(self.workdir)
+
+    @property
     def required_jobs(self) -> set[str]:
         """Keys of the jobs that must be finished before this one begins."""
         return {f"{name}-{self.seed}" for name in self.run.required_runs()}
@@ -103,6 +108,7 @@ class SweepState:
 
     finished: int = 0  # number of jobs
     failed: list[str] = dataclasses.field(default_factory=list)  # keys of jobs
+    diverged: list[str] = dataclasses.field(default_factory=list)  # keys of jobs
     blocked: list[str] = dataclasses.field(default_factory=list)  # keys of other unfinished jobs
     stopped_by: signal.Signals | None = None
 
@@ -157,9 +163,16 @@ def prepare_sweep(jobs: list[Job], folder: Path) -> None:
 
 
 def ready_jobs(jobs: list[Job], failed: Collection[str] = ()) -> list[Job]:
-    """Returns the jobs that are not finished, not failed, and have all required jobs finished."""
+    """Returns the jobs that can be trained now, in order.
+
+    They are not finished, not diverged and not failed, and all required jobs are finished.
+    """
     done = {job.key for job in jobs if job.finished}
-    return [job for job in jobs if job.key not in done | set(failed) and job.required_jobs <= done]
+    return [
+        job
+        for job in jobs
+        if job.key not in done | set(failed) and job.required_jobs <= done and not job.diverged
+    ]
 
 
 def run_sweep(jobs: list[Job]) -> SweepState:
@@ -177,12 +190,13 @@ def run_sweep(jobs: list[Job]) -> SweepState:
                 if locked is None:
                     display.show_waiting(len(ready))
                     time.sleep(_POLL_SECONDS)
-                elif not locked[0].finished:
+                elif not (locked[0].finished or locked[0].diverged):
                     _train(*locked, display, received, state)
             display.end_run({job.key for job in jobs if job.finished})
     unfinished = [job.key for job in jobs if not job.finished]
     state.finished = len(jobs) - len(unfinished)
-    state.blocked = [key for key in unfinished if key not in state.failed]
+    state.diverged = [job.key for job in jobs if job.diverged]
+    state.blocked = [key for key in unfinished if key not in state.failed + state.diverged]
     state.stopped_by = received[0] if received else None
     return state
 
@@ -233,10 +247,11 @@ def _train(
             display.update_run(job.trained_fraction)
             time.sleep(_POLL_SECONDS)
     if not job.finished and not received:
-        state.failed.append(job.key)
-        display.print_line(
-            f"{job.key} failed, see {job.output_file}: {_last_line(job.output_file)}"
-        )
+        outcome = "diverged" if job.diverged else "failed"
+        if outcome == "failed":
+            state.failed.append(job.key)
+        reason = _last_line(job.output_file)
+        display.print_line(f"{job.key} {outcome}, see {job.output_file}: {reason}")
 
 
 def _last_line(file: Path) -> str:

@@ -22,7 +22,7 @@ from switch_jax.model import CONVENTIONS
 from switch_jax.sweeps.results import RunResult
 from switch_jax.sweeps.spec import Curves, Figure, Scaling, Sources, Sweep, Table, Transfer
 
-SeedResults = Sequence[RunResult | None]  # of one run, by seed; None: not finished
+SeedResults = Sequence[RunResult | None]  # of one run, by seed; None: not trained to its end
 Results = Mapping[str, SeedResults]  # by name of the run
 Values = list[float | None]  # by seed
 Points = list[tuple[float, float]]
@@ -62,6 +62,7 @@ def _run_summary(seeds: Sequence[int], results: SeedResults) -> dict[str, Any]:
     return common | {
         "seeds": {
             str(seed): {
+                "diverged": result.diverged,
                 "step_seconds": result.step_seconds,
                 "dropped": result.dropped,
                 "evaluations": list(result.evaluations),
@@ -91,7 +92,8 @@ def _table_summary(table: Table, results: Results) -> dict[str, Any]:
             columns["speed_up_seconds"] = speed_up_ratios(baseline, ours, "seconds")
         if table.metric == QUALITY and max(train_flops, default=0.0) > 1.05 * fewest_flops:
             columns["at_equal_flops"] = _values(
-                lambda r: value_at(r.curve(QUALITY, "flops"), fewest_flops), ours
+                lambda r: None if r.diverged else value_at(r.curve(QUALITY, "flops"), fewest_flops),
+                ours,
             )
         if label in table.teachers:
             teachers = results[table.teachers[label]]
@@ -210,7 +212,9 @@ def speed_up_ratios(baseline: SeedResults, ours: SeedResults, x: str) -> Values:
     Seeds whose two runs were trained on different devices are left out if `x` is "seconds".
     """
     return [
-        _ratio(speed_up(a.curve(QUALITY, x), b.curve(QUALITY, x)))
+        None
+        if a.diverged or b.diverged
+        else _ratio(speed_up(a.curve(QUALITY, x), b.curve(QUALITY, x)))
         for a, b in _finished_in_all(baseline, ours)
         if x != "seconds" or a.devices == b.devices
     ]

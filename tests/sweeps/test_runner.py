@@ -92,6 +92,27 @@ def test_a_failure_is_reported_and_other_jobs_are_trained(tmp_path, capfd):
     assert [job.key for job in made if job.finished] == ["good-0", "more-0"]
 
 
+DIVERGED = """
+import pathlib, sys
+folder = pathlib.Path({folder!r})
+folder.mkdir(parents=True)
+(folder / "metrics.jsonl").write_text('{{"step": 3, "split": "train", "loss": null}}')
+print("The loss is nan at step 3.")
+sys.exit(3)
+"""
+
+
+def test_a_diverged_job_is_no_failure_and_not_trained_again(tmp_path, capfd):
+    diverging = DIVERGED.format(folder=str(tmp_path / "runs" / "bad-0"))
+    made = fake_jobs(tmp_path, {"bad": diverging, "after": "", "good": ""}, after="bad")
+    progress = run_sweep(made)
+    assert (progress.finished, progress.blocked) == (1, ["after-0"])
+    assert (progress.diverged, progress.failed) == (["bad-0"], [])
+    assert "bad-0 diverged, see" in (err := capfd.readouterr().err) and "is nan at step 3" in err
+    assert run_sweep(made) == progress
+    assert made[0].output_file.read_text() == "The loss is nan at step 3.\n"
+
+
 def test_a_finished_job_is_not_trained_again(tmp_path):
     run_sweep(fake_jobs(tmp_path, {"a": "print('once')"}))
     (made,) = fake_jobs(tmp_path, {"a": "raise SystemExit('twice')"})

@@ -12,7 +12,7 @@ from switch_jax.checkpoint.metrics_log import QUALITY
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.model.flops import flops_per_sequence, params_by_group, train_flops
 from switch_jax.sweeps.figures import _draw_curves
-from switch_jax.sweeps.report import figure_notes, table_cells, write_results_report
+from switch_jax.sweeps.report import figure_notes, runs_cells, table_cells, write_results_report
 from switch_jax.sweeps.results import RunResult, read_result
 from switch_jax.sweeps.spec import Curves, Scaling, Sources, Sweep, SweepRun, Table, Transfer
 from switch_jax.sweeps.summary import summarise_sweep
@@ -62,6 +62,20 @@ def table(rows, **settings):
     names = set(rows.values()) | set(made.teachers.values())
     sweep = Sweep("Sweep", {n: SweepRun("c.py") for n in names}, (0, 1), {"t": made})
     return summarise_sweep(sweep, RESULTS)["tables"]["t"]
+
+
+def test_a_run_that_diverged_after_its_last_evaluation_has_no_quality():
+    diverged = dataclasses.replace(result([-3, -2, -1.5, -1]), diverged=True)
+    early = dataclasses.replace(diverged, evaluations=())
+    results = {"dense": RESULTS["dense"], "bad": [diverged, early]}
+    made = Table("Title", "Claim", {"T5": "dense", "Bad": "bad"})
+    sweep = Sweep("Sweep", {n: SweepRun("c.py") for n in results}, (0, 1), {"t": made})
+    summary = summarise_sweep(sweep, results)
+    row = summary["tables"]["t"]["rows"]["Bad"]
+    for column in ("quality", "gain", "speed_up_steps", "speed_up_seconds"):
+        assert row[column]["values"] == [None, None]
+    assert table_cells(summary["tables"]["t"])[2][:2] == ["Bad", "diverged"]
+    assert runs_cells(summary)[2][:2] == ["bad", "2 of 2, 2 diverged"]
 
 
 def test_rows_are_compared_with_the_first_seed_by_seed():

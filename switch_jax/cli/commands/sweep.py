@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             " several; start what --commands prints with your launcher."
         )
     progress = run_sweep(jobs)
-    if progress.finished:
+    if progress.finished or progress.diverged:
         print("\n".join(map(str, write_sweep_report(made, jobs, folder))))
     if progress.stopped_by is not None:
         print(
@@ -69,5 +69,15 @@ def run(args: argparse.Namespace) -> int:
             f"{len(progress.failed)} of {len(jobs)} runs failed ({', '.join(progress.failed)}; what"
             f" they printed is in {folder / 'jobs'}){blocked}; put that right, and the same command"
             " trains what is missing."
+        )
+    if progress.diverged and progress.blocked:
+        raise UserError(
+            f"{', '.join(progress.diverged)} diverged, and {', '.join(progress.blocked)} need what"
+            " they train; change the config of those that diverged, and use another --workdir."
+        )
+    if progress.diverged:
+        print(
+            f"{len(progress.diverged)} of {len(jobs)} runs diverged"
+            f" ({', '.join(progress.diverged)}); the report has them without a final quality."
         )
     return 0
