@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from switch_jax.config import Config
+from switch_jax.config import Config, InitRule, parse_init_rules
 from switch_jax.errors import UserError
 from switch_jax.model import LayerSlice, is_adapter, layer_shapes, layer_slices
 
@@ -63,7 +63,7 @@ def plan_transfer(target: Shapes, source: Shapes, rules: str) -> Transfer:
     missing in `source` or has another shape there, and for one that is only in `source`, in a
     sub-layer of which other parameters are loaded: without it they compute something else.
     """
-    parsed = _parse(rules)
+    parsed, used = parse_init_rules(rules), set[InitRule]()
     loaded: dict[str, str] = {}
     initialised = []
     if any(is_adapter(name) and name not in target for name in source):
@@ -72,7 +72,7 @@ def plan_transfer(target: Shapes, source: Shapes, rules: str) -> Transfer:
             " with."
         )
     for name, shape in target.items():
-        source_name = _apply_rules(name, parsed)
+        source_name = _apply_rules(name, parsed, used)
         if source_name not in source:
             source_name = _default_source(source_name, source)
         if source_name == "":
@@ -101,7 +101,7 @@ def plan_transfer(target: Shapes, source: Shapes, rules: str) -> Transfer:
             f" '{_pattern_of(name)} ->' to init_rules, and it is left out."
         )
     for rule in parsed:
-        if not rule.used:
+        if rule not in used:
             raise UserError(
                 f"init_rules has {rule.pattern.pattern!r}, which is the whole name of no parameter"
                 f" that a rule before it has not matched, such as {next(iter(target))}; correct it."
@@ -170,42 +170,13 @@ def _only_vocabulary_grows(name: str, old: Shape, new: Shape) -> bool:
     return all(i == axis or a == b for i, (a, b) in enumerate(zip(old, new)))
 
 
-class _Rule:
-    """A rule of `init_rules`: a pattern, the template of a name, and whether it was used."""
-
-    def __init__(self, pattern: re.Pattern, template: str):
-        self.pattern, self.template, self.used = pattern, template, False
-
-
-def _parse(rules: str) -> list[_Rule]:
-    parsed = []
-    for rule in filter(None, map(str.strip, rules.split(";"))):
-        pattern, arrow, name = rule.partition("->")
-        try:
-            if not arrow:
-                raise re.error("there is no ->")
-            parsed.append(_Rule(re.compile(pattern.strip()), name.strip()))
-        except re.error as error:
-            raise UserError(
-                f"init_rules has {rule!r}, which cannot be read ({error}); write PATTERN -> NAME,"
-                " with a semicolon between two rules."
-            ) from error
-    return parsed
-
-
-def _apply_rules(name: str, rules: list[_Rule]) -> str:
-    """Returns the name of the first rule that matches; `name` itself where none does."""
+def _apply_rules(name: str, rules: list[InitRule], used: set[InitRule]) -> str:
+    """Returns the name of the first rule that matches, which is used; `name` where none does."""
     for rule in rules:
         match = rule.pattern.fullmatch(name)
         if match:
-            rule.used = True
-            try:
-                return match.expand(rule.template)
-            except (re.error, IndexError) as error:
-                raise UserError(
-                    f"init_rules has the name {rule.template!r}, which does not fit"
-                    f" {rule.pattern.pattern!r} ({error}); refer to groups that it has."
-                ) from error
+            used.add(rule)
+            return match.expand(rule.template)
     return name
 
 

@@ -13,6 +13,7 @@ from switch_jax.config.load import (
     parse_arg,
     read_config_file,
 )
+from switch_jax.config.parameter_patterns import InitRule, parse_init_rules
 from switch_jax.config.presets import call_config_function, is_config_spec, split_config_spec
 from switch_jax.config.schema import (
     STACKS,
@@ -36,6 +37,7 @@ __all__ = [
     "BlockRun",
     "Config",
     "DataConfig",
+    "InitRule",
     "LoRAConfig",
     "MeshConfig",
     "MoEConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "load_config",
     "override_config",
     "parse_arg",
+    "parse_init_rules",
     "parse_json",
     "read_config_file",
     "read_json",

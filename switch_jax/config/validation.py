@@ -1,15 +1,22 @@
 """Validation of a config: ranges of values and contradictions between them."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 from switch_jax.config.expert_capacity import expert_capacity, rows_per_group
+from switch_jax.config.parameter_patterns import compile_pattern, parse_init_rules
 from switch_jax.config.schema import STACKS, Config
 from switch_jax.errors import UserError
 
 
 def validate(config: Config) -> None:
     """Raises `UserError` for values out of range or in contradiction; types are checked before."""
+    _check_sizes(config)
     _check_ranges(config)
+    compile_pattern("lora.of", config.lora.of)
+    compile_pattern("optimizer.trained", config.optimizer.trained)
+    parse_init_rules(config.init_rules)
     if config.sparse:
         _check_placement(config)
         _check_router(config)
@@ -101,6 +108,39 @@ _MINIMUMS = {
 }
 
 
+_MAX_WHOLE = 2**31 - 1  # of XLA's sizes, and of the step counter
+_MAX_SEED = 2**32 - 1  # JAX drops higher bits, so that different seeds would be the same
+_MAX_FLOAT32 = 3.4e38
+
+
+def _check_sizes(config: Config) -> None:
+    """Raises `UserError` for numbers that computations would round or wrap, and for empty texts."""
+    for key, value in _values(config):
+        if key.endswith(".seed"):
+            _require(
+                -_MAX_WHOLE <= value <= _MAX_SEED,
+                f"{key} must be from {-_MAX_WHOLE} to {_MAX_SEED}, not {value}.",
+            )
+        elif type(value) is int:
+            _require(value <= _MAX_WHOLE, f"{key} must be at most {_MAX_WHOLE}, not {value}.")
+        elif type(value) is float:
+            _require(
+                abs(value) <= _MAX_FLOAT32,
+                f"{key} must be a number of 32 bits, at most {_MAX_FLOAT32}, not {value}.",
+            )
+        _require(value != "" or key == "init_rules", f"{key} is empty; set it, or leave it out.")
+
+
+def _values(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted key and value of all keys."""
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _values(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
 def _check_ranges(config: Config) -> None:
     for group, by_minimum in _MINIMUMS.items():
         for minimum, names in by_minimum.items():
@@ -123,6 +163,8 @@ def _check_ranges(config: Config) -> None:
         ("moe.eval_capacity_factor", moe.eval_capacity_factor),
     ):
         _require(factor is None or factor > 0, f"{key} must be above 0 or None, not {factor}.")
+    scale = config.model.init_scale
+    _require(scale > 0, f"model.init_scale must be above 0, not {scale}.")
 
 
 def _check_placement(config: Config) -> None:

@@ -32,16 +32,11 @@ def add_adapters(metadata: Metadata, config: Config) -> dict[str, ParameterMetad
 
     An adapter has the kind and the batch dimensions of its matrix.
 
-    Raises `UserError` where `lora.of` is no regular expression, or matches no matrix's path.
+    Raises `UserError` where `lora.of` matches no matrix's path.
     """
     if not config.lora.rank:
         return dict(metadata)
-    try:
-        pattern = re.compile(config.lora.of)
-    except re.error as error:
-        raise UserError(
-            f"lora.of={config.lora.of!r} is no regular expression ({error}); correct it."
-        ) from error
+    pattern = re.compile(config.lora.of)
     added = {}
     for name, matrix in metadata.items():
         if len(matrix.axes) == matrix.num_batch_dims + 2 and pattern.search(name):

@@ -41,13 +41,7 @@ def trained_parameters(config: Config, names: Iterable[str]) -> frozenset[str]:
                 f" at all instead of {given}."
             )
         return frozenset(filter(is_adapter, names))
-    try:
-        pattern = re.compile(_GROUPS.get(given, given))
-    except re.error as error:
-        raise UserError(
-            f"optimizer.trained={given!r} is no regular expression ({error}); use one, or one of"
-            f" {', '.join(_GROUPS)}."
-        ) from error
+    pattern = re.compile(_GROUPS.get(given, given))
     trained = frozenset(name for name in names if pattern.search(name))
     if not trained:
         raise UserError(

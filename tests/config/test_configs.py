@@ -9,8 +9,11 @@ import math
 import re
 import shlex
 import sys
+import typing
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from switch_jax.config import (
     Config,
@@ -19,7 +22,9 @@ from switch_jax.config import (
     config_to_dict,
     flatten_config,
     load_config,
+    override_config,
 )
+from switch_jax.config.load import _leaf_types
 from switch_jax.distributed.mesh import check_mesh, resolve_mesh
 from switch_jax.errors import UserError
 from switch_jax.model.flops import format_si, params_by_group
@@ -179,6 +184,19 @@ def test_bad_config_argument(spec, words):
         ("train.accumulate", "3", ["data.batch_size=2048", "train.accumulate=3"]),
         ("mesh.expert", "-1", ["mesh.expert", "only one of them may be -1"]),
         ("mesh.model", "0", ["mesh.model", "at least 1"]),
+        ("train.steps", "1e3", ["train.steps", "whole number", "'1e3'"]),
+        ("train.steps", "2147483648", ["train.steps", "at most 2147483647"]),
+        ("train.steps", "9" * 5000, ["train.steps", "whole number"]),
+        ("train.seed", "4294967296", ["train.seed", "to 4294967295"]),
+        ("optimizer.learning_rate", "1e39", ["optimizer.learning_rate", "32 bits"]),
+        ("optimizer.learning_rate", "nan", ["optimizer.learning_rate", "a number", "nan"]),
+        ("optimizer.learning_rate", "{[]:1}", ["optimizer.learning_rate", "'{[]:1}'"]),
+        ("optimizer.trained", "[", ["optimizer.trained='['", "no regular expression"]),
+        ("optimizer.trained", "a{99999999999}", ["optimizer.trained", "no regular expression"]),
+        ("data.data_dir", "", ["data.data_dir is empty"]),
+        ("init_rules", "router", ["init_rules", "'router'", "no ->"]),
+        ("init_rules", r"wi -> \1", ["init_rules", "invalid group reference"]),
+        ("model.init_scale", "0.0", ["model.init_scale", "above 0"]),
     ],
 )
 def test_bad_override(key, value, words):
@@ -186,6 +204,36 @@ def test_bad_override(key, value, words):
         load_config(SPECS["switch_base"], {key: value})
     message = one_sentence(error)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("text", ["2024", "1_1_1", "1e5", "007", "0x10", "True", "(1,2)", "{[]:1}"])
+def test_a_text_key_takes_its_text_as_it_stands(text):
+    config = load_config(SPECS["switch_base"], {"data.data_dir": text, "data.vocabulary": "'7'"})
+    assert (config.data.data_dir, config.data.vocabulary) == (text, "7")
+
+
+KINDS = dict(_leaf_types(Config))
+TEXTS = st.one_of(
+    st.text(),
+    st.text("0123456789_-+.eExX'\"None[]{}(),:\\ "),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(["", "None", "none", "true", "False", "9" * 5000, "1e999", "((" * 3000, "\0"]),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(KINDS)), TEXTS)
+def test_an_override_has_the_type_of_its_key_or_is_a_sentence(key, text):
+    try:
+        value = flatten_config(override_config(Config(), {key: text}))[key]
+    except UserError as error:
+        assert key in str(error) or key.partition(".")[0] in str(error)
+        return
+    kinds = typing.get_args(KINDS[key]) or (KINDS[key],)
+    assert value in kinds or type(value) in kinds  # a choice, or a plain type
+    if str in kinds and text[:1] not in ("'", '"') and value is not None:
+        assert value == text
 
 
 CHOICE = {
