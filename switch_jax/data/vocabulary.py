@@ -225,8 +225,8 @@ class TokenizerVocabulary(Vocabulary):
             unk = tokenizer.token_to_id(model.get("unk_token") or "<unk>")
         sentinels = _named_sentinels(tokenizer.token_to_id)
         added = tokenizer.get_added_tokens_decoder()
-        self._controls = {token for token, entry in added.items() if entry.special}
-        self._controls = (self._controls | {pad, eos}) - {unk, *sentinels}
+        marks = {pad, eos, *(token for token, entry in added.items() if entry.special)}
+        self._controls = marks - {unk, *sentinels}
         super().__init__(name, content, size, sentinels, pad=pad, eos=eos, unk=unk)
 
     def is_control(self, token: int) -> bool:

@@ -10,9 +10,16 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
-from switch_jax.data import open_batches, open_vocabulary, read_vocabulary
+from switch_jax.data import (
+    open_batches,
+    open_epoch_by_source,
+    open_vocabulary,
+    read_vocabulary,
+    text_file_batches,
+)
 from switch_jax.data.vocabulary import hugging_face_file_name, parse_vocabulary
 from switch_jax.errors import UserError
+from switch_jax.model import token_masks
 from tests.support import runs
 
 TEXT = "the name of the object is a string, or another name of that object 日 "
@@ -134,18 +141,38 @@ def test_batches_with_other_ids_are_the_same_text(folder, reader, pack):
     if reader == "seqio":
         pytest.importorskip("seqio")
     options = {"reader": reader, "pack": pack}
-    t5 = next(open_batches(config(folder, "t5.model", **options), "train"))
-    other = next(open_batches(config(folder, "other.model", MADLAD, **options), "train"))
+    configs = [
+        config(folder, "t5.model", **options),
+        config(folder, "other.model", MADLAD, **options),
+    ]
+    t5, other = (next(open_batches(c, "train")) for c in configs)
     tokens = set()
     for name in ("encoder_input_tokens", "decoder_target_tokens"):
         np.testing.assert_array_equal(other[name], NEW_ID[t5[name]])
         tokens |= set(other[name].ravel())
     assert {0, 1, 2} <= tokens  # unknown, padding and EOS
     np.testing.assert_array_equal(other["decoder_loss_weights"], t5["decoder_loss_weights"])
+    np.testing.assert_array_equal(token_masks(other, configs[1])[0], token_masks(t5, configs[0])[0])
     positions = other["decoder_positions"] if pack else np.tile(np.arange(14), (8, 1))
     shifted = np.roll(other["decoder_target_tokens"], 1, axis=1)
     expected = np.where(positions == 0, MADLAD["start_id"], shifted)
     np.testing.assert_array_equal(other["decoder_input_tokens"], expected)
+
+
+@pytest.mark.parametrize("source", ["store", "seqio", "file"])
+def test_rows_behind_the_last_are_padding(folder, source, tmp_path):
+    if source == "seqio":
+        pytest.importorskip("seqio")
+    if source == "file":
+        (tmp_path / "text.txt").write_text(TEXT * 9)
+        c = config(folder, "other.model", MADLAD)
+        last = text_file_batches(tmp_path / "text.txt", open_vocabulary(c), c)[-1]
+    else:
+        c = config(folder, "other.model", MADLAD, reader=source)
+        *_, last = open_epoch_by_source(c, "validation")["text"]
+    inputs, targets = token_masks(last, c)
+    assert not targets[-1].any() and targets[0].any()
+    np.testing.assert_array_equal(inputs.any(1), targets.any(1))
 
 
 def test_other_special_ids_must_be_the_models(folder):
