@@ -183,8 +183,9 @@ class SentencePieceVocabulary(Vocabulary):
 class TokenizerVocabulary(Vocabulary):
     """A `tokenizer.json`, which the library tokenizers reads.
 
-    Ids are those of the library. A unigram model that leaves it open how spaces are written has
-    them as `▁` before each word, as T5's tokenizer has.
+    Ids are those of the library; so a `</s>` or another mark in a text is the mark, which it is not
+    for a SentencePiece model. A unigram model that leaves it open how spaces are written has them
+    as `▁` before each word, as T5's tokenizer has.
 
     Raises `UserError` if the content is none, or the library is not installed.
     """

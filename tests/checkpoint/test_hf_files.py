@@ -237,3 +237,15 @@ def test_a_tensor_of_one_number_repeated_is_refused(folder, tmp_path, capsys):
     number = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (2**20, 2**20), (0, 0))
     torch_file(folder, torch_bin.describe({"x": number})[0], {"0": np.zeros(1, np.float32)})
     check_fails(folder, tmp_path, capsys, "values of x are not in it")
+
+
+def test_the_vocabulary_is_the_first_of_the_tokenizers_files(tmp_path):
+    folder = write_folder(tmp_path / "hf", reference("t5_relu_tied"))
+    assert read_hugging_face(folder).vocabulary is None
+    for name, content, vocabulary in (
+        ("tokenizer_config.json", b'{"tokenizer_class": "ByT5Tokenizer"}', b"byt5"),
+        ("tokenizer.json", b"{}", b"{}"),
+        ("spiece.model", b"pieces", b"pieces"),
+    ):
+        (folder / name).write_bytes(content)
+        assert read_hugging_face(folder).vocabulary == vocabulary
