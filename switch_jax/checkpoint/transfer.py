@@ -93,7 +93,9 @@ def plan_transfer(target: Shapes, source: Shapes, rules: str) -> Transfer:
     ignored = sorted(set(source) - set(loaded.values()))
     loaded_modules = set(map(_module, loaded.values()))
     for name in ignored:
-        if name in target or _module(name) not in loaded_modules or _is_left_out(name, parsed):
+        if name in target or _module(name) not in loaded_modules:
+            continue
+        if _apply_rules(name, parsed, used) == "":
             continue
         raise UserError(
             f"The source checkpoint has {name}, which this model does not have, and the parameters"
@@ -114,15 +116,6 @@ def _module(name: str) -> str:
     if name in VOCABULARY_AXES:
         return "vocabulary"
     return "/".join(name.split("/")[:4]) if "/layers/" in name else name
-
-
-def _is_left_out(name: str, rules: list["_Rule"]) -> bool:
-    """Whether a rule leaves out a parameter that only the checkpoint has."""
-    rule = next((rule for rule in rules if rule.pattern.fullmatch(name)), None)
-    if rule is None or rule.template:
-        return False
-    rule.used = True
-    return True
 
 
 def _key_of(name: str) -> str:
