@@ -42,6 +42,11 @@ class ProcessRows:
     num_groups: int = 1
     first_in_group: bool = True  # this process saves the position of its group
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first process of the first group; it prints and saves for all."""
+        return self.group == 0 and self.first_in_group
+
     def indices(self, batch_size: int) -> np.ndarray:
         """[B] int64 indices of the rows in a global batch, ascending.
 
@@ -96,7 +101,7 @@ class RowIterator(abc.ABC):
     def __init__(self, batch_size: int, process_rows: ProcessRows, source: str):
         self._indices = process_rows.indices(batch_size)
         self._batch_size = batch_size
-        self._saves = process_rows.first_in_group and process_rows.group == 0
+        self._saves = process_rows.is_first
         self._source = source
         self._next_row = 0
 

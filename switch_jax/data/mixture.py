@@ -12,7 +12,6 @@ mSwitch; it is the inverse of seqio's temperature. The members of a group such a
 group's rate in the same proportion. A comma or `=` of a path is written `\\,` or `\\=`.
 """
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from switch_jax.config import DataConfig
+from switch_jax.config import DataConfig, read_json
 from switch_jax.data.catalog import (
     group_members,
     is_file_pattern,
@@ -28,7 +27,7 @@ from switch_jax.data.catalog import (
     needs_folder,
     sources_for_spec,
 )
-from switch_jax.data.sources.source import Source
+from switch_jax.data.sources.source import Source, Split
 from switch_jax.errors import UserError
 from switch_jax.files import expand_user
 
@@ -58,6 +57,10 @@ def parse_mixture(mixture: str) -> list[MixturePart]:
         raise UserError(
             f"data.mixture={mixture!r}: give every source a rate above 0, or none of them."
         )
+    specs = [part.spec for part in parts]
+    twice = next((spec for spec in specs if specs.count(spec) > 1), None)
+    if twice is not None:
+        raise UserError(f"data.mixture names {twice} twice; name it once, with a higher rate.")
     return parts
 
 
@@ -72,6 +75,7 @@ def find_sources(data: DataConfig) -> list[Source]:
     Raises `UserError` if one is not found.
     """
     parts = parse_mixture(data.mixture)
+    _read_counts(data.counts)  # what is wrong with it is told before anything is read
     if data.data_dir is not None and not any(needs_folder(part.spec) for part in parts):
         raise UserError(
             f"data.data_dir={data.data_dir!r} is no packed text, and data.mixture={data.mixture}"
@@ -137,12 +141,19 @@ def mixture_rates(
     needed and unknown.
     """
     weights: dict[str, float] = {}
+    counts = _read_counts(data.counts)
     selected = select_sources(data, documents, specs)
     for part, names in selected:
         trained = [name for name in names if documents[name] != 0]
+        if not trained and part.rate is not None:
+            raise UserError(
+                f"data.mixture gives {part.spec} a rate, and it has no text to train on; leave it"
+                " out, or name files for it that have text."
+            )
         is_alone = len(trained) == 1 and (part.rate is not None or len(selected) == 1)
         sizes = {
-            name: 1.0 if is_alone else _size_weight(data, name, documents[name]) for name in trained
+            name: 1.0 if is_alone else _size_weight(data, name, counts.get(name, documents[name]))
+            for name in trained
         }
         rate = sum(sizes.values()) if part.rate is None else part.rate
         weights |= {name: rate * size / sum(sizes.values()) for name, size in sizes.items()}
@@ -151,9 +162,13 @@ def mixture_rates(
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
+def empty_split_note(name: str, split: Split) -> str:
+    """Returns the sentence on a source without text for a split that other sources have."""
+    return f"{name} has no text for {split}, and is left out there."
+
+
 def _size_weight(data: DataConfig, name: str, documents: int | None) -> float:
     """Returns (number of documents) ** `data.rate_exponent`."""
-    documents = _read_counts(data.counts).get(name, documents)
     if not documents:
         raise UserError(
             f"How many documents {name} has is not known, and its rate depends on it; give rates in"
@@ -166,17 +181,12 @@ def _read_counts(path: str | None) -> dict[str, int]:
     """Returns the numbers of documents in the JSON file `data.counts`, by source."""
     if path is None:
         return {}
-    try:
-        counts = json.loads(expand_user(path).read_text())
-        if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
-            raise ValueError("it must be an object of whole numbers")
-        if counts and min(counts.values()) < 1:
-            raise ValueError("a number is below 1")
-    except (OSError, ValueError) as error:
+    counts = read_json(expand_user(path))
+    if not isinstance(counts, dict) or not all(type(n) is int and n > 0 for n in counts.values()):
         raise UserError(
-            f"data.counts={path!r} cannot be read ({error}); name a JSON file such as"
-            ' {"mc4.sw": 985654, "c4": 364868892}.'
-        ) from error
+            f"data.counts={path!r} is not an object of whole numbers above 0; name a JSON file such"
+            ' as {"mc4.sw": 985654, "c4": 364868892}.'
+        )
     return counts
 
 

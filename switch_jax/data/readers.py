@@ -4,13 +4,24 @@ Only the seqio reader uses TensorFlow, which is imported when the reader is chos
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from switch_jax.config import Config
-from switch_jax.data.batch import ALL_ROWS, Batch, BatchIterator, ProcessRows, SyntheticIterator
+from switch_jax.data.batch import (
+    ALL_ROWS,
+    Batch,
+    BatchIterator,
+    ProcessRows,
+    SyntheticIterator,
+    feature_shapes,
+)
 from switch_jax.data.sources.source import Split
 from switch_jax.data.token_store import dataset
+from switch_jax.errors import UserError
 
 
 def open_batches(
@@ -24,6 +35,7 @@ def open_batches(
 
     Raises `UserError` for missing data and for settings that contradict each other.
     """
+    _check_batch_bytes(config, process_rows)
     config = _fix_validation_seed(config, split)
     match config.data.reader:
         case "store":
@@ -44,6 +56,7 @@ def open_epoch_by_source(
     The rows of an epoch are the same for any number of processes, and every process has the same
     number of batches; rows behind the last one are padding. Synthetic data has no end.
     """
+    _check_batch_bytes(config, process_rows)
     config = _fix_validation_seed(config, split)
     match config.data.reader:
         case "store":
@@ -70,6 +83,20 @@ def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
             from switch_jax.data import seqio_reader
 
             return seqio_reader.read_task_examples(config)
+
+
+def _check_batch_bytes(config: Config, process_rows: ProcessRows) -> None:
+    """Raises `UserError` where a process's batch takes more bytes than the host's memory."""
+    share = len(process_rows.parts) / process_rows.num_parts
+    features = feature_shapes(config).values()
+    size = share * sum(rows * length * np.dtype(kind).itemsize for (rows, length), kind in features)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise UserError(
+            f"A batch takes {size / 2**30:,.0f} GiB, more than this host's {memory / 2**30:,.0f};"
+            f" lower data.batch_size={config.data.batch_size}, data.inputs_length or"
+            " data.targets_length."
+        )
 
 
 def _fix_validation_seed(config: Config, split: Split) -> Config:

@@ -7,6 +7,7 @@ each group of processes, valid for the same number of groups only.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from absl import logging
 from switch_jax.config import Config
 from switch_jax.data.batch import ALL_ROWS, Batch, ProcessRows, add_padding_rows, shift_right
 from switch_jax.data.finetuning.task_source import TaskSource, examples_to_json
-from switch_jax.data.mixture import find_sources, mixture_rates
+from switch_jax.data.mixture import empty_split_note, find_sources, mixture_rates
 from switch_jax.data.seqio_blocks import BLOCK_SIZE, BlockReader
 from switch_jax.data.seqio_import import seqio, tf
 from switch_jax.data.seqio_preprocessors import (
@@ -66,7 +67,20 @@ def open_epoch_by_source(
     """
     sources, vocabulary = _open_sources(config)
     used = [source for source in sources if source.shards(split)] or sources
-    return {source.name: _epoch(config, split, process_rows, source, vocabulary) for source in used}
+    epochs: dict[str, Iterator[Batch]] = {}
+    for source in used:
+        epoch = _epoch(config, split, process_rows, source, vocabulary)
+        first = next(epoch, None)
+        if first is not None:
+            epochs[source.name] = itertools.chain([first], epoch)
+        elif process_rows.is_first:
+            print(empty_split_note(source.name, split), file=sys.stderr)
+    if not epochs:
+        raise UserError(
+            f"No source of data.mixture={config.data.mixture} has text for {split}; name files for"
+            " it with {split}."
+        )
+    return epochs
 
 
 def _epoch(
@@ -144,7 +158,7 @@ class SeqioIterator:
         self._names = ", ".join(rates)
         self._folder = f"process_{process_rows.group}_of_{process_rows.num_groups}"
         self._saves = process_rows.first_in_group
-        self._tells_unknown = split == "train" and process_rows.group == 0 and self._saves
+        self._tells_unknown = split == "train" and process_rows.is_first
         self._unknown = -1 if vocabulary.unk is None else vocabulary.unk
         self._bad_records = ReportedBadRecords(data.on_bad_record)
         contents = [(source.name, source.fingerprint, rates[source.name]) for source in sources]
@@ -213,7 +227,7 @@ class SeqioIterator:
             if reader.failures:
                 raise reader.failures[0]
         self._bad_records.print_once()
-        if tensors is None and self._has_read_batch:
+        if tensors is None and self._num_epochs is not None:
             raise StopIteration
         if tensors is None:
             raise UserError(

@@ -12,6 +12,7 @@ Span i has sentinel i of the vocabulary. A text of more than 2009 tokens has mor
 it needs a vocabulary with more sentinels than T5's.
 """
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,9 +58,9 @@ def span_lengths(inputs_length: int, targets_length: int) -> SpanLengths:
     """
     if inputs_length < 3:
         raise UserError(f"data.inputs_length must be at least 3, not {inputs_length}.")
-    lengths = corrupted_lengths(2)
-    while (longer := corrupted_lengths(lengths.tokens + 1)).inputs <= inputs_length:
-        lengths = longer
+    tokens = range(3, 2 * inputs_length)  # longer texts never have fewer inputs
+    count = bisect.bisect_right(tokens, inputs_length, key=lambda n: corrupted_lengths(n).inputs)
+    lengths = corrupted_lengths(2 + count)
     if lengths.targets > targets_length:
         raise UserError(
             f"data.targets_length={targets_length} is too short: span corruption with"

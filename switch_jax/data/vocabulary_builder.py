@@ -33,6 +33,7 @@ from switch_jax.files import build_once, cache_root, expand_user
 # multiple of 128, and their sentinels come before the padding.
 _UNPADDED_SIZES = {32128: 32100, 250112: 250100}
 _LINE_LENGTH = 1000  # characters
+_MAX_SIZE = 2**24  # ids of a vocabulary that is trained
 _SAMPLE_LENGTH = 20_000_000  # characters of text to train the vocabulary of a mixture on
 
 
@@ -94,6 +95,10 @@ def train_vocabulary(texts: Iterable[str], path: Path, size: int, coverage: floa
         raise UserError(f"--coverage must be from 0.98 to 1, not {coverage}.")
     if size < 2 * NUM_SENTINELS:
         raise UserError(f"model.vocab_size must be at least {2 * NUM_SENTINELS}, not {size}.")
+    if size > _MAX_SIZE:
+        raise UserError(
+            f"model.vocab_size must be at most {_MAX_SIZE:,} to train one, not {size:,}."
+        )
     lines = (
         line[begin : begin + _LINE_LENGTH]  # SentencePiece ignores longer lines
         for text in texts

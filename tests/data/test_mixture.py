@@ -81,14 +81,20 @@ def test_rates_follow_documents_exponent_and_groups(tmp_path):
     (tmp_path / "counts.json").write_text(json.dumps({"books": 3000}))
     counted = shares("c4, books", counts=str(tmp_path / "counts.json"))
     assert counted == {"c4": 0.25, "books": 0.75}
-    (tmp_path / "counts.json").write_text('{"books": "many"}')
-    with pytest.raises(UserError, match=r"counts\.json' cannot be read"):
-        shares("c4, books", counts=str(tmp_path / "counts.json"))
+    for wrong in ('{"books": "many"}', "[1]", '{"c4": 0}', "{", '{"c4": 1' + 400 * "0" + "}"):
+        (tmp_path / "counts.json").write_text(wrong)
+        for used in ("c4, books", "c4"):  # also where no count is needed
+            with pytest.raises(UserError, match=r"counts\.json"):
+                shares(used, counts=str(tmp_path / "counts.json"))
     with pytest.raises(UserError, match=r"names wiki, and there is only books, c4"):
         shares("wiki")
-    for twice in ("mc4.sw=1, mc4=1", "mc4=1, mc4.sw=1", "c4=1, c4=2"):
+    for twice in ("mc4.sw=1, mc4=1", "mc4=1, mc4.sw=1", "c4=1, c4=2", "/a/b.txt, /a/b.txt"):
         with pytest.raises(UserError, match="twice; name it once"):
             shares(twice)
+    documents["mc4.sw"] = 0
+    with pytest.raises(UserError, match=r"gives mc4\.sw a rate, and it has no text to train on"):
+        shares("c4=1, mc4.sw=1")
+    assert shares("c4=1, mc4=1") == {"c4": 0.5, "mc4.en": 0.5}
 
 
 def test_sources_with_equal_names_are_numbered(tmp_path):

@@ -251,6 +251,33 @@ def test_bad_records_are_counted_in_the_manifest_and_reported(vocabulary, tmp_pa
         build_token_store(strict, vocabulary, tmp_path / "strict", workers=2)
 
 
+def test_sources_without_text_are_refused_and_nothing_is_left_behind(vocabulary, tmp_path, capsys):
+    good = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(9))
+    files = {"bad.jsonl": "{\n" * 3, "empty.jsonl": "", "good.jsonl": good, "pairs.jsonl": "[\n"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    for mixture, sentence in {
+        "bad.jsonl": r"^bad has no text to train on; .*: 3 records were left out: 3 not a JSON",
+        "empty.jsonl": "^empty has no text to train on; leave it out",
+        "good.jsonl=0.5, {}/bad.jsonl=0.5": "^bad has no text",
+    }.items():
+        data = DataConfig(mixture=f"{tmp_path}/{mixture}".format(tmp_path))
+        with pytest.raises(UserError, match=sentence):
+            build_token_store(data, vocabulary, tmp_path / "store", workers=1)
+        assert list((tmp_path / "store").iterdir()) == []
+    with pytest.raises(UserError, match=r"^pairs\.pairs has no text to train on"):
+        data = DataConfig(mixture=f"pairs:{tmp_path}/pairs.jsonl")
+        build_token_store(data, vocabulary, tmp_path / "store", workers=1)
+    (tmp_path / "store" / ".manifest.json.0123456789ab.partial").write_text("of a killed build")
+    build_token_store(
+        DataConfig(mixture=f"{tmp_path}/good.jsonl"), vocabulary, tmp_path / "store", workers=1
+    )
+    assert "good has no text for validation" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "store").iterdir()) == [
+        *("good", "manifest.json", "vocabulary.model")
+    ]
+
+
 @pytest.fixture
 def packed(mixture, vocabulary, tmp_path):
     build_token_store(DataConfig(mixture=mixture), vocabulary, tmp_path / "store", workers=1)
@@ -353,6 +380,12 @@ def test_a_named_store_must_exist_and_have_the_vocabulary(packed, tmp_path):
         open_batches(config(packed, vocabulary="bytes"), "train")
     with pytest.raises(UserError, match=r"no/such.*does not exist"):
         open_batches(config(packed, data_dir="/no/such"), "train")
+
+
+def test_batches_that_no_memory_holds_are_refused_before_they_are_made(packed):
+    for sizes in ({"batch_size": 10**12}, {"inputs_length": 10**9, "targets_length": 10**12}):
+        with pytest.raises(UserError, match=r"A batch takes [\d,]+ GiB, more than this host's"):
+            open_batches(config(packed, **sizes), "train")
 
 
 def test_large_text_is_not_packed_automatically(mixture, vocabulary, monkeypatch):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -123,6 +124,8 @@ def _build(
     if _is_complete(output, plan):
         _remove_build_files(output, tasks)
         return dataclasses.asdict(read_manifest(output))
+    for partial in output.rglob("*.partial"):  # of a killed build
+        partial.unlink()
     bad_records = BadRecords(data.on_bad_record)
     for source in sources:
         for split in SPLITS:
@@ -131,6 +134,21 @@ def _build(
     (output / VOCABULARY_FILE).write_bytes(vocabulary.content)
     _tokenise_all(tasks, data.on_bad_record, workers)
     manifest = plan | _contents(sources, tasks, vocabulary, bad_records)
+    for source in sources:
+        contents = manifest["sources"][source.name]
+        if not contents["train"]["documents"] and source.shards("train"):
+            _discard(output, sources)
+            left_out = f": {summary}" if (summary := bad_records.summary()) else "."
+            raise UserError(
+                f"{source.name} has no text to train on; leave it out of data.mixture, or name"
+                f" files for it that have text{left_out}"
+            )
+        if not contents["validation"]["documents"] and source.shards("validation"):
+            print(
+                f"{source.name} has no text for validation; name files for it with {{split}} if it"
+                " is to be validated on.",
+                file=sys.stderr,
+            )
     write_manifest(output, manifest)
     _remove_build_files(output, tasks)
     if summary := bad_records.summary():
@@ -164,6 +182,14 @@ def _locked(output: Path) -> Iterator[None]:
         raise UserError(
             f"{output} cannot be written ({error.strerror}); choose another --output."
         ) from error
+
+
+def _discard(output: Path, sources: list[Source]) -> None:
+    """Removes what was built."""
+    for source in sources:
+        shutil.rmtree(output / Path(source.name).parts[0], ignore_errors=True)
+    for file in (output / _PLAN, output / VOCABULARY_FILE, output / _LOCK):
+        file.unlink(missing_ok=True)
 
 
 def _remove_build_files(output: Path, tasks: list[_ShardTask]) -> None:

@@ -25,7 +25,8 @@ from switch_jax.data.batch import (
     shift_right,
 )
 from switch_jax.data.counter_rng import derived_seed, permute
-from switch_jax.data.mixture import mixture_rates, select_sources
+from switch_jax.data.finetuning.tasks import get_task
+from switch_jax.data.mixture import empty_split_note, mixture_rates, select_sources
 from switch_jax.data.sources.source import Split
 from switch_jax.data.span_corruption import corrupt_spans, span_lengths
 from switch_jax.data.token_store.open_store import open_store
@@ -44,7 +45,10 @@ def open_batches(
     """Returns an iterator over all sources, mixed at their rates; raises `UserError`."""
     store, vocabulary = _open_checked(config)
     rates = mixture_rates(config.data, store.num_documents(), store.specs())
-    if split == "train" and process_rows.group == 0 and process_rows.first_in_group:
+    documents = store.num_documents(split)
+    if any(documents[name] for name in rates):
+        rates = {name: rate for name, rate in rates.items() if documents[name]}
+    if split == "train" and process_rows.is_first:
         for name in rates:
             if share := store.unknown_share(name):
                 print(unknown_note(name, share), file=sys.stderr)
@@ -61,6 +65,10 @@ def open_epoch_by_source(
         name for _, names in select_sources(config.data, documents, store.specs()) for name in names
     ]
     used = [name for name in names if documents[name]] or names
+    for name in names if process_rows.is_first else ():
+        has_split = not store.has_targets(name) or split in get_task(name).splits
+        if name not in used and has_split:
+            print(empty_split_note(name, split), file=sys.stderr)
     return {
         name: StoreIterator(
             config, split, process_rows, store, vocabulary, {name: 1.0}
