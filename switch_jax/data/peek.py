@@ -13,6 +13,7 @@ from switch_jax.data.readers import open_batches, open_epoch_by_source
 from switch_jax.data.sources.source import Split
 from switch_jax.data.vocabulary import Vocabulary
 from switch_jax.data.vocabulary_builder import open_vocabulary
+from switch_jax.errors import printable
 
 _STACKS = {"inputs": "encoder", "targets": "decoder"}
 _TOKENS = {"inputs": "encoder_input_tokens", "targets": "decoder_target_tokens"}
@@ -68,7 +69,7 @@ def _describe_row(row: Batch, vocabulary: Vocabulary, config: Config) -> list[st
         for segment in range(1, segments.max(initial=0) + 1):
             name = f"{side} {segment}" if f"{stack}_segment_ids" in row else side
             ids = tokens[segments == segment]
-            text = f"({len(ids)} tokens) {vocabulary.decode(ids)}"
+            text = f"({len(ids)} tokens) {printable(' '.join(vocabulary.decode(ids).split()))}"
             lines.append(
                 textwrap.fill(text, 100, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
             )

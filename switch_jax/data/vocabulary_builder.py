@@ -27,7 +27,7 @@ from switch_jax.data.vocabulary import (
     read_vocabulary,
 )
 from switch_jax.errors import UserError
-from switch_jax.files import build_once, cache_root, expand_user
+from switch_jax.files import build_once, cache_root, expand_user, path_within
 
 # Sizes of `model.vocab_size` whose vocabulary is smaller: T5 and mT5 pad their embeddings to a
 # multiple of 128, and their sentinels come before the padding.
@@ -172,9 +172,10 @@ def _checkpoint_vocabulary(key: str, name: str) -> Path:
     path = expand_user(name).absolute()
     if not path.exists():
         raise UserError(f"{key}={name} does not exist; set it to a WORKDIR or a checkpoint.")
-    files = [path / VOCABULARY_FILE, *(path / file for file in HUGGING_FACE_VOCABULARY_FILES)]
+    names = (VOCABULARY_FILE, *HUGGING_FACE_VOCABULARY_FILES)
+    files = [path_within(path, name) for name in names if path.is_dir()]
     if path.parent.name == "checkpoints":
-        files.append(path.parent.parent / VOCABULARY_FILE)
+        files.append(path_within(path.parent.parent, VOCABULARY_FILE))
     for file in files:
         if file.is_file():
             return file

@@ -96,7 +96,7 @@ class TensorFolder:
         )
 
     def _read_index(self, index: str) -> dict[str, str]:
-        path = self._folder / index
+        path = path_within(self._folder, index)
         files = build_dataclass(_Index, read_json(path), str(path), ignore_unknown=True).weight_map
         for file in sorted(set(files.values())):
             if Path(file).name != file or "\\" in file:
