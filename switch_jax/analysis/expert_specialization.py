@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from switch_jax.checkpoint import Workdir, restore_params
+from switch_jax.checkpoint import Workdir, check_parameters_finite, restore_params
 from switch_jax.config import STACKS, Config
 from switch_jax.data import (
     Batch,
@@ -265,7 +265,9 @@ def analyse_experts(
     sharded = ShardedModel(config, make_mesh(config))
     names = _token_names(workdir, config)
     batches = _batches(workdir, config, process_rows(sharded.mesh), text)
-    counts = count_assignments(sharded, restore_params(folder, sharded.abstract_params), batches)
+    params = restore_params(folder, sharded.abstract_params)
+    check_parameters_finite(params, folder, together=True)
+    counts = count_assignments(sharded, params, batches)
     layers = []
     for key, counts_by_layer in counts.items():
         stack, sublayer = key.split("/")

@@ -3,6 +3,7 @@
 from switch_jax.checkpoint.checkpoint_reader import find_checkpoint_together, restore_params
 from switch_jax.checkpoint.checkpointer import Checkpointer
 from switch_jax.checkpoint.data_position import DataPosition
+from switch_jax.checkpoint.finite import check_parameters_finite
 from switch_jax.checkpoint.interop.hf_export import export_hugging_face
 from switch_jax.checkpoint.interop.hf_import import read_hugging_face
 from switch_jax.checkpoint.interop.t5x_import import read_t5x
@@ -39,6 +40,7 @@ __all__ = [
     "Shapes",
     "Transfer",
     "Workdir",
+    "check_parameters_finite",
     "check_special_ids",
     "export_hugging_face",
     "find_checkpoint_together",

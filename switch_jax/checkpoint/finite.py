@@ -1,10 +1,12 @@
 """Finiteness of parameters: NaN and infinity in a checkpoint are an error before it is used."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import jax
 import numpy as np
 
+from switch_jax.distributed import fail_together
 from switch_jax.errors import UserError
 
 
@@ -28,9 +30,18 @@ def check_finite(values: np.ndarray, name: str, source: object) -> None:
         )
 
 
-def check_arrays(arrays: Mapping[str, jax.Array], source: object) -> None:
-    """Raises `UserError` where a parameter is not finite in the devices of this process."""
-    for name, array in arrays.items():
-        for shard in array.addressable_shards:
-            if shard.replica_id == 0:
-                check_finite(np.asarray(shard.data), name, source)
+def check_parameters_finite(
+    arrays: Mapping[str, jax.Array], source: object, *, together: bool
+) -> None:
+    """Raises `UserError` where a parameter is not finite.
+
+    Args:
+      arrays: parameters by path; a process checks the shards of its own devices.
+      source: the checkpoint, as errors call it.
+      together: all processes call this, and it raises in all of them.
+    """
+    with fail_together() if together else nullcontext():
+        for name, array in arrays.items():
+            for shard in array.addressable_shards:
+                if shard.replica_id == 0:
+                    check_finite(np.asarray(shard.data), name, source)

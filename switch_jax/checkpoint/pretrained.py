@@ -3,7 +3,6 @@
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +18,9 @@ from switch_jax.checkpoint.checkpoint_reader import (
     restore_opt_state,
     restore_params,
 )
-from switch_jax.checkpoint.finite import check_arrays
+from switch_jax.checkpoint.finite import check_parameters_finite
 from switch_jax.checkpoint.interop.detect_format import read_foreign
 from switch_jax.config import Config
-from switch_jax.distributed import fail_together
 from switch_jax.files import expand_user
 from switch_jax.model import (
     SwitchTransformer,
@@ -107,8 +105,7 @@ def _restore_finite(
 ) -> dict[str, jax.Array]:
     """Returns what `restore` does, if it is finite; `together`: in all processes, or in none."""
     arrays = restore(abstract)
-    with fail_together() if together else nullcontext():
-        check_arrays(arrays, source)
+    check_parameters_finite(arrays, source, together=together)
     return arrays
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from switch_jax.checkpoint import Workdir, restore_params
+from switch_jax.checkpoint import Workdir, check_parameters_finite, restore_params
 from switch_jax.config import Config
 from switch_jax.data import (
     Batch,
@@ -88,6 +88,7 @@ def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[
     batches, task_scorer = validation_batches(config, rows), TaskScorer(sharded)
     task_scorer.check_examples_agree()
     params = restore_params(folder, sharded.abstract_params)
+    check_parameters_finite(params, folder, together=True)
     metrics = evaluate(sharded, params, batches)
     # Processes of a group have the same rows.
     counted = itertools.chain(*batches.values()) if rows.first_in_group else []
