@@ -131,6 +131,9 @@ class RowIterator(abc.ABC):
         is missing or damaged.
         """
         position = json.loads((directory / "position.json").read_text())
+        known = {"source": str, "next_row": int}
+        if not isinstance(position, dict) or known != {k: type(x) for k, x in position.items()}:
+            raise ValueError(f"{directory} has no position")
         if position["source"] != self._source:
             raise UserError(
                 f"The position in {directory} belongs to other text, rates, lengths or another"

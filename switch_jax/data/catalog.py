@@ -9,13 +9,13 @@ glue, squad, arc.easy           fine-tuning tasks in `data.data_dir`: see `finet
 pairs:/mine/{split}.jsonl       files whose records have `inputs` and `targets`
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
+from switch_jax.config import parse_json
 from switch_jax.data.finetuning.task_mixtures import MIXTURES, find_task_or_mixture
 from switch_jax.data.finetuning.task_records import is_task_file
 from switch_jax.data.finetuning.task_source import TaskSource, find_task_source
@@ -207,13 +207,15 @@ def _tfds(
     if folder is None:
         return None
     try:
-        info = json.loads((folder / "dataset_info.json").read_text())
+        info = parse_json((folder / "dataset_info.json").read_bytes(), "dataset_info.json")
         lengths = {
             split["name"]: sum(map(int, split.get("shardLengths", []))) for split in info["splits"]
         }
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise ValueError(f"its files are {info['fileFormat']}, and only tfrecord can be read")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if min(lengths.values(), default=0) < 0:
+            raise ValueError("a split has less than no examples")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"{os.fspath(folder)!r} is not as TFDS prepares it ({error}); prepare it again."
         ) from error

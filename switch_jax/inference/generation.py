@@ -9,7 +9,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from switch_jax.distributed import constrain, no_mesh, num_batch_shards
+from switch_jax.config import Config
+from switch_jax.distributed import constrain, device_memory_bytes, no_mesh, num_batch_shards
 from switch_jax.errors import UserError
 from switch_jax.inference.decoding import (
     DecodeStep,
@@ -89,6 +90,8 @@ def generate_with_scores(
         raise UserError(f"encoder_input_tokens is {source_BxS.shape}; make it [rows, tokens].")
     if max_length < 1:
         raise UserError(f"max_length={max_length} is not at least 1.")
+    num_sequences = len(source_BxS) * max(options.beam_size, options.num_return)
+    _check_cache_bytes(model.config, num_sequences, max_length)
     shards = 1 if no_mesh() else num_batch_shards(jax.sharding.get_abstract_mesh())
     if len(source_BxS) % shards:
         raise UserError(
@@ -111,6 +114,22 @@ def generate_with_scores(
         max_length,
         options.num_return,
     )
+
+
+def _check_cache_bytes(config: Config, num_sequences: int, max_length: int) -> None:
+    """Raises `UserError` where all devices together cannot hold the cache of the sequences."""
+    model = config.model
+    token_bytes = 2 * model.num_decoder_layers * model.num_heads * model.head_dim
+    token_bytes *= jnp.dtype(model.dtype).itemsize
+    size = num_sequences * max_length * token_bytes
+    memory = device_memory_bytes(jax.local_devices())
+    if memory is not None and size > memory * jax.device_count():
+        available = memory * jax.device_count()
+        raise UserError(
+            f"{num_sequences:,} sequences of max_length={max_length:,} take {size / 2**30:,.0f} GiB"
+            f" and the devices have {available / 2**30:,.0f}; lower max_length or beam_size, or"
+            " generate for fewer inputs at once."
+        )
 
 
 @partial(jax.jit, static_argnames=("max_length", "num_beams"))

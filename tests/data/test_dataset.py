@@ -5,17 +5,23 @@ import pytest
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches, open_vocabulary
-from switch_jax.data.batch import FEATURES, PACKED_FEATURES, ProcessRows, feature_shapes
+from switch_jax.data.batch import (
+    FEATURES,
+    PACKED_FEATURES,
+    ProcessRows,
+    SyntheticIterator,
+    feature_shapes,
+)
 from switch_jax.data.peek import examples_text
 from switch_jax.data.sources.python_docs import python_documents
 from switch_jax.data.sources.source import SPLITS
 from switch_jax.data.span_corruption import corrupted_lengths, span_lengths
 from switch_jax.data.token_store.open_store import open_store
-from switch_jax.data.token_store.sequence_packing import plan_rows
+from switch_jax.data.token_store.sequence_packing import cached_row_plan, plan_rows
 from switch_jax.data.vocabulary import EOS
 from switch_jax.errors import UserError
 from tests.support import runs
-from tests.support.configs import share
+from tests.support.configs import share, tiny
 
 SIZE = 900
 
@@ -289,3 +295,24 @@ def test_peek_shows_text_padding_and_speed(pack, monkeypatch):
     assert "<extra_id_0>" in text and "tokens per second" in text
     assert "Padding: 0.0% of the inputs" in text or pack
     assert ("inputs 1" in text) == pack
+
+
+def test_a_damaged_plan_in_the_cache_is_refused_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path))
+    arguments = ("key", plan_rows, np.array([0, 90, 200]), 64, 20)
+    assert cached_row_plan(*arguments).lengths.sum() == 200
+    [path] = (tmp_path / "plans").glob("*.npz")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (bytes(content), bytes(content[:-30]), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"key\.npz is damaged .*; delete it"):
+            cached_row_plan(*arguments)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"source": "s", "next_row": "7"}', "{", "7"])
+def test_a_damaged_position_is_a_value_error(tmp_path, content):
+    """`restore_state` sets the checkpoint aside for it."""
+    (tmp_path / "position.json").write_text(content)
+    with pytest.raises(ValueError):
+        SyntheticIterator(tiny()).restore(tmp_path)

@@ -201,6 +201,7 @@ def test_small_files_share_a_shard(tmp_path, monkeypatch):
 
 def test_missing_numbered_files_are_found():
     names = [f"/d/c4-train.{i:05d}-of-00005.json.gz" for i in (0, 2, 3)]
+    names.append("/d/other-00001-of-99999999999.jsonl")  # no number of files
     source = FileSource("c4", {"train": [File(name, 1) for name in names]}, {})
     assert source.missing_files("train") == [
         f"/d/c4-train.{i:05d}-of-00005.json.gz" for i in (1, 4)

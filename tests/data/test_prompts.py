@@ -197,6 +197,8 @@ def test_arc(labels):
     assert arc({**record, "answerKey": labels[2]}, True) == [Example(inputs, "Water", "Water")]
     for unknown in (-1, ""):
         assert arc({**record, "answerKey": unknown}, True) == [Example(inputs, "<unk>", None)]
+    with pytest.raises(UserError, match="is none of its classes"):  # a label without a text
+        arc({**record, "choices": {**choices, "text": ["Ice."]}, "answerKey": labels[2]}, True)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,24 @@ def test_labels_may_be_numbers_names_or_booleans(tmp_path, label):
     assert task.format(unknown, True)[0].answer is None
 
 
+def test_values_out_of_every_range_are_refused_in_a_short_sentence(tmp_path):
+    path = tmp_path / "some.jsonl"
+    question, pair = (
+        {"question": "Who?", "answers": "[" * 10**5},
+        {"sentence1": "", "sentence2": ""},
+    )
+    for name, record in (
+        ("closed_book.web_questions", question),
+        ("glue.stsb", {**pair, "label": 10**400}),
+        ("glue.stsb", {**pair, "label": "x" * 10**5}),
+    ):
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError) as refused:
+            for found in read_task_records(str(path), TASKS[name].schema, BadRecords("skip")):
+                TASKS[name].format(found, True)
+        assert len(str(refused.value)) < 200 + len(str(path))
+
+
 def test_a_list_that_is_not_json_is_refused(tmp_path):
     path = tmp_path / "web.csv"
     path.write_text("question,answers\nWho?,\"['a', 'b']\"\n")

@@ -1,5 +1,6 @@
 """Token stores: the same files from any number of workers, resumed builds, damaged files."""
 
+import dataclasses
 import fcntl
 import gzip
 import json
@@ -20,9 +21,10 @@ from switch_jax.data.token_store.build import build_token_store
 from switch_jax.data.token_store.manifest import write_manifest
 from switch_jax.data.token_store.open_store import open_store
 from switch_jax.data.token_store.store import TokenStore
-from switch_jax.data.vocabulary import ByteVocabulary
+from switch_jax.data.vocabulary import ByteVocabulary, read_vocabulary
 from switch_jax.errors import UserError
 from tests.support import runs
+from tests.support.vocabularies import write_letters
 
 SIZE = 900
 SHARDS = 12
@@ -180,7 +182,7 @@ from pathlib import Path
 from switch_jax.config import DataConfig
 from switch_jax.data.sources import source
 from switch_jax.data.token_store.build import build_token_store
-from switch_jax.data.vocabulary import ByteVocabulary
+from switch_jax.data.vocabulary import ByteVocabulary, read_vocabulary
 
 def main():
     source._SHARD_BYTES = 1
@@ -276,6 +278,27 @@ def test_sources_without_text_are_refused_and_nothing_is_left_behind(vocabulary,
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == [
         *("good", "manifest.json", "vocabulary.model")
     ]
+
+
+def test_characters_that_the_vocabulary_lacks_are_counted_and_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "some.txt").write_text("a{b}c")
+    (tmp_path / "pairs.jsonl").write_text('{"inputs": "say a", "targets": "<<a>>"}\n' * 4)
+    letters = str(write_letters(tmp_path / "letters.model"))
+    data = DataConfig(mixture=f"{tmp_path}/some.txt", vocabulary=letters)
+    manifest = build_token_store(data, read_vocabulary(letters), tmp_path / "store", workers=1)
+    train = manifest["sources"]["some"]["train"]
+    assert (train["tokens"], train["unknown"]) == (6, 2)  # with a blank
+    settings = Config(
+        model=ModelConfig(vocab_size=SIZE),
+        data=dataclasses.replace(
+            data, mixture=f"pairs:{tmp_path}/pairs.jsonl", inputs_length=16, targets_length=16
+        ),
+    )
+    next(open_batches(settings, "train"))
+    assert "pairs.pairs: 20 % of the training tokens stand for characters that the vocabulary" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.fixture

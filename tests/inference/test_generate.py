@@ -455,6 +455,13 @@ def test_models_of_tasks_are_asked_the_text_as_it_stands(monkeypatch, mixture, f
     assert seen == ["import <extra_id_0> np" if fills else "import ___ np"]
 
 
+def test_caches_that_no_memory_holds_are_refused(model):
+    ids = np.ones((1, 4), np.int32)
+    for options in ({"max_length": 10**12}, {"max_length": 10**6, "beam_size": 10**6}):
+        with pytest.raises(UserError, match=r"take [\d,]+ GiB and the devices have"):
+            generate(model, ids, **options)
+
+
 def test_ids_outside_the_vocabulary_are_refused(model):
     ids = np.ones((1, 4), np.int32)
     last = model.config.model.vocab_size - 1

@@ -43,6 +43,7 @@ and `Example.answer` is None.
 
 import operator
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -228,7 +229,7 @@ def format_arc(record: Record, training: bool, task: str, prefix: str) -> list[E
     key = record["answerKey"]
     if key in (-1, ""):
         return [Example(inputs, UNKNOWN, None)]
-    if key not in labels:
+    if key not in labels[: len(texts)]:
         raise _unknown_label_error(task, key, labels)
     answer = texts[labels.index(key)]
     return [Example(inputs, answer, answer)]
@@ -276,7 +277,8 @@ def _class_name(task: str, label: int | str, classes: Sequence[str]) -> str | No
 
 
 def _unknown_label_error(task: str, label: Any, classes: Sequence[Any]) -> UserError:
+    names = ", ".join(map(str, classes))
     return UserError(
-        f"{task}: the label {label!r} is none of its classes ({', '.join(map(str, classes))}), nor"
+        f"{task}: the label {reprlib.repr(label)} is none of its classes ({names}), nor"
         " the number of one, nor -1 for one that is not known; correct the record."
     )

@@ -6,6 +6,8 @@ Lists and objects may be JSON in a column of text. Nested fields of a tf.train.E
 
 import contextlib
 import json
+import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,7 +71,8 @@ def _convert(value: Any, kind: Any, description: str) -> Any:
         values = _parse_json(value, "[")
         if not isinstance(values, (list, tuple)):
             raise UserError(
-                f"{description} is {value!r} and must be a list, as in JSON; correct it."
+                f"{description} is {reprlib.repr(value)} and must be a list, as in JSON; correct"
+                " it."
             )
         return [_convert(v, kind[0], description) for v in values]
     if isinstance(value, list) and len(value) == 1:  # as in a tf.train.Example
@@ -82,16 +85,16 @@ def _convert(value: Any, kind: Any, description: str) -> Any:
     if isinstance(value, float) and isinstance(0, kind) and value.is_integer():
         value = int(value)  # as in a column of integers with gaps
     if kind is float and isinstance(value, int):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind != LABEL):
         name = getattr(kind, "__name__", kind)
-        raise UserError(f"{description} is {value!r} and must be {name}; correct it.")
+        raise UserError(f"{description} is {reprlib.repr(value)} and must be {name}; correct it.")
     return value
 
 
 def _parse_json(value: Any, begin: str) -> Any:
     """Returns the list or object that a text is the JSON of, if it begins so; else `value`."""
     if isinstance(value, str) and value.startswith(begin):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
     return value

@@ -21,6 +21,7 @@ from switch_jax.data.sources.text_files import read_texts
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 _SHARD_BYTES = 64 * 2**20  # small files are joined to shards of at most this size
+_MAX_SHARDS = 10**6  # of a data set; a larger number in a name has another meaning
 _NUMBERED = re.compile(r"(.*[-.])(\d+)-of-(\d+)(.*)")
 
 
@@ -165,7 +166,7 @@ def _missing_numbers(paths: Iterable[str]) -> list[str]:
     present: dict[tuple[str, str, str], set[int]] = {}
     for path in paths:
         match = _NUMBERED.fullmatch(path)
-        if match:
+        if match and int(match[3]) <= _MAX_SHARDS:
             before, number, count, after = match.groups()
             present.setdefault((before, count, after), set()).add(int(number))
     return [

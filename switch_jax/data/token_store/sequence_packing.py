@@ -4,6 +4,8 @@ The lengths after corruption are known beforehand, so the plan is made once and 
 """
 
 import itertools
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from switch_jax.data.span_corruption import corrupted_lengths, span_lengths
+from switch_jax.errors import UserError
 from switch_jax.files import build_once, cache_root
 
 _OPEN_ROWS = 32  # rows that can still take a piece, at most
@@ -42,8 +45,12 @@ def cached_row_plan(
         with open(path, "wb") as file:
             np.savez(file, **plan(offsets, inputs_length, targets_length)._asdict())
 
-    with np.load(build_once(cache_root() / "plans" / f"{key}.npz", build)) as arrays:
-        return RowPlan(**arrays)
+    path = build_once(cache_root() / "plans" / f"{key}.npz", build)
+    try:
+        with np.load(path) as arrays:
+            return RowPlan(**arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and it is made again.") from error
 
 
 def plan_rows(offsets: np.ndarray, inputs_length: int, targets_length: int) -> RowPlan:
