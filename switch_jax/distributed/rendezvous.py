@@ -14,6 +14,7 @@ that send anything else, too much or too slowly.
 import contextlib
 import json
 import os
+import reprlib
 import selectors
 import socket
 import sys
@@ -42,6 +43,7 @@ from switch_jax.errors import UserError, printable
 _NOTICE_SECONDS = 10.0  # after which one line names the missing processes
 _POLL_SECONDS = 0.2
 _MAX_NAMES = 8  # processes named in a message
+_MAX_PROCESSES = 10**6
 _MAX_TEXT = 200  # characters of another process's text in a message
 _BACKLOG = 1024  # connections that the system accepts before the server does
 _MAX_STRANGERS = 256  # open connections without a hello message, the oldest of which are closed
@@ -49,6 +51,10 @@ _WRONG_SECRET = "secret"  # refusal of a client, which is sent unsigned
 _HELLO_TYPES = {"process": int, "count": int, "host": str, "facts": dict, "challenge": str}
 
 _Hello = dict[str, Any]
+# Of any value that another process may send, however long or deep
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxlong = _repr.maxother = _MAX_TEXT
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 20
 
 
 def wait_for_processes(launch: Launch, facts: Mapping[str, Any], seconds: float) -> None:
@@ -204,6 +210,7 @@ class _Server:
             if not peer.received.endswith(b"\n"):
                 return
             hello = verify(peer.received, peer.challenge)
+            challenge_in(hello)
         except BlockingIOError:
             return
         except SignatureError:
@@ -215,7 +222,7 @@ class _Server:
         else:
             if {key: type(value) for key, value in hello.items()} != _HELLO_TYPES:
                 self._ignore(peer, "of something else")
-            elif not 0 <= hello["process"] < hello["count"]:
+            elif not 0 <= hello["process"] < hello["count"] <= _MAX_PROCESSES:
                 self._ignore(peer, "with an impossible process index")
             else:
                 self._strangers.remove(peer)
@@ -297,8 +304,8 @@ def _find_fault(
         if server_facts.get(name) != facts.get(name):
             return (
                 f"Process {index} on {host} has {_shortened(name)} ="
-                f" {_shortened(repr(facts.get(name)))} and process 0 has"
-                f" {_shortened(repr(server_facts.get(name)))}; start all processes alike."
+                f" {_repr.repr(facts.get(name))} and process 0 has"
+                f" {_repr.repr(server_facts.get(name))}; start all processes alike."
             )
     return None
 

@@ -71,8 +71,9 @@ def verify(line: bytes | bytearray, challenge: str) -> dict[str, Any]:
 def challenge_in(message: Any) -> str:
     """Returns the challenge in a message; raises `ValueError` for a message without one."""
     match message:
-        case {"challenge": str() as challenge} if len(challenge) <= _MAX_CHALLENGE_LENGTH:
-            return challenge
+        case {"challenge": str() as challenge}:
+            if challenge.isascii() and len(challenge) <= _MAX_CHALLENGE_LENGTH:
+                return challenge
     raise ValueError("no challenge")
 
 
@@ -94,5 +95,5 @@ def receive_line(connection: socket.socket, seconds: float) -> bytes:
 
 
 def _signature(text: str, challenge: str) -> str:
-    key = os.environ.get(START_SECRET, "").encode()
+    key = os.fsencode(os.environ.get(START_SECRET, ""))
     return hmac.digest(key, f"{challenge} {text}".encode(), "sha256").hex()
