@@ -5,12 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from switch_jax.data.seqio_import import seqio, tf
-from switch_jax.data.vocabulary import (
-    NUM_SENTINELS,
-    ByteVocabulary,
-    SentencePieceVocabulary,
-    Vocabulary,
-)
+from switch_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 
 def seqio_vocabulary(vocabulary: Vocabulary, eos_id: int) -> seqio.Vocabulary:
@@ -18,7 +13,7 @@ def seqio_vocabulary(vocabulary: Vocabulary, eos_id: int) -> seqio.Vocabulary:
     if isinstance(vocabulary, ByteVocabulary):
         return seqio.ByteVocabulary(extra_ids=vocabulary.size - seqio.ByteVocabulary().vocab_size)
     if isinstance(vocabulary, SentencePieceVocabulary) and vocabulary.eos == eos_id:
-        extra_ids = 0 if vocabulary.has_own_sentinels else NUM_SENTINELS
+        extra_ids = 0 if vocabulary.has_own_sentinels else len(vocabulary.sentinels)
         return seqio.SentencePieceVocabulary(vocabulary.name, extra_ids=extra_ids)
     return _PythonVocabulary(vocabulary, eos_id)
 

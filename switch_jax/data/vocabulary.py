@@ -7,6 +7,7 @@ copy, so that it can be moved to another machine.
 Sentinels `<extra_id_0>`, `<extra_id_1>`, … mark the spans of span corruption. mT5's model and every
 `tokenizer.json` have pieces of these names, which are the sentinels. A SentencePiece model without
 them, as T5's, is followed by 100 sentinels in descending order: `<extra_id_0>` has the last id.
+There are none where the model has exactly as many ids as the file has pieces, as MADLAD's.
 """
 
 import abc
@@ -141,9 +142,13 @@ def _named_sentinels(token_id: Callable[[str], int | None]) -> tuple[int, ...]:
 
 
 class SentencePieceVocabulary(Vocabulary):
-    """A SentencePiece model; raises `UserError` if the content is none."""
+    """A SentencePiece model; raises `UserError` if the content is none.
 
-    def __init__(self, name: str, content: bytes):
+    Args:
+      max_size: number of ids of the model that uses it; None: unknown.
+    """
+
+    def __init__(self, name: str, content: bytes, max_size: int | None = None):
         self._processor = processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(content)
@@ -154,7 +159,7 @@ class SentencePieceVocabulary(Vocabulary):
         size = processor.get_piece_size()
         sentinels = _named_sentinels(self._find)
         self.has_own_sentinels = bool(sentinels)
-        if not sentinels:
+        if not sentinels and size != max_size:
             sentinels = tuple(range(size + NUM_SENTINELS - 1, size - 1, -1))
             size += NUM_SENTINELS
         pad, eos, unk = (
@@ -303,16 +308,19 @@ def _decode_byt5_sentinel(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_BYT5_SENTINELS, _decode_byt5_sentinel)
 
 
-def read_vocabulary(path: str | os.PathLike, model: ModelConfig | None = None) -> Vocabulary:
+def read_vocabulary(
+    path: str | os.PathLike, model: ModelConfig | None = None, max_size: int | None = None
+) -> Vocabulary:
     """Reads a vocabulary file; the paths `bytes` and `byt5` mean these vocabularies.
 
     Args:
       model: must be usable with the vocabulary; None: any.
+      max_size: number of ids of the model, where it is all that is known of it.
 
     Raises `UserError` for a file that is missing, contains no vocabulary or does not fit the model.
     """
     if str(path) in (BYTES, BYT5):
-        return parse_vocabulary(str(path), str(path).encode(), model)
+        return parse_vocabulary(str(path), str(path).encode(), model, max_size)
     file = epath.Path(os.path.expanduser(path))
     try:
         content = file.read_bytes()
@@ -322,10 +330,12 @@ def read_vocabulary(path: str | os.PathLike, model: ModelConfig | None = None) -
             f" data.vocabulary to a SentencePiece model, a tokenizer.json, {BYTES} or {BYT5}, or to"
             " None for one of the mixture's own."
         ) from error
-    return parse_vocabulary(str(file), content, model)
+    return parse_vocabulary(str(file), content, model, max_size)
 
 
-def parse_vocabulary(name: str, content: bytes, model: ModelConfig | None = None) -> Vocabulary:
+def parse_vocabulary(
+    name: str, content: bytes, model: ModelConfig | None = None, max_size: int | None = None
+) -> Vocabulary:
     """Returns the vocabulary of a file's content, as `read_vocabulary`."""
     vocabulary: Vocabulary
     if content == BYTES.encode():
@@ -335,7 +345,8 @@ def parse_vocabulary(name: str, content: bytes, model: ModelConfig | None = None
     elif _is_json_object(content):
         vocabulary = TokenizerVocabulary(name, content)
     else:
-        vocabulary = SentencePieceVocabulary(name, content)
+        max_size = max_size if model is None else model.vocab_size
+        vocabulary = SentencePieceVocabulary(name, content, max_size)
     if model is not None:
         _check_model(vocabulary, model)
     return vocabulary

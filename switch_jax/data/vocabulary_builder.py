@@ -76,7 +76,8 @@ def check_sentinels(data: DataConfig, vocabulary: Vocabulary) -> None:
         raise UserError(
             f"A row of data.inputs_length={data.inputs_length} has {spans} spans, and"
             f" {vocabulary.name!r} has {len(vocabulary.sentinels)} sentinels to mark them; set it"
-            " lower, or take a vocabulary with more pieces such as <extra_id_0>."
+            " lower, or take a vocabulary with more pieces such as <extra_id_0>, or, where there"
+            " are none, a model.vocab_size with room for 100 sentinels behind the pieces."
         )
 
 

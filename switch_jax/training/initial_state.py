@@ -132,7 +132,9 @@ def _vocabulary_growth(source: PretrainedModel, config: Config) -> VocabularyGro
     """
     if source.vocabulary is None or config.data.reader == "synthetic":
         return None
-    old, new = parse_vocabulary("init_from", source.vocabulary), open_vocabulary(config)
+    size = source.config.model.vocab_size
+    old = parse_vocabulary("init_from", source.vocabulary, max_size=size)
+    new = open_vocabulary(config)
     if old.fingerprint == new.fingerprint:
         return None
     sentinels = set(old.sentinels)

@@ -121,6 +121,21 @@ def test_a_vocabulary_of_mt5s_size_fits_its_model():
     assert (mt5.size, mt5.sentinels[0], mt5.sentinels[99]) == (250_100, 250_099, 250_000)
 
 
+def test_a_model_of_as_many_ids_as_pieces_has_no_sentinels(folder):
+    pieces = len(model_proto().pieces)
+    tight = config(folder, "t5.model")
+    tight = dataclasses.replace(tight, model=ModelConfig(vocab_size=pieces))
+    assert (open_vocabulary(tight).size, open_vocabulary(tight).sentinels) == (pieces, ())
+    with pytest.raises(UserError, match="has 0 sentinels to mark them"):
+        open_batches(tight, "train")
+    (folder / "pairs.jsonl").write_text('{"inputs": "a <extra_id_0>", "targets": "name"}\n' * 8)
+    pairs = dataclasses.replace(tight.data, mixture=f"pairs:{folder}/pairs.jsonl", batch_size=2)
+    batch = next(open_batches(dataclasses.replace(tight, data=pairs), "train"))
+    assert batch["encoder_input_tokens"].max() < pieces
+    with pytest.raises(UserError, match=f"has {pieces + 100} ids, sentinels included"):
+        read_vocabulary(folder / "t5.model", ModelConfig(vocab_size=pieces + 99))
+
+
 def test_fewer_sentinels_are_enough_for_short_rows_only(folder, tmp_path):
     (tmp_path / "own.model").write_bytes(with_own_sentinels(2))
     few = config(folder, "own.model")

@@ -60,6 +60,7 @@ class _ShardTask:
     number: int
     shard: Shard
     store: Path
+    vocabulary_size: int
 
     @property
     def folder(self) -> Path:
@@ -84,7 +85,7 @@ def build_token_store(
     """
     sources = find_sources(data)
     tasks = [
-        _ShardTask(source, split, number, shard, output)
+        _ShardTask(source, split, number, shard, output, vocabulary.size)
         for source in sources
         for split in SPLITS
         for number, shard in enumerate(source.shards(split))
@@ -295,7 +296,7 @@ def _exit_with_parent() -> None:
 
 def _tokenise_shard(task: _ShardTask, action: BadRecordAction) -> int:
     """Writes a shard of tokens and its summary; returns the number of tokens."""
-    vocabulary, bad_records = _vocabulary(task.store / VOCABULARY_FILE), BadRecords(action)
+    vocabulary, bad_records = _vocabulary(task), BadRecords(action)
     dtype = _token_dtype(vocabulary)
     task.folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.blake2b(digest_size=16)
@@ -335,9 +336,13 @@ def _tokenise_shard(task: _ShardTask, action: BadRecordAction) -> int:
     return offsets[-1]
 
 
+def _vocabulary(task: _ShardTask) -> Vocabulary:
+    return _read_vocabulary(task.store / VOCABULARY_FILE, task.vocabulary_size)
+
+
 @functools.cache
-def _vocabulary(path: Path) -> Vocabulary:
-    return read_vocabulary(path)
+def _read_vocabulary(path: Path, size: int) -> Vocabulary:
+    return read_vocabulary(path, max_size=size)
 
 
 def _token_dtype(vocabulary: Vocabulary) -> np.dtype:
