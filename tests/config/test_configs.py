@@ -172,6 +172,8 @@ def test_bad_config_argument(spec, words):
         ("model.d_model", "wide", ["model.d_model", "whole number", "'wide'"]),
         ("model.d_model", "None", ["model.d_model", "None"]),
         ("model.d_model", "0", ["model.d_model", "at least 1", "0"]),
+        ("model.start_id", "40000", ["model.start_id=40000", "model.vocab_size=32128"]),
+        ("model.pad_id", "1", ["model.pad_id and model.eos_id are both 1"]),
         ("model.tied_embeddings", "1", ["model.tied_embeddings", "True or False", "1"]),
         ("model.activation", "gelu", ["model.activation", "relu, geglu", "'gelu'"]),
         ("model.dropout_rate", "1.0", ["model.dropout_rate", "below 1", "1.0"]),

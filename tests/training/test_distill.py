@@ -360,6 +360,7 @@ def test_unsuitable_teachers_are_refused(teacher_workdir, tmp_path):
     assert_refused(
         "has 32 logits and the student 64; set model.vocab_size=32", {"model.vocab_size": 64}
     )
+    assert_refused("has model.start_id=0 and the student 5; set", {"model.start_id": 5})
     assert_refused("Of the teacher, moe.num_experts=4 does not divide", {"mesh.expert": 8})
     assert_refused("Of the teacher, A encoder group", {"mesh.data": 8, "moe.group_size": 256})
     assert_refused(
