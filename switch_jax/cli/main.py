@@ -93,7 +93,9 @@ def _report_failure(error: BaseException, *, verbose: bool) -> int | None:
         code, sentence = 128 + signal.SIGINT, "Interrupted."
     elif isinstance(error, UserError):
         code, sentence = error.exit_code, str(error)
-    elif explained := explain_os_error(error) or _explain_setting(error):
+    elif explained := (
+        explain_os_error(error) or _explain_setting(error) or _explain_memory(error)
+    ):
         code, sentence = UserError.exit_code, explained
     else:
         return None
@@ -109,6 +111,17 @@ def _explain_setting(error: BaseException) -> str | None:
     first_line = str(error).split("\n")[0].rstrip(".")
     if isinstance(error, RuntimeError | ValueError) and _WRONG_SETTING.search(first_line):
         return f"JAX cannot start: {first_line}; correct or unset that environment variable."
+    return None
+
+
+def _explain_memory(error: BaseException) -> str | None:
+    """Returns a sentence for memory that does not suffice, of NumPy or JAX; None for others."""
+    first_line = str(error).split("\n")[0].strip().rstrip(".")
+    if isinstance(error, MemoryError) or first_line.startswith("RESOURCE_EXHAUSTED"):
+        return (
+            f"The memory does not suffice ({first_line or 'no more is available'}); make the model,"
+            " the batch or the lengths smaller, or use more devices."
+        )
     return None
 
 

@@ -7,6 +7,7 @@ split over slice × data × expert; experts over `expert`; heads, d_ff and vocab
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
@@ -76,3 +77,11 @@ def devices_per_group(group_rows: int, batch_rows: int) -> int:
         return 1
     shards = num_batch_shards(jax.sharding.get_abstract_mesh())
     return max(1, group_rows * shards // batch_rows)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes of a device's shards of all leaves, which are arrays or abstract ones."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -34,7 +34,7 @@ from switch_jax.inference import (
     make_decode_step,
 )
 from switch_jax.model import Mlp, RoutingSpec, SwitchMlp, mfu, process_rows
-from switch_jax.training import TrainProgram, teacher_config, teacher_parameters
+from switch_jax.training import TrainProgram, check_memory, teacher_config, teacher_parameters
 
 MODELS = ("sparse", "dense")
 
@@ -69,6 +69,8 @@ def run_benchmark(config: Config, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         _use_compilation_cache(folder)
         programs = {m: TrainProgram(c, mesh, teacher) for m, c in zip(MODELS, (config, dense))}
+        for program in programs.values():
+            check_memory(program)
         for part, prepare in TIMED_PARTS.items():
             timed = {m: _TimedProgram(*prepare(p.config, p)) for m, p in programs.items()}
             seconds = time_alternating({m: t.call for m, t in timed.items()}, repeats)

@@ -8,7 +8,6 @@ device, FLOPs, memory traffic, and bytes sent along each mesh axis.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import time
@@ -22,7 +21,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from switch_jax.config import Config, override_config
-from switch_jax.distributed import CHIPS, device_memory_bytes, devices_of_topology, make_mesh
+from switch_jax.distributed import (
+    CHIPS,
+    bytes_per_device,
+    device_memory_bytes,
+    devices_of_topology,
+    make_mesh,
+)
 from switch_jax.errors import UserError
 from switch_jax.files import build_once, cache_root
 from switch_jax.model import format_si
@@ -129,7 +134,7 @@ def compile_step(config: Config, target: CompileTarget) -> CompileResult:
     with jax.set_mesh(mesh):
         lowered = traced.lower()
     program_text = lowered.as_text()
-    argument_bytes = _bytes_per_device((state, batch, teacher))
+    argument_bytes = bytes_per_device((state, batch, teacher))
     compiled = _compile_cached(lowered, program_text, target, mesh, argument_bytes)
     summary = cost_summary(config)
     result: CompileResult = {
@@ -139,9 +144,9 @@ def compile_step(config: Config, target: CompileTarget) -> CompileResult:
         "devices": mesh.devices.size,
         "mesh": dict(mesh.shape),
         "params": summary["params"],
-        "parameter_bytes": _bytes_per_device(state.params),
-        "optimizer_bytes": _bytes_per_device(_device_leaves(state.opt_state)),
-        "teacher_bytes": _bytes_per_device(teacher),
+        "parameter_bytes": bytes_per_device(state.params),
+        "optimizer_bytes": bytes_per_device(_device_leaves(state.opt_state)),
+        "teacher_bytes": bytes_per_device(teacher),
         "parameters": _placement(program),
         "tokens_per_step": config.data.batch_size * config.data.inputs_length,
         "slots_per_token": summary["slots_per_token"],
@@ -242,14 +247,6 @@ def _peak_and_argument_bytes(analysis: Any) -> tuple[int, int]:
         return peak, arguments
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return arguments + results + analysis.temp_size_in_bytes, arguments
-
-
-def _bytes_per_device(tree: Any) -> int:
-    """Returns the bytes of a device's shards of all leaves."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _device_leaves(tree: Any) -> Any:

@@ -31,6 +31,7 @@ from switch_jax.training.distill import check_distillation, teacher_config, teac
 from switch_jax.training.finite_guard import FiniteGuard
 from switch_jax.training.idle_experts import IdleExperts
 from switch_jax.training.initial_state import initial_state_notes, make_initial_state
+from switch_jax.training.memory import check_memory
 from switch_jax.training.optimizer import schedule_warnings
 from switch_jax.training.progress import ProgressDisplay, evaluation_summary, train_status
 from switch_jax.training.state import restore_state, save_state
@@ -70,6 +71,7 @@ def _train(config: Config, workdir: Workdir, held: ExitStack) -> signal.Signals 
         mesh = make_mesh(config, teacher=teacher)
         device_kind = mesh.devices.flat[0].device_kind
         program, rows = TrainProgram(config, mesh, teacher), process_rows(mesh)
+        check_memory(program)
         batches = open_batches(config, "train", rows)
         validation = validation_batches(config, rows)
         scorer = TaskScorer(program.sharded)

@@ -239,5 +239,8 @@ def test_interrupts_and_diverged_runs_have_exit_codes_of_their_own(capsys, monke
     assert run_and_fail(KeyboardInterrupt()) == (130, "switch-jax: Interrupted.\n")
     assert run_and_fail(NotFiniteError("It diverged.")) == (3, "switch-jax: It diverged.\n")
     assert run_and_fail(UserError("Change it.")) == (2, "switch-jax: Change it.\n")
+    for error in (MemoryError("no 8 TB"), RuntimeError("RESOURCE_EXHAUSTED: no 8 TB.\nmore")):
+        code, message = run_and_fail(error)
+        assert code == 2 and "memory does not suffice" in message and "no 8 TB)" in message
     with pytest.raises(ZeroDivisionError):
         run_and_fail(ZeroDivisionError())

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from switch_jax.distributed.mesh import make_mesh
+from switch_jax.errors import UserError
 from switch_jax.model.moe import cross_device_dispatch
 from switch_jax.model.parameters import logical_axes, named_parameters
 from switch_jax.model.transformer import SwitchTransformer
 from switch_jax.performance.hlo import HloProgram
+from switch_jax.training.memory import check_memory
 from switch_jax.training.state import TrainState
 from switch_jax.training.step import TrainProgram, _add_to_uint64
 from tests.support.configs import make_batch, tiny
@@ -319,3 +321,19 @@ def test_parameters_and_their_logical_axes_agree():
     assert sorted(routers) == [
         f"{stack}/runs/0/layers/1/mlp/router/kernel" for stack in ("decoder", "encoder")
     ]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model.vocab_size": 2**31 - 1}, r"274\.9 GB on a device \(parameters 137\.4 GB, opt"),
+        ({"data.batch_size": 2**31 - 8}, r"a batch 343\.6 GB\), and a cpu has"),
+    ],
+)
+def test_what_no_device_can_hold_is_refused_with_its_bytes(changes, words):
+    with pytest.raises(UserError, match=words):
+        check_memory(make_program(ONE_DEVICE | SMALL | changes))
+
+
+def test_what_fits_is_not_refused():
+    check_memory(make_program(ONE_DEVICE | SMALL))
