@@ -77,6 +77,8 @@ class Campaign:
             for outcome in pool.map(self._check, cases):
                 outcomes.append(outcome)
                 progress.advance(bar)
+                if not self._console.is_terminal and len(outcomes) % 50 == 0:
+                    self._console.print(f"{len(outcomes)} of {len(cases)} cases")
                 if outcome.fault:
                     text = f"{outcome.kind}: {outcome.case}: {outcome.detail[:300]}"
                     progress.print(escape(text), soft_wrap=True)
