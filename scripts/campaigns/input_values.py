@@ -58,8 +58,6 @@ _WRONG_TEXTS = (
     ("optimizer.schedule", "step"),
     ("optimizer.trained", "("),
     ("optimizer.trained", "no_such_parameter"),
-    ("optimizer.cooldown_steps", "1000"),
-    ("optimizer.warmup_steps", "100000000"),
     ("train.keep_best", "no_such_metric"),
     ("train.accumulate", "3"),
     ("train.steps", "0"),
@@ -83,10 +81,6 @@ _WRONG_TEXTS = (
     ("model.vocab_size", "0"),
     ("model.vocab_size", "7"),  # fewer than the vocabulary has
     ("model.dropout_rate", "1.5"),
-    ("model.d_model", "2000000000"),
-    ("model.d_ff", "9000000000000000000"),
-    ("moe.num_experts", "1000000000"),
-    ("data.batch_size", "1000000000000"),
     ("no_such_key", "1"),
     ("model.no_such_key", "1"),
     ("model", "1"),
@@ -96,6 +90,12 @@ _WRONG_TEXTS = (
 )
 # Unusual, and not always wrong.
 ODD_CONFIG_VALUES = (
+    ("optimizer.cooldown_steps", "1000"),
+    ("optimizer.warmup_steps", "100000000"),
+    ("model.d_model", "2000000000"),
+    ("model.d_ff", "9000000000000000000"),
+    ("moe.num_experts", "1000000000"),
+    ("data.batch_size", "1000000000000"),
     ("train.seed", "-1"),
     ("train.seed", "9223372036854775807"),
     ("data.seed", "18446744073709551616"),

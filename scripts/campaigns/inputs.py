@@ -222,7 +222,9 @@ def _paths() -> Iterator[BadInput]:
         for odd in input_values.ODD_PATHS:
             command = _with(verb, replace={"run": odd, "hf": odd, "t5x": odd})
             moved = {"convert from-hf": "hf", "convert from-t5x": "t5x"}.get(verb, "run")
-            yield BadInput("odd source", odd[:40], command, "same", partial(_move, moved, odd))
+            # A figure has the name of its run.
+            expected: Expected = "any" if verb == "plot" else "same"
+            yield BadInput("odd source", odd[:40], command, expected, partial(_move, moved, odd))
         for bad in input_values.BAD_PATHS:
             command = _with(verb, replace={"run": bad, "hf": bad, "t5x": bad})
             change = partial(_write, "a_file", b"x")
