@@ -33,6 +33,7 @@ from switch_jax.checkpoint.checksums import (
     read_record,
 )
 from switch_jax.checkpoint.data_position import DataPosition, PositionArgs
+from switch_jax.checkpoint.saver_failures import watch_saver
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed import all_gather_int, barrier, raise_if_any_failed
 from switch_jax.errors import UserError
@@ -72,6 +73,7 @@ class Checkpointer:
             create=True,
             cleanup_tmp_directories=True,
         )
+        watch_saver()
         if jax.process_index() == 0:
             _repair_metrics(self._folder)
         barrier()  # every process reads the metrics now
