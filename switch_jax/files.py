@@ -16,7 +16,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from switch_jax.errors import UserError
@@ -154,7 +154,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def create_folder_atomically(path: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; it becomes `path` at the end, or is removed on an exception.
 
-    Raises `UserError` if `path` exists or cannot be written.
+    What a killed process left of the same folder is removed. Raises `UserError` if `path` exists
+    or cannot be written.
     """
     if path.exists():
         raise UserError(f"{path} exists; name a folder that does not, or remove it.")
@@ -165,8 +166,41 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
         raise UserError(
             f"{path} cannot be made ({error.strerror}); name another folder."
         ) from error
-    with _renamed_when_complete(partial, path):
-        yield partial
+    try:
+        with _marked_as_used(partial), _renamed_when_complete(partial, path):
+            _remove_leftovers(path.absolute())
+            yield partial
+    except Exception as error:
+        is_user_error = isinstance(error, UserError)
+        sentence = str(error) if is_user_error else explain_os_error(error)
+        if sentence is None or (is_user_error and str(partial) not in sentence):
+            raise
+        raise UserError(sentence.replace(str(partial), str(path))) from error
+
+
+@contextmanager
+def _marked_as_used(folder: Path) -> Iterator[None]:
+    """Locks a folder, as far as its file system has locks, until the process ends at the latest."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the partial folders of `path` that are not marked as used."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.partial")
+    for sibling in [path for path in path.parent.iterdir() if pattern.fullmatch(path.name)]:
+        with suppress(OSError):  # in use, or another user's
+            descriptor = os.open(sibling, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(sibling)
+            finally:
+                os.close(descriptor)
 
 
 def plain_path(folder: Path) -> Path:

@@ -265,3 +265,24 @@ def test_a_cache_in_the_home_of_nobody_is_refused(monkeypatch):
     monkeypatch.setenv("SWITCH_JAX_CACHE", "~nobody-has-this-name/cache")
     with pytest.raises(UserError, match="no home folder for ~nobody-has-this-name/cache; set"):
         cache_root()
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed_and_what_is_in_use_is_not(tmp_path):
+    path = tmp_path / "run [1]"
+    left, others = tmp_path / ".run [1].0123456789ab.partial", tmp_path / ".x.0123456789ab.partial"
+    for folder in (left, others):
+        (folder / "checkpoints").mkdir(parents=True)
+    with create_folder_atomically(path) as partial:
+        assert not left.exists() and partial.exists()
+        with pytest.raises(ValueError, match="no"), create_folder_atomically(path):
+            assert partial.exists()
+            raise ValueError("no")
+    assert path.is_dir() and others.is_dir()
+
+
+def test_a_folder_for_which_there_is_no_room_is_named_as_it_was_asked_for(tmp_path):
+    path = tmp_path / "folder"
+    words = f"^{path}/file: No space left on device; make room"
+    with pytest.raises(UserError, match=words), create_folder_atomically(path) as partial:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial / "file"))
+    assert not list(tmp_path.iterdir())

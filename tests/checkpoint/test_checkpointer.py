@@ -1,6 +1,8 @@
 """Checkpointer: saving, restoring on other shardings, and checkpoints that cannot be read."""
 
 import json
+import logging
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,16 +13,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from switch_jax import files
+from switch_jax.checkpoint import saver_failures
 from switch_jax.checkpoint.checkpoint_reader import (
     find_checkpoint,
     parameter_shapes,
     restore_opt_state,
     restore_params,
+    step_numbers,
 )
 from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.saver_failures import watch_saver
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
+from switch_jax.files import explain_os_error
 from tests.support.configs import tiny
 from tests.support.paths import ODD_NAME
 
@@ -195,6 +201,39 @@ def test_a_second_bad_checkpoint_of_a_step_and_odd_names_are_set_aside_or_ignore
     assert restore(workdir, *arrays(2))[1] == 20
     names = {path.name for path in workdir.checkpoints.iterdir()}
     assert {"1", "2", "corrupt-5", "corrupt-5-2", "007", "8"} <= names and "5" not in names
+
+
+@pytest.fixture
+def small_files():
+    """Files that this process writes can have 512 bytes: an error as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_save_without_room_is_raised_and_loses_nothing(two_checkpoints, small_files, capsys):
+    checkpointer = Checkpointer(two_checkpoints, keep=3)
+    checkpointer.save(3, *wide_arrays(3), Position(30))
+    with pytest.raises(Exception) as error:
+        checkpointer.close()
+    assert "File too large; make room" in explain_os_error(error.value)
+    assert "Traceback" not in capsys.readouterr().err
+    assert step_numbers(two_checkpoints.checkpoints) == [1, 2]
+
+
+def test_a_saver_that_fails_ends_one_of_several_processes(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(saver_failures, "exit_after_failure", codes.append)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    error = ValueError("RESOURCE_EXHAUSTED: [OS error 28: ENOSPC No space left on device]")
+    record = logging.LogRecord(
+        "absl", logging.ERROR, "/lib/orbax/x.py", 1, "failed", (), (type(error), error, None)
+    )
+    record.threadName = "async_save"
+    watch_saver()
+    assert not logging.getLogger("absl").filter(record)
+    assert codes == [2] and "No space left on device; make room" in capsys.readouterr().err
 
 
 def test_no_checkpoint_is_renamed_where_none_can_be_read(workdir):
