@@ -372,8 +372,8 @@ def _check_model(vocabulary: Vocabulary, model: ModelConfig) -> None:
     if vocabulary.size > model.vocab_size:
         raise UserError(
             f"Vocabulary {name!r} has {vocabulary.size} ids, sentinels included, and"
-            f" model.vocab_size={model.vocab_size}; set it to {vocabulary.padded_size}, or"
-            " data.vocabulary to the model's own."
+            f" model.vocab_size={model.vocab_size}; set it to {vocabulary.padded_size}"
+            " for a new model, or take the vocabulary that the model was trained with."
         )
     for key, meaning, own, used in (
         ("pad_id", "padding", vocabulary.pad, model.pad_id),
@@ -382,7 +382,7 @@ def _check_model(vocabulary: Vocabulary, model: ModelConfig) -> None:
         if own not in (None, used):
             raise UserError(
                 f"In vocabulary {name!r}, {own} stands for {meaning}, and model.{key}={used}; set"
-                f" it to {own}, or data.vocabulary to the model's own."
+                f" it to {own}, or take the vocabulary that the model was trained with."
             )
         if own is None and used < vocabulary.size and not vocabulary.is_control(used):
             raise UserError(

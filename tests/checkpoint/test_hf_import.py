@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -155,6 +156,21 @@ def test_export_writes_the_imported_tokenizer_and_other_files(converted, tmp_pat
     assert (tmp_path / "out" / "spiece.model").read_bytes() == vocabulary()
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert written == {"config.json", "model.safetensors", "spiece.model", "tokenizer_config.json"}
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused_by_every_verb(converted, tmp_path, capsys):
+    run, out = tmp_path / "run", str(tmp_path / "out")
+    shutil.copytree(converted, run)
+    (run / "vocabulary.model").write_text("bytes")
+    for verb in (
+        ["generate", "--text", "the dog", "--workdir", str(run)],
+        ["export", "--output", out, "--workdir", str(run)],
+        ["eval", "--workdir", str(run), f"--config.data.vocabulary={run}/vocabulary.model"],
+        ["convert", "to-hf", str(run), out],
+    ):
+        assert main(verb) == 2
+        assert "has 359 ids, sentinels included, and model.vocab_size" in capsys.readouterr().err
+    assert not Path(out).exists()
 
 
 def test_a_head_that_differs_from_the_embedding_is_untied(stored, tmp_path):

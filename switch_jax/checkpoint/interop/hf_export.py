@@ -28,7 +28,7 @@ from switch_jax.checkpoint.interop.hf_tensors import DTYPES, INDEX, import_safet
 from switch_jax.checkpoint.pretrained import PretrainedModel, find_pretrained
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config import Config, check_value, parse_json, read_json
-from switch_jax.data import hugging_face_file_name
+from switch_jax.data import hugging_face_file_name, parse_vocabulary
 from switch_jax.errors import UserError
 from switch_jax.files import create_folder_atomically, path_within
 
@@ -100,6 +100,7 @@ def _source(workdir: Workdir) -> _Source:
     dtypes = _parse_companion(folder / DTYPE_RECORD, files, dict[str, _DtypeName])
     if workdir.vocabulary.is_file():
         vocabulary = workdir.vocabulary.read_bytes()
+        parse_vocabulary(str(workdir.vocabulary), vocabulary, workdir.config().model)
         if (name := hugging_face_file_name(vocabulary)) is not None:
             files[name] = vocabulary
     unused = {} if stored_unused is None else import_safetensors().numpy.load(stored_unused)
