@@ -25,6 +25,7 @@ import numpy as np
 from switch_jax.config import Config, DataConfig, ModelConfig
 from switch_jax.data import Batch, build_token_store, open_batches, open_vocabulary, padded_batch
 from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.source import SPLITS
 from switch_jax.data.span_corruption import corrupt_spans, span_lengths
 from switch_jax.data.token_store.store import TokenStore
 
@@ -101,7 +102,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Iterator[Batch]]]:
     began = time.perf_counter()
     manifest = build_token_store(DataConfig(mixture=one), vocabulary, folder / "one", workers=1)
     seconds = time.perf_counter() - began
-    packed = sum(split["tokens"] for split in next(iter(manifest["sources"].values())).values())
+    packed = sum(manifest["sources"]["one"][split]["tokens"] for split in SPLITS)
     print(f"data pack: {packed / seconds:,.0f} tokens/s by one worker", file=sys.stderr)
     build_token_store(DataConfig(mixture=many), vocabulary, folder / "many", workers=1)
     settings = config(mixture=one, data_dir=str(folder / "one"))

@@ -59,8 +59,8 @@ class ShardChecksums:
         """
         steps = np.arange(0, length + self._length - 1, self._length)
         steps[-1] = length - 1
-        blocks = np.unique((begins[:, None] + steps) // self._length)
-        for block in blocks[~self._is_checked[blocks]]:
+        blocks = (begins[:, None] + steps) // self._length
+        for block in set(blocks[~self._is_checked[blocks]].tolist()):
             content = self._tokens[block * self._length : (block + 1) * self._length]
             if _crc32(content) != self._expected[1 + block]:
                 raise damaged(self._tokens_file)
