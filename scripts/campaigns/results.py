@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-_TIMED = {"time", "tokens_per_second", "step_seconds", "data_wait_fraction", "mfu", "seconds"}
-_IGNORED = {"tensorboard", "jobs", "index.html", ".cache"}  # index.html: the summary with speeds
-_TIMES = re.compile(
-    rb'"(?:time|seconds|[a-z_]*_seconds)": [-+.0-9e]+|[0-9.,]+ (?:target )?tokens(?:/s| per second)'
-)
+_TIMED = re.compile("second|time|mfu|data_wait")  # in keys
+# index.html and summary.md show summary.json of a sweep, with its speeds.
+_IGNORED = {"tensorboard", "jobs", "index.html", "summary.md", ".cache"}
+_SPEEDS = re.compile("[0-9.,]+ (?:target )?tokens(?:/s| per second)")
 
 
 def digests(folder: Path, paths: Iterable[str]) -> dict[str, str]:
@@ -35,7 +34,7 @@ def digests(folder: Path, paths: Iterable[str]) -> dict[str, str]:
 
 def same_text(one: str, two: str) -> bool:
     """Whether two texts are equal but for measured times."""
-    return _TIMES.sub(b"", one.encode()) == _TIMES.sub(b"", two.encode())
+    return _SPEEDS.sub("", one) == _SPEEDS.sub("", two)
 
 
 def first_difference(results: dict[str, str] | None, right: dict[str, str] | None) -> str | None:
@@ -54,7 +53,10 @@ def _contents(path: Path, folder: Path) -> Iterator[tuple[str, bytes]]:
             if child.name not in _IGNORED and not child.name.endswith(".lock"):
                 yield from _contents(child, folder)
     elif path.exists():
-        yield name, _TIMES.sub(b"", path.read_bytes())
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            content = json.dumps(_without_times(json.loads(content))).encode()
+        yield name, content
 
 
 def _workdir_contents(path: Path, name: str) -> Iterator[tuple[str, bytes]]:
@@ -68,10 +70,16 @@ def _workdir_contents(path: Path, name: str) -> Iterator[tuple[str, bytes]]:
     yield f"{name}/config", json.dumps(config).encode()
     if (path / "metrics.jsonl").exists():
         lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
-        metrics = [{k: v for k, v in line.items() if k not in _TIMED} for line in lines]
-        yield f"{name}/metrics", json.dumps(metrics).encode()
+        yield f"{name}/metrics", json.dumps(_without_times(list(lines))).encode()
     if (path / "vocabulary.model").exists():
         yield f"{name}/vocabulary.model", (path / "vocabulary.model").read_bytes()
+
+
+def _without_times(value: Any) -> Any:
+    """Returns a JSON value without the measured times and speeds in it."""
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if not _TIMED.search(k)}
+    return list(map(_without_times, value)) if isinstance(value, list) else value
 
 
 def _arrays(folder: Path) -> dict[str, np.ndarray]:
