@@ -144,9 +144,6 @@ def _duplicates() -> Iterator[BadInput]:
             if argument.startswith("--") and i + 1 < len(command.arguments):
                 twice = _with(verb, argument, command.arguments[i + 1] + "2")
                 yield BadInput("given twice", argument, twice, "told")
-    for verb in ("train", "data pack", "data vocab", "bench", "compile"):
-        twice = _with(verb, "--config.train.seed=1", "--config.train.seed=2")
-        yield BadInput("given twice", "--config.train.seed", twice, "told")
 
 
 def _config_files() -> Iterator[BadInput]:

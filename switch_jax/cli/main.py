@@ -126,7 +126,11 @@ def _explain_memory(error: BaseException) -> str | None:
 
 
 def _split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separates `--config.KEY=VALUE` and `--config.KEY VALUE` from the other arguments."""
+    """Separates `--config.KEY=VALUE` and `--config.KEY VALUE` from the other arguments.
+
+    Of several values of a key the last one counts, so that a script's arguments can be followed by
+    the user's; a line on stderr says so.
+    """
     overrides, rest = {}, []
     remaining = iter(arguments)
     for argument in remaining:
@@ -138,8 +142,11 @@ def _split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
             value = next(remaining, "--")
             if value.startswith("--"):
                 raise UserError(f"--config.{key} needs a value: write --config.{key}=VALUE.")
-        if key in overrides:
-            raise UserError(f"--config.{key} is given twice; leave one out.")
+        if overrides.get(key, value) != value:
+            print(
+                printable(f"--config.{key} is given twice; its last value {value} is used."),
+                file=sys.stderr,
+            )
         overrides[key] = value
     return overrides, rest
 

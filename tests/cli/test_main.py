@@ -114,7 +114,6 @@ def test_bad_input_is_one_sentence(config, tmp_path, capsys, overrides, words):
         (["train", "--workdir", "x"], "are required: --config"),
         (["plot", "--workdir", "a", "--workdir", "b"], "--workdir: it is given twice"),
         (["train", "--config", "c", "--config=d", "--workdir", "x"], "--config: it is given twice"),
-        (["train", "--config.a=1", "--config.a=2"], "--config.a is given twice"),
         (["eval", "--workdir", ""], "a path is empty"),
         (["train", "--config", "c", "--workdir", "FILE"], "FILE is a file; name a folder"),
         (["sweep", "--config", "c", "--workdir", "FILE/x/y"], "is in FILE, which is no folder"),
@@ -136,6 +135,15 @@ def test_wrong_arguments_are_one_sentence(arguments, words, tmp_path, capsys):
     words = words.replace("FILE", str(tmp_path / "FILE"))
     err = failure(capsys, *arguments)
     assert words.casefold() in err.casefold() and err.endswith(".\n")
+
+
+def test_the_last_value_of_a_config_key_counts_and_is_named(config, capsys):
+    twice = ["--config.train.steps=3", "--config.train.steps=4"]
+    assert main(["inspect", "--config", config, "--json", *twice]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "--config.train.steps is given twice; its last value 4 is used.\n"
+    assert main(["inspect", "--config", config, "--json", "--config.train.steps=4"]) == 0
+    assert capsys.readouterr() == (printed.out, "")
 
 
 def test_missing_files_are_one_sentence(config, tmp_path, capsys):
