@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from switch_jax.checkpoint import Workdir, has_diverged, last_logged_step
-from switch_jax.config import Config, change_effect, config_differences, load_config
+from switch_jax.config import Config, change_effect, config_differences
 from switch_jax.distributed import record_signals
 from switch_jax.errors import UserError
 from switch_jax.model import train_flops
@@ -125,7 +125,7 @@ def sweep_jobs(sweep: Sweep, folder: Path) -> list[Job]:
             name,
             seed,
             run,
-            load_config(run.config, run.override_texts() | _seed_overrides(seed)),
+            sweep.load_run(name, _seed_overrides(seed)),
             folder,
             teacher=configs.get(run.teacher or ""),
         )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from switch_jax.checkpoint import QUALITY
+from switch_jax.checkpoint import QUALITY, find_pretrained
 from switch_jax.config import (
     Config,
     call_config_function,
@@ -172,13 +172,29 @@ class Sweep:
 
         Raises `UserError`, which names the run, for a config that is invalid.
         """
-        configs = {}
-        for name, run in self.runs.items():
-            try:
-                configs[name] = load_config(run.config, run.override_texts())
-            except UserError as error:
-                raise UserError(f"Run {name!r} of the sweep: {error}") from error
-        return configs
+        return {name: self.load_run(name) for name in self.runs}
+
+    def load_run(self, name: str, overrides: Mapping[str, str] | None = None) -> Config:
+        """Returns the config of a run as `train` resolves it, apart from references.
+
+        Args:
+          name: of the run.
+          overrides: further overrides, text by dotted key.
+
+        Raises `UserError`, which names the run, for a config that is invalid.
+        """
+
+        def find_model(path: str) -> Config:
+            reference = _RUN_REFERENCE.search(path)
+            return (
+                find_pretrained(path).config if reference is None else self.load_run(reference[1])
+            )
+
+        run, further = self.runs[name], dict(overrides or {})
+        try:
+            return load_config(run.config, run.override_texts() | further, find_model)
+        except UserError as error:
+            raise UserError(f"Run {name!r} of the sweep: {error}") from error
 
     def check_comparable(self, configs: Mapping[str, Config]) -> None:
         """Raises `UserError` if runs of one table or figure differ in their data or steps.

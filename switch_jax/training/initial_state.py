@@ -16,6 +16,7 @@ from switch_jax.checkpoint import (
     Shape,
     Shapes,
     Transfer,
+    check_parameters_finite,
     check_special_ids,
     find_pretrained,
     model_differences,
@@ -166,6 +167,9 @@ def _restore_optimizer(source: PretrainedModel, program: TrainProgram, fresh: An
             f"The optimizer of {path} does not fit: other parameters are trained here, or by"
             " another optimizer; set init_optimizer=fresh."
         ) from error
+    leaves = jax.tree_util.tree_leaves_with_path(loaded)
+    named = {f"optimizer state {jax.tree_util.keystr(at)}": leaf for at, leaf in leaves}
+    check_parameters_finite(named, path, together=True)
 
     return jax.tree.map(
         lambda old, new: new if is_schedule_state(new) else old,

@@ -73,6 +73,19 @@ def test_fine_tuning_has_the_model_of_its_upstream_and_the_recipe_of_its_task(mo
     assert down.data.mixture == "super_glue" and down.train.steps == 16_000
 
 
+def test_a_run_takes_the_model_of_the_run_that_it_starts_from(monkeypatch):
+    """With `init_model=checkpoint`, which the preset sets; overrides of the run stay."""
+    monkeypatch.chdir(ROOT)
+    up = SweepRun("switch_tiny:num_experts=8", {"moe.router": "top_k", "model.start_id": 7})
+    down = SweepRun("finetune:task=pairs", {"init_from": "{run:up}", "moe.router": "switch"})
+    sweep = Sweep("", {"up": up, "down": down})
+    found = sweep.load_configs()
+    assert found["down"].moe.num_experts == 8 and found["down"].model.start_id == 7
+    assert found["down"].model.d_model == found["up"].model.d_model != 768
+    assert found["down"].moe.router == "switch" and found["down"].moe.expert_dropout_rate == 0.4
+    assert sweep.load_run("down", {"train.seed": "3"}).moe == found["down"].moe
+
+
 def test_among_compared_runs_only_a_teacher_may_have_more_steps(monkeypatch):
     monkeypatch.chdir(ROOT)
     dense = find_size("mini").dense
