@@ -139,10 +139,10 @@ def test_wrong_arguments_are_one_sentence(arguments, words, tmp_path, capsys):
 
 def test_the_last_value_of_a_config_key_counts_and_is_named(config, capsys):
     twice = ["--config.train.steps=3", "--config.train.steps=4"]
-    assert main(["inspect", "--config", config, "--json", *twice]) == 0
+    assert main(["inspect", "--config", str(config), "--json", *twice]) == 0
     printed = capsys.readouterr()
     assert printed.err == "--config.train.steps is given twice; its last value 4 is used.\n"
-    assert main(["inspect", "--config", config, "--json", "--config.train.steps=4"]) == 0
+    assert main(["inspect", "--config", str(config), "--json", "--config.train.steps=4"]) == 0
     assert capsys.readouterr() == (printed.out, "")
 
 
