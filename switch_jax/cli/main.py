@@ -131,7 +131,8 @@ def _split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     Of several values of a key the last one counts, so that a script's arguments can be followed by
     the user's; a line on stderr says so.
     """
-    overrides, rest = {}, []
+    overrides: dict[str, str] = {}
+    rest = []
     remaining = iter(arguments)
     for argument in remaining:
         if not argument.startswith("--config."):
