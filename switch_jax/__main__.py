@@ -1,17 +1,56 @@
-"""Entry point of `switch-jax` and `python -m switch_jax`."""
+"""Entry point of `switch-jax` and `python -m switch_jax`, which Ctrl-C ends at any moment.
 
+An exception in the main thread would not do: it waits for native code, such as a compilation, and
+libraries that are being imported or called back lose it or turn it into an error of their own.
+"""
+
+import os
+import signal
 import sys
+import threading
+from typing import Any
+
+_EXIT_CODE = 128 + signal.SIGINT
+_exiting = threading.Lock()
 
 
 def main() -> int:
-    """Runs the command line; Ctrl-C while it is imported is reported as at any other time."""
-    try:
-        from switch_jax.cli import main as run
+    """Runs the command line and returns its exit code."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
+        _exit_at_interrupts()
+    from switch_jax.cli import main as run
 
-        return run()
-    except KeyboardInterrupt:
-        print("switch-jax: Interrupted.", file=sys.stderr)
-        return 130
+    return run()
+
+
+def _exit_at_interrupts() -> None:
+    """Makes SIGINT end the process with exit code 130 and one line on stderr.
+
+    While another handler is installed, as `record_signals` does, the first SIGINT is left to it.
+    """
+    signal.signal(signal.SIGINT, _exit)
+    # Python writes to this pipe when the signal arrives, whatever the main thread does.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait_for_interrupts() -> None:
+        left_to_others = 0
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGINT:
+                if left_to_others or signal.getsignal(signal.SIGINT) is _exit:
+                    _exit()
+                left_to_others += 1
+
+    threading.Thread(target=wait_for_interrupts, name="interrupts", daemon=True).start()
+
+
+def _exit(*arguments: Any) -> None:
+    if not _exiting.acquire(blocking=False):
+        return  # another thread is here
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+    os.write(2, f"{show_cursor}switch-jax: Interrupted.\n".encode())
+    os._exit(_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,13 @@ def record_signals() -> Iterator[list[signal.Signals]]:
         return
 
     def handle(number, frame):
-        received.append(signal.Signals(number))
-        signal.signal(number, previous[number])
+        if number not in received:
+            received.append(signal.Signals(number))
+        elif callable(earlier := previous[number]):
+            earlier(number, frame)
+        else:
+            signal.signal(number, earlier)
+            signal.raise_signal(number)
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
     try:

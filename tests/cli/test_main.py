@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -252,3 +253,27 @@ def test_interrupts_and_diverged_runs_have_exit_codes_of_their_own(capsys, monke
         assert code == 2 and "memory does not suffice" in message and "no 8 TB)" in message
     with pytest.raises(ZeroDivisionError):
         run_and_fail(ZeroDivisionError())
+
+
+INTERRUPTED = """
+import re, signal, time
+from switch_jax.__main__ import _exit_at_interrupts
+_exit_at_interrupts()
+if {recorded}:  # as the training loop does
+    signal.signal(signal.SIGINT, lambda *_: print("recorded", flush=True))
+print("ready", flush=True)
+re.match(r"(a+)+$", "a" * 60 + "b")  # native code for longer than a test
+"""
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_ctrl_c_ends_native_code_and_a_second_one_ends_what_records_the_first(recorded):
+    process = runs.start(program=("-c", INTERRUPTED.format(recorded=recorded)))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    if recorded:
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "switch-jax: Interrupted.\n")

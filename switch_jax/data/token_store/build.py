@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -265,10 +266,13 @@ def _run_tasks(
         return
     # Not forked: the caller may have threads, JAX's or TensorFlow's.
     context = multiprocessing.get_context("spawn")
+    # Of Python's resource tracker, which removes and reports what a Ctrl-C leaves.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     with ProcessPoolExecutor(min(workers, len(tasks)), context, _exit_with_parent) as pool:
         # The largest first, so that no worker is still busy with a large shard at the end.
         largest_first = sorted(tasks, key=lambda task: -task.shard.size)
-        running = {pool.submit(_tokenise_shard, task, action): task for task in largest_first}
+        with _interrupts_blocked():
+            running = {pool.submit(_tokenise_shard, task, action): task for task in largest_first}
         try:
             for future in as_completed(running):
                 yield running[future], future.result()
@@ -280,6 +284,16 @@ def _run_tasks(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Starts processes without SIGINT: Ctrl-C is for their parent, with which they exit."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit_with_parent() -> None:
