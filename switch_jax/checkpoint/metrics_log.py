@@ -13,7 +13,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.files import write_atomically
@@ -48,7 +50,11 @@ class MetricsWriter:
             content = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(self._path, content.encode())
         self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir.tensorboard), purge_step=first_step + 1)
+        # Not by a SummaryWriter: its thread ends where the disk is full, and then waits for ever.
+        workdir.tensorboard.mkdir(exist_ok=True)
+        self._tensorboard = EventsWriter(str(workdir.tensorboard / "events"))
+        purge = SessionLog(status=SessionLog.START)  # what was logged from this step on is void
+        self._tensorboard.write_event(Event(step=first_step + 1, session_log=purge))
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of a step.
@@ -58,12 +64,15 @@ class MetricsWriter:
         if not self._active:
             return
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        line = {"step": step, "split": split, "time": time.time(), **values}
+        now = time.time()
+        line = {"step": step, "split": split, "time": now, **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in values.items():
             if value is not None:
-                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+                summary = scalar(f"{split}/{name}", value)
+                self._tensorboard.write_event(Event(wall_time=now, step=step, summary=summary))
+        self._tensorboard.flush()
 
     def __enter__(self) -> "MetricsWriter":
         return self

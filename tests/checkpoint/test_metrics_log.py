@@ -119,3 +119,9 @@ def test_a_damaged_config_is_one_sentence_that_names_the_file(workdir, content, 
         workdir.config()
     assert words in str(error.value) and str(error.value).count(str(workdir.config_file)) == 1
     assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_under_tensorboard_is_an_error_and_no_endless_wait(workdir):
+    with pytest.raises(OSError, match="No space left"), MetricsWriter(workdir, 0) as writer:
+        writer._tensorboard._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+        writer.write(1, "train", {f"metric_{n}": 1.0 for n in range(100)})
