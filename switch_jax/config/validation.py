@@ -164,7 +164,7 @@ def _check_ranges(config: Config) -> None:
     ):
         _require(factor is None or factor > 0, f"{key} must be above 0 or None, not {factor}.")
     rate = config.optimizer.learning_rate
-    _require(rate <= 1e6, f"optimizer.learning_rate must be at most 1e6, not {rate}.")
+    _require(rate <= 1e3, f"optimizer.learning_rate must be at most 1000, not {rate}.")
     scale = config.model.init_scale
     _require(scale > 0, f"model.init_scale must be above 0, not {scale}.")
 
