@@ -13,6 +13,7 @@ predictions/STEP/*.jsonl  the model's answers to the examples of fine-tuning tas
 train.lock                locked while a process trains in the folder; names the process
 """
 
+import hashlib
 import importlib.metadata
 import json
 import shlex
@@ -53,13 +54,19 @@ class Workdir:
     def config(self) -> Config:
         """Returns the run's config.
 
-        Raises `UserError` where config.json is missing or invalid, or a file of the run is a
-        symbolic link that leads out of the folder.
+        Raises `UserError` where config.json is missing or invalid, a file of the run is a
+        symbolic link that leads out of the folder, or vocabulary.model is not the run's.
         """
         for file in (self.config_file, self.vocabulary):
             path_within(self.path, file.name)
+        content = self._content()
+        recorded = content.get("vocabulary_digest")  # absent in WORKDIRs of older versions
+        if recorded is not None and self.vocabulary.is_file() and self._digest() != recorded:
+            raise UserError(
+                f"{self.vocabulary} is not the file that the run was trained with; restore it."
+            )
         try:
-            return config_from_dict(self._content()["config"])
+            return config_from_dict(content["config"])
         except UserError as error:
             where = "" if str(self.path) in str(error) else f"{self.config_file}: "
             raise UserError(f"{where}{error}") from error
@@ -138,17 +145,21 @@ class Workdir:
         """
         if vocabulary is not None:
             self.check_vocabulary(vocabulary)
-        content = {
-            "config": config_to_dict(config),
-            "versions": _versions(),
-            "git_revision": _git_revision(),
-            "devices": devices,
-        }
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             if vocabulary is not None:
                 write_atomically(self.vocabulary, vocabulary)
+            content = {
+                "config": config_to_dict(config),
+                "vocabulary_digest": self._digest() if self.vocabulary.is_file() else None,
+                "versions": _versions(),
+                "git_revision": _git_revision(),
+                "devices": devices,
+            }
             write_atomically(self.config_file, (json.dumps(content, indent=2) + "\n").encode())
+
+    def _digest(self) -> str:
+        return hashlib.blake2b(self.vocabulary.read_bytes(), digest_size=16).hexdigest()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
