@@ -163,8 +163,6 @@ def _check_ranges(config: Config) -> None:
         ("moe.eval_capacity_factor", moe.eval_capacity_factor),
     ):
         _require(factor is None or factor > 0, f"{key} must be above 0 or None, not {factor}.")
-    rate = config.optimizer.learning_rate
-    _require(rate <= 1e3, f"optimizer.learning_rate must be at most 1000, not {rate}.")
     scale = config.model.init_scale
     _require(scale > 0, f"model.init_scale must be above 0, not {scale}.")
 

@@ -191,7 +191,6 @@ def test_bad_config_argument(spec, words):
         ("train.steps", "9" * 5000, ["train.steps", "whole number"]),
         ("train.seed", "4294967296", ["train.seed", "to 4294967295"]),
         ("optimizer.learning_rate", "1e39", ["optimizer.learning_rate", "32 bits"]),
-        ("optimizer.learning_rate", "1e30", ["optimizer.learning_rate", "at most 1000"]),
         ("optimizer.learning_rate", "nan", ["optimizer.learning_rate", "a number", "nan"]),
         ("optimizer.learning_rate", "{[]:1}", ["optimizer.learning_rate", "'{[]:1}'"]),
         ("optimizer.trained", "[", ["optimizer.trained='['", "no regular expression"]),
