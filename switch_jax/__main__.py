@@ -11,7 +11,7 @@ import threading
 from typing import Any
 
 _EXIT_CODE = 128 + signal.SIGINT
-_exiting = threading.Lock()
+_exiting = threading.RLock()
 
 
 def main() -> int:
@@ -46,8 +46,8 @@ def _exit_at_interrupts() -> None:
 
 
 def _exit(*arguments: Any) -> None:
-    if not _exiting.acquire(blocking=False):
-        return  # another thread is here
+    # A second thread waits here: returned, its native code could keep the first from going on.
+    _exiting.acquire()
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
     os.write(2, f"{show_cursor}switch-jax: Interrupted.\n".encode())
     os._exit(_EXIT_CODE)

@@ -280,6 +280,14 @@ def test_what_a_killed_process_left_of_a_folder_is_removed_and_what_is_in_use_is
     assert path.is_dir() and others.is_dir()
 
 
+def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path):
+    left = tmp_path / ".config.json.0123456789ab.partial"
+    left.write_text("half")
+    write_atomically(tmp_path / "config.json", b"{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
+    assert (tmp_path / "config.json").read_bytes() == b"{}"
+
+
 def test_a_folder_for_which_there_is_no_room_is_named_as_it_was_asked_for(tmp_path):
     path = tmp_path / "folder"
     words = f"^{path}/file: No space left on device; make room"

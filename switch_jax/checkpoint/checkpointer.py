@@ -33,6 +33,7 @@ from switch_jax.checkpoint.checksums import (
     read_record,
 )
 from switch_jax.checkpoint.data_position import DataPosition, PositionArgs
+from switch_jax.checkpoint.finite import check_parameters_finite
 from switch_jax.checkpoint.saver_failures import watch_saver
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed import all_gather_int, barrier, raise_if_any_failed
@@ -155,7 +156,9 @@ class Checkpointer:
             if not failed:  # all processes have their parts of the arrays, and sum them together
                 try:
                     check_arrays(dict(zip(("params", "optimizer"), restored)), record)
-                except ValueError as error:
+                    if record is None:  # of an older version, which saved what was not finite, too
+                        check_parameters_finite(restored[0], "it", together=True)
+                except (ValueError, UserError) as error:
                     failed, failure = True, error
             if failure is not None:
                 cause = reason(failure)

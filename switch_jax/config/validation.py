@@ -62,6 +62,10 @@ def validate(config: Config) -> None:
         "init_optimizer=loaded needs init_from, the checkpoint to load it from; set both.",
     )
     _require(
+        not config.init_rules or config.init_from is not None,
+        "init_rules needs init_from, the checkpoint whose parameters it names; set both.",
+    )
+    _require(
         0 <= config.distill.soft_weight <= 1,
         f"distill.soft_weight must be from 0 to 1, not {config.distill.soft_weight}.",
     )

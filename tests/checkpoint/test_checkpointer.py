@@ -12,7 +12,6 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from switch_jax import files
 from switch_jax.checkpoint import saver_failures
 from switch_jax.checkpoint.checkpoint_reader import (
     find_checkpoint,
@@ -26,7 +25,7 @@ from switch_jax.checkpoint.saver_failures import watch_saver
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
-from switch_jax.files import explain_os_error
+from switch_jax.files import explain_os_error, untrusted
 from tests.support.configs import tiny
 from tests.support.paths import ODD_NAME
 
@@ -122,6 +121,20 @@ def test_a_checkpoint_that_cannot_be_read_is_renamed_and_the_one_before_is_used(
     assert position == 10 and (np.asarray(params["encoder/wi"]) == 1).all()
     assert {folder.name for folder in workdir.checkpoints.iterdir()} == {"1", "corrupt-2"}
     assert "Checkpoint 2 cannot be read" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_set_aside(workdir, capsys):
+    save(workdir, 1)
+    checkpointer = Checkpointer(workdir, keep=3)
+    params, rest = arrays(2)
+    checkpointer.save(2, {"encoder/wi": params["encoder/wi"] * np.nan}, rest, Position(20))
+    checkpointer.close()
+    shutil.rmtree(workdir.checkpoints / "2" / "checksums")  # older versions have none
+    (workdir.checkpoints / "2" / "data" / "checksums-0.json").unlink()
+    (params, _), position = restore(workdir, *arrays(1))
+    assert position == 10 and (np.asarray(params["encoder/wi"]) == 1).all()
+    assert {folder.name for folder in workdir.checkpoints.iterdir()} == {"1", "corrupt-2"}
+    assert "32 values that are NaN or infinite, of 32" in capsys.readouterr().err
 
 
 def wide_arrays(step: int):
@@ -277,8 +290,8 @@ def test_links_that_lead_out_are_refused_and_a_folder_on_another_disk_is_not(wor
 
 def test_parameters_much_larger_than_their_files_are_refused(workdir, monkeypatch):
     save(workdir, 3)
-    monkeypatch.setattr(files, "_ALWAYS_ALLOWED_BYTES", 0)
-    monkeypatch.setattr(files, "_MAX_EXPANSION", 0)
+    monkeypatch.setattr(untrusted, "_ALWAYS_ALLOWED_BYTES", 0)
+    monkeypatch.setattr(untrusted, "_MAX_EXPANSION", 0)
     with pytest.raises(UserError, match="expands to 128 bytes"):
         parameter_shapes(workdir.checkpoints / "3")
 

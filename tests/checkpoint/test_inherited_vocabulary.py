@@ -3,7 +3,9 @@
 import shutil
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
+from switch_jax.checkpoint.interop.t5x_import import read_t5x
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.cli.main import main
 from switch_jax.config.load import override_config
@@ -105,6 +107,18 @@ def test_conversions_take_a_vocabulary(t5x, converted, vocabulary, tmp_path, cap
         workdir = Workdir(output)
         assert workdir.vocabulary.read_bytes() == vocabulary.read_bytes()
         assert open_vocabulary(workdir.config()).content == vocabulary.read_bytes()
+
+
+def test_the_end_of_a_text_is_that_of_the_given_vocabulary(t5x, vocabulary, tmp_path):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.read_bytes())
+    proto.pieces[1].piece, proto.pieces[2].piece = proto.pieces[2].piece, proto.pieces[1].piece
+    proto.pieces[1].type, proto.pieces[2].type = proto.pieces[2].type, proto.pieces[1].type
+    proto.trainer_spec.eos_id, proto.trainer_spec.unk_id = 2, 1
+    other = tmp_path / "other.model"
+    other.write_bytes(proto.SerializeToString())
+    model = read_t5x(t5x).with_vocabulary(str(other)).config.model
+    assert (model.pad_id, model.eos_id, model.start_id) == (0, 2, 0)
+    assert read_t5x(t5x).with_vocabulary(str(vocabulary)).config.model.eos_id == 1
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(t5x, tmp_path, capsys):

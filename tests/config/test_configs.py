@@ -198,6 +198,7 @@ def test_bad_config_argument(spec, words):
         ("data.data_dir", "", ["data.data_dir is empty"]),
         ("init_rules", "router", ["init_rules", "'router'", "no ->"]),
         ("init_rules", r"wi -> \1", ["init_rules", "invalid group reference"]),
+        ("init_rules", "router ->", ["init_rules needs init_from"]),
         ("model.init_scale", "0.0", ["model.init_scale", "above 0"]),
     ],
 )

@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from switch_jax import files
 from switch_jax.data.sources import compression, plain_text, record_files, tfrecord
 from switch_jax.data.sources.bad_records import (
     DAMAGED,
@@ -36,6 +35,7 @@ from switch_jax.data.sources.plain_text import split_text
 from switch_jax.data.sources.text_files import is_text_file, read_texts
 from switch_jax.data.sources.tfrecord import _example_class
 from switch_jax.errors import UserError
+from switch_jax.files import untrusted
 
 LINES = ["a.json", "a.json.gz", "a.jsonl.zst", "a.ndjson", "c4-sw.tfrecord-00000-of-00064.json.gz"]
 RECORDS = ["a.tfrecord", "a.tfrecord.gz", "c4-train.tfrecord-00000-of-00004"]
@@ -325,7 +325,7 @@ def test_a_row_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch, nam
 
 
 def test_a_file_that_expands_absurdly_is_refused_with_its_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_ALWAYS_ALLOWED_BYTES", 2**20)
+    monkeypatch.setattr(untrusted, "_ALWAYS_ALLOWED_BYTES", 2**20)
     data = zstandard.ZstdCompressor(level=1).compress(bytes(2**25))
     (tmp_path / "a.txt.zst").write_bytes(data)
     expected = rf"a\.txt\.zst expands to [\d,]+ bytes, and its files have {len(data):,};"

@@ -61,6 +61,7 @@ class ForeignCheckpoint:
     vocabulary: content of its `vocabulary.model`, where there is one.
     companion_files: other files of the model, by their path in a WORKDIR.
     notes: a sentence for each repair or assumption, for the user.
+    eos_is_assumed: the checkpoint does not say which id ends a text; the config has T5's.
     """
 
     config: Config
@@ -68,6 +69,7 @@ class ForeignCheckpoint:
     vocabulary: bytes | None = None
     companion_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    eos_is_assumed: bool = False
 
     @functools.cached_property
     def parameters(self) -> dict[str, StackedShape]:
@@ -85,22 +87,26 @@ class ForeignCheckpoint:
         Raises `UserError` where the file has no vocabulary, where the checkpoint has another one,
         and where the vocabulary does not fit the model.
         """
-        content = self.vocabulary
+        config, content = self.config, self.vocabulary
         if file is not None:
-            content = read_vocabulary(file).content
+            vocabulary = read_vocabulary(file)
+            content = vocabulary.content
             if self.vocabulary not in (None, content):
                 raise UserError(
                     f"The checkpoint has a vocabulary of its own, other than {file}; leave"
                     " --vocabulary out."
                 )
+            if self.eos_is_assumed and vocabulary.eos is not None:
+                model = dataclasses.replace(config.model, eos_id=vocabulary.eos)
+                config = dataclasses.replace(config, model=model)
         if content is None:
             note = (
                 "There is no vocabulary: set --vocabulary FILE, or data.vocabulary=FILE where the"
                 " model is used with text."
             )
             return dataclasses.replace(self, notes=(*self.notes, note))
-        parse_vocabulary(file or "of the checkpoint", content, self.config.model)
-        return dataclasses.replace(self, vocabulary=content)
+        parse_vocabulary(file or "of the checkpoint", content, config.model)
+        return dataclasses.replace(self, config=config, vocabulary=content)
 
     def read_finite_slice(self, name: str, index: SliceIndex) -> np.ndarray:
         """Returns a slice as `read_slice` does; raises `UserError` for NaN and infinity in it."""

@@ -129,7 +129,7 @@ def read_t5x(path: Path) -> ForeignCheckpoint:
         notes.append(f"The optimizer's state ({arrays.num_optimizer_arrays} arrays) is left out.")
     names = {layer_slice: name for name, layer_slice in slices.items()}
     read_slice = functools.partial(_read_slice, layer_arrays, names)
-    return ForeignCheckpoint(config, read_slice, notes=tuple(notes))
+    return ForeignCheckpoint(config, read_slice, notes=tuple(notes), eos_is_assumed=True)
 
 
 def _read_slice(
