@@ -166,11 +166,13 @@ def test_no_damaged_file_gives_other_values(two_checkpoints, tmp_path):
     right = {step: jax.tree.map(np.asarray, wide_arrays(step)) for step in (1, 2)}
     newest = two_checkpoints.checkpoints / "2"
     names = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
-    damages = [(flip_a_bit, name) for name in names]
-    # Values are in the largest files.
-    large = sorted(names, key=lambda name: (newest / name).stat().st_size)[-6:]
+    # Values are in the largest files. scripts/campaigns damages all files.
+    large = sorted(names, key=lambda name: (newest / name).stat().st_size)[-5:]
+    record = Path("checksums/metadata")
+    others = [record, Path("metrics/metrics"), Path("_CHECKPOINT_METADATA")]
+    damages = [(flip_a_bit, name) for name in [*large, *others]]
     for damage in (Path.unlink, lambda file: file.write_bytes(b"")):
-        damages += [(damage, name) for name in [*large, Path("checksums/metadata")]]
+        damages += [(damage, name) for name in [large[-1], record]]
     for item in ("params", "optimizer", "data", "checksums"):  # those of another step
         damages.append(
             (lambda path: shutil.copytree(path.parents[1] / "1" / path.name, path), item)
@@ -190,7 +192,7 @@ def test_no_damaged_file_gives_other_values(two_checkpoints, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, restored, right[step])
         assert (position.number, metrics["score"]) == (10 * step, step), name
         used.append(step)
-    assert used[-4:] == [1] * 4 and used.count(2) > 5
+    assert used[-4:] == [1] * 4 and used.count(2) > 1
 
 
 def test_a_flipped_bit_is_a_sentence_where_parameters_are_read(two_checkpoints, tmp_path):

@@ -162,6 +162,9 @@ def test_a_vocabulary_larger_than_the_model_is_refused_by_every_verb(converted, 
     run, out = tmp_path / "run", str(tmp_path / "out")
     shutil.copytree(converted, run)
     (run / "vocabulary.model").write_text("bytes")
+    config = json.loads((run / "config.json").read_text())
+    del config["vocabulary_digest"]  # as in WORKDIRs of older versions
+    (run / "config.json").write_text(json.dumps(config))
     for verb in (
         ["generate", "--text", "the dog", "--workdir", str(run)],
         ["export", "--output", out, "--workdir", str(run)],

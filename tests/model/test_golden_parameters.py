@@ -25,7 +25,11 @@ _VARIANTS = {
 }
 
 # Golden file → function that makes the config.
-PRESETS = {name: functools.partial(load_config, spec) for name, spec in test_configs.SPECS.items()}
+# A fine-tuning preset has the experts of init_from; its golden file is that of Switch-Base's.
+PRESETS = {
+    name: functools.partial(load_config, spec + ",num_experts=128" * ("finetune.py" in spec))
+    for name, spec in test_configs.SPECS.items()
+}
 PRESETS["switch_base-64"] = functools.partial(load_config, f"{_BASE}:num_experts=64")
 for _name, _overrides in _VARIANTS.items():
     PRESETS[f"switch_base-{_name}"] = functools.partial(load_config, _BASE, _overrides)
