@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scripts.campaigns.outcomes import Kind, Outcome, failure, partial_files
 from scripts.campaigns.processes import Ended, Process
-from scripts.campaigns.results import first_difference, same_text
+from scripts.campaigns.results import digests, first_difference, same_text
 from scripts.campaigns.world import COMMANDS, Command
 
 # Number of kills by verb.
@@ -96,6 +96,8 @@ class Kill:
         left = sum(process.end_descendants() for process in (*started, *again))
         for one in ended:
             if one.code != 0:
+                if " exists; " in one.err and self._is_complete(folder, undisturbed):
+                    return outcome("right", "was complete before the signal")
                 kind, detail = failure(one)
                 return outcome("unclear" if kind == "told" else kind, f"started again: {detail}")
         if difference := first_difference(ended[0].results, undisturbed.results):
@@ -126,6 +128,11 @@ class Kill:
             )
             for number in range(2)
         ]
+
+    def _is_complete(self, folder: Path, undisturbed: Ended) -> bool:
+        """Whether the results are there, and are those of an undisturbed run."""
+        found = digests(folder, self.command.results)
+        return first_difference(found, undisturbed.results) is None
 
     @staticmethod
     def _wait(processes: Sequence[Process]) -> list[Ended]:

@@ -83,11 +83,14 @@ def _without_times(value: Any) -> Any:
 
 
 def _arrays(folder: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a checkpoint's item by path, read by Orbax alone."""
+    """Returns the arrays of a checkpoint's item by path, without the checks of the package."""
     import jax
     import orbax.checkpoint as ocp
 
-    with ocp.PyTreeCheckpointer() as reader:
+    from switch_jax.checkpoint.checkpoint_reader import own_reader
+
+    # Of two processes, the first alone reads.
+    with own_reader(ocp.PyTreeCheckpointHandler()) as reader:
         tree: Any = reader.metadata(folder).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restored = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))

@@ -69,8 +69,10 @@ def run_vocab(args: argparse.Namespace) -> None:
     from switch_jax.data import find_sources, read_vocabulary, sample_texts, train_vocabulary
 
     config, output = load_config_argument(args), Path(args.output)
-    if output.exists() or not output.absolute().parent.is_dir():
-        raise UserError(f"{output} exists, or its folder does not; choose another --output.")
+    if output.exists():
+        raise UserError(f"{output} exists; choose another --output.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"The folder of {output} does not exist; choose another --output.")
     if not 0 < args.megabytes < 1e6:
         raise UserError(f"--megabytes must be above 0 and below a million, not {args.megabytes}.")
     texts = sample_texts(config.data, find_sources(config.data), round(args.megabytes * 1e6))
