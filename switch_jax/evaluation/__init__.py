@@ -3,6 +3,7 @@
 from switch_jax.evaluation.metric_names import check_metric, sort_key
 from switch_jax.evaluation.task_scores import TaskScorer, scores_table
 from switch_jax.evaluation.validation_loss import (
+    ValidationBatches,
     check_vocabulary,
     evaluate,
     evaluate_checkpoint,
@@ -11,6 +12,7 @@ from switch_jax.evaluation.validation_loss import (
 
 __all__ = [
     "TaskScorer",
+    "ValidationBatches",
     "check_metric",
     "check_vocabulary",
     "evaluate",

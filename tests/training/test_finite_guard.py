@@ -8,8 +8,9 @@ import pytest
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.data.batch import SyntheticIterator
 from switch_jax.errors import NotFiniteError
-from switch_jax.training import loop
+from switch_jax.training import start
 from switch_jax.training.finite_guard import MAX_SKIPPED_IN_A_ROW, FiniteGuard
+from switch_jax.training.loop import train
 from tests.support import runs
 from tests.support.configs import tiny
 
@@ -75,8 +76,8 @@ def train_with_bad_batches(monkeypatch, config, workdir, *bad_steps):
                 batch["decoder_loss_weights"] *= np.inf
             return batch
 
-    monkeypatch.setattr(loop, "open_batches", lambda config, split, rows: Batches(config, rows))
-    return loop.train(config, workdir)
+    monkeypatch.setattr(start, "open_batches", lambda config, split, rows: Batches(config, rows))
+    return train(config, workdir)
 
 
 def logged(workdir, split="train"):

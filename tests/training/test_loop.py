@@ -6,7 +6,8 @@ import pytest
 
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.errors import UserError
-from switch_jax.training import loop
+from switch_jax.training import start
+from switch_jax.training.loop import train
 from switch_jax.training.optimizer import schedule_warnings
 from tests.support.configs import tiny
 
@@ -23,10 +24,10 @@ def refuse(*arguments):
 
 @pytest.mark.parametrize("refusing", ["make_initial_state", "teacher_parameters"])
 def test_a_refused_start_of_a_new_run_makes_no_folder(monkeypatch, tmp_path, refusing):
-    monkeypatch.setattr(loop, "make_initial_state", lambda program: program.init())
-    monkeypatch.setattr(loop, refusing, refuse)
+    monkeypatch.setattr(start, "make_initial_state", lambda program: program.init())
+    monkeypatch.setattr(start, refusing, refuse)
     with pytest.raises(UserError, match="It does not fit"):
-        loop.train(CONFIG, Workdir(tmp_path / "run"))
+        train(CONFIG, Workdir(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -38,7 +39,7 @@ def test_a_refused_start_of_a_run_that_has_begun_changes_nothing(tmp_path):
     before = contents(workdir.path)
     more = dataclasses.replace(CONFIG.train, steps=200)
     with pytest.raises(UserError, match="heckpoint"):
-        loop.train(dataclasses.replace(CONFIG, train=more), workdir)
+        train(dataclasses.replace(CONFIG, train=more), workdir)
     after = contents(workdir.path)
     assert after.pop(workdir.lock_file.relative_to(workdir.path)) is not None
     assert {path: before[path] for path in after} == after
