@@ -187,13 +187,12 @@ def _run_forked(
     os.chdir(folder)
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    texts = [os.fsdecode(argument) for argument in arguments]
-    sys.argv = ["switch-jax", *texts]
+    sys.argv = ["switch-jax", *map(os.fsdecode, arguments)]
     code: Any = 1
     try:
-        from switch_jax.cli import main
+        from switch_jax.__main__ import main
 
-        code = main(texts)
+        code = main()
     except SystemExit as exit_request:
         code = exit_request.code or 0
     except BaseException:  # as the interpreter reports it

@@ -126,8 +126,7 @@ def _build(
     if _is_complete(output, plan):
         _remove_build_files(output, tasks)
         return dataclasses.asdict(read_manifest(output))
-    for partial in output.rglob("*.partial"):  # of a killed build
-        partial.unlink()
+    _remove_partial_files(output)
     bad_records = BadRecords(data.on_bad_record)
     for source in sources:
         for split in SPLITS:
@@ -194,8 +193,15 @@ def _discard(output: Path, sources: list[Source]) -> None:
         file.unlink(missing_ok=True)
 
 
+def _remove_partial_files(output: Path) -> None:
+    """Removes what a killed build left; its workers may write for a moment after it."""
+    for partial in output.rglob("*.partial"):
+        partial.unlink(missing_ok=True)
+
+
 def _remove_build_files(output: Path, tasks: list[_ShardTask]) -> None:
     """Removes the files that only an incomplete store needs."""
+    _remove_partial_files(output)
     for file in (output / _PLAN, output / _LOCK, *(task.summary_file for task in tasks)):
         file.unlink(missing_ok=True)
 
