@@ -88,6 +88,10 @@ _WRONG_TEXTS = (
     ("model.", "1"),
     ("model.d_model.more", "1"),
 )
+NEED_TRAINING = (
+    *("data.", "distill.", "init_", "mesh.", "model.vocab_size", "optimizer.trained"),
+    "train.keep_best",
+)
 # Unusual, and not always wrong.
 ODD_CONFIG_VALUES = (
     ("optimizer.cooldown_steps", "1000"),

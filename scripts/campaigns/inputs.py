@@ -106,9 +106,12 @@ def _with(verb: str, *more: str | bytes, replace: Mapping[str, str] | None = Non
 
 
 def _config_values() -> Iterator[BadInput]:
-    """Values of config keys: alternately in `inspect`, which only validates, and in `train`."""
+    """Values of config keys: alternately in `inspect`, which only validates, and in `train`.
+
+    Keys that name data, devices, parameters or metrics are only understood by `train`.
+    """
     for i, (key, value) in enumerate(input_values.config_values()):
-        verb = ("inspect", "train")[i % 2]
+        verb = ("inspect", "train")[i % 2 or key.startswith(input_values.NEED_TRAINING)]
         command = Command(verb, (*_config_arguments(verb), f"--config.{key}={value}"))
         yield BadInput("config value", f"{key}={value[:40]}", command, "told")
     for key, value in input_values.ODD_CONFIG_VALUES:

@@ -23,10 +23,11 @@ _MODEL = """
     config.mesh.data = 1
 """
 _LENGTHS = "inputs_length=32, targets_length=11, batch_size=4"
-_CONFIG = """from switch_jax.config import defaults
+_CONFIG = """from switch_jax.config import defaults, parse_arg
 
 
 def get_config(arg=""):
+    parse_arg(arg)
     config = defaults()
 {model}
     config.data.update({data}, {lengths})

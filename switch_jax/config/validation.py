@@ -167,6 +167,7 @@ def _check_ranges(config: Config) -> None:
         ("moe.eval_capacity_factor", moe.eval_capacity_factor),
     ):
         _require(factor is None or factor > 0, f"{key} must be above 0 or None, not {factor}.")
+    _require(config.lora.alpha > 0, f"lora.alpha must be above 0, not {config.lora.alpha}.")
     scale = config.model.init_scale
     _require(scale > 0, f"model.init_scale must be above 0, not {scale}.")
 

@@ -200,6 +200,7 @@ def test_bad_config_argument(spec, words):
         ("init_rules", r"wi -> \1", ["init_rules", "invalid group reference"]),
         ("init_rules", "router ->", ["init_rules needs init_from"]),
         ("model.init_scale", "0.0", ["model.init_scale", "above 0"]),
+        ("lora.alpha", "-3", ["lora.alpha", "above 0"]),
     ],
 )
 def test_bad_override(key, value, words):
