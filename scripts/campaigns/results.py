@@ -88,8 +88,10 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     from switch_jax.checkpoint.checkpoint_reader import own_reader
+    from switch_jax.files import plain_path
 
     # Of two processes, the first alone reads.
+    folder = plain_path(folder)
     with own_reader(ocp.PyTreeCheckpointHandler()) as reader:
         tree: Any = reader.metadata(folder).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
