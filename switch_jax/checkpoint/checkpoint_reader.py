@@ -4,7 +4,7 @@ import gc
 import math
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -189,9 +189,15 @@ def abandoning_reads() -> Iterator[None]:
     except Exception as error:
         traceback.clear_frames(error.__traceback__)
         gc.collect()
+        hook = _ignoring_closed_loops(hook)
         raise
     finally:
         sys.unraisablehook = hook
+
+
+def _ignoring_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Returns a hook without the errors of abandoned reads that end after Orbax's event loop."""
+    return lambda error: str(error.exc_value) == "Event loop is closed" or hook(error)
 
 
 def reason(error: BaseException) -> str:

@@ -4,7 +4,9 @@ import json
 import logging
 import resource
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from switch_jax.checkpoint import saver_failures
 from switch_jax.checkpoint.checkpoint_reader import (
+    abandoning_reads,
     find_checkpoint,
     parameter_shapes,
     restore_opt_state,
@@ -313,3 +316,13 @@ def test_errors_name_a_missing_path_and_a_workdir_without_checkpoints(workdir, t
     (workdir.checkpoints / "1").mkdir(parents=True)
     with pytest.raises(UserError, match="1 cannot be read"):
         parameter_shapes(workdir.checkpoints / "1")
+
+
+def test_a_read_that_ends_after_it_was_abandoned_prints_nothing(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: reported.append(error.exc_value))
+    with pytest.raises(KeyError), abandoning_reads():
+        raise KeyError
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(error) for error in reported] == ["another"]
