@@ -93,7 +93,7 @@ _PARSERS: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """What `build_dataclass` and `check_value` do with values of one source."""
+    """Conversion of the plain values of one source, for `build_dataclass` and `check_value`."""
 
     source: str
     ignore_unknown: bool

@@ -1,7 +1,6 @@
 """Vocabularies with sentinels, padding, EOS and unknown at other ids than T5's; both readers."""
 
 import dataclasses
-import io
 import json
 
 import numpy as np
@@ -21,6 +20,7 @@ from switch_jax.data.vocabulary import hugging_face_file_name, parse_vocabulary
 from switch_jax.errors import UserError
 from switch_jax.model import token_masks
 from tests.support import runs
+from tests.support.vocabularies import train_sentencepiece
 
 TEXT = "the name of the object is a string, or another name of that object 日 "
 PIECES = 60
@@ -30,19 +30,8 @@ NEW_ID = np.array([1, 2, 0, *range(3, 200)])  # of padding, EOS, unknown and pie
 
 def model_proto() -> sentencepiece_model_pb2.ModelProto:
     """Returns a small SentencePiece model with T5's ids, to which 日 is unknown."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT.replace("日", "")] * 20),
-        model_writer=model,
-        vocab_size=PIECES,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    model = train_sentencepiece([TEXT.replace("日", "")] * 20, PIECES)
+    return sentencepiece_model_pb2.ModelProto.FromString(model)
 
 
 def with_own_sentinels(count: int) -> bytes:
