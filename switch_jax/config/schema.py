@@ -186,7 +186,8 @@ class TrainConfig:
     # A step whose loss, gradients or parameters are not finite ends the run (exit code 3), or its
     # update is skipped; ten such steps in a row end the run, too.
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    idle_expert_steps: int = 1000  # an expert without tokens for so long is reported
+    # An expert without tokens for so long is reported, and so is a router that is nearly uniform.
+    idle_expert_steps: int = 1000
 
 
 @dataclasses.dataclass(frozen=True)

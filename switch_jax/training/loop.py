@@ -11,6 +11,7 @@ from switch_jax.distributed import raise_if_any_failed, stop_requests
 from switch_jax.evaluation import evaluate, scores_table
 from switch_jax.model import mfu
 from switch_jax.training.finite_guard import FiniteGuard
+from switch_jax.training.flat_routers import FlatRouters
 from switch_jax.training.idle_experts import IdleExperts
 from switch_jax.training.optimizer import schedule_warnings
 from switch_jax.training.progress import ProgressDisplay, evaluation_summary, train_status
@@ -55,7 +56,7 @@ def _train_steps(
     teacher = None if program.teacher is None else program.teacher.config
     meter = ThroughputMeter(lambda s: mfu(config, s, device_kind, devices.size, teacher))
     writer = MetricsWriter(workdir, start_step, active=first_process)
-    idle_experts = IdleExperts(config)
+    idle_experts, flat_routers = IdleExperts(config), FlatRouters(config)
     display = ProgressDisplay(
         settings.steps, start_step, status="compiling …", active=first_process
     )
@@ -71,6 +72,7 @@ def _train_steps(
         for step in range(first_step, settings.steps + 1):
             state, metrics, load = program.train_step(state, batch, run.teacher_params)
             idle_experts.update(load)
+            flat_routers.update(step, metrics)
             if step == first_step:
                 jax.block_until_ready(state)  # so that compilation does not count as a step
                 meter.restart(step, metrics)
@@ -99,7 +101,7 @@ def _train_steps(
                     guard.skipped_steps = 0
                 writer.write(step, "train", values)
                 display.update(step, status=train_status(values), line=True)
-                for warning in idle_experts.new_warnings():
+                for warning in idle_experts.new_warnings() + flat_routers.new_warnings(values):
                     display.print_line(f"step {step}  {warning}")
             evaluated = None
             if evaluating:
