@@ -12,7 +12,12 @@ from switch_jax.analysis.learning_curves import (
     value_at,
 )
 from switch_jax.analysis.plotting import import_matplotlib, literal_text, new_figure
-from switch_jax.analysis.run_plots import draw_run_plots, draw_source_losses, read_runs
+from switch_jax.analysis.run_plots import (
+    draw_run_plots,
+    draw_source_losses,
+    read_expert_counts,
+    read_runs,
+)
 from switch_jax.analysis.speedup import (
     common_sources,
     compare_sources,
@@ -38,6 +43,7 @@ __all__ = [
     "mean_spread",
     "new_figure",
     "power_law",
+    "read_expert_counts",
     "read_runs",
     "speed_up",
     "speedup_table",

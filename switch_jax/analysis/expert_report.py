@@ -146,6 +146,8 @@ def _overview(layers: Sequence[ReportLayer]) -> str:
         "Mutual information (nats)": lambda layer: f"{layer['mutual_information']:.3f}",
         "By chance": lambda layer: f"{layer['mutual_information_by_chance']:.3f}",
         "Of entropy": lambda layer: _percent(layer["mutual_information_of_entropy"]),
+        "Router’s largest probability": lambda layer: _beside_uniform(layer, "confidence"),
+        "Router’s entropy (nats)": lambda layer: _beside_uniform(layer, "entropy"),
         "Busiest": lambda layer: f"{layer['load_max']:.2f}",
         "Idlest": lambda layer: f"{layer['load_min']:.2f}",
         "Spread": lambda layer: f"{layer['load_cv']:.2f}",
@@ -160,6 +162,11 @@ def _overview(layers: Sequence[ReportLayer]) -> str:
         for number, layer in enumerate(layers)
     ]
     return html_table("overview", ["Layer", *columns], rows)
+
+
+def _beside_uniform(layer: ReportLayer, name: str) -> str:
+    """Returns a mean of the router's probabilities, with the value of a uniform router below."""
+    return f"{layer[f'router_{name}']:.3f}<small>uniform {layer[f'uniform_{name}']:.3f}</small>"
 
 
 def _layer_section(number: int, layer: ReportLayer) -> str:
@@ -217,7 +224,9 @@ before its tokens, with their counts and their shares of the expert’s total. �
 add most to the mutual information of token and expert; × is the ratio of their count to the count
 that is expected if experts do not depend on tokens. Mutual information by chance is that of the
 same tokens with their experts shuffled: only the part above it means something. Loads of layers are
-in units of a fair share.</p>
+in units of a fair share. A router’s largest probability and entropy are means over tokens; those of
+a uniform router are 1 / E and ln E. Near them, gates are about 1 / E, unless they are renormalized:
+experts add little to a token, even if the router always chooses the same ones for it.</p>
 """
 _STYLE = """\
 dl { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 0 0 1.5rem; }
@@ -225,13 +234,14 @@ dt, small { color: var(--dim); font-size: .8rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 img, table { width: 100%; }
 .overview { margin: 1.5rem 0; }
+.overview tbody th { white-space: nowrap; }
 .overview td, .overview thead th + th { text-align: right; }
 .experts td:nth-child(n + 4) { width: 27%; }
 .load {
   white-space: nowrap;
   background: linear-gradient(90deg, var(--bar) calc(100% * var(--part)), transparent 0);
 }
-.load small { display: block; }
+.load small, .overview small { display: block; }
 span {
   display: inline-block; margin: 0 .1rem .25rem 0; padding: 0 .35rem; border-radius: .3rem;
   background: var(--chip); white-space: nowrap;

@@ -65,12 +65,15 @@ class AssignmentCounts:
       token_VxE: int32, assignments of each token to each expert.
       preceding_VxE: int32, assignments to each expert by the token before the assigned one.
       gate_E: float64, sums of the gates.
+      routed_tokens: number of tokens.
+      confidence, entropy: sums over tokens of the router's largest probability and entropy, nats.
     """
 
     def __init__(self, vocab_size: int, num_experts: int):
         self.token_VxE = np.zeros((vocab_size, num_experts), np.int32)
         self.preceding_VxE = np.zeros((vocab_size, num_experts), np.int32)
         self.gate_E = np.zeros(num_experts)
+        self.routed_tokens = self.confidence = self.entropy = 0.0
 
     def add(self, tokens: RoutedTokens, expert_NxK: np.ndarray, gate_NxK: np.ndarray) -> None:
         """Adds the assignments of a batch; expert indices of E and above mean no expert."""
@@ -82,6 +85,12 @@ class AssignmentCounts:
         exists = preceding != NO_TOKEN
         _add_counts(self.preceding_VxE, preceding[exists], expert[exists])
         self.gate_E += np.bincount(expert, gate, E)
+
+    def add_stats(self, tokens: float, confidence: float, entropy: float) -> None:
+        """Adds the number of tokens of a batch, and sums over them as in the attributes."""
+        self.routed_tokens += float(tokens)
+        self.confidence += float(confidence)
+        self.entropy += float(entropy)
 
 
 def _add_counts(counts_VxE: np.ndarray, token: np.ndarray, expert: np.ndarray) -> None:
@@ -123,21 +132,24 @@ def count_assignments(
         _, routes = sharded.model(params).route(
             batch, capacity_factor=config.moe.eval_capacity_factor
         )
-        assignments = {
-            f"{stack}/{sublayer}": (routed.assignment.expert_SxK, routed.assignment.gate_SxK)
+        routing = {
+            f"{stack}/{sublayer}": (
+                (routed.assignment.expert_SxK, routed.assignment.gate_SxK),
+                (routed.stats.tokens, routed.stats.confidence, routed.stats.entropy),
+            )
             for stack, sublayers in routes.items()
             for sublayer, routed in sublayers.items()
         }
         # Returned because a process has only its own rows of the batch, and counts all rows.
         global_batch = {name: batch[name] for name in features if name in batch}
-        return global_batch, assignments
+        return global_batch, routing
 
     jitted = MeshJit(sharded.mesh, route_batch, out_shardings=replicated(sharded.mesh))
     counts: dict[str, list[AssignmentCounts]] = {}
     for batch in batches:
-        global_batch, assignments = jax.device_get(jitted(params, sharded.shard_batch(batch)))
+        global_batch, routing = jax.device_get(jitted(params, sharded.shard_batch(batch)))
         tokens = batch_tokens(global_batch, config)
-        for key, layers in assignments.items():
+        for key, (layers, stats) in routing.items():
             stack, _ = key.split("/")
             if key not in counts:
                 shape = config.model.vocab_size, config.moe.num_experts
@@ -146,6 +158,8 @@ def count_assignments(
                 K = expert_GxSxK.shape[-1]
                 expert_NxK, gate_NxK = expert_GxSxK.reshape(-1, K), gate_GxSxK.reshape(-1, K)
                 layer_counts.add(tokens[stack], expert_NxK, gate_NxK)
+            for layer_counts, *sums in zip(counts[key], *stats):
+                layer_counts.add_stats(*sums)
     return counts
 
 
@@ -179,7 +193,8 @@ def describe_experts(counts: AssignmentCounts, names: TokenNames) -> dict[str, A
     Mutual information and entropy are in nats, of the experts of assigned tokens. The `share` of a
     token is its part of the expert's assignments, and `lift` as in `TokenExpertPairs`. Tokens are
     `characteristic` by their contribution to the mutual information. The loads of the layer are in
-    units of a fair share; the loads of experts sum to 1.
+    units of a fair share; the loads of experts sum to 1. `router_confidence` and `router_entropy`
+    are means over tokens; those of a uniform router are `uniform_confidence` and `uniform_entropy`.
     """
     pairs = token_expert_pairs(counts.token_VxE)
     preceding_pairs = token_expert_pairs(counts.preceding_VxE)
@@ -211,6 +226,10 @@ def describe_experts(counts: AssignmentCounts, names: TokenNames) -> dict[str, A
         "mutual_information_by_chance": by_chance,
         "expert_entropy": entropy,
         "mutual_information_of_entropy": information / entropy if entropy else None,
+        "router_confidence": counts.confidence / max(counts.routed_tokens, 1),
+        "uniform_confidence": 1 / E,
+        "router_entropy": counts.entropy / max(counts.routed_tokens, 1),
+        "uniform_entropy": math.log(E),
         "load_max": float(load_E.max() * E),
         "load_min": float(load_E.min() * E),
         "load_cv": float((load_E * E).std()),

@@ -1,7 +1,8 @@
 """Figures of the metrics of one or more runs; Matplotlib is imported when one is drawn."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ _ROUTER_PANELS = (
     ("load_min", "idlest expert's load\n(1 = fair share)", 1.0),
     ("load_cv", "spread of loads\n(coefficient of variation)", 0.0),
     ("dropped_fraction", "dropped tokens", 0.0),
-    ("entropy", "entropy of the router (nats)", None),
+    ("confidence", "largest probability\nof the router", None),
+    ("entropy", "entropy of the router\n(nats)", None),
 )
+# Values of a uniform router with E experts, their labels, and the side of the line that is free:
+# no router has a smaller largest probability, or a higher entropy.
+_UNIFORM_ROUTER = {
+    "confidence": lambda E: (1 / E, f"uniform: 1 / {E}", "below"),
+    "entropy": lambda E: (math.log(E), f"uniform: ln {E}", "above"),
+}
 
 _SOURCES_PER_PANEL = 36  # at the most
 _TASKS_PER_ROW = 4  # panels
@@ -42,17 +50,29 @@ def read_runs(workdirs: Sequence[Workdir]) -> Runs:
     return runs
 
 
-def draw_run_plots(runs: Runs, folder: Path) -> list[Path]:
+def read_expert_counts(workdirs: Iterable[Workdir]) -> list[int]:
+    """Returns the numbers of experts of sparse runs, each once; metrics alone have none.
+
+    Raises `UserError` for an invalid config.json.
+    """
+    configs = [workdir.config() for workdir in workdirs if workdir.config_file.is_file()]
+    return sorted({config.moe.num_experts for config in configs} - {0})
+
+
+def draw_run_plots(runs: Runs, folder: Path, expert_counts: Sequence[int] = ()) -> list[Path]:
     """Draws the metrics of runs into `folder`; returns the files written.
 
     `loss.png`; `router.png` if a model has experts; `tasks.png` if tasks were scored; `sources.png`
     for two runs that share several sources, with the first run as baseline.
 
+    Args:
+      expert_counts: as from `read_expert_counts`; lines show the values of uniform routers.
+
     Raises `UserError` if Matplotlib is not installed.
     """
     figures = {"loss.png": _draw_loss(runs)}
     if any(name.startswith("router/") for lines in runs.values() for name in lines[0]):
-        figures["router.png"] = _draw_router(runs)
+        figures["router.png"] = _draw_router(runs, expert_counts)
     if len(runs) == 2 and len(common_sources(*runs.values())) > 1:
         figures["sources.png"] = draw_source_losses(runs)
     if scores := score_metrics(runs):
@@ -100,12 +120,15 @@ def _draw_loss(runs: Runs) -> Any:
     return figure
 
 
-def _draw_router(runs: Runs) -> Any:
+def _draw_router(runs: Runs, expert_counts: Sequence[int]) -> Any:
     """Draws the router's metrics: every layer and the mean of one run, or the mean of each run."""
     figure = new_figure(1, len(_ROUTER_PANELS), (4 * len(_ROUTER_PANELS), 4))
     for axes, (name, label, ideal) in zip(figure.axes, _ROUTER_PANELS):
         if ideal is not None:
             axes.axhline(ideal, color="black", lw=0.8, ls=":")
+        if name in _UNIFORM_ROUTER:
+            for E in expert_counts:
+                _draw_labelled_line(axes, *_UNIFORM_ROUTER[name](E))
         for number, (run, lines) in enumerate(runs.items()):
             several = len(runs) > 1
             if not several:
@@ -124,6 +147,21 @@ def _draw_router(runs: Runs) -> Any:
         axes.set(xlabel="step", title=label)
     figure.axes[-1].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _draw_labelled_line(axes: Any, value: float, label: str, side: str) -> None:
+    """Draws a horizontal reference line, with a label `above` or `below` its right end."""
+    axes.axhline(value, color="black", lw=0.8, ls=":")
+    axes.annotate(
+        label,
+        (1, value),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        xytext=(0, {"above": 2, "below": -2}[side]),
+        ha="right",
+        va={"above": "bottom", "below": "top"}[side],
+        fontsize=8,
+    )
 
 
 def score_metrics(runs: Runs) -> list[str]:

@@ -258,6 +258,11 @@ def test_from_checkpoint_to_report(workdir, capsys):
         name = f"router/{layer['stack']}/{layer['layer']}{suffix}"
         for measure in ("load_max", "load_min", "load_cv"):
             assert layer[measure] == pytest.approx(evaluated[f"{name}/{measure}"], rel=1e-5)
+        for measure, uniform in (("confidence", 1 / 4), ("entropy", math.log(4))):
+            value = layer[f"router_{measure}"]
+            assert value == pytest.approx(evaluated[f"{name}/{measure}"], rel=1e-5)
+            assert layer[f"uniform_{measure}"] == uniform
+            assert f"<td>{value:.3f}<small>uniform {uniform:.3f}</small>" in html.read_text()
     shown = {t["token"] for layer in layers for e in layer["experts"] for t in e["tokens"]}
     assert {"<start>", "<extra_id_0>"} <= shown
 

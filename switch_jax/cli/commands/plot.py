@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
         common_sources,
         compare_sources,
         draw_run_plots,
+        read_expert_counts,
         read_runs,
         speedup_table,
     )
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     workdirs = [Workdir(path) for path in args.workdir]
     runs = read_runs(workdirs)
     folder = Path(args.output) if args.output else workdirs[0].figures
-    for figure in draw_run_plots(runs, folder):
+    for figure in draw_run_plots(runs, folder, read_expert_counts(workdirs)):
         print(figure)
     if len(runs) == 2 and common_sources(*runs.values()):
         print("", speedup_table(compare_sources(*runs.values()), *args.workdir), sep="\n")
