@@ -98,6 +98,9 @@ class MoEConfig:
     # routed: padding is routed and counted as any token (Hugging Face)
     padding: Literal["skipped", "routed"] = _key("skipped", role="evaluation")
     aux_loss_weight: float = _key(0.01, role="training")
+    # Tokens over which the balance loss counts the load of the experts: those of each group
+    # (paper), or of the whole batch, over devices, processes and microbatches.
+    balance_scope: Literal["group", "batch"] = _key("group", role="training")
     # Over layers; mean: T5X.
     aux_loss_reduction: Literal["sum", "mean"] = _key("sum", role="training")
     z_loss_weight: float = _key(0.0, role="training")  # of the router's logits

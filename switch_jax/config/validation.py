@@ -265,6 +265,10 @@ def _check_router(config: Config) -> None:
         not moe.sampling_temperature or moe.router != "expert_choice",
         "moe.router=expert_choice has no expert to draw; set moe.sampling_temperature=0.",
     )
+    _require(
+        moe.balance_scope == "group" or moe.router not in ("hash", "expert_choice"),
+        f"moe.router={moe.router} has no balance loss; set moe.balance_scope=group.",
+    )
     if moe.balance_bias_rate:
         _require(
             moe.router not in ("hash", "expert_choice"),

@@ -15,6 +15,7 @@ from switch_jax.model.flops import (
 from switch_jax.model.lora import add_adapters, init_adapters, is_adapter, merge_adapters
 from switch_jax.model.loss import (
     LOGITS_BYTES,
+    first_choice_counts,
     loss_denominators,
     loss_terms,
     router_metrics,
@@ -71,6 +72,7 @@ __all__ = [
     "check_token_ids",
     "collect_router_stats",
     "expert_layers",
+    "first_choice_counts",
     "flops_by_part",
     "flops_per_sequence",
     "format_si",

@@ -200,15 +200,26 @@ def loss_terms(
     denominators: LossDenominators,
     config: Config,
     soft_weight: jax.Array | float = 0.0,
+    first_choices: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
     """Computes the terms of the training loss, weights included; their sum is the loss.
+
+    Args:
+      sums: of a batch or a microbatch.
+      stats: of the same tokens.
+      denominators: of the global batch.
+      config: of the run.
+      soft_weight: of the teacher's probabilities.
+      first_choices: first choices of every expert in the global batch, [layers, E] by key of
+        `stats`, which `moe.balance_scope=batch` uses; None: those of `stats`.
 
     `distillation` is soft_weight · T² · soft cross-entropy (T: temperature), and `cross_entropy`
     has the weight 1 - soft_weight. The gradient of the soft cross-entropy shrinks as 1 / T²; the
     factor T² compensates it, so that the temperature does not change the balance of the two terms
     (Hinton et al. 2015, §2, and `StudentTeacher` of Mesh TensorFlow).
 
-    `aux_loss` is α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4). It is 0 for
+    `aux_loss` is α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4); with
+    `moe.balance_scope=batch`, f and P are shares of the global batch (Qiu et al. 2025). It is 0 for
     expert choice, which is balanced by construction, and for hash routing, which is not trained.
     """
     moe, targets = config.moe, jnp.maximum(denominators.targets, 1)
@@ -225,16 +236,42 @@ def loss_terms(
     scale = 1 / layers if moe.aux_loss_reduction == "mean" else 1.0
     alpha = 0.0 if moe.router in ("expert_choice", "hash") else moe.aux_loss_weight
 
-    def over_layers(name: str, by_stack: dict[str, jax.Array]) -> jax.Array:
+    def over_layers(sums: dict[str, jax.Array], by_stack: dict[str, jax.Array]) -> jax.Array:
         parts = [
-            jnp.sum(getattr(s, name)) / jnp.maximum(by_stack[key.split("/")[0]], 1)
-            for key, s in stats.items()
+            jnp.sum(x) / jnp.maximum(by_stack[key.split("/")[0]], 1) for key, x in sums.items()
         ]
         return jnp.sum(jnp.stack(parts))
 
-    terms["aux_loss"] = scale * alpha * over_layers("balance_loss", denominators.groups)
-    terms["router_z_loss"] = scale * moe.z_loss_weight * over_layers("z_loss", denominators.tokens)
+    z_loss = over_layers({key: s.z_loss for key, s in stats.items()}, denominators.tokens)
+    if moe.balance_scope == "group":
+        balance = {key: s.balance_loss for key, s in stats.items()}
+        balance_loss = over_layers(balance, denominators.groups)
+    else:
+        balance = _batch_balance(stats, first_choices or first_choice_counts(stats))
+        balance_loss = over_layers(balance, denominators.tokens)
+    terms["aux_loss"] = scale * alpha * balance_loss
+    terms["router_z_loss"] = scale * moe.z_loss_weight * z_loss
     return terms
+
+
+def first_choice_counts(stats: RouterStatsByStack) -> dict[str, jax.Array]:
+    """Returns the first choices of every expert, [layers, E] by key of `stats`."""
+    return {key: s.first_choices_E for key, s in stats.items()}
+
+
+def _batch_balance(
+    stats: RouterStatsByStack, first_choices: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """[layers] by key of `stats`: Σ over tokens of N Σ f·p, f over the global batch.
+
+    It is linear in p, so that the sums of microbatches add up, and f has no gradient.
+    """
+    sums = {}
+    for key, s in stats.items():
+        count_xE = first_choices[key]
+        share_xE = count_xE / jnp.maximum(count_xE.sum(-1, keepdims=True), 1)
+        sums[key] = share_xE.shape[-1] * jnp.sum(share_xE * s.probs_E, -1)
+    return sums
 
 
 def router_metrics(stats: RouterStatsByStack, config: Config) -> dict[str, jax.Array]:

@@ -20,7 +20,9 @@ from switch_jax.model import (
     MeshJit,
     RouterStatsByStack,
     ShardedModel,
+    SwitchTransformer,
     collect_router_stats,
+    first_choice_counts,
     loss_denominators,
     loss_terms,
     router_metrics,
@@ -134,22 +136,18 @@ class TrainProgram:
 
         trained_params = {n: p for n, p in state.params.items() if n in self._trained_names}
 
+        first_choices = self._first_choices(state.params, batch, keys)
+
         def loss(trained_params, microbatch, keys):
             model = self.sharded.model(state.params | trained_params)
-            decoded, routes = model.route(
-                microbatch,
-                capacity_factor=config.moe.capacity_factor,
-                keys=keys,
-                batch_size=config.data.batch_size,
-            )
+            decoded, stats = self._route(model, microbatch, keys)
             sums = token_losses(
                 *model.logit_factors(decoded),
                 microbatch,
                 self._teacher_factors(teacher_params or {}, microbatch),
                 config.distill.temperature,
             )
-            stats = collect_router_stats(routes)
-            terms = loss_terms(sums, stats, denominators, config, soft_weight)
+            terms = loss_terms(sums, stats, denominators, config, soft_weight, first_choices)
             return sum(terms.values()), (terms, sums, stats)
 
         gradients = functools.partial(jax.grad(loss, has_aux=True), trained_params)
@@ -187,6 +185,38 @@ class TrainProgram:
         }
         load = {key: sums.load_E for key, sums in stats.items()}
         return TrainState(state.step + 1, tokens, params, new_opt_state), metrics, load
+
+    def _route(
+        self, model: SwitchTransformer, microbatch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array, RouterStatsByStack]:
+        """Returns decoder states [B, T, D] and router statistics of a microbatch in training."""
+        decoded, routes = model.route(
+            microbatch,
+            capacity_factor=self.config.moe.capacity_factor,
+            keys=keys,
+            batch_size=self.config.data.batch_size,
+        )
+        return decoded, collect_router_stats(routes)
+
+    def _first_choices(
+        self, params: Mapping[str, jax.Array], batch: Batch, keys: jax.Array | None
+    ) -> dict[str, jax.Array] | None:
+        """Returns the first choices of every expert in a global batch, or None if not needed.
+
+        With `moe.balance_scope=batch`, the gradient of the first microbatch depends on the choices
+        in all of them. A forward pass of its own counts them: counts of the step before would be
+        free, but the loss would lag behind the routers, and the state would have to hold them.
+        """
+        moe = self.config.moe
+        balanced_over_batch = moe.balance_scope == "batch" and moe.aux_loss_weight > 0
+        if not (self.config.sparse and balanced_over_batch and self.config.train.accumulate > 1):
+            return None
+        model = self.sharded.model(params)
+
+        def count(microbatch, keys):
+            return {}, first_choice_counts(self._route(model, microbatch, keys)[1])
+
+        return self._accumulate(count, (batch, keys))[1]
 
     def _teacher_factors(
         self, params: Mapping[str, jax.Array], microbatch: Batch

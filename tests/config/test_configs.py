@@ -257,6 +257,8 @@ TOP_2 = {"moe.router": "top_k"}
         (CHOICE | {"moe.eval_capacity_factor": "2.0"}, ["moe.eval_capacity_factor=1.25"]),
         (CHOICE | {"moe.top_k": "2"}, ["expert_choice", "moe.top_k=2", "None"]),
         (CHOICE | {"moe.sampling_temperature": "1"}, ["no expert to draw", "sampling"]),
+        (CHOICE | {"moe.balance_scope": "batch"}, ["expert_choice", "moe.balance_scope=group"]),
+        ({"moe.router": "hash", "moe.balance_scope": "batch"}, ["hash", "balance_scope=group"]),
         (CHOICE | {"moe.balance_bias_rate": "0.1"}, ["expert_choice", "moe.balance_bias_rate=0"]),
         ({"moe.router": "hash", "moe.top_k": "2"}, ["moe.router=hash", "moe.top_k=2"]),
         ({"moe.router": "hash", "moe.jitter": "0.1"}, ["moe.router=hash", "moe.jitter=0"]),

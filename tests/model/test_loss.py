@@ -12,7 +12,14 @@ import pytest
 from switch_jax.config import expert_capacity, rows_per_group
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.model import loss
-from switch_jax.model.loss import LossSums, loss_denominators, loss_terms, router_metrics
+from switch_jax.model.loss import (
+    LossDenominators,
+    LossSums,
+    first_choice_counts,
+    loss_denominators,
+    loss_terms,
+    router_metrics,
+)
 from switch_jax.model.moe.expert_selection import Scores, top_k
 from switch_jax.model.moe.router import RouterOutput, RouterStats, router_stats
 from switch_jax.model.transformer import RouterStatsByStack, token_masks
@@ -151,6 +158,74 @@ def test_auxiliary_loss_is_a_sum_or_a_mean_over_layers(batch, logits):
     assert 4 * 0.01 <= summed["aux_loss"] < 4 * 0.015
 
 
+def scoped(config, scope: str):
+    """Returns the config with a balance scope."""
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, balance_scope=scope))
+
+
+@pytest.mark.parametrize("scope, expected", [("group", 2 * 0.9), ("batch", 1.0)])
+def test_balance_loss_of_two_groups_that_use_one_expert_each(scope, expected):
+    """Group 1: f = (1, 0), P = (0.9, 0.1); group 2: f = (0, 1), P = (0.1, 0.9); N = 2.
+
+    By group: 2 · (1 · 0.9 + 0 · 0.1) in both. Over the batch: f = P = (0.5, 0.5), 2 · 0.5 = 1.
+    """
+    config = tiny(
+        **{"data.batch_size": 2, "moe.num_experts": 2, "moe.group_size": 8, "moe.stacks": "encoder"}
+    )
+    L = config.length("encoder")
+    logits = jnp.log(jnp.array([[0.9, 0.1], [0.1, 0.9]]))[:, None].repeat(L, 1)
+    scores = Scores(jax.nn.softmax(logits), logits, jnp.ones((2, L), bool))
+    assignment = jax.vmap(lambda s: top_k(s, config.moe, L))(scores)
+    stats = jax.tree.map(
+        lambda x: x[None], router_stats(RouterOutput(logits, scores, assignment), L)
+    )
+    denominators = LossDenominators(
+        jnp.array(1.0), {"encoder": jnp.array(2.0 * L)}, {"encoder": jnp.array(2.0)}
+    )
+    sums = LossSums(*[jnp.zeros(())] * 3)
+    terms = loss_terms(sums, {"encoder/mlp": stats}, denominators, scoped(config, scope))
+    np.testing.assert_allclose(terms["aux_loss"], 0.01 * expected, rtol=1e-6)
+
+
+def test_balance_over_the_batch_is_the_same_in_microbatches(batch, logits):
+    config = scoped(CONFIG, "batch")
+    denominators, stats = loss_denominators(batch, config), stats_of(config, batch)
+    sums = token_losses(logits, batch)
+    whole = loss_terms(sums, stats, denominators, config)["aux_loss"]
+    by_hand = 0
+    for layers in stats.values():
+        for f, p in zip(layers.first_choices_E, layers.probs_E):
+            by_hand += len(f) * np.sum(f / f.sum() * (p / p.sum()))
+    np.testing.assert_allclose(whole, 0.01 * by_hand, rtol=1e-5)
+    by_group = loss_terms(sums, stats, denominators, CONFIG)["aux_loss"]
+    assert (by_group - whole) / whole > 0.01  # few tokens are less even than many
+    parts = [stats_of(config, batch, slice(i, i + 4)) for i in range(0, 16, 4)]
+    counts = first_choice_counts(stats)
+    of_parts = [loss_terms(sums, p, denominators, config, 0.0, counts)["aux_loss"] for p in parts]
+    np.testing.assert_allclose(sum(of_parts), whole, rtol=1e-5)
+    alone = [loss_terms(sums, p, denominators, config)["aux_loss"] for p in parts]
+    assert sum(alone) > 1.005 * whole  # f of a microbatch alone is another loss
+
+
+def test_balance_over_the_batch_has_the_gradient_of_the_probabilities_alone(batch, logits):
+    """d/dlogits of N Σ f·P with constant f: N / tokens · Σ_j f_j p_j (δ_ij - p_i)."""
+    config = scoped(tiny(**{"moe.group_size": 32, "model.num_encoder_layers": 2}), "batch")
+    mask = np.asarray(token_masks(batch, config)[0])
+    stats_of_layer, layer_logits = layer_stats(config, mask, seed=3, blocks=1)
+    denominators, sums = loss_denominators(batch, config), token_losses(logits, batch)
+
+    def aux_loss(logits):
+        stats = {"encoder/mlp": jax.vmap(stats_of_layer)(logits)}
+        return loss_terms(sums, stats, denominators, config)["aux_loss"]
+
+    gradient = np.asarray(jax.jit(jax.grad(aux_loss))(layer_logits)).reshape(-1, 4)
+    p = np.asarray(jax.nn.softmax(layer_logits)).reshape(-1, 4)
+    kept = mask.reshape(-1, 1)
+    f = np.bincount(p.argmax(-1)[kept[:, 0]], minlength=4) / kept.sum()
+    expected = 0.01 * 4 / kept.sum() * kept * p * (f - (f * p).sum(-1, keepdims=True))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-9)
+
+
 def test_router_metrics_stay_within_their_bounds(batch):
     metrics = router_metrics(stats_of(CONFIG, batch), CONFIG)
     names = {"load_max", "load_min", "load_cv", "dropped_fraction", "entropy", "confidence", "z"}
@@ -179,7 +254,7 @@ def test_router_metrics_stay_within_their_bounds(batch):
     ],
 )
 def test_loads_are_in_units_of_a_fair_share(load, expected):
-    sums = RouterStats(jnp.array([load], jnp.float32), *[jnp.zeros(1)] * 6)
+    sums = RouterStats(jnp.array([load], jnp.float32), *[jnp.zeros(1)] * 8)
     metrics = router_metrics({"encoder/mlp": sums}, tiny())
     got = [metrics[f"router/{name}"] for name in ("load_max", "load_min", "load_cv")]
     np.testing.assert_allclose(got, expected, rtol=1e-6)

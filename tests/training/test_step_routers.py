@@ -47,6 +47,8 @@ ROUTERS = {
         "moe.router": "ntlb",
         "moe.sampling_temperature": 1.0,
     },
+    # Groups of the decoder's four rows span two devices, and the batch has four groups.
+    "balance over the batch": {"moe.balance_scope": "batch", "moe.group_size": 32},
     # Decoder groups of four rows span two devices.
     "hash": {"moe.router": "hash", "model.dropout_rate": 0.1, "moe.group_size": 32},
 }
@@ -75,8 +77,9 @@ def test_routers_give_the_same_metrics_on_a_mesh(name):
             )
     if name.startswith(("expert choice", "hash")):  # balanced without a loss
         assert all(metrics["aux_loss"] == 0 for metrics in curves[0])
-    losses = [float(metrics["loss"]) for metrics in curves[0]]
+    losses, losses_on_mesh = ([float(m["loss"]) for m in curve] for curve in curves)
     assert len(set(losses)) == 3
+    np.testing.assert_allclose(losses_on_mesh, losses, rtol=0, atol=1e-5)
     dropped = float(curves[0][0]["router/dropped_fraction"])
     assert (dropped == 0) if "dropless" in name or "behind" in name else (dropped > 0.01)
 

@@ -47,6 +47,8 @@ class RouterStats(NamedTuple):
     confidence: jax.Array  # Σ over tokens of max p
     z_loss: jax.Array  # Σ over tokens of logsumexp(logits)², without weight
     balance_loss: jax.Array  # Σ over groups of the load-balancing loss, without α
+    first_choices_E: jax.Array  # tokens whose highest-ranked expert this is
+    probs_E: jax.Array  # Σ over tokens of p
 
 
 class RouterOutput(NamedTuple):
@@ -211,4 +213,6 @@ def router_stats(output: RouterOutput, capacity: int, devices_per_group: int = 1
         confidence=sum_over_tokens(scores.probs_SxE.max(-1)),
         z_loss=sum_over_tokens(jax.nn.logsumexp(logits_GxSxE, -1) ** 2),
         balance_loss=jnp.sum(jax.vmap(load_balancing_loss)(groups)),
+        first_choices_E=parts.first_choices_E.sum(0),
+        probs_E=parts.probs_E.sum(0),
     )
