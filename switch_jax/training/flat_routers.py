@@ -82,4 +82,6 @@ def _advice(moe: MoEConfig) -> str:
     # The balance loss draws routers towards uniform; expert choice has none.
     if moe.aux_loss_weight and moe.router != "expert_choice":
         changes.insert(0, "a smaller moe.aux_loss_weight")
-    return " or ".join(changes)
+        if moe.balance_scope == "group":
+            changes.insert(0, "moe.balance_scope=batch")
+    return ", ".join(changes[:-1]) + " or " + changes[-1] if changes[1:] else changes[0]

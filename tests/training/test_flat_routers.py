@@ -38,7 +38,9 @@ def test_a_flat_router_is_reported_once_by_name():
     encoder = [FLAT] * 4 + [CONFIDENT] + [FLAT] * 7
     steps = {n: metrics(encoder_1=p, decoder_1=0.33) for n, p in enumerate(encoder, 1)}
     found = warnings_by_step(config, steps)
-    advice = "try a smaller moe.aux_loss_weight or a larger data.batch_size"
+    advice = (
+        "try moe.balance_scope=batch, a smaller moe.aux_loss_weight or a larger data.batch_size"
+    )
     assert found == {
         6: [
             "decoder/1: the router has been nearly uniform for 3 steps (largest probability 0.330,"
