@@ -7,7 +7,7 @@ size=paper add --config.data.data_dir=DIR, the folder of C4.
 """
 
 from switch_jax.config import parse_arg
-from switch_jax.sweeps import Curves, Scaling, Sweep, SweepRun, Table
+from switch_jax.sweeps import Advantage, Curves, Scaling, Sweep, SweepRun, Table
 
 from _paper_numbers import TABLE_7
 from _sizes import find_size
@@ -54,6 +54,11 @@ def get_sweep(arg: str = "") -> Sweep:
                 "64 experts need a seventh of the time of T5-Base on the same 32 cores.",
                 named,
                 x="seconds",
+            ),
+            "advantage": Advantage(
+                "Gain over dense by tokens per expert",
+                "Every number of experts is ahead of dense at all steps that are shown.",
+                named,
             ),
         },
     )

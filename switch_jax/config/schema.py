@@ -86,6 +86,10 @@ class MoEConfig:
     # Sample from softmax(logits / temperature); 0: argmax.
     sampling_temperature: float = _key(0.0, role="training")
     router_dtype: Literal["float32", "bfloat16"] = _key("float32", role="training")
+    # Standard deviation of the router's initial weights. Its inputs have RMS 1, so that initial
+    # logits have router_init_std · sqrt(d_model): far below 1, all gates begin near 1 / E. 0.02 did
+    # slightly better than the sqrt(0.1 / d_model) of other weights in flaxformer's Switch configs.
+    router_init_std: float = _key(0.02, role="training")
     capacity_factor: float | None = _key(1.25, role="training")  # None: dropless
     eval_capacity_factor: float | None = _key(2.0, role="evaluation")
     # Slots per expert and group, instead of both factors (Hugging Face: 64 per sequence).

@@ -96,7 +96,7 @@ _MINIMUMS = {
     },
     "moe": {
         0: "num_experts shared_d_ff second_threshold sampling_temperature min_capacity"
-        " aux_loss_weight z_loss_weight balance_bias_rate",
+        " aux_loss_weight z_loss_weight balance_bias_rate router_init_std",
         1: "every first last top_k group_size expert_capacity",
     },
     "data": {0: "rate_exponent", 1: "inputs_length targets_length batch_size"},

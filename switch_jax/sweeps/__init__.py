@@ -3,6 +3,7 @@
 from switch_jax.sweeps.report import write_sweep_report
 from switch_jax.sweeps.runner import prepare_sweep, ready_jobs, run_sweep, sweep_jobs
 from switch_jax.sweeps.spec import (
+    Advantage,
     Curves,
     PaperPoint,
     PaperSeries,
@@ -16,6 +17,7 @@ from switch_jax.sweeps.spec import (
 )
 
 __all__ = [
+    "Advantage",
     "Curves",
     "PaperPoint",
     "PaperSeries",

@@ -16,8 +16,17 @@ from switch_jax.analysis import (
     new_figure,
 )
 from switch_jax.checkpoint import QUALITY
-from switch_jax.sweeps.spec import Curves, Figure, Scaling, Sources, Sweep, Table, Transfer
-from switch_jax.sweeps.summary import Results, scaling_points, transfer_points
+from switch_jax.sweeps.spec import (
+    Advantage,
+    Curves,
+    Figure,
+    Scaling,
+    Sources,
+    Sweep,
+    Table,
+    Transfer,
+)
+from switch_jax.sweeps.summary import Points, Results, scaling_points, transfer_points
 
 # Okabe and Ito's palette, which is safe for colour-blind readers. Series beyond its length repeat
 # the colours with another marker.
@@ -67,6 +76,8 @@ def _draw(figure: Figure, results: Results, summary: Mapping[str, Any]) -> Any:
         return _draw_curves(figure, results)
     if isinstance(figure, Scaling):
         return _draw_scaling(figure, results, summary["power_laws"])
+    if isinstance(figure, Advantage):
+        return _draw_advantage(summary["advantage"])
     if isinstance(figure, Transfer):
         return _draw_transfer(figure, results)
     assert isinstance(figure, Sources)
@@ -76,6 +87,20 @@ def _draw(figure: Figure, results: Results, summary: Mapping[str, Any]) -> Any:
 def _series_style(index: int) -> dict[str, Any]:
     marker = _MARKERS[index // len(COLOURS) % len(_MARKERS)]
     return {"color": COLOURS[index % len(COLOURS)], "marker": marker}
+
+
+def _draw_seeds(axes: Any, curves: list[Points], label: str, index: int) -> np.ndarray:
+    """Draws one run: the curves of its seeds (thin) and their mean (thick).
+
+    Returns x and y of the mean, [2, points].
+    """
+    style = _series_style(index)
+    for curve in curves:
+        axes.plot(*zip(*curve), color=style["color"], lw=0.8, alpha=0.35)
+    length = max(map(len, curves))  # curves of seeds that diverged are shorter
+    mean = np.mean([curve for curve in curves if len(curve) == length], axis=0).T
+    axes.plot(*mean, lw=1.8, ms=3, label=literal_text(label), **style)
+    return mean
 
 
 def _draw_curves(figure: Curves, results: Results) -> Any:
@@ -88,11 +113,7 @@ def _draw_curves(figure: Curves, results: Results) -> Any:
         curves = [curve for curve in curves if curve]
         if not curves:
             continue
-        for curve in curves:
-            axes.plot(*zip(*curve), color=COLOURS[index % len(COLOURS)], lw=0.8, alpha=0.35)
-        length = max(map(len, curves))  # curves of seeds that diverged are shorter
-        x, quality = np.mean([curve for curve in curves if len(curve) == length], axis=0).T
-        axes.plot(x, quality, lw=1.8, ms=3, label=literal_text(label), **_series_style(index))
+        x, quality = _draw_seeds(axes, curves, label, index)
         largest_x = max(largest_x, x[-1])
         late_qualities += [y for curve in curves for _, y in curve[len(curve) // 4 :]]
         if index == 0:
@@ -151,6 +172,27 @@ def _draw_scaling(figure: Scaling, results: Results, power_laws: Mapping[str, An
         axes.yaxis.set_minor_formatter("{x:.3g}")
         axes.yaxis.set_major_formatter("{x:.3g}")
         axes.legend(frameon=False, fontsize=8)
+    return drawing
+
+
+def _draw_advantage(curves_by_label: Mapping[str, list[Points]]) -> Any:
+    """Draws seeds (thin), means of runs (thick), and the baseline as zero (horizontal)."""
+    drawing = new_figure(1, 1, (6.4, 4.4))
+    axes = drawing.axes[0]
+    has_data = False
+    for index, (label, curves) in enumerate(curves_by_label.items(), start=1):
+        curves = [curve for curve in curves if curve]
+        if not curves:
+            continue
+        has_data = True
+        _draw_seeds(axes, curves, label, index)
+    if not has_data:
+        return None
+    axes.axhline(0, color="0.5", lw=0.8, ls=":")
+    axes.set(
+        xscale="log", xlabel="tokens of the encoder per expert", ylabel=f"gain in {_QUALITY_LABEL}"
+    )
+    axes.legend(frameon=False, fontsize=8)
     return drawing
 
 

@@ -122,6 +122,15 @@ class Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Advantage:
+    """A figure of the gain over the first run against the tokens an expert has been trained on."""
+
+    title: str
+    claim: str
+    runs: Mapping[str, str]  # label of a curve → name of its run; the first is the baseline
+
+
+@dataclasses.dataclass(frozen=True)
 class Transfer:
     """A figure of fine-tuned runs: their scores against the quality of their upstream runs."""
 
@@ -145,7 +154,7 @@ class Sources:
     run: str
 
 
-Figure = Curves | Scaling | Transfer | Sources
+Figure = Curves | Scaling | Advantage | Transfer | Sources
 
 
 @dataclasses.dataclass(frozen=True)

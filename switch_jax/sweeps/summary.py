@@ -20,7 +20,16 @@ from switch_jax.analysis import (
 from switch_jax.checkpoint import QUALITY
 from switch_jax.model import CONVENTIONS
 from switch_jax.sweeps.results import RunResult
-from switch_jax.sweeps.spec import Curves, Figure, Scaling, Sources, Sweep, Table, Transfer
+from switch_jax.sweeps.spec import (
+    Advantage,
+    Curves,
+    Figure,
+    Scaling,
+    Sources,
+    Sweep,
+    Table,
+    Transfer,
+)
 
 SeedResults = Sequence[RunResult | None]  # of one run, by seed; None: not trained to its end
 Results = Mapping[str, SeedResults]  # by name of the run
@@ -131,6 +140,8 @@ def _figure_summary(figure: Figure, results: Results) -> dict[str, Any]:
             points = [(getattr(point, figure.x), point.loss) for point in series.points]
             laws[series.source] = _power_law_to_json(points)
         return {"x": figure.x, "power_laws": laws}
+    if isinstance(figure, Advantage):
+        return {"advantage": advantage_curves(figure, results)}
     if isinstance(figure, Transfer):
         return {"metric": figure.metric, "points": transfer_points(figure, results)}
     assert isinstance(figure, Sources)
@@ -173,6 +184,30 @@ def mean_loss_by_size(points: Points) -> Points:
     """Returns one point for each size, as a fit needs: errors of seeds of a size are dependent."""
     sizes = dict.fromkeys(size for size, _ in points)
     return [(size, statistics.fmean(loss for x, loss in points if x == size)) for size in sizes]
+
+
+def advantage_curves(figure: Advantage, results: Results) -> dict[str, list[Points]]:
+    """Returns (tokens per expert, gain over the first run) of every evaluation, by label and seed.
+
+    The tokens are those of the encoder up to the evaluation, each counted once for every expert
+    that a token has, divided by the number of experts; padding is counted.
+    """
+    baseline, *rest = figure.runs
+    curves: dict[str, list[Points]] = {}
+    for label in rest:
+        curves[label] = []
+        for base, ours in _finished_in_all(*(results[figure.runs[n]] for n in (baseline, label))):
+            data, moe = ours.config.data, ours.config.moe
+            share = moe.num_selected / moe.num_experts if moe.num_experts else 1.0
+            tokens_per_step = data.batch_size * data.inputs_length * share
+            of_baseline = dict(base.curve(QUALITY))
+            points = [
+                (step * tokens_per_step, quality - of_baseline[step])
+                for step, quality in ours.curve(QUALITY)
+                if step in of_baseline
+            ]
+            curves[label].append(points)
+    return curves
 
 
 def transfer_points(figure: Transfer, results: Results) -> dict[str, Points]:

@@ -14,8 +14,17 @@ from switch_jax.model.flops import flops_per_sequence, params_by_group, train_fl
 from switch_jax.sweeps.figures import _draw_curves
 from switch_jax.sweeps.report import figure_notes, runs_cells, table_cells, write_results_report
 from switch_jax.sweeps.results import RunResult, read_result
-from switch_jax.sweeps.spec import Curves, Scaling, Sources, Sweep, SweepRun, Table, Transfer
-from switch_jax.sweeps.summary import summarise_sweep
+from switch_jax.sweeps.spec import (
+    Advantage,
+    Curves,
+    Scaling,
+    Sources,
+    Sweep,
+    SweepRun,
+    Table,
+    Transfer,
+)
+from switch_jax.sweeps.summary import advantage_curves, summarise_sweep
 from tests.support.configs import tiny
 from tests.support.paths import ROOT
 
@@ -150,6 +159,20 @@ def test_power_laws_of_our_points_and_of_the_papers(monkeypatch):
     assert any("experts^-0.0500" in line for line in figure_notes(numbers))
 
 
+def test_the_advantage_is_a_gain_at_equal_steps_by_tokens_per_expert(monkeypatch):
+    top_2 = result([-3, -2, -1.5, -1], **{"moe.router": "top_k", "moe.num_experts": 8})
+    monkeypatch.setitem(RESULTS, "top_2", [top_2])
+    figure = Advantage("", "", NAMED | {"Again": "dense", "Top 2": "top_2"})
+    curves = advantage_curves(figure, RESULTS)
+    tokens = 25 * 16 * 16  # of 25 steps of 16 rows of 16 tokens, with 4 experts
+    for curve, gains in zip(curves["Switch"], [(1, 1, 1, 1), (1, 0.8, 0.6, 0.8)]):
+        assert [x for x, _ in curve] == [tokens / 4 * n for n in (1, 2, 3, 4)]
+        assert [gain for _, gain in curve] == pytest.approx(gains)
+    assert curves["Bad"] == [[(tokens / 4, 1)]]  # diverged after its first evaluation
+    assert curves["Again"][0][-1] == (4 * tokens, 0)
+    assert [x for x, _ in curves["Top 2"][0]] == [tokens * 2 / 8 * n for n in (1, 2, 3, 4)]
+
+
 def test_table_7_agrees_with_the_gains_that_the_paper_prints():
     dense, *sparse = TABLE_7.points
     assert (dense.experts, dense.quality) == (1, -1.636)
@@ -182,6 +205,7 @@ def everything(monkeypatch):
             "steps": Curves("Steps", "Claim", NAMED),
             "seconds": Curves("Seconds", "Claim", NAMED, "seconds"),
             "scaling": Scaling("Scaling", "Claim", NAMED, published=TABLE_9_DENSE),
+            "advantage": Advantage("Advantage", "Claim", NAMED),
             "transfer": Transfer("Transfer", "Claim", {"Switch": (("dense", "switch"),)}, QUALITY),
             "sources": Sources("Sources", "Claim", "dense", "switch"),
         },

@@ -72,8 +72,7 @@ class Router(nnx.Module):
     def __init__(self, moe: MoEConfig, d_model: int, key: jax.Array):
         self.config = moe
         E = moe.num_experts
-        # normal(0.02) did slightly better in flaxformer's Switch configs than σ = sqrt(0.1 / D).
-        kernel = 0.02 * jax.random.normal(key, (d_model, E))
+        kernel = moe.router_init_std * jax.random.normal(key, (d_model, E))
         self.kernel = (
             None if moe.router == "hash" else param(kernel, "embed", "router", kind="router")
         )
