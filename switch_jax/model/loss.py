@@ -24,7 +24,7 @@ from switch_jax.distributed import (
 from switch_jax.model.moe.router import RouterStats
 from switch_jax.model.transformer import RouterStatsByStack, routed_mask, token_masks
 
-# Logits above this size are computed in chunks of positions.
+# Logits above this size are computed in chunks of tokens.
 LOGITS_BYTES = 2**29
 
 
@@ -69,7 +69,7 @@ def token_losses(
     """Computes cross-entropy, z and accuracy of the targets, weighted by their loss weights.
 
     The logits are states @ head, in float32. A device computes the logits of its rows and its part
-    of the vocabulary, in chunks of positions that take at most LOGITS_BYTES. The backward pass
+    of the vocabulary, in chunks of tokens that take at most LOGITS_BYTES. The backward pass
     computes them again.
 
     Args:
@@ -84,34 +84,35 @@ def token_losses(
     models = [(states_BxTxD, head_DxV), *([teacher] if teacher else [])]
 
     def device_losses(states, heads, target_BxT, weight_BxT):
-        (B, T, _), V = states[0].shape, heads[0].shape[1]
-        chunks = min(math.ceil(len(states) * B * T * V * 4 / LOGITS_BYTES), T)
-        states = [pvary(states_BxTxD, "model") for states_BxTxD in states]
+        # One axis N of tokens instead of B and T: XLA's CPU compiler would transpose the gradient of
+        # logits [B, T, V], and this function would take two to three times as long.
+        states = [pvary(x.reshape(-1, x.shape[-1]), "model") for x in states]
+        target_N, weight_N = target_BxT.reshape(-1), weight_BxT.reshape(-1)
+        N, V = target_N.size, heads[0].shape[1]
+        chunks = min(math.ceil(len(states) * N * V * 4 / LOGITS_BYTES), N)
         # pvary is outside the loop, so that the gradient is summed over devices once.
         heads = [pvary(head_DxV, BATCH_AXES) for head_DxV in heads]
 
-        def chunk_sums(states, target_BxT, weight_BxT) -> LossSums:
+        def chunk_sums(states, target_N, weight_N) -> LossSums:
             logits = [
-                jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32)
-                for states_BxTxD, head_DxV in zip(states, heads)
+                jnp.dot(states_NxD, head_DxV, preferred_element_type=jnp.float32)
+                for states_NxD, head_DxV in zip(states, heads)
             ]
-            sums = _device_sums(logits[0], target_BxT, weight_BxT)
+            sums = _device_sums(logits[0], target_N, weight_N)
             if teacher is None:
                 return sums
-            soft_BxT = _soft_cross_entropy(*(logits_BxTxV / temperature for logits_BxTxV in logits))
-            return sums._replace(soft=jnp.sum(weight_BxT * soft_BxT))
+            soft_N = _soft_cross_entropy(*(logits_NxV / temperature for logits_NxV in logits))
+            return sums._replace(soft=jnp.sum(weight_N * soft_N))
 
         def add_chunk(total: LossSums, arrays: tuple) -> tuple[LossSums, None]:
             return jax.tree.map(jnp.add, total, chunk_sums(*arrays)), None
 
         if chunks == 1:
-            sums = chunk_sums(states, target_BxT, weight_BxT)
+            sums = chunk_sums(states, target_N, weight_N)
         else:
             zero = pvary(jnp.zeros(()), BATCH_AXES)
             zeros = LossSums(zero, zero, zero, None if teacher is None else zero)
-            parts = jax.tree.map(
-                lambda x: _split_chunks(x, chunks), (states, target_BxT, weight_BxT)
-            )
+            parts = jax.tree.map(lambda x: _split_chunks(x, chunks), (states, target_N, weight_N))
             sums, _ = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), zeros, parts)
         return jax.tree.map(lambda x: psum(x, BATCH_AXES), sums)
 
@@ -130,11 +131,12 @@ def row_cross_entropy(
     """[B] float32, nats: sum of each row's cross-entropy, weighted by loss weights."""
 
     def device_losses(states_BxTxD, head_DxV, target_BxT, weight_BxT):
-        states_BxTxD = pvary(states_BxTxD, "model")
+        states_NxD = pvary(states_BxTxD.reshape(-1, states_BxTxD.shape[-1]), "model")
         head_DxV = pvary(head_DxV, BATCH_AXES)
-        logits_BxTxV = jnp.dot(states_BxTxD, head_DxV, preferred_element_type=jnp.float32)
-        log_z_BxT, _, target_logit_BxT = _logit_terms(logits_BxTxV, target_BxT)
-        return jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT), -1)
+        logits_NxV = jnp.dot(states_NxD, head_DxV, preferred_element_type=jnp.float32)
+        log_z_N, _, target_logit_N = _logit_terms(logits_NxV, target_BxT.reshape(-1))
+        loss_BxT = (log_z_N - target_logit_N).reshape(target_BxT.shape)
+        return jnp.sum(weight_BxT * loss_BxT, -1)
 
     rows = partition_spec(("batch",))
     in_specs = (rows, partition_spec((None, "vocab")), rows, rows)
@@ -144,54 +146,54 @@ def row_cross_entropy(
     )
 
 
-def _device_sums(logits_BxTxV: jax.Array, target_BxT: jax.Array, weight_BxT: jax.Array) -> LossSums:
-    """Computes sums over a device's rows; V is its part of the vocabulary."""
-    log_z_BxT, largest_BxT, target_logit_BxT = _logit_terms(logits_BxTxV, target_BxT)
+def _device_sums(logits_NxV: jax.Array, target_N: jax.Array, weight_N: jax.Array) -> LossSums:
+    """Computes sums over N tokens of a device; V is its part of the vocabulary."""
+    log_z_N, largest_N, target_logit_N = _logit_terms(logits_NxV, target_N)
     return LossSums(
-        cross_entropy=jnp.sum(weight_BxT * (log_z_BxT - target_logit_BxT)),
-        z=jnp.sum(weight_BxT * log_z_BxT**2),
-        correct=jnp.sum(weight_BxT * (target_logit_BxT >= largest_BxT)),
+        cross_entropy=jnp.sum(weight_N * (log_z_N - target_logit_N)),
+        z=jnp.sum(weight_N * log_z_N**2),
+        correct=jnp.sum(weight_N * (target_logit_N >= largest_N)),
     )
 
 
 def _logit_terms(
-    logits_BxTxV: jax.Array, target_BxT: jax.Array
+    logits_NxV: jax.Array, target_N: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns logsumexp of the logits, the largest logit and the target's logit, [B, T] each."""
-    V = logits_BxTxV.shape[-1]
-    _, z_BxT, largest_BxT = _shifted_exp(logits_BxTxV)
-    log_z_BxT = jnp.log(z_BxT) + largest_BxT
+    """Returns logsumexp of the logits, the largest logit and the target's logit, [N] each."""
+    V = logits_NxV.shape[-1]
+    _, z_N, largest_N = _shifted_exp(logits_NxV)
+    log_z_N = jnp.log(z_N) + largest_N
     # A masked sum instead of an index, because only one device has the target's logit.
-    vocabulary_V = V * axis_index("model") + jnp.arange(V, dtype=target_BxT.dtype)
-    at_target = vocabulary_V == target_BxT[..., None]
-    target_logit_BxT = psum(jnp.sum(jnp.where(at_target, logits_BxTxV, 0), -1), "model")
-    return log_z_BxT, largest_BxT, target_logit_BxT
+    vocabulary_V = V * axis_index("model") + jnp.arange(V, dtype=target_N.dtype)
+    at_target = vocabulary_V == target_N[..., None]
+    target_logit_N = psum(jnp.sum(jnp.where(at_target, logits_NxV, 0), -1), "model")
+    return log_z_N, largest_N, target_logit_N
 
 
-def _soft_cross_entropy(student_BxTxV: jax.Array, teacher_BxTxV: jax.Array) -> jax.Array:
-    """[B, T] nats: -Σ p log q over the vocabulary, p = softmax(teacher), q = softmax(student).
+def _soft_cross_entropy(student_NxV: jax.Array, teacher_NxV: jax.Array) -> jax.Array:
+    """[N] nats: -Σ p log q over the vocabulary, p = softmax(teacher), q = softmax(student).
 
     The gradient is with respect to the student's logits only.
     """
-    p_BxTxV, p_z_BxT, _ = _shifted_exp(jax.lax.stop_gradient(teacher_BxTxV))
-    _, q_z_BxT, q_largest_BxT = _shifted_exp(student_BxTxV)
+    p_NxV, p_z_N, _ = _shifted_exp(jax.lax.stop_gradient(teacher_NxV))
+    _, q_z_N, q_largest_N = _shifted_exp(student_NxV)
     # log q = logit - log z, and Σ p = 1.
-    mean_logit_BxT = psum(jnp.sum(p_BxTxV * student_BxTxV, -1), "model") / p_z_BxT
-    return jnp.log(q_z_BxT) + q_largest_BxT - mean_logit_BxT
+    mean_logit_N = psum(jnp.sum(p_NxV * student_NxV, -1), "model") / p_z_N
+    return jnp.log(q_z_N) + q_largest_N - mean_logit_N
 
 
-def _shifted_exp(logits_BxTxV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _shifted_exp(logits_NxV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns exp(logits - largest), its sum over the whole vocabulary, and the largest logit."""
-    largest_BxT = pmax(jax.lax.stop_gradient(logits_BxTxV.max(-1)), "model")
-    exp_BxTxV = jnp.exp(logits_BxTxV - largest_BxT[..., None])
-    return exp_BxTxV, psum(exp_BxTxV.sum(-1), "model"), largest_BxT
+    largest_N = pmax(jax.lax.stop_gradient(logits_NxV.max(-1)), "model")
+    exp_NxV = jnp.exp(logits_NxV - largest_N[..., None])
+    return exp_NxV, psum(exp_NxV.sum(-1), "model"), largest_N
 
 
-def _split_chunks(x_BxT: jax.Array, chunks: int) -> jax.Array:
-    """[B, T, ..] → [chunks, B, ⌈T / chunks⌉, ..], padded with zeros."""
-    B, T, *rest = x_BxT.shape
-    padding = [(0, 0), (0, -T % chunks), *[(0, 0)] * len(rest)]
-    return jnp.pad(x_BxT, padding).reshape(B, chunks, -1, *rest).swapaxes(0, 1)
+def _split_chunks(x_N: jax.Array, chunks: int) -> jax.Array:
+    """[N, ..] → [chunks, ⌈N / chunks⌉, ..], padded with zeros."""
+    N, *rest = x_N.shape
+    padding = [(0, -N % chunks), *[(0, 0)] * len(rest)]
+    return jnp.pad(x_N, padding).reshape(chunks, -1, *rest)
 
 
 def loss_terms(
