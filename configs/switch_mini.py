@@ -14,18 +14,23 @@ def get_config(arg: str = "") -> ConfigDict:
     config = defaults()
     config.model.update(
         vocab_size=4096,
-        d_model=128,
-        d_ff=512,
-        num_heads=4,
+        d_model=64,
+        d_ff=256,
+        num_heads=2,
         head_dim=32,
-        num_encoder_layers=4,
-        num_decoder_layers=4,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
         dtype="float32",
     )
-    config.moe.update(num_experts=arg.num_experts, group_size=128)
-    config.data.update(inputs_length=128, targets_length=29, batch_size=16)
-    config.optimizer.update(warmup_steps=100, cooldown_steps=250)
+    # Initial router logits of standard deviation 1, so that gates do not begin at 1 / E.
+    config.moe.update(
+        num_experts=arg.num_experts,
+        balance_scope="batch",
+        router_init_std=config.model.d_model**-0.5,
+    )
+    config.data.update(inputs_length=128, targets_length=29, batch_size=64)
+    config.optimizer.update(warmup_steps=100, cooldown_steps=400)
     config.train.update(
-        steps=600, log_every=10, eval_every=200, eval_batches=8, checkpoint_every=200
+        steps=1600, log_every=20, eval_every=200, eval_batches=8, checkpoint_every=400
     )
     return config

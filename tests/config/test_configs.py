@@ -395,9 +395,9 @@ def test_a_preset_takes_arguments_and_overrides(elsewhere):
 
 
 def test_a_file_comes_before_a_preset_of_its_name(elsewhere):
-    code = (CONFIGS / "switch_mini.py").read_text().replace("d_ff=512", "d_ff=256")
+    code = (CONFIGS / "switch_mini.py").read_text().replace("d_ff=256", "d_ff=192")
     (elsewhere / "switch_mini").write_text(code)
-    assert load_config("switch_mini").model.d_ff == 256
+    assert load_config("switch_mini").model.d_ff == 192
 
 
 @pytest.mark.parametrize("name", ["switch_mega", "configs/switch_mini.py", "/x/switch_mini"])
