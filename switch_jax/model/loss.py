@@ -84,8 +84,8 @@ def token_losses(
     models = [(states_BxTxD, head_DxV), *([teacher] if teacher else [])]
 
     def device_losses(states, heads, target_BxT, weight_BxT):
-        # One axis N of tokens instead of B and T: XLA's CPU compiler would transpose the gradient of
-        # logits [B, T, V], and this function would take two to three times as long.
+        # One axis N of tokens instead of B and T: XLA's CPU compiler would transpose the gradient
+        # of logits [B, T, V], and this function would take two to three times as long.
         states = [pvary(x.reshape(-1, x.shape[-1]), "model") for x in states]
         target_N, weight_N = target_BxT.reshape(-1), weight_BxT.reshape(-1)
         N, V = target_N.size, heads[0].shape[1]
