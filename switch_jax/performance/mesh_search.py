@@ -44,7 +44,8 @@ FLOAT32_BYTES = 4
 
 # Forward passes that cost as many FLOPs as a train step: forward, two for backward, and what
 # `model.remat` computes again. `matmul_flops` of the traced train steps of the presets in
-# docs/scale.md gives 3.0 to 3.2 (none), 3.0 to 3.6 (dots) and 3.8 to 4.1 (full).
+# docs/scale.md gives 3.0 (none), 3.0 to 3.6 (dots) and 3.7 to 4.0 (full); the models with experts
+# are at the upper end.
 PASSES_PER_STEP = {"none": 3, "dots": 3.3, "full": 4}
 
 # HBM traffic of a train step, in multiples of the bytes of float32 parameters (for parameters,

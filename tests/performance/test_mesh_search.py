@@ -139,7 +139,7 @@ def test_stored_compile_results_are_those_of_the_documentation():
 
 @pytest.mark.parametrize("remat", PASSES_PER_STEP)
 def test_passes_per_step_are_those_of_the_traced_train_step(remat):
-    config = preset("t5_base", **{"model.remat": remat, "mesh.data": "1"})
+    config = preset("switch_base", **{"model.remat": remat, "mesh.data": "1"})
     program = TrainProgram(config, make_mesh(config))
     traced = program.train_step.trace(program.abstract_state, program.abstract_batch)
     forward = config.data.batch_size * sum(flops_by_part(config).values())
