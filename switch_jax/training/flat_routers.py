@@ -40,11 +40,11 @@ class FlatRouters:
         """Counts a step, of which `metrics` are as from `TrainProgram.train_step`."""
         if step <= self.min_steps:
             return  # routers begin nearly uniform, and need these steps to become anything else
-        matches = [re.fullmatch(r"router/(.+/.+)/confidence", name) for name in metrics]
-        confidence = {match[1]: metrics[match[0]] for match in matches if match}
         if not self._steps:
+            matches = [re.fullmatch(r"router/(.+/.+)/confidence", name) for name in metrics]
             # NumPy arrays: jit accepts them on any mesh and with any number of processes.
-            self._steps = {layer: np.zeros((), np.int32) for layer in confidence}
+            self._steps = {match[1]: np.zeros((), np.int32) for match in matches if match}
+        confidence = {layer: metrics[f"router/{layer}/confidence"] for layer in self._steps}
         threshold = _FLAT_RATIO / (_FLAT_RATIO + self._moe.num_experts - 1)
         self._steps = _count_flat_steps(self._steps, confidence, threshold)
 

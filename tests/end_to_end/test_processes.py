@@ -30,7 +30,7 @@ SMALL = {
     "moe.every": 1,
     "moe.stacks": "encoder",
     "moe.jitter": 0.0,
-    "moe.balance_scope": "batch",  # the only term that needs a sum over processes in the layers
+    "moe.balance_scope": "batch",  # loads are counted over all processes
     "train.steps": 60,
     "train.eval_batches": 1,
     "train.eval_every": 1000,
