@@ -24,7 +24,7 @@ import numpy as np
 
 from switch_jax.config import Config, DataConfig, ModelConfig
 from switch_jax.data import Batch, build_token_store, open_batches, open_vocabulary, padded_batch
-from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.sources.source import SPLITS
 from switch_jax.data.span_corruption import corrupt_spans, span_lengths
 from switch_jax.data.token_store.store import TokenStore

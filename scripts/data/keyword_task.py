@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from switch_jax.data.sources.python_docs import is_held_out_path, python_documents
+from switch_jax.data.sources.python_text import is_held_out_path, python_documents
 
 EXAMPLES = {"train": 3000, "validation": 600}
 LETTERS = 80  # of context on either side

@@ -137,8 +137,8 @@ class RowIterator(abc.ABC):
         if position["source"] != self._source:
             raise UserError(
                 f"The position in {directory} belongs to other text, rates, lengths or another"
-                " vocabulary or seed; set data.* to what it was made with (the text of python_docs"
-                " differs between Pythons)."
+                " vocabulary or seed; set data.* to what it was made with (python_docs and"
+                " python_packages differ between installations)."
             )
         self._next_row = position["next_row"]
 

@@ -1,6 +1,7 @@
 """Catalog of sources: from a part of `data.mixture` to its sources.
 
 python_docs                     the text that comes with Python
+python_packages                 the source files of the installed packages
 c4                              English C4 in `data.data_dir`: of TFDS, or AllenAI's json.gz
 mc4, mc4.sw                     multilingual C4 there, all languages or one
 c4/en:2.2.0, lm1b               a TFDS data set in `data.data_dir` whose examples have a `text`
@@ -20,7 +21,7 @@ from switch_jax.data.finetuning.task_mixtures import MIXTURES, find_task_or_mixt
 from switch_jax.data.finetuning.task_records import is_task_file
 from switch_jax.data.finetuning.task_source import TaskSource, find_task_source
 from switch_jax.data.finetuning.tasks import TASKS, custom_task
-from switch_jax.data.sources.python_docs import PythonDocsSource
+from switch_jax.data.sources.python_text import PYTHON_TEXTS, PythonTextSource
 from switch_jax.data.sources.source import (
     SPLITS,
     File,
@@ -71,8 +72,8 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
 
     Raises `UserError` if there are none.
     """
-    if spec == "python_docs":
-        return [PythonDocsSource()]
+    if spec in PYTHON_TEXTS:
+        return [PythonTextSource(spec)]
     if spec.startswith(_PAIRS):
         files = _named_files(spec, is_task_file, ".jsonl, .tsv, .csv, .parquet or .tfrecord")
         return [TaskSource(custom_task(source_name(spec)), files)]
@@ -87,8 +88,9 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
         folder = data_dir and epath.Path(data_dir, name)
         if not folder or not folder.is_dir():
             raise UserError(
-                f"data.mixture: {name!r} is not known; use python_docs, c4, mc4, mc4.LANGUAGE,"
-                " a TFDS data set that is in data.data_dir, or files such as '/text/*.jsonl.gz'."
+                f"data.mixture: {name!r} is not known; use {', '.join(PYTHON_TEXTS)}, c4, mc4,"
+                " mc4.LANGUAGE, a TFDS data set that is in data.data_dir, or files such as"
+                " '/text/*.jsonl.gz'."
             )
     if data_dir is None:
         raise UserError(
@@ -117,7 +119,7 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
 
 def needs_folder(spec: str) -> bool:
     """Whether a part of a mixture is read from `data.data_dir`."""
-    return spec != "python_docs" and not is_file_pattern(spec)
+    return spec not in PYTHON_TEXTS and not is_file_pattern(spec)
 
 
 def is_task_spec(spec: str) -> bool:

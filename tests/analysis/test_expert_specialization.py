@@ -26,7 +26,7 @@ from switch_jax.cli.main import main
 from switch_jax.config import Config
 from switch_jax.config.load import load_config, override_config
 from switch_jax.data import open_batches
-from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.span_corruption import span_lengths
 from switch_jax.data.text_batches import text_file_batches
 from switch_jax.data.vocabulary import EOS, read_vocabulary

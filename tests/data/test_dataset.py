@@ -13,7 +13,7 @@ from switch_jax.data.batch import (
     feature_shapes,
 )
 from switch_jax.data.peek import examples_text
-from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.sources.source import SPLITS
 from switch_jax.data.span_corruption import corrupted_lengths, span_lengths
 from switch_jax.data.token_store.open_store import open_store

@@ -8,7 +8,7 @@ import pytest
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches, open_epoch_by_source, open_vocabulary
 from switch_jax.data.batch import ALL_ROWS, feature_shapes
-from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.span_corruption import noise_and_spans, span_lengths
 from switch_jax.data.vocabulary import EOS
 from switch_jax.errors import UserError

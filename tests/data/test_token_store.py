@@ -15,7 +15,7 @@ import pytest
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches, open_vocabulary
-from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.token_store import open_store as open_store_module
 from switch_jax.data.token_store.build import build_token_store
 from switch_jax.data.token_store.manifest import write_manifest

@@ -10,7 +10,7 @@ import sentencepiece
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_vocabulary, vocabulary, vocabulary_builder
 from switch_jax.data.mixture import find_sources
-from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.vocabulary import PAD, UNK, VOCABULARY_FILE, ByteVocabulary, read_vocabulary
 from switch_jax.data.vocabulary_builder import sample_texts, train_vocabulary
 from switch_jax.errors import UserError

@@ -11,7 +11,7 @@ from switch_jax.config import load_config
 from switch_jax.data import open_batches, read_task_examples
 from switch_jax.data.finetuning.task_mixtures import find_task_or_mixture
 from switch_jax.data.finetuning.tasks import TASKS
-from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.sources.source import SPLITS
 from switch_jax.data.vocabulary_builder import train_vocabulary
 from tests.support import tasks

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.sources.python_docs import python_documents
+from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.sources.text_files import read_texts
 
 SHARDS = 3  # of a split

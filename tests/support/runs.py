@@ -15,7 +15,7 @@ from switch_jax.checkpoint.checkpoint_reader import restore_params
 from switch_jax.checkpoint.metrics_log import read_metrics
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config.schema import DataConfig
-from switch_jax.data.sources.python_docs import is_held_out_path, python_documents
+from switch_jax.data.sources.python_text import is_held_out_path, python_documents
 from switch_jax.data.token_store.build import build_token_store
 from switch_jax.data.vocabulary import read_vocabulary
 from switch_jax.data.vocabulary_builder import train_vocabulary
