@@ -138,7 +138,7 @@ class RowIterator(abc.ABC):
             raise UserError(
                 f"The position in {directory} belongs to other text, rates, lengths or another"
                 " vocabulary or seed; set data.* to what it was made with (python_docs and"
-                " python_packages differ between installations)."
+                " python_docstrings differ between installations)."
             )
         self._next_row = position["next_row"]
 

@@ -1,7 +1,7 @@
 """Catalog of sources: from a part of `data.mixture` to its sources.
 
 python_docs                     the text that comes with Python
-python_packages                 the source files of the installed packages
+python_docstrings               the docstrings of the installed packages
 c4                              English C4 in `data.data_dir`: of TFDS, or AllenAI's json.gz
 mc4, mc4.sw                     multilingual C4 there, all languages or one
 c4/en:2.2.0, lm1b               a TFDS data set in `data.data_dir` whose examples have a `text`

@@ -1,5 +1,6 @@
-"""`python_docs` and `python_packages`: documents, splits, order and fingerprint."""
+"""`python_docs` and `python_docstrings`: documents, splits, order and fingerprint."""
 
+import collections
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from switch_jax.data.sources.python_text import (
     Document,
     PythonTextSource,
     _topics,
+    find_docstrings,
     is_held_out_path,
     python_documents,
 )
@@ -19,7 +21,7 @@ from switch_jax.data.sources.source import SPLITS
 
 
 @pytest.mark.parametrize(
-    "name, smallest, largest", [("python_docs", 5e6, 2e7), ("python_packages", 3e7, 7e7)]
+    "name, smallest, largest", [("python_docs", 5e6, 2e7), ("python_docstrings", 2e7, 2e8)]
 )
 def test_documents_are_unique_and_have_the_documented_size(name, smallest, largest):
     paths = [d.path for d in python_documents(name)]
@@ -36,10 +38,34 @@ def test_python_docs_are_of_the_standard_library():
     assert not any("/test/" in p or "site-packages" in p or "sysconfigdata" in p for p in paths)
 
 
-def test_python_packages_are_mixed_and_have_none_of_our_own_files():
-    packages = [d.path.split("/")[1] for d in python_documents("python_packages")]
-    assert len(set(packages[:100])) > 5
-    assert "switch_jax" not in packages
+def test_docstrings_are_found_by_their_quotes():
+    long = "Returns the sum of two numbers. " * 5
+    text = f'''"""{long}one"""
+value = """{long}no docstring"""
+class A:
+    r"""{long}
+
+        two
+    """
+    def f(): """{long}no line of its own"""
+    def g():
+        """Short."""
+        """{long}never closed
+'''
+    assert list(find_docstrings(text)) == [f"{long}one", f"{long}\n\ntwo"]
+
+
+def test_docstrings_are_of_installed_packages_and_not_our_own():
+    packages = {d.path.split("/")[1] for d in python_documents("python_docstrings")}
+    assert {"jax", "flax", "numpy"} <= packages and "switch_jax" not in packages
+
+
+def test_docstrings_of_a_file_are_in_the_same_split():
+    documents = python_documents("python_docstrings")
+    splits = collections.defaultdict(set)
+    for document in documents:
+        splits[document.path.partition(":")[0]].add(is_held_out_path(document.path))
+    assert len(splits) < len(documents) and all(len(split) == 1 for split in splits.values())
 
 
 @pytest.mark.parametrize("name", PYTHON_TEXTS)
@@ -72,22 +98,6 @@ def test_fingerprint_depends_on_paths_and_texts(monkeypatch):
 
     contents = [("a", "b")], [("ab", "")], [("a", "b"), ("ab", "")], [("a", "bab")]
     assert len({fingerprint(*content) for content in contents}) == 4
-
-
-def test_package_files_are_read_up_to_a_length(tmp_path, monkeypatch):
-    (tmp_path / "package").mkdir()
-    for name, text in {"a": "x" * 40, "b": "y" * 40, "same": "x" * 40, "long": "z" * 200}.items():
-        (tmp_path / "package" / f"{name}.py").write_text(text)
-    (tmp_path / "outside.py").write_text("w")
-    monkeypatch.setattr(python_text.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(python_text, "_LONGEST_FILE", 100)
-
-    def texts(length):
-        monkeypatch.setattr(python_text, "_PACKAGES_LENGTH", length)
-        return {d.text for d in python_documents.__wrapped__("python_packages")}
-
-    assert texts(100) == {"x" * 40, "y" * 40}
-    assert len(texts(79)) == 1
 
 
 def test_missing_topics_are_ignored(monkeypatch):

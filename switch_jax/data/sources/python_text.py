@@ -1,28 +1,27 @@
-"""`python_docs` and `python_packages`: the text of a Python installation, as sources.
+"""`python_docs` and `python_docstrings`: text of a Python installation, as sources.
 
 `python_docs` is about 10 MB: the language reference of `pydoc` and the source files of the standard
-library. `python_packages` is about 70 MB: source files of the installed packages. Both differ
-between installations.
+library. `python_docstrings` is about 30 MB of English: the docstrings of the installed packages.
+Both differ between installations.
 """
 
 import functools
 import hashlib
+import inspect
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from switch_jax.data.sources.bad_records import BadRecords
 from switch_jax.data.sources.source import Shard, Source, Split
 
-PYTHON_TEXTS = ("python_docs", "python_packages")
-_PACKAGES_LENGTH = 70_000_000  # characters of `python_packages`
-_LONGEST_FILE = 500_000  # bytes of a file of `python_packages`; longer ones are tables
+_SHORTEST_DOCSTRING = 100  # characters
 
 
 class Document(NamedTuple):
-    """A text and its unique path, separated by `/`."""
+    """A text, and the unique path of its file, separated by `/`, or its place in that file."""
 
     path: str
     text: str
@@ -31,20 +30,16 @@ class Document(NamedTuple):
 @functools.cache
 def python_documents(name: str = "python_docs") -> tuple[Document, ...]:
     """Returns the documents of a source, no two with the same text, always in the same order."""
-    if name == "python_docs":
-        return tuple(_unique((*_topics(), *_library_sources())))
-    documents, length = [], 0
-    for document in _unique(_package_sources()):
-        length += len(document.text)
-        if length > _PACKAGES_LENGTH:
-            break
-        documents.append(document)
-    return tuple(documents)
+    unique: dict[str, Document] = {}
+    for document in _DOCUMENTS[name]():
+        unique.setdefault(document.text, document)
+    return tuple(unique.values())
 
 
 def is_held_out_path(path: str) -> bool:
-    """Whether a document is held out for validation: a fixed 5 % by a hash of the path."""
-    return _path_hash(path) % 100 < 5
+    """Whether the documents of a file are held out for validation: 5 %, by a hash of its path."""
+    digest = hashlib.blake2b(path.partition(":")[0].encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 100 < 5
 
 
 class PythonTextSource(Source):
@@ -74,18 +69,15 @@ class PythonTextSource(Source):
                 yield document.text
 
 
-def _path_hash(path: str) -> int:
-    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big")
-
-
-def _unique(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yields the documents whose text has not been seen before."""
-    seen: set[bytes] = set()
-    for document in documents:
-        key = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-        if key not in seen:
-            seen.add(key)
-            yield document
+def _docs() -> Iterator[Document]:
+    """Yields the language reference and the source files of the standard library."""
+    yield from _topics()
+    root = Path(sysconfig.get_path("stdlib"))
+    # Tests are missing from many distributions; installed packages differ everywhere.
+    for path, text in _python_files(root, _SKIPPED_FOLDERS):
+        # _sysconfigdata holds the paths and flags of the machine that built Python.
+        if not Path(path).name.startswith("_sysconfigdata") and text.strip():
+            yield Document(f"library/{path}", text)
 
 
 def _topics() -> Iterator[Document]:
@@ -97,7 +89,45 @@ def _topics() -> Iterator[Document]:
         yield Document(f"topics/{name}", topics[name])
 
 
-# Tests are missing from many distributions; installed packages differ everywhere.
+def _docstrings() -> Iterator[Document]:
+    """Yields the docstrings of installed packages; not our own, which change with every commit."""
+    root = Path(sysconfig.get_path("purelib"))
+    for path, text in _python_files(root, {"__pycache__", "switch_jax"}):
+        for i, docstring in enumerate(find_docstrings(text)):
+            yield Document(f"packages/{path}:{i}", docstring)
+
+
+def find_docstrings(text: str) -> Iterator[str]:
+    '''Yields the docstrings of a Python file, without indentation, that are not very short.
+
+    They are found by their triple quotes `"""` at the beginning of a line: a syntax tree takes ten
+    times as long.
+    '''
+    parts = text.split('"""')
+    for before, docstring in zip(parts[::2], parts[1:-1:2]):
+        is_alone = not before.rpartition("\n")[2].strip(" \trR")
+        if is_alone and len(docstring) >= _SHORTEST_DOCSTRING:
+            yield inspect.cleandoc(docstring)
+
+
+def _python_files(root: Path, skipped_folders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields the paths below `root` of Python files, separated by `/`, and their texts."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if name not in skipped_folders and not name.startswith("config-")
+        )
+        for name in sorted(files):
+            path = Path(folder, name)
+            if path.suffix == ".py":
+                try:
+                    text = path.read_text(encoding="utf-8")
+                except (OSError, UnicodeDecodeError):
+                    continue
+                yield path.relative_to(root).as_posix(), text
+
+
 _SKIPPED_FOLDERS = {
     "__pycache__",
     "dist-packages",
@@ -110,44 +140,8 @@ _SKIPPED_FOLDERS = {
     "tests",
     "turtledemo",
 }
-
-
-def _library_sources() -> Iterator[Document]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in _python_files(root, _SKIPPED_FOLDERS):
-        # _sysconfigdata holds the paths and flags of the machine that built Python.
-        if not Path(path).name.startswith("_sysconfigdata"):
-            yield from _read(root, path, "library")
-
-
-def _package_sources() -> Iterator[Document]:
-    """Yields the files of installed packages in the order of a hash: packages are mixed."""
-    root = Path(sysconfig.get_path("purelib"))
-    # Files outside folders hold paths of this machine; text must not depend on our own code.
-    paths = [p for p in _python_files(root, {"__pycache__", "switch_jax"}) if "/" in p]
-    for path in sorted(paths, key=_path_hash):
-        if Path(root, path).stat().st_size < _LONGEST_FILE:
-            yield from _read(root, path, "packages")
-
-
-def _python_files(root: Path, skipped_folders: set[str]) -> Iterator[str]:
-    """Yields the paths below `root` of its Python files, separated by `/`, in a fixed order."""
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(
-            name
-            for name in subfolders
-            if name not in skipped_folders and not name.startswith("config-")
-        )
-        for name in sorted(files):
-            if name.endswith(".py"):
-                yield Path(folder, name).relative_to(root).as_posix()
-
-
-def _read(root: Path, path: str, prefix: str) -> Iterator[Document]:
-    """Yields the document of a file; nothing if it is empty or cannot be read."""
-    try:
-        text = Path(root, path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return
-    if text.strip():
-        yield Document(f"{prefix}/{path}", text)
+_DOCUMENTS: dict[str, Callable[[], Iterator[Document]]] = {
+    "python_docs": _docs,
+    "python_docstrings": _docstrings,
+}
+PYTHON_TEXTS = tuple(_DOCUMENTS)
