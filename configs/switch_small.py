@@ -28,7 +28,12 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.update(
             d_model=768, d_ff=3072, num_heads=12, num_encoder_layers=10, num_decoder_layers=10
         )
-    config.moe.update(num_experts=args.num_experts)
+    # As in switch_tiny: initial router logits of standard deviation 1.
+    config.moe.update(
+        num_experts=args.num_experts,
+        balance_scope="batch",
+        router_init_std=config.model.d_model**-0.5,
+    )
     config.data.update(
         mixture="python,c,stubs,cython,english",
         data_dir="runs/packages",

@@ -1,4 +1,4 @@
-"""The sweep over experts on two CPU cores.
+"""The sweep over experts on two CPU cores, in under an hour.
 
 switch-jax sweep --config configs/sweeps/experts_mini.py --workdir runs/experts_mini
 """

@@ -5,8 +5,7 @@
 Programming languages replace natural ones, which packages do not contain: Python, type stubs,
 Cython, C and C++, and English from licences and descriptions. Small languages are used completely,
 and the large ones share the rest. 100 MB are about 25 million tokens, below 60 MiB packed. The
-installed
-packages differ between machines, and so do results; `manifest.json` has the fingerprints.
+installed packages differ between machines, and so do results; `manifest.json` has the fingerprints.
 """
 
 import argparse
