@@ -7,7 +7,6 @@ continues with the other shards.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -45,7 +44,7 @@ from switch_jax.data.token_store.manifest import (
 from switch_jax.data.token_store.store import examples_path, offsets_path, tokens_path
 from switch_jax.data.vocabulary import VOCABULARY_FILE, Vocabulary, read_vocabulary
 from switch_jax.errors import UserError
-from switch_jax.files import write_atomically
+from switch_jax.files import hold_lock, write_atomically
 
 _PLAN = "plan.json"  # identity of an incomplete store
 _LOCK = ".lock"
@@ -170,13 +169,8 @@ def _locked(output: Path) -> Iterator[None]:
     """Locks `output` against other builds; raises `UserError` if another build is running."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with open(output / _LOCK, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with hold_lock(output / _LOCK, f"packs into {output}"):
             yield
-    except BlockingIOError as error:
-        raise UserError(
-            f"Another process packs into {output}; wait for it, or choose another --output."
-        ) from error
     except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
         if error.filename is None or not str(error.filename).startswith(str(output)):
             raise
