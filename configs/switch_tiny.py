@@ -25,12 +25,16 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if args.large:
         config.model.update(d_model=128, d_ff=128, num_heads=4)
-    # Initial router logits of standard deviation 1, so that gates do not begin at 1 / E.
+    # Initial router logits of standard deviation 1, so that gates do not begin at 1 / E; a z-loss,
+    # without which they grow until routing no longer changes. In a decoder with five positions, two
+    # fifths of the tokens are start tokens and sentinels, which share an expert: hence capacity 2.
     config.moe.update(
         num_experts=args.num_experts,
         every=1,
+        capacity_factor=2.0,
         balance_scope="batch",
         router_init_std=config.model.d_model**-0.5,
+        z_loss_weight=0.001,
     )
     # Rows with a single span. With several, the loss depends most on the step at which attention
     # learns to find the span of a sentinel, and that differs between seeds by hundreds of steps.

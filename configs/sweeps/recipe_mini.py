@@ -19,8 +19,8 @@ OF_EXPERTS = {
     ),
     "loss_0.001": ("balance loss × 0.001", {"moe.aux_loss_weight": 0.001}),
     "bias": ("balance by a bias", {"moe.aux_loss_weight": 0.0, "moe.balance_bias_rate": 0.001}),
-    "z_loss": ("z-loss × 0.001", {"moe.z_loss_weight": 0.001}),
-    "capacity_2": ("capacity factor 2", {"moe.capacity_factor": 2.0}),
+    "no_z_loss": ("no z-loss", {"moe.z_loss_weight": 0.0}),
+    "capacity_1.25": ("capacity factor 1.25", {"moe.capacity_factor": 1.25}),
     "dropless": ("no capacity", {"moe.capacity_factor": None, "moe.eval_capacity_factor": None}),
 }
 # Parts that both have.
