@@ -37,7 +37,7 @@ TABLES = {
             "MoE-Base, CF 2.0": "moe_2.0",
             "Switch-Base, CF 2.0": "switch_2.0",
             "MoE-Base, CF 1.25": "moe_1.25",
-            "Switch-Base, CF 1.25": "switch",
+            "Switch-Base, CF 1.25": "switch_1.25",
             "MoE-Base, CF 1.0": "moe_1.0",
             "Switch-Base, CF 1.0": "switch_1.0",
             "Switch-Base+, CF 1.0": "switch_plus",
@@ -123,7 +123,6 @@ def all_runs(size: Size) -> dict[str, SweepRun]:
     runs = {"dense": size.dense, "large": size.large, "switch": switch}
     for factor in (2.0, 1.25, 1.0):
         runs[f"moe_{factor}"] = switch.but(MOE | {"moe.capacity_factor": factor})
-    for factor in (2.0, 1.0):
         runs[f"switch_{factor}"] = switch.but({"moe.capacity_factor": factor})
     runs["switch_plus"] = switch.but({"moe.capacity_factor": 1.0} | size.plus)
     runs["float32"] = fewer.but(FLOAT32)
