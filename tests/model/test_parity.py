@@ -21,8 +21,8 @@ from tests.support.hugging_face import MODELS, reference, weights, write_folder
 from tests.support.paths import SCRIPTS
 
 # Relative to the largest value. The exact GELU instead of tanh, or a wrong bucket, exceeds it.
-# XLA of jax 0.12 rounds some gradients differently.
-TOLERANCE = 1e-5 if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12) else 2e-5
+# XLA's versions and processors round some gradients differently, by just above 1e-5.
+TOLERANCE = 2e-5
 PARTS = ("encoder_input", "decoder_target")
 SCRIPT = SCRIPTS / "golden" / "make_hugging_face.py"
 

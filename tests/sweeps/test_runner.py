@@ -304,25 +304,25 @@ def stopped_and_finished(tiny_sweep, tmp_path_factory):
 def test_a_stopped_sweep_reports_that_and_continues(stopped_and_finished):
     folder, _, (code, out, before), (_, err) = stopped_and_finished
     assert code == 128 + signal.SIGTERM
-    assert "Stopped with 0 of 5 runs finished; the same command continues" in out
+    assert "Stopped with 0 of 7 runs finished; the same command continues" in out
     printed = (folder / "jobs" / "dense-0.txt").read_text()
     (continued,) = re.findall(r"continuing from step (\d+)", printed)
     assert 20 <= int(continued) == before < 90
-    names = ["dense", "experts_4", "experts_16", "experts_64"]
+    names = ["dense", *(f"experts_{n}" for n in (2, 4, 8, 16, 64))]
     assert re.findall(r"(\w+)-0 finished", err) == names
 
 
 def test_a_failed_run_is_reported_in_one_sentence_at_the_end(stopped_and_finished):
     *_, (out, err) = stopped_and_finished
     *_, sentence = err.splitlines()
-    assert sentence.startswith("switch-jax: 1 of 5 runs failed (bad-0;")
+    assert sentence.startswith("switch-jax: 1 of 7 runs failed (bad-0;")
     assert "'/nowhere' does not exist" in err and "summary.md" in out
 
 
 def test_the_report_of_a_finished_sweep_is_complete(stopped_and_finished):
     folder, *_ = stopped_and_finished
     numbers = json.loads((folder / "summary.json").read_text())
-    assert [len(run["seeds"]) for run in numbers["runs"].values()] == [1, 1, 1, 1, 0]
+    assert [len(run["seeds"]) for run in numbers["runs"].values()] == [1, 1, 1, 1, 1, 1, 0]
     rows = numbers["tables"]["experts"]["rows"]
     dense, sparse = rows["dense"], rows["64 experts"]
     gain = sparse["quality"]["mean"] - dense["quality"]["mean"]
@@ -339,7 +339,7 @@ def test_the_report_of_a_finished_sweep_is_complete(stopped_and_finished):
 def test_finished_runs_are_not_trained_again_with_another_mesh(stopped_and_finished):
     folder, command, *_ = stopped_and_finished
     before = {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[de]*.txt")}
-    assert len(before) == 4
+    assert len(before) == 6
     # The mesh and the interval of logging may change.
     _, err = runs.run(
         *command, "--config.mesh.data=2", "--config.train.log_every=2", code=2, cwd=ROOT
@@ -364,7 +364,7 @@ def test_a_sweep_in_one_of_several_processes_is_refused(stopped_and_finished, ca
     assert "--commands" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--config.train.steps=70", "--config.moe.every=1"])
+@pytest.mark.parametrize("flag", ["--config.train.steps=70", "--config.moe.z_loss_weight=0.1"])
 def test_a_folder_of_another_sweep_is_refused(stopped_and_finished, flag, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, command, *_ = stopped_and_finished
