@@ -1,4 +1,4 @@
-"""Switch-Tiny: the model of sweeps of size=mini, trained in five minutes on one CPU core.
+"""Switch-Tiny: the model of sweeps of size=mini, trained in minutes on one CPU core.
 
 switch-jax train --config configs/switch_tiny.py:num_experts=4 --workdir runs/tiny
 """

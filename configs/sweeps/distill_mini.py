@@ -1,4 +1,4 @@
-"""Table 6 on two CPU cores, in under 40 minutes.
+"""Table 6 on two CPU cores.
 
 switch-jax sweep --config configs/sweeps/distill_mini.py --workdir runs/distill_mini
 """

@@ -2,7 +2,7 @@
 
     switch-jax sweep --config configs/sweeps/experts.py:size=mini --workdir runs/experts
 
-size=mini: two CPU cores, under an hour. size=gpu: each run under 10 minutes on one GPU. With
+size=mini: two CPU cores. size=gpu: each run under 10 minutes on one GPU. With
 size=paper add --config.data.data_dir=DIR, the folder of C4.
 """
 

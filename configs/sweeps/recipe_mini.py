@@ -2,7 +2,7 @@
 
     switch-jax sweep --config configs/sweeps/recipe_mini.py --workdir runs/recipe_mini
 
-Two CPU cores, about an hour; one seed. The recipe is that of `configs/switch_tiny.py`.
+One seed. The recipe is that of `configs/switch_tiny.py`.
 """
 
 from switch_jax.config import parse_arg
@@ -62,8 +62,8 @@ def get_sweep(arg: str = "") -> Sweep:
         rows[label] = name
     tables = {"experts": Table("Parts of the recipe that experts have", CLAIM, rows)}
     for name, (label, overrides) in OF_BOTH.items():
+        runs[f"{name}_dense"] = size.dense.but(overrides)
+        runs[f"{name}_experts"] = size.switch().but(overrides)
         pair = {"dense": f"{name}_dense", "16 experts": f"{name}_experts"}
-        runs |= {pair["dense"]: size.dense.but(overrides)}
-        runs |= {pair["16 experts"]: size.switch().but(overrides)}
         tables[name] = Table(label[0].upper() + label[1:], CLAIM, pair)
     return Sweep("Parts of the recipe of size=mini", runs, size.seeds[:1], tables)

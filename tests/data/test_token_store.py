@@ -168,7 +168,7 @@ def test_two_builds_of_one_store_are_refused(mixture, vocabulary, tmp_path):
     (tmp_path / "store").mkdir()
     with open(tmp_path / "store" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="packs into"):
+        with pytest.raises(UserError, match="another process packs into"):
             build_token_store(
                 DataConfig(mixture=mixture), vocabulary, tmp_path / "store", workers=1
             )

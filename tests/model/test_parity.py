@@ -21,15 +21,17 @@ from tests.support.hugging_face import MODELS, reference, weights, write_folder
 from tests.support.paths import SCRIPTS
 
 # Relative to the largest value. The exact GELU instead of tanh, or a wrong bucket, exceeds it.
-# XLA's versions and processors round some gradients differently, by just above 1e-5.
-TOLERANCE = 2e-5
+# XLA of jax 0.12 rounds some values differently, and so does every version on some processors, by
+# up to 1.05e-5 in gradients.
+TOLERANCE = 1e-5 if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12) else 2e-5
+GRADIENT_TOLERANCE = 2e-5
 PARTS = ("encoder_input", "decoder_target")
 SCRIPT = SCRIPTS / "golden" / "make_hugging_face.py"
 
 
-def close(got, wanted, message: str = "") -> None:
+def close(got, wanted, message: str = "", tolerance: float = TOLERANCE) -> None:
     scale = np.abs(wanted).max()
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE * scale, err_msg=message)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * scale, err_msg=message)
 
 
 def batch(stored) -> dict[str, jax.Array]:
@@ -75,7 +77,7 @@ def check_gradients(config, gradients, stored) -> None:
     }
     for (path, index), (name, transposed) in table.items():
         wanted = stored[f"grad/{name}"]
-        close(got[path][index], wanted.T if transposed else wanted, name)
+        close(got[path][index], wanted.T if transposed else wanted, name, GRADIENT_TOLERANCE)
 
 
 def check_routing(routed, probs_NxBxLxE, real_BxS, stack) -> None:

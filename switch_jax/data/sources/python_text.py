@@ -73,7 +73,6 @@ def _docs() -> Iterator[Document]:
     """Yields the language reference and the source files of the standard library."""
     yield from _topics()
     root = Path(sysconfig.get_path("stdlib"))
-    # Tests are missing from many distributions; installed packages differ everywhere.
     for path, text in _python_files(root, _SKIPPED_FOLDERS):
         # _sysconfigdata holds the paths and flags of the machine that built Python.
         if not Path(path).name.startswith("_sysconfigdata") and text.strip():
@@ -128,6 +127,7 @@ def _python_files(root: Path, skipped_folders: Iterable[str]) -> Iterator[tuple[
                 yield path.relative_to(root).as_posix(), text
 
 
+# Tests are missing from many distributions; installed packages differ everywhere.
 _SKIPPED_FOLDERS = {
     "__pycache__",
     "dist-packages",
