@@ -2,7 +2,7 @@
 
     switch-jax sweep --config configs/sweeps/recipe_mini.py --workdir runs/recipe_mini
 
-One seed. The recipe is that of `configs/switch_tiny.py`.
+One seed, and half the steps of the other sweeps. The recipe is that of `configs/switch_tiny.py`.
 """
 
 from switch_jax.config import parse_arg
@@ -66,4 +66,5 @@ def get_sweep(arg: str = "") -> Sweep:
         runs[f"{name}_experts"] = size.switch().but(overrides)
         pair = {"dense": f"{name}_dense", "16 experts": f"{name}_experts"}
         tables[name] = Table(label[0].upper() + label[1:], CLAIM, pair)
-    return Sweep("Parts of the recipe of size=mini", runs, size.seeds[:1], tables)
+    sweep = Sweep("Parts of the recipe of size=mini", runs, size.seeds[:1], tables)
+    return sweep.but({"train.steps": 2000})
