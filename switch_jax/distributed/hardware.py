@@ -22,6 +22,7 @@ class Chip:
     torus: int = 0  # dimensions of a slice's network; 0: every chip has a link to every other
     slice_rate: float | None = None  # a chip's share of the network between slices, bytes/s
     memory: int | None = None  # bytes a program may use; of a TPU: the compiler's limit
+    clock: float | None = None  # of a TPU's cores, Hz
 
 
 _MAX_DEVICES = 2**20  # of a described machine
@@ -36,17 +37,19 @@ def _gib(value: float) -> int:
 # family is another device. TPU v2, v3 and 7x chips are two devices each, with half of the chip's
 # figures.
 #
-# Sources. TPU: Google's pages (cloud.google.com/tpu/docs/v4, …). Their HBM rates are rounded by now
-# (v4 1200, v5e 800, v6e 1600 GB/s); JAX's own table (`tpu_info`) has 1230, 820 and 1640 GB/s, and
-# for v5p 2460 GB/s, 11 % below Google's page. Memory is what the TPU's compiler lets a program use.
-# `slice_rate` of v4 and v5p is 200 Gb/s for a host of four chips. GPU: NVIDIA's data sheets.
+# Sources. TPU FLOP/s and links: Google's pages (cloud.google.com/tpu/docs/v4, …). HBM rates: JAX's
+# table (`jax.experimental.pallas.tpu.get_tpu_info`); Google's pages have 1200 (v4), 800 (v5e), 1600
+# (v6e) and for v5p 2765 GB/s. Memory: what the TPU's compiler lets a program use. `slice_rate` of
+# v4 and v5p: 200 Gb/s for a host of four chips. Clock: FLOP/s / (2 · multipliers of the matrix
+# units), which are 8 · 128² in v4 and v5p, 4 · 128² in v5e and 4 · 256² in v6e.
+# GPU: NVIDIA's data sheets.
 CHIPS = {
     "TPU v2": Chip(22.5e12),
     "TPU v3": Chip(61.5e12),
-    "TPU v4": Chip(275e12, 1228e9, 300e9, 3, 6.25e9, _gib(30.75)),
-    "TPU v5 lite": Chip(197e12, 819e9, 200e9, 2, 3.125e9, _gib(15.75)),
-    "TPU v5": Chip(459e12, 2765e9, 600e9, 3, 6.25e9, _gib(95.74)),
-    "TPU v6 lite": Chip(918e12, 1640e9, 400e9, 2, 12.5e9, _gib(31.25)),
+    "TPU v4": Chip(275e12, 1230e9, 300e9, 3, 6.25e9, _gib(30.75), 1.05e9),
+    "TPU v5 lite": Chip(197e12, 820e9, 200e9, 2, 3.125e9, _gib(15.75), 1.5e9),
+    "TPU v5": Chip(459e12, 2765e9, 600e9, 3, 6.25e9, _gib(95.74), 1.75e9),
+    "TPU v6 lite": Chip(918e12, 1640e9, 400e9, 2, 12.5e9, _gib(31.25), 1.75e9),
     "TPU7x": Chip(1153.5e12),
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9),
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9, memory=_gib(80)),

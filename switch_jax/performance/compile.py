@@ -34,7 +34,12 @@ from switch_jax.model import format_si
 from switch_jax.performance import hlo
 from switch_jax.performance.cost_model import cost_summary
 from switch_jax.performance.hlo import Collective, HloProgram
-from switch_jax.performance.roofline import ROOFLINE_FIELDS, matmul_flops, predict_step
+from switch_jax.performance.roofline import (
+    ROOFLINE_FIELDS,
+    StepWork,
+    matmul_flops,
+    predict_step,
+)
 from switch_jax.training import TrainProgram, teacher_config
 
 CompileResult = dict[str, Any]
@@ -137,6 +142,7 @@ def compile_step(config: Config, target: CompileTarget) -> CompileResult:
     argument_bytes = bytes_per_device((state, batch, teacher))
     compiled = _compile_cached(lowered, program_text, target, mesh, argument_bytes)
     summary = cost_summary(config)
+    flops = matmul_flops(traced.jaxpr, mesh.size)
     result: CompileResult = {
         "topology": target.topology,
         "slices": target.slices,
@@ -151,16 +157,24 @@ def compile_step(config: Config, target: CompileTarget) -> CompileResult:
         "tokens_per_step": config.data.batch_size * config.data.inputs_length,
         "slots_per_token": summary["slots_per_token"],
         "hlo_bytes": len(program_text),
-        "flops_per_device": matmul_flops(traced.jaxpr, mesh.size) / mesh.size,
+        "flops_per_device": flops.total / mesh.size,
+        "kernel_flops_per_device": flops.in_kernels / mesh.size,
         **compiled,
+        "unknown_loops": max(flops.unknown_loops, compiled["unknown_loops"] or 0),
         "temp_bytes": compiled["hbm_bytes_per_device"] - compiled["argument_bytes"],
     }
     if compiled["collectives"] is None:
         return result | dict.fromkeys(("collective_bytes", *ROOFLINE_FIELDS))
     collectives = [Collective(**fields) for fields in compiled["collectives"]]
-    work = result["flops_per_device"], compiled["memory_traffic_bytes"], collectives
+    work = StepWork(
+        result["flops_per_device"],
+        result["kernel_flops_per_device"],
+        compiled["memory_traffic_bytes"],
+        collectives,
+        compiled["estimated_cycles"],
+    )
     result["collective_bytes"] = _bytes_by_kind_and_axes(collectives)
-    return result | predict_step(config, mesh, *work, teacher_model)
+    return result | predict_step(config, mesh, work, teacher_model)
 
 
 def _compile_cached(
@@ -210,6 +224,8 @@ def _compile(lowered: jax.stages.Lowered, mesh: Mesh, argument_bytes: int) -> Co
             "hbm_available_bytes": capacity,
             "argument_bytes": argument_bytes,
             "memory_traffic_bytes": None,
+            "estimated_cycles": None,
+            "unknown_loops": None,
             "collectives": None,
             "compile_seconds": time.perf_counter() - start,
             "fits": False,
@@ -224,6 +240,8 @@ def _compile(lowered: jax.stages.Lowered, mesh: Mesh, argument_bytes: int) -> Co
         "hbm_available_bytes": available,
         "argument_bytes": argument_bytes,
         "memory_traffic_bytes": program.memory_bytes(),
+        "estimated_cycles": program.estimated_cycles(),
+        "unknown_loops": program.unknown_loops(),
         "collectives": [dataclasses.asdict(c) for c in program.collectives(mesh)],
         "compile_seconds": seconds,
         "fits": available is None or used <= available,
@@ -307,13 +325,21 @@ def compile_table(result: CompileResult) -> str:
     for kind, by_axes in result["collective_bytes"].items():
         for axes, size in by_axes.items():
             add_line(f"  {kind}", format_si(size, "B"), f"sent along {axes}")
+    if result["unknown_loops"]:
+        note = "loops whose length depends on data count as one iteration: figures are too low"
+        add_line("  of unknown length", str(result["unknown_loops"]), note)
     if result["step_seconds_roofline"] is not None:
-        add_line("roofline step", f"{result['step_seconds_roofline']:.3f} s", result["binding"])
+        binding = f"{result['binding']}; a lower bound"
+        add_line("roofline step", f"{result['step_seconds_roofline']:.3f} s", binding)
         for resource, seconds in result["seconds_by_resource"].items():
             add_line(f"  {resource}", f"{seconds:.3f} s")
-        add_line("  MFU", f"{result['mfu_roofline']:.1%}")
+        add_line("  MFU", f"{result['mfu_roofline']:.1%}", "an upper bound")
         add_line("  tokens a day", format_si(result["tokens_per_day"], ""))
         add_line("  days to 576.7 G tokens", f"{result['days_to_paper_tokens']:,.1f}")
+    if result["step_seconds_estimated"] is not None:
+        note = "no overlap; kernels at the peak rate"
+        add_line("step by XLA's cost model", f"{result['step_seconds_estimated']:.3f} s", note)
+        add_line("  MFU", f"{result['mfu_estimated']:.1%}")
     return "\n".join(lines)
 
 

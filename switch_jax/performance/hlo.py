@@ -1,7 +1,8 @@
-"""HLO parser: collectives by mesh axis, and memory traffic, of a compiled program.
+"""HLO parser: collectives by mesh axis, memory traffic and estimated cycles of a compiled program.
 
 The input is the text of the optimised HLO of one device, from `Compiled.as_text()`. Instructions
-inside a loop count once per iteration.
+inside a loop count once per iteration; `unknown_loops` says of how many loops the iterations are
+not known, whose instructions count once.
 """
 
 import dataclasses
@@ -123,6 +124,25 @@ class HloProgram:
             for instruction, times, computation in self._executed_instructions()
         )
 
+    def estimated_cycles(self) -> int | None:
+        """Returns the cycles of a step by XLA's cost model; None where the compiler has none.
+
+        Kernels, other custom calls and asynchronous copies have no estimate and count 0.
+        """
+        cycles = [
+            int(match[1]) * times
+            for instruction, times, _ in self._executed_instructions()
+            if (match := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes))
+        ]
+        return sum(cycles) if cycles else None
+
+    def unknown_loops(self) -> int:
+        """Returns the number of loops whose iterations depend on data."""
+        return sum(
+            instruction.opcode == "while" and self._trip_count(instruction) is None
+            for instruction, _, _ in self._executed_instructions()
+        )
+
     def _executed_instructions(
         self, name: str | None = None, times: int = 1, *, inside_fusions: bool = False
     ) -> Iterator[tuple[Instruction, int, dict[str, Instruction]]]:
@@ -131,7 +151,7 @@ class HloProgram:
         for instruction in computation.values():
             yield instruction, times, computation
             is_loop = instruction.opcode == "while"
-            inner_times = times * self._trip_count(instruction) if is_loop else times
+            inner_times = times * (self._trip_count(instruction) or 1) if is_loop else times
             attributes = _CALL_ATTRIBUTES.get(instruction.opcode, ())
             if instruction.opcode == "fusion" and inside_fusions:
                 attributes = ("calls",)
@@ -141,8 +161,8 @@ class HloProgram:
                         callee, inner_times, inside_fusions=inside_fusions
                     )
 
-    def _trip_count(self, loop: Instruction) -> int:
-        """Returns the iterations of a loop, from the bound in its condition; 1 if that varies."""
+    def _trip_count(self, loop: Instruction) -> int | None:
+        """Returns the iterations of a loop, from the bound in its condition; None if it varies."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
@@ -150,16 +170,22 @@ class HloProgram:
         root = next(i for i in condition.values() if i.root)
         bounds = [condition[name] for name in root.operands if name in condition]
         constants = [i.operands[0] for i in bounds if i.opcode == "constant"]
-        return int(constants[0]) if constants and constants[0].isdigit() else 1
+        return int(constants[0]) if constants and constants[0].isdigit() else None
 
     def _traffic(self, instruction: Instruction, computation: dict[str, Instruction]) -> float:
         """Returns the bytes that one execution reads from and writes to memory."""
         if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith(("-done", "-update")):
             return 0
+        if 'custom_call_target="AllocateBuffer"' in instruction.attributes:  # not initialised
+            return 0
         inputs = [computation[name].type for name in instruction.operands]
         result = _memory_bytes(instruction.type)
         if instruction.opcode == "fusion":
             return self._fusion_traffic(instruction, inputs)
+        if instruction.opcode == "slice-start":  # its type: ((operands), result, context)
+            operands, sliced = _tuple_elements(instruction.type)[:2]
+            sides = bool(_memory_bytes(operands)) + bool(_memory_bytes(sliced))
+            return sides * _type_bytes(sliced)
         if instruction.opcode.endswith("-start"):
             return result  # its type holds operands and results
         if instruction.opcode in _SLICING:
@@ -194,7 +220,8 @@ class HloProgram:
             for position, operand in enumerate(user.operands):
                 if operand != name or user.opcode == "parameter":
                     continue
-                if user.opcode == "bitcast":
+                if user.opcode == "bitcast" or "output_to_operand_aliasing" in user.attributes:
+                    # The same array, or its tiles in another layout.
                     total += self._bytes_read_by_users(user.name, body)
                 elif user.opcode == "fusion":
                     total += self._bytes_read(user, position)

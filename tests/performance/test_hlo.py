@@ -153,6 +153,17 @@ TRAFFIC = """
   ROOT %cut = f32[1,64]{1,0} dynamic-slice(%s0, %s1, %s1), dynamic_slice_sizes={1,64}
 }
 
+%retiling (t0: f32[10,64]) -> f32[10,64] {
+  ROOT %t0 = f32[10,64]{1,0} parameter(0)
+}
+
+%retiled (r0: f32[10,64], r1: s32[]) -> f32[1,64] {
+  %r0 = f32[10,64]{1,0} parameter(0)
+  %r1 = s32[] parameter(1)
+  %r2 = f32[10,64]{1,0} fusion(%r0), output_to_operand_aliasing={{}: (0, {})}, calls=%retiling
+  ROOT %cut = f32[1,64]{1,0} dynamic-slice(%r2, %r1, %r1), dynamic_slice_sizes={1,64}
+}
+
 ENTRY %main (a: f32[10,64], b: f32[10,8]) -> f32[10,64] {
   %a = f32[10,64]{1,0} parameter(0)
   %b = f32[10,8]{1,0} parameter(1)
@@ -174,9 +185,33 @@ ROW = 64 * 4
         ("ROOT %x = f32[10,64]{1,0} fusion(%a, %i, %b), kind=kLoop, calls=%fused", ROW + 32 + 4),
         ("ROOT %x = f32[1,64]{1,0} fusion(%a, %i), kind=kLoop, calls=%outer", 2 * ROW + 4),
         ("ROOT %x = (f32[10,64]{1,0}, s32[]) tuple(%a, %i)", 0),
+        # A slice of an array whose tiles are in another layout.
+        ("ROOT %x = f32[1,64]{1,0} fusion(%a, %i), kind=kLoop, calls=%retiled", 2 * ROW + 4),
+        # Memory that is allocated and not written.
+        ('ROOT %x = f32[10,64]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0),
+        # Two rows prefetched into vector memory: only they are read.
+        (
+            "ROOT %x = ((f32[10,64]{1,0}), f32[2,64]{1,0:S(1)}, s32[]) slice-start(%a),"
+            " slice={[0:2], [0:64]}",
+            2 * ROW,
+        ),
     ],
 )
 def test_memory_traffic_counts_slices_instead_of_whole_arrays(line, expected):
     assert HloProgram(TRAFFIC.replace("LINE", line)).memory_bytes() == pytest.approx(
         expected, abs=4
     )
+
+
+def test_loops_of_unknown_length_are_counted_and_not_taken_for_one():
+    known = LOOP.replace("GROUPS", "[8,2]<=[16]")
+    assert HloProgram(known).unknown_loops() == 0
+    varying = known.replace("constant(12)", "get-tuple-element(%p.1), index=0")
+    assert HloProgram(varying).unknown_loops() == 1
+
+
+def test_estimated_cycles_are_multiplied_by_the_iterations_of_loops():
+    text = LOOP.replace("GROUPS", "[8,2]<=[16]")
+    assert HloProgram(text).estimated_cycles() is None
+    text = text.replace("to_apply=%add", 'to_apply=%add, backend_config={"estimated_cycles":"70"}')
+    assert HloProgram(text).estimated_cycles() == 12 * 70
