@@ -10,6 +10,7 @@ figures/*.png             figures of the metrics
 experts/experts.*         expert specialisation report, as HTML and JSON
 predictions/STEP/*.jsonl  the model's answers to the examples of fine-tuning tasks; eval-STEP/ where
                           `switch-jax eval` evaluated a checkpoint
+profile/                  trace of some train steps (`train.profile_steps`)
 train.lock                locked while a process trains in the folder; names the process
 """
 
@@ -49,6 +50,7 @@ class Workdir:
         self.figures = self.path / "figures"
         self.experts = self.path / "experts"
         self.predictions = self.path / "predictions"
+        self.profile = self.path / "profile"
         self.lock_file = self.path / "train.lock"
 
     def config(self) -> Config:

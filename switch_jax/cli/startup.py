@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,25 @@ def start_jax(flags: "Launch | None" = None, facts: Mapping[str, Any] | None = N
     # Python too: the built-in text is that of its standard library.
     versions = {"Python": platform.python_version(), "jax": jax.__version__}
     connect(flags, {**versions, **(facts or {})})
+
+
+def choose_attached_mesh(config: "Config") -> "Config":
+    """Returns the config with a mesh over the attached devices, and says so on stderr.
+
+    A config that gives a mesh is returned as it is. Raises `UserError` where no mesh is legal.
+    """
+    import jax
+
+    from switch_jax.distributed import fail_together
+    from switch_jax.performance import choose_mesh, describe_choice, with_mesh
+    from switch_jax.training import teacher_config
+
+    devices = jax.devices()
+    with fail_together():
+        chosen = choose_mesh(config, devices, teacher_config(config))
+    if chosen is not None and jax.process_index() == 0:
+        print(describe_choice(chosen, len(devices)), file=sys.stderr, flush=True)
+    return with_mesh(config, chosen)
 
 
 def print_result(text: str) -> None:

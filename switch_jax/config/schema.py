@@ -44,8 +44,12 @@ class ModelConfig:
     dropout_rate: float = _key(0.0, role="training")
     # Of activations; parameters are float32.
     dtype: Literal["float32", "bfloat16"] = _key("bfloat16", role="training")
-    # Which activations the backward pass recomputes: none, all but matmuls, or all.
+    # What the backward pass computes again: only what is cheap (casts, norms, activations), all but
+    # matmuls, or all.
     remat: Literal["none", "dots", "full"] = _key("none", "none", "training")
+    # einsum: scores are arrays in memory. fused: kernels, which are for TPUs (elsewhere they are
+    # interpreted, for tests). auto: fused on TPUs, else einsum.
+    attention: Literal["auto", "einsum", "fused"] = _key("auto", "none", "training")
     relative_buckets: int = 32
     relative_max_distance: int = 128
     # s of paper §2.4; 1.0 is the usual Transformer initialisation.
@@ -193,6 +197,8 @@ class TrainConfig:
     # A step whose loss, gradients or parameters are not finite ends the run (exit code 3), or its
     # update is skipped; ten such steps in a row end the run, too.
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    # FIRST:LAST: these steps are traced, for TensorBoard and Perfetto, in WORKDIR/profile.
+    profile_steps: str | None = _key(None, change="none")
     # An expert without tokens for so long is reported, and so is a router that is nearly uniform.
     idle_expert_steps: int = 1000
 

@@ -1,6 +1,7 @@
 """Validation of a config: ranges of values and contradictions between them."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,14 @@ def validate(config: Config) -> None:
         config.distill.temperature > 0,
         f"distill.temperature must be above 0, not {config.distill.temperature}.",
     )
+    profiled = config.train.profile_steps
+    if profiled is not None:
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", profiled, re.ASCII)
+        _require(
+            match is not None and 1 <= int(match[1]) <= int(match[2]) <= config.train.steps,
+            f"train.profile_steps={profiled!r} must be FIRST:LAST, such as 10:15, with 1 ≤ FIRST ≤"
+            f" LAST ≤ train.steps={config.train.steps}.",
+        )
     sizes = [
         getattr(config.mesh, f.name) for f in dataclasses.fields(config.mesh) if f.name != "fsdp"
     ]

@@ -6,6 +6,7 @@ from switch_jax.distributed.collectives import (
     all_to_all,
     axis_index,
     axis_size,
+    mesh_platform,
     no_mesh,
     pmax,
     psum,
@@ -15,12 +16,15 @@ from switch_jax.distributed.collectives import (
 )
 from switch_jax.distributed.hardware import (
     CHIPS,
+    GPUS_PER_HOST,
+    TOPOLOGY_KINDS,
     Chip,
     all_to_all_seconds,
     chip_of_topology,
     device_memory_bytes,
     devices_of_topology,
     host_memory_kind,
+    hosts_of_gpus,
     peak_flops,
 )
 from switch_jax.distributed.mesh import check_mesh, make_mesh
@@ -49,7 +53,9 @@ from switch_jax.distributed.sharding import (
 __all__ = [
     "BATCH_AXES",
     "CHIPS",
+    "GPUS_PER_HOST",
     "MESH_AXES",
+    "TOPOLOGY_KINDS",
     "Chip",
     "Launch",
     "all_gather",
@@ -72,8 +78,10 @@ __all__ = [
     "exit_after_failure",
     "fail_together",
     "host_memory_kind",
+    "hosts_of_gpus",
     "launch_from_flags",
     "make_mesh",
+    "mesh_platform",
     "no_mesh",
     "num_batch_shards",
     "partition_spec",

@@ -17,11 +17,27 @@ def no_mesh() -> bool:
     return jax.sharding.get_abstract_mesh().empty
 
 
-def shard_map(local: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
-    """Returns `local` mapped over the shards of the mesh in context; without a mesh, `local`."""
+def mesh_platform() -> str:
+    """ "cpu", "gpu" or "tpu": platform of the mesh in context; without a mesh, JAX's default.
+
+    It is known while a function is traced, also for devices that are described and not attached.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def shard_map(
+    local: Callable, *, in_specs: Any, out_specs: Any, check_vma: bool = True
+) -> Callable:
+    """Returns `local` mapped over the shards of the mesh in context; without a mesh, `local`.
+
+    `check_vma`: as of `jax.shard_map`; False where `local` has kernels, for which JAX does not know
+    along which axes their results vary.
+    """
     if no_mesh():
         return local
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
 def pvary(x: jax.Array, axis_names: str | tuple[str, ...]) -> jax.Array:

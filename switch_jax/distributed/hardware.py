@@ -25,6 +25,7 @@ class Chip:
     clock: float | None = None  # of a TPU's cores, Hz
 
 
+GPUS_PER_HOST = 8  # that NVLink connects
 _MAX_DEVICES = 2**20  # of a described machine
 
 
@@ -69,7 +70,7 @@ CHIPS |= {
 }
 
 # Name in `--topology` → `jax.Device.device_kind`.
-_TOPOLOGY_KINDS = {
+TOPOLOGY_KINDS = {
     "v4": "TPU v4",
     "v5e": "TPU v5 lite",
     "v5p": "TPU v5",
@@ -107,18 +108,37 @@ def devices_of_topology(topology: str, slices: int = 1) -> int:
     return devices
 
 
+def hosts_of_gpus(topology: str) -> tuple[int, int]:
+    """Returns the number of hosts, and of GPUs on each, of `h100:8`, `h100:4x8` or `h100:64`.
+
+    A number above eight stands for hosts of eight. Raises `UserError` for any other shape.
+    """
+    devices = devices_of_topology(topology)
+    shape = [int(size) for size in topology.partition(":")[2].split("x")]
+    if len(shape) == 2:
+        return shape[0], shape[1]
+    if len(shape) == 1 and devices <= GPUS_PER_HOST:
+        return 1, devices
+    if len(shape) == 1 and devices % GPUS_PER_HOST == 0:
+        return devices // GPUS_PER_HOST, GPUS_PER_HOST
+    raise UserError(
+        f"--topology {topology} must have up to {GPUS_PER_HOST} GPUs, a multiple of"
+        f" {GPUS_PER_HOST}, or HOSTSxGPUS, such as h100:4, h100:64 or h100:4x8."
+    )
+
+
 def chip_of_topology(topology: str, slices: int = 1) -> tuple[Chip, int]:
     """Returns the chip and the number of chips of a topology such as `v5p:8x16x16` or `h100:64`.
 
     Raises `UserError` where the topology is not of this form or its chip is not known.
     """
     name, _, _ = topology.partition(":")
-    if name not in _TOPOLOGY_KINDS:
+    if name not in TOPOLOGY_KINDS:
         raise UserError(
-            f"--topology {topology} must be one of {', '.join(_TOPOLOGY_KINDS)} with its number or"
+            f"--topology {topology} must be one of {', '.join(TOPOLOGY_KINDS)} with its number or"
             " shape, such as v5p:8x16x16 or h100:64."
         )
-    return CHIPS[_TOPOLOGY_KINDS[name]], devices_of_topology(topology, slices)
+    return CHIPS[TOPOLOGY_KINDS[name]], devices_of_topology(topology, slices)
 
 
 def all_to_all_seconds(chip: Chip, size: float, devices: int) -> float:

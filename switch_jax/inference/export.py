@@ -28,8 +28,8 @@ from switch_jax.config import Config
 from switch_jax.errors import UserError
 from switch_jax.files import create_folder_atomically
 from switch_jax.inference.generation import encode_inputs
-from switch_jax.inference.kv_cache import KVCache, cast_parameters, decode_one_token, init_cache
-from switch_jax.model import SwitchTransformer, named_parameters, with_parameters
+from switch_jax.inference.kv_cache import KVCache, decode_one_token, init_cache
+from switch_jax.model import SwitchTransformer, cast_weights, named_parameters, with_parameters
 
 # Not imported: it needs an optional package.
 _TEMPLATE = Path(__file__).with_name("serving_template.py")
@@ -64,7 +64,7 @@ def export_model(
             "Exporting needs the package safetensors; install switch_jax[interop]."
         ) from None
     with create_folder_atomically(output) as folder:
-        model = cast_parameters(model, experts=True)
+        model = cast_weights(model, model.config.model.dtype)
         # safetensors writes the bytes of a non-contiguous array in the wrong order.
         parameters = {
             name: np.ascontiguousarray(leaf[...]) for name, leaf in named_parameters(model).items()

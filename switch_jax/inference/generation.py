@@ -26,11 +26,10 @@ from switch_jax.inference.kv_cache import (
     CACHE_SEQUENCE_AXIS,
     KeysValues,
     KVCache,
-    cast_parameters,
     decode_one_token,
     init_cache,
 )
-from switch_jax.model import SwitchTransformer, check_token_ids
+from switch_jax.model import FLOAT32_KINDS, SwitchTransformer, cast_weights, check_token_ids
 
 
 def generate(
@@ -211,7 +210,8 @@ def make_decode_step(
       num_sequences: sequences of each input, side by side along `CACHE_SEQUENCE_AXIS`.
     """
     cache = init_cache(model, encoded_BxSxD, length, num_sequences)
-    model = cast_parameters(model, experts=False)
+    # Once, and not at every token; of the experts a token uses only few.
+    model = cast_weights(model, model.config.model.dtype, {*FLOAT32_KINDS, "expert"})
 
     def step(token_N, position, self_attention):
         logits_NxV, new_cache = decode_one_token(

@@ -162,17 +162,3 @@ def _few_experts_of_many(config: Config, num_sequences: int) -> bool:
             return False
     # Up to this number of assignments, blocks of rows have the smallest size in either case.
     return num_sequences // parts * moe.max_experts_per_token <= MIN_BLOCK_ROWS * moe.num_experts
-
-
-def cast_parameters(model: SwitchTransformer, *, experts: bool) -> SwitchTransformer:
-    """Returns the model with weights in the activation dtype, cast once and not at every token.
-
-    Norms, routers and relative bias are used in float32 and stay so. `experts`: also cast the
-    experts, of which a step uses only few.
-    """
-    dtype = model.config.model.dtype
-    kept = {"norm", "relative_bias", "router", "router_bias"} | (set() if experts else {"expert"})
-    kinds = [metadata.kind for metadata in parameter_metadata(model).values()]
-    leaves, structure = jax.tree.flatten(model)
-    cast = [x if kind in kept else x.astype(dtype) for x, kind in zip(leaves, kinds)]
-    return jax.tree.unflatten(structure, cast)

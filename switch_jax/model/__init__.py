@@ -12,6 +12,7 @@ from switch_jax.model.flops import (
     params_by_group,
     train_flops,
 )
+from switch_jax.model.layers import FLOAT32_KINDS, cast_weights
 from switch_jax.model.lora import add_adapters, init_adapters, is_adapter, merge_adapters
 from switch_jax.model.loss import (
     LOGITS_BYTES,
@@ -52,6 +53,7 @@ from switch_jax.model.transformer import (
 __all__ = [
     "BATCH_DIMS",
     "CONVENTIONS",
+    "FLOAT32_KINDS",
     "LOGITS_BYTES",
     "MIN_BLOCK_ROWS",
     "Batch",
@@ -69,6 +71,7 @@ __all__ = [
     "SwitchTransformer",
     "abstract_model",
     "add_adapters",
+    "cast_weights",
     "check_token_ids",
     "collect_router_stats",
     "expert_layers",

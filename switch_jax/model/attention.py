@@ -3,13 +3,25 @@
 T and S are the lengths of queries and keys. Other axis letters: see README.md.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from switch_jax.config import ModelConfig
-from switch_jax.distributed import constrain
-from switch_jax.model.layers import RowKeys, dropout, gathered_weight, init_kernel, param
+from switch_jax.distributed import constrain, mesh_platform, no_mesh, partition_spec, shard_map
+from switch_jax.model.attention_mask import MASKED_SCORE, SegmentMask
+from switch_jax.model.fused_attention import MAX_KEYS, fused_attention
+from switch_jax.model.layers import (
+    RowKeys,
+    dropout,
+    dropout_mask,
+    gathered_weight,
+    init_kernel,
+    param,
+)
+from switch_jax.model.rematerialization import keep
 
 
 class RelativePositionBias(nnx.Module):
@@ -84,11 +96,12 @@ class Attention(nnx.Module):
         y = y_BxLxI.reshape(*y_BxLxI.shape[:-1], self.config.num_heads, self.config.head_dim)
         return constrain(y, "batch", None, "heads", None)
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         query_BxTxHxK: jax.Array,
         keys_values: KeysValues,
-        mask_BxTxS: jax.Array,
+        mask: SegmentMask | jax.Array,
         bias_HxTxS: jax.Array | None,
         keys: RowKeys,
     ) -> jax.Array:
@@ -97,22 +110,86 @@ class Attention(nnx.Module):
         Args:
           query_BxTxHxK: queries.
           keys_values: keys and values, [B, S, H, K] each.
-          mask_BxTxS: bool, true where a query attends to a key; its B and T may be 1.
+          mask: as from `attention_mask`, or bool [B, T, S], true where a query attends to a key;
+            its B and T may be 1.
           bias_HxTxS: float32, added to the scores.
           keys: one random key per row, for dropout of the attention weights.
         """
-        key_BxSxHxK, value_BxSxHxK = keys_values
+        attend = self._attend_fused if isinstance(mask, SegmentMask) else self._attend
+        y_BxTxI = attend(query_BxTxHxK, *keys_values, mask, bias_HxTxS, keys)
+        y = y_BxTxI @ gathered_weight(self.out, y_BxTxI.dtype)
+        return constrain(y, "batch", None, "activation")
+
+    def _attend(self, query_BxTxHxK, key_BxSxHxK, value_BxSxHxK, mask_BxTxS, bias_HxTxS, keys):
+        """[B, T, H·K]: attention by two einsums."""
         scores = jnp.einsum(
             "BTHK,BSHK->BHTS", query_BxTxHxK, key_BxSxHxK, preferred_element_type=jnp.float32
         )
         if bias_HxTxS is not None:
             scores += bias_HxTxS
-        scores = jnp.where(mask_BxTxS[:, None], scores, -1e9)
-        weights_BxHxTxS = jax.nn.softmax(scores, -1).astype(query_BxTxHxK.dtype)
+        scores = jnp.where(mask_BxTxS[:, None], scores, MASKED_SCORE)
+        weights_BxHxTxS = _softmax(scores, query_BxTxHxK.dtype)
         weights_BxHxTxS = dropout(weights_BxHxTxS, self.config.dropout_rate, keys)
         y = jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, value_BxSxHxK)
-        y = y.reshape(*y.shape[:2], -1) @ gathered_weight(self.out, y.dtype)
-        return constrain(y, "batch", None, "activation")
+        return y.reshape(*y.shape[:2], -1)
+
+    def _attend_fused(self, query_BxTxHxK, key_BxSxHxK, value_BxSxHxK, mask, bias_HxTxS, keys):
+        """[B, T, H·K]: attention by the kernels of `fused_attention.py`."""
+        rate = self.config.dropout_rate
+        if keys is not None and rate:
+            # The queries of a row share the mask of the weights: a dropped weight is a dropped
+            # value of the key.
+            keep_BxHx1xS = dropout_mask(
+                (self.config.num_heads, 1, key_BxSxHxK.shape[1]), rate, keys
+            )
+            keep_BxSxHx1 = keep_BxHx1xS.transpose(0, 3, 1, 2)
+            value_BxSxHxK = jnp.where(keep_BxSxHx1, value_BxSxHxK / (1 - rate), 0)
+        arrays = (x.reshape(*x.shape[:2], -1) for x in (query_BxTxHxK, key_BxSxHxK, value_BxSxHxK))
+        biases = [] if bias_HxTxS is None else [bias_HxTxS]
+
+        def local(query, key, value, query_segment, key_segment, *biases):
+            return fused_attention(
+                query,
+                key,
+                value,
+                SegmentMask(query_segment, key_segment, mask.causal),
+                biases[0] if biases else None,
+                self.config.head_dim,
+                interpret=mesh_platform() != "tpu",
+            )
+
+        heads = partition_spec(("batch", None, "heads"))
+        segments = partition_spec(("batch", None))
+        bias_specs = [partition_spec(("heads", None, None))] * len(biases)
+        return shard_map(
+            local,
+            in_specs=(heads, heads, heads, segments, segments, *bias_specs),
+            out_specs=heads,
+            check_vma=False,
+        )(*arrays, mask.query_segment_BxT, mask.key_segment_BxS, *biases)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _softmax(scores: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Softmax over the last axis in float32, rounded to `dtype`; its derivative keeps only this.
+
+    That of `jax.nn.softmax` keeps the float32 probabilities as well.
+    """
+    return jax.nn.softmax(scores, -1).astype(dtype)
+
+
+def _softmax_fwd(scores, dtype):
+    probs = keep(_softmax(scores, dtype))
+    return probs, probs
+
+
+def _softmax_bwd(dtype, probs, dprobs):
+    del dtype
+    probs, dprobs = probs.astype(jnp.float32), dprobs.astype(jnp.float32)
+    return (probs * (dprobs - jnp.sum(probs * dprobs, -1, keepdims=True)),)
+
+
+_softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
 class DenseAttention(Attention):
@@ -137,3 +214,15 @@ class DenseAttention(Attention):
         """Returns keys and values, [B, S, H, K] each, of positions [B, S, D]."""
         key, value = (x_BxSxD @ gathered_weight(w, x_BxSxD.dtype) for w in (self.key, self.value))
         return self.heads(key), self.heads(value)
+
+
+def attention_mask(config: ModelConfig, mask: SegmentMask) -> SegmentMask | jax.Array:
+    """Returns a mask as `Attention` takes it: a dense one [B, T, S] selects the einsums.
+
+    With `model.attention=auto`, the kernels are used on a mesh of TPUs. Without a mesh a program
+    may be meant for other devices, as an exported one is.
+    """
+    on_tpus = not no_mesh() and mesh_platform() == "tpu"
+    has_kernel = on_tpus and mask.key_segment_BxS.shape[1] <= MAX_KEYS
+    fused = config.attention == "fused" or (config.attention == "auto" and has_kernel)
+    return mask if fused else mask.dense()

@@ -40,6 +40,7 @@ class Mlp(nnx.Module):
         )
         self.wo = param(init_kernel(o, (F, D), s), "mlp", "embed", kind="feed_forward")
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x_BxLxD: jax.Array, keys: RowKeys) -> jax.Array:
         """[B, L, D] → [B, L, D]."""
         dtype = x_BxLxD.dtype

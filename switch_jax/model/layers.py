@@ -5,7 +5,8 @@ are arguments, one per row, so that noise depends on the number of the row in th
 not on the mesh or on gradient accumulation. Axis letters: see README.md.
 """
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,12 @@ ParameterKind = Literal[
     "norm",
 ]
 
+# Kinds of parameters that compute in float32, whatever the activation dtype. Routers compute in
+# `moe.router_dtype`.
+FLOAT32_KINDS: frozenset[ParameterKind] = frozenset(
+    {"norm", "relative_bias", "router", "router_bias"}
+)
+
 # One random key per row [B], or None: deterministic.
 RowKeys = jax.Array | None
 
@@ -42,9 +49,13 @@ def dropout(x_BxLxD: jax.Array, rate: float, keys: RowKeys) -> jax.Array:
     """
     if keys is None or rate == 0:
         return x_BxLxD
-    shape = (*x_BxLxD.shape[1:-2], 1, x_BxLxD.shape[-1])
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
+    keep = dropout_mask((*x_BxLxD.shape[1:-2], 1, x_BxLxD.shape[-1]), rate, keys)
     return jnp.where(keep, x_BxLxD / (1 - rate), 0)
+
+
+def dropout_mask(shape: tuple[int, ...], rate: float, keys: jax.Array) -> jax.Array:
+    """[B, *shape] bool: true with probability 1 - rate, from one key per row."""
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
 
 
 def param(value: jax.Array, *axes: str, kind: ParameterKind) -> nnx.Param:
@@ -53,6 +64,21 @@ def param(value: jax.Array, *axes: str, kind: ParameterKind) -> nnx.Param:
     Stacking layers adds a dimension in front and does not change the metadata.
     """
     return nnx.Param(value, axes=axes, kind=kind)
+
+
+def cast_weights(
+    module: Any, dtype: jax.typing.DTypeLike, kept: Collection[ParameterKind] = FLOAT32_KINDS
+) -> Any:
+    """Returns a module with its weights in the dtype `dtype`, except those of the kinds `kept`.
+
+    Cast outside of a loop over layers, a weight is no result of the loop's body, of which the
+    backward pass would keep a copy, and the gradients of all layers are stacked in `dtype`.
+    """
+    parameters = jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, nnx.Param))
+    kinds = [parameter.get_metadata()["kind"] for parameter in parameters]
+    leaves, structure = jax.tree.flatten(module)
+    cast = [x if kind in kept else x.astype(dtype) for x, kind in zip(leaves, kinds, strict=True)]
+    return jax.tree.unflatten(structure, cast)
 
 
 def gathered_weight(parameter: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -59,6 +59,7 @@ def loss_denominators(batch: Mapping[str, jax.Array], config: Config) -> LossDen
     return LossDenominators(targets, tokens, groups)
 
 
+@jax.named_scope("loss")
 def token_losses(
     states_BxTxD: jax.Array,
     head_DxV: jax.Array,

@@ -14,11 +14,18 @@ from flax import nnx
 
 from switch_jax.config import BlockRun, Config, rows_per_group
 from switch_jax.distributed import constrain, devices_per_group
-from switch_jax.model.attention import DenseAttention, QueryKeyValue, RelativePositionBias
+from switch_jax.model.attention import (
+    DenseAttention,
+    QueryKeyValue,
+    RelativePositionBias,
+    attention_mask,
+)
+from switch_jax.model.attention_mask import SegmentMask
 from switch_jax.model.feed_forward import Mlp
 from switch_jax.model.layers import (
     RMSNorm,
     RowKeys,
+    cast_weights,
     dropout,
     fold_keys,
     gathered_weight,
@@ -27,6 +34,7 @@ from switch_jax.model.layers import (
 )
 from switch_jax.model.moe.expert_layers import SwitchAttention, SwitchMlp
 from switch_jax.model.moe.router import RouterStats, RoutingResult, RoutingSpec
+from switch_jax.model.rematerialization import REMAT_POLICIES
 from switch_jax.model.token_ids import check_token_ids
 
 # Routing by sub-layer of a stack ("mlp", "self_attention"): leaves have a leading axis of sparse
@@ -35,12 +43,6 @@ RoutingBySublayer = dict[str, RoutingResult]
 
 # Router statistics by "<stack>/<sub-layer>": leaves have a leading axis of sparse layers.
 RouterStatsByStack = dict[str, RouterStats]
-
-# By `model.remat`, which values of a block the backward pass does not compute again.
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Layer(nnx.Module):
@@ -139,9 +141,9 @@ class Stack(nnx.Module):
         self,
         x_BxLxD: jax.Array,
         spec: RoutingSpec,
-        mask_BxLxL: jax.Array,
+        mask: SegmentMask,
         encoded_BxSxD: jax.Array | None,
-        cross_mask_BxLxS: jax.Array | None,
+        cross_mask: SegmentMask | None,
         keys: RowKeys,
     ) -> tuple[jax.Array, RoutingBySublayer]:
         """Computes normed states [B, L, D] and the routing of the sparse layers.
@@ -149,12 +151,14 @@ class Stack(nnx.Module):
         Args:
           x_BxLxD: embedded tokens.
           spec: routing of the expert layers.
-          mask_BxLxL: bool, true where a query may attend to a key.
+          mask: of self-attention.
           encoded_BxSxD: encoder states, for a decoder.
-          cross_mask_BxLxS: bool, for cross-attention.
+          cross_mask: of cross-attention, for a decoder.
           keys: one per row for dropout and exploration; None: deterministic.
         """
-        rate = self.config.model.dropout_rate
+        model = self.config.model
+        self_mask = attention_mask(model, mask)
+        encoder_mask = None if cross_mask is None else attention_mask(model, cross_mask)
         position_L = jnp.arange(x_BxLxD.shape[1])
         bias_HxLxL = self.relative_bias(position_L, position_L)
 
@@ -165,26 +169,26 @@ class Stack(nnx.Module):
                 layer_keys = fold_keys(keys, 2 + number + i)
                 (query, kv), layer_routing = layer.project(x, spec, layer_keys)
                 routing |= layer_routing
-                x = layer.attend(x, query, kv, mask_BxLxL, bias_HxLxL, layer_keys)
+                x = layer.attend(x, query, kv, self_mask, bias_HxLxL, layer_keys)
                 if encoded_BxSxD is not None:
                     kv = layer.cross_attention.keys_values(encoded_BxSxD)
-                    x = layer.attend_encoder(x, kv, cross_mask_BxLxS, layer_keys)
+                    x = layer.attend_encoder(x, kv, encoder_mask, layer_keys)
                 x, layer_routing = layer.feed_forward(x, spec, layer_keys)
                 routing |= layer_routing
             return constrain(x, "batch", None, "activation"), routing
 
-        if self.config.model.remat != "none":
-            policy = REMAT_POLICIES[self.config.model.remat]
-            run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
-        x = dropout(x_BxLxD, rate, fold_keys(keys, 0))
+        policy = REMAT_POLICIES[model.remat]
+        run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
+        x = dropout(x_BxLxD, model.dropout_rate, fold_keys(keys, 0))
         routing: RoutingBySublayer = {}
         first = 0
         for run, blocks in zip(self.block_runs, self.runs):
             numbers = first + run.layers * jnp.arange(run.blocks)
-            x, run_routing = jax.lax.scan(run_block, x, (numbers, blocks))
+            numbered_blocks = numbers, cast_weights(blocks, x.dtype)
+            x, run_routing = jax.lax.scan(run_block, x, numbered_blocks)
             routing |= run_routing
             first += run.layers * run.blocks
-        return dropout(self.final_norm(x), rate, fold_keys(keys, 1)), routing
+        return dropout(self.final_norm(x), model.dropout_rate, fold_keys(keys, 1)), routing
 
 
 class SwitchTransformer(nnx.Module):
@@ -278,9 +282,9 @@ class SwitchTransformer(nnx.Module):
         decoded, decoder_routing = self.decoder(
             self.embed(tokens),
             self._routing_spec(tokens, decoder_mask, rows, capacity_factor),
-            jnp.tril(_same_segment(decoder_ids, decoder_ids)),
+            SegmentMask(decoder_ids, decoder_ids, causal=True),
             encoded,
-            _same_segment(decoder_ids, encoder_ids),
+            SegmentMask(decoder_ids, encoder_ids, causal=False),
             fold_keys(keys, 1),
         )
         return decoded, {"encoder": encoder_routing, "decoder": decoder_routing}
@@ -306,7 +310,7 @@ class SwitchTransformer(nnx.Module):
         return self.encoder(
             self.embed(tokens_BxS),
             self._routing_spec(tokens_BxS, segment_ids_BxS > 0, rows, capacity_factor),
-            _same_segment(segment_ids_BxS, segment_ids_BxS),
+            SegmentMask(segment_ids_BxS, segment_ids_BxS, causal=False),
             None,
             None,
             keys,
@@ -371,8 +375,3 @@ def token_masks(batch: Mapping[str, Any], config: Config) -> tuple[Any, Any]:
 def routed_mask(mask_BxL: jax.Array, config: Config) -> jax.Array:
     """Returns the bool mask [B, L] of routed positions, from the mask without padding."""
     return jnp.ones_like(mask_BxL) if config.moe.padding == "routed" else mask_BxL
-
-
-def _same_segment(query_BxT: jax.Array, key_BxS: jax.Array) -> jax.Array:
-    """[B, T, S] bool: whether the key is no padding and in the same segment as the query."""
-    return (query_BxT[:, :, None] == key_BxS[:, None, :]) & (key_BxS > 0)[:, None, :]

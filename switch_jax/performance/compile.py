@@ -8,16 +8,14 @@ device, FLOPs, memory traffic, and bytes sent along each mesh axis.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from switch_jax.config import Config, override_config
@@ -25,15 +23,21 @@ from switch_jax.distributed import (
     CHIPS,
     bytes_per_device,
     device_memory_bytes,
-    devices_of_topology,
     make_mesh,
 )
 from switch_jax.errors import UserError
 from switch_jax.files import build_once, cache_root
 from switch_jax.model import format_si
 from switch_jax.performance import hlo
+from switch_jax.performance.compile_target import CompileTarget
 from switch_jax.performance.cost_model import cost_summary
 from switch_jax.performance.hlo import Collective, HloProgram
+from switch_jax.performance.mesh_choice import (
+    choose_mesh,
+    describe_choice,
+    fitting_mesh,
+    with_mesh,
+)
 from switch_jax.performance.roofline import (
     ROOFLINE_FIELDS,
     StepWork,
@@ -44,84 +48,6 @@ from switch_jax.training import TrainProgram, teacher_config
 
 CompileResult = dict[str, Any]
 
-_MAX_CPU_DEVICES = 4096  # emulated; every one has threads
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileTarget:
-    """Devices to compile for.
-
-    topology: `v5p:8x16x16` (a TPU and the shape of a slice), `cpu:8` (number of emulated devices)
-      or `gpu` (the attached GPUs).
-    slices: number of TPU slices.
-    """
-
-    topology: str
-    slices: int = 1
-
-    def devices(self) -> Sequence[jax.Device]:
-        """Returns the devices; call it before JAX is used for anything else.
-
-        Raises `UserError` where the topology does not exist or its compiler is not installed.
-        """
-        name, _, _ = self.topology.partition(":")
-        if name in ("cpu", "gpu") and self.slices != 1:
-            raise UserError(f"--slices is for TPUs; leave it out for {self.topology}.")
-        if self.topology == "gpu":
-            return _gpu_devices()
-        count = devices_of_topology(self.topology, self.slices)
-        if name == "cpu":
-            return _cpu_devices(count)
-        if not name.startswith(("v", "tpu")):
-            raise UserError(
-                f"--topology {self.topology} cannot be compiled for; name a TPU such as v5p:8x8x8,"
-                " emulated devices as cpu:8, or gpu for the attached ones."
-            )
-        return _tpu_devices(self.topology, self.slices)
-
-
-def _cpu_devices(count: int) -> Sequence[jax.Device]:
-    if count > _MAX_CPU_DEVICES:
-        raise UserError(f"--topology cpu:{count} must have at most {_MAX_CPU_DEVICES} devices.")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
-    return jax.devices("cpu")
-
-
-def _gpu_devices() -> Sequence[jax.Device]:
-    try:
-        return jax.devices("gpu")
-    except RuntimeError:
-        raise UserError("No GPU is attached; name a TPU topology such as v5p:8x8x8.") from None
-
-
-def _tpu_devices(topology: str, slices: int) -> Sequence[jax.Device]:
-    try:
-        metadata.version("libtpu")
-    except metadata.PackageNotFoundError:
-        raise UserError(
-            "The TPU compiler is not installed; run `pip install 'switch_jax[tpu]'`."
-        ) from None
-    # libtpu must neither look for attached TPUs, nor query a metadata server for their type, nor
-    # lock out other processes that compile.
-    jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if topology.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
-    try:
-        described = topologies.get_topology_desc(topology, platform="tpu", **options)
-    except Exception as error:  # libtpu raises various types for an unknown name
-        reason = str(error).split(": ", 1)[-1].split("\n")[0][:200]
-        raise UserError(
-            f"--topology {topology} does not exist ({reason}); name a TPU and the shape of a slice,"
-            " such as v4:8x8x16, v5p:8x16x16, v5e:16x16 or v6e:16x16."
-        ) from error
-    return described.devices
-
 
 def compile_step(config: Config, target: CompileTarget) -> CompileResult:
     """Compiles a train step of `config` for `target`; results are cached by program.
@@ -131,6 +57,9 @@ def compile_step(config: Config, target: CompileTarget) -> CompileResult:
     not possible.
     """
     devices = target.devices()
+    teacher_model = teacher_config(config)
+    chosen = choose_mesh(config, devices, teacher_model)
+    config = with_mesh(config, chosen)
     teacher_model = teacher_config(config)
     mesh = make_mesh(config, devices, teacher=teacher_model)
     program = TrainProgram(config, mesh, teacher_model)
@@ -149,6 +78,8 @@ def compile_step(config: Config, target: CompileTarget) -> CompileResult:
         "device_kind": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
         "mesh": dict(mesh.shape),
+        "fsdp": config.mesh.fsdp,
+        "mesh_choice": chosen and describe_choice(chosen, len(devices)),
         "params": summary["params"],
         "parameter_bytes": bytes_per_device(state.params),
         "optimizer_bytes": bytes_per_device(_device_leaves(state.opt_state)),
@@ -187,7 +118,7 @@ def _compile_cached(
     """Returns the result of `_compile`, from the cache if the program was compiled before."""
 
     def build(path: Path) -> None:
-        path.write_text(json.dumps(_compile(lowered, mesh, argument_bytes)))
+        path.write_text(json.dumps(_compile(lowered, target, mesh, argument_bytes)))
 
     path = cache_root() / "compile" / f"{_fingerprint(program_text, target)}.json"
     return json.loads(build_once(path, build).read_text())
@@ -196,7 +127,7 @@ def _compile_cached(
 def _fingerprint(program_text: str, target: CompileTarget) -> str:
     """Returns a hash of the program, the target, compiler versions, and the code that parses."""
     compilers = {}
-    for name in ("jax", "jaxlib", "libtpu"):
+    for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt"):
         try:
             compilers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -208,7 +139,9 @@ def _fingerprint(program_text: str, target: CompileTarget) -> str:
     return digest.hexdigest()[:24]
 
 
-def _compile(lowered: jax.stages.Lowered, mesh: Mesh, argument_bytes: int) -> CompileResult:
+def _compile(
+    lowered: jax.stages.Lowered, target: CompileTarget, mesh: Mesh, argument_bytes: int
+) -> CompileResult:
     """Compiles; returns memory, collectives and compile time.
 
     `argument_bytes` is the result's where the program does not fit and the compiler does not
@@ -216,7 +149,7 @@ def _compile(lowered: jax.stages.Lowered, mesh: Mesh, argument_bytes: int) -> Co
     """
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(target.compiler_options() or None)
     except jax.errors.JaxRuntimeError as error:
         needed, capacity = _needed_and_available_bytes(error)
         return {
@@ -305,6 +238,8 @@ def compile_table(result: CompileResult) -> str:
 
     mesh = " × ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1)
     add_line("devices", f"{result['devices']:,}", f"{result['device_kind']}, {mesh or 'alone'}")
+    if result["mesh_choice"]:
+        lines.append(result["mesh_choice"])
     used, available = result["hbm_bytes_per_device"], result["hbm_available_bytes"]
     share = f"of {_gib(available)}, {used / available:.0%}" if available else ""
     add_line(
@@ -366,7 +301,7 @@ def remedy(config: Config, target: CompileTarget, result: CompileResult) -> str:
         + (f" teacher {_gib(result['teacher_bytes'])}," if result["teacher_bytes"] else "")
         + f" gradients and activations {_gib(_remaining_bytes(result))}"
     )
-    for change in _memory_saving_changes(config):
+    for change in _memory_saving_changes(config, target, result):
         keys = [f"--config.{key}={value}" for key, value in change.items()]
         try:
             changed = override_config(config, {k: str(v) for k, v in change.items()})
@@ -377,11 +312,27 @@ def remedy(config: Config, target: CompileTarget, result: CompileResult) -> str:
     return f"{message}; take more chips or a smaller data.batch_size."
 
 
-def _memory_saving_changes(config: Config) -> Iterator[dict[str, Any]]:
-    """Yields changes of config keys that save memory, those that cost least time first."""
-    if config.mesh.data != 1 and not config.mesh.fsdp:
+def _memory_saving_changes(
+    config: Config, target: CompileTarget, result: CompileResult
+) -> Iterator[dict[str, Any]]:
+    """Yields changes of config keys that save memory, those that cost least time first.
+
+    A mesh is proposed where another one than that of `result` is predicted to fit.
+    """
+    if result["mesh"]["data"] != 1 and not result["fsdp"]:
         yield {"mesh.fsdp": True}
-    if config.model.remat != "full":
-        yield {"model.remat": "full"}
-    yield {"model.remat": "full", "train.accumulate": 2 * config.train.accumulate}
-    yield {"model.remat": "full", "train.accumulate": 8 * config.train.accumulate}
+    accumulate = config.train.accumulate
+    full = {"model.remat": "full"}
+    savings: list[dict[str, Any]] = [{}] if config.model.remat == "full" else [{}, full]
+    savings += [full | {"train.accumulate": n * accumulate} for n in (2, 8)]
+    for saving in savings:
+        if saving:
+            yield saving
+        changed = override_config(config, {k: str(v) for k, v in saving.items()})
+        mesh = fitting_mesh(changed, target.devices(), teacher_config(changed))
+        if mesh is not None and mesh.mesh != result["mesh"]:
+            yield (
+                saving
+                | {f"mesh.{axis}": size for axis, size in mesh.mesh.items()}
+                | ({"mesh.fsdp": mesh.fsdp})
+            )

@@ -110,8 +110,8 @@ def suggest_meshes(
 ) -> list[MeshSuggestion]:
     """Returns the legal meshes of `devices` devices: those that fit first, then by step time.
 
-    `fsdp` of a suggestion is set where it makes the mesh fit, or makes its step faster. Raises
-    `UserError` where no mesh is legal.
+    `fsdp` of a suggestion is set where the config sets it, where it makes the mesh fit, or where it
+    makes its step faster. Raises `UserError` where no mesh is legal.
     """
     cost_model = _StepCostModel(config, chip, teacher)
     suggestions: list[MeshSuggestion] = []
@@ -119,10 +119,10 @@ def suggest_meshes(
         for expert in _divisors(devices // (slices * model)):
             data = devices // (slices * model * expert)
             sizes = dict(zip(MESH_AXES, (slices, data, expert, model)))
-            fsdp_choices = (False, True) if data > 1 else (False,)
+            fsdp_choices = (config.mesh.fsdp, True) if data > 1 else (config.mesh.fsdp,)
             legal = [
                 cost_model.suggestion(sizes, fsdp)
-                for fsdp in fsdp_choices
+                for fsdp in sorted(set(fsdp_choices))
                 if _is_legal(config, teacher, sizes, fsdp)
             ]
             suggestions += sorted(legal, key=_rank_key)[:1]

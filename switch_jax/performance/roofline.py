@@ -45,7 +45,11 @@ class Flops(NamedTuple):
 
     def plus(self, other: "Flops") -> "Flops":
         """Returns the FLOPs of both."""
-        return Flops(*(a + b for a, b in zip(self, other)))
+        return Flops(
+            self.total + other.total,
+            self.in_kernels + other.in_kernels,
+            self.unknown_loops + other.unknown_loops,
+        )
 
 
 class StepWork(NamedTuple):

@@ -5,35 +5,46 @@ import signal
 import jax
 
 from switch_jax.checkpoint import MetricsWriter, Workdir
-from switch_jax.config import Config
+from switch_jax.config import Config, MeshConfig
 from switch_jax.data import Batch
 from switch_jax.distributed import raise_if_any_failed, stop_requests
 from switch_jax.evaluation import evaluate, scores_table
 from switch_jax.model import mfu
 from switch_jax.training.finite_guard import FiniteGuard
 from switch_jax.training.flat_routers import FlatRouters
+from switch_jax.training.goodput import Goodput
 from switch_jax.training.idle_experts import IdleExperts
 from switch_jax.training.optimizer import schedule_warnings
+from switch_jax.training.profiling import StepProfiler
 from switch_jax.training.progress import ProgressDisplay, evaluation_summary, train_status
 from switch_jax.training.start import StartedRun, start_run
 from switch_jax.training.state import save_state
 from switch_jax.training.throughput import ThroughputMeter
 
 
-def train(config: Config, workdir: Workdir) -> signal.Signals | None:
+def train(
+    config: Config, workdir: Workdir, mesh: MeshConfig | None = None
+) -> signal.Signals | None:
     """Trains to `train.steps`, from the newest readable checkpoint in `workdir` if there is one.
 
     An interrupted and continued run ends with the same bits as an uninterrupted one, because
     parameters, optimizer, random numbers and data follow from the checkpoint. SIGTERM or SIGINT in
     any process ends the loop after the current step, with a checkpoint.
 
+    Args:
+      config: of the run; written to `workdir`.
+      workdir: folder of the run.
+      mesh: sizes to use in place of `config.mesh`; no number depends on them.
+
     Returns the signal that ended the run early; None when the run is finished. Raises `UserError`
     where the config does not fit the devices, the data, the models that it names or `workdir`, and
     `NotFiniteError` where training diverges.
     """
-    with start_run(config, workdir) as run:
+    goodput = Goodput()
+    with start_run(config, workdir, mesh or config.mesh) as run:
         if run.first_batch is not None:
-            return _train_steps(config, workdir, run, run.first_batch)
+            goodput.add_time_so_far("starting")
+            return _train_steps(config, workdir, run, run.first_batch, goodput)
         best = run.checkpoints.best()
         run.checkpoints.close()
         if jax.process_index() == 0:
@@ -44,7 +55,7 @@ def train(config: Config, workdir: Workdir) -> signal.Signals | None:
 
 
 def _train_steps(
-    config: Config, workdir: Workdir, run: StartedRun, first_batch: Batch
+    config: Config, workdir: Workdir, run: StartedRun, first_batch: Batch, goodput: Goodput
 ) -> signal.Signals | None:
     """Trains to `train.steps`, beginning with `first_batch`; returns as `train` does."""
     settings = config.train
@@ -54,9 +65,10 @@ def _train_steps(
     devices = program.mesh.devices
     device_kind = devices.flat[0].device_kind
     teacher = None if program.teacher is None else program.teacher.config
-    meter = ThroughputMeter(lambda s: mfu(config, s, device_kind, devices.size, teacher))
+    meter = ThroughputMeter(lambda s: mfu(config, s, device_kind, devices.size, teacher), goodput)
     writer = MetricsWriter(workdir, start_step, active=first_process)
     idle_experts, flat_routers = IdleExperts(config), FlatRouters(config)
+    profiler = StepProfiler(settings.profile_steps, workdir.profile)
     display = ProgressDisplay(
         settings.steps, start_step, status="compiling …", active=first_process
     )
@@ -70,11 +82,13 @@ def _train_steps(
         batch = program.sharded.shard_batch(first_batch)
         first_step, guard = start_step + 1, FiniteGuard(settings.on_nonfinite)
         for step in range(first_step, settings.steps + 1):
+            profiler.begin_step(step)
             state, metrics, load = program.train_step(state, batch, run.teacher_params)
             idle_experts.update(load)
             flat_routers.update(step, metrics)
             if step == first_step:
                 jax.block_until_ready(state)  # so that compilation does not count as a step
+                goodput.add_time_so_far("compiling")
                 meter.restart(step, metrics)
             display.update(step, f"step {step} of {settings.steps}")
             finished = step == settings.steps
@@ -105,22 +119,31 @@ def _train_steps(
                     display.print_line(f"step {step}  {warning}")
             evaluated = None
             if evaluating:
-                evaluated = evaluate(program.sharded, state.params, run.validation)
-                evaluated |= run.scorer(state.params, workdir.predictions / str(step))
+                with goodput.measure("evaluating"):
+                    evaluated = evaluate(program.sharded, state.params, run.validation)
+                    evaluated |= run.scorer(state.params, workdir.predictions / str(step))
                 writer.write(step, "eval", evaluated)
                 display.print_line(f"step {step}  {evaluation_summary(evaluated)}")
                 meter.restart(step, metrics)
             if saving:
                 # After the step's metrics are on disk, and before the next batch is read, so that
                 # the saved position follows the batches that are trained on.
-                save_state(checkpoints, state, batches, evaluated)
+                with goodput.measure("saving"):
+                    save_state(checkpoints, state, batches, evaluated)
+            if profiler.ends_with(step, last=last):
+                text = program.train_step.program_text(
+                    program.abstract_state, program.abstract_batch, program.abstract_teacher
+                )
+                display.print_line(profiler.end(state, text))
             if last:
                 break
             if saving:
                 with meter.loading_batch(metrics):
                     batch = program.sharded.shard_batch(next(batches))
         best = checkpoints.best()
-        checkpoints.close()
+        with goodput.measure("saving"):
+            checkpoints.close()
+        display.print_line(goodput.summary())
     if first_process:
         if not finished:
             print(f"Stopped at step {step}; the same command continues from there.")

@@ -121,8 +121,24 @@ def _adafactor() -> optax.GradientTransformation:
             decay_rate=0.8, epsilon=1e-30, min_dim_size_to_factor=128, factored=True
         ),
         optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(min_scale=1e-3),
+        _scale_by_parameter_rms(least=1e-3),
     )
+
+
+def _scale_by_parameter_rms(least: float) -> optax.GradientTransformation:
+    """Multiplies updates by the RMS of their parameter, at least `least`.
+
+    As `optax.scale_by_param_block_rms`, which computes the mean square twice, so as to have a
+    derivative at 0: parameters would be read from memory once more.
+    """
+
+    def update(updates, state, params):
+        def scaled(update, parameter):
+            return update * jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(parameter))), least)
+
+        return jax.tree.map(scaled, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def per_slice(

@@ -1,5 +1,6 @@
 """Start of a run: all that can refuse it comes before anything is written."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from switch_jax.checkpoint import Checkpointer, Workdir
-from switch_jax.config import Config
+from switch_jax.config import Config, MeshConfig
 from switch_jax.data import Batch, BatchIterator, open_batches, open_vocabulary
 from switch_jax.distributed import all_gather_int, fail_together, make_mesh
 from switch_jax.errors import UserError
@@ -48,8 +49,10 @@ class StartedRun(NamedTuple):
 
 
 @contextmanager
-def start_run(config: Config, workdir: Workdir) -> Iterator[StartedRun]:
-    """Yields the run in `workdir`, whose lock is held meanwhile; all processes must call it.
+def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Iterator[StartedRun]:
+    """Yields the run in `workdir`, on a mesh of these sizes; all processes must call it.
+
+    The lock of `workdir` is held meanwhile.
 
     A start that is refused writes nothing: the folder of a new run is made, and config.json is
     written, after everything that can refuse. Raises `UserError` where the config does not fit the
@@ -67,9 +70,10 @@ def start_run(config: Config, workdir: Workdir) -> Iterator[StartedRun]:
                     print(notes, file=sys.stderr, flush=True)
 
             # Mesh, model, data and evaluation
-            teacher = teacher_config(config)
-            mesh = make_mesh(config, teacher=teacher)
-            program, rows = TrainProgram(config, mesh, teacher), process_rows(mesh)
+            on_mesh = dataclasses.replace(config, mesh=mesh_sizes)
+            teacher = teacher_config(on_mesh)
+            mesh = make_mesh(on_mesh, teacher=teacher)
+            program, rows = TrainProgram(on_mesh, mesh, teacher), process_rows(mesh)
             check_memory(program)
             batches = open_batches(config, "train", rows)
             validation = validation_batches(config, rows)

@@ -159,8 +159,9 @@ class TrainProgram:
         opt_state = state.opt_state
         if config.optimizer.memory == "host":
             opt_state = jax.device_put(opt_state, self._opt_state_on_device)
-        updates, new_opt_state = self._optimizer.update(grads, opt_state, state.params)
-        trained_params = optax.apply_updates(trained_params, updates)
+        with jax.named_scope("optimizer"):
+            updates, new_opt_state = self._optimizer.update(grads, opt_state, state.params)
+            trained_params = optax.apply_updates(trained_params, updates)
         params = self._update_balance_biases(state.params | trained_params, stats)
         total_loss, grad_norm = sum(terms.values()), optax.global_norm(grads)
         norms = jnp.stack([total_loss, grad_norm, optax.global_norm(params)])

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from switch_jax.training.goodput import Goodput
+
 
 class ThroughputMeter:
     """Measures throughput between two readings.
@@ -13,9 +15,14 @@ class ThroughputMeter:
     waits for the step.
     """
 
-    def __init__(self, mfu: Callable[[float], float | None]):
-        """`mfu`: returns MFU (from 0 to 1) for seconds per step; None where it is not known."""
-        self._mfu = mfu
+    def __init__(self, mfu: Callable[[float], float | None], goodput: Goodput):
+        """Makes a meter.
+
+        Args:
+          mfu: returns MFU (from 0 to 1) for seconds per step; None where it is not known.
+          goodput: of the run, to which waiting for data is added.
+        """
+        self._mfu, self._goodput = mfu, goodput
 
     def restart(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Waits for `step`, whose metrics are given, and starts to measure after it."""
@@ -32,13 +39,15 @@ class ThroughputMeter:
         start = time.perf_counter()
         yield
         if metrics["loss"].is_ready():
-            self._wait_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._wait_seconds += seconds
+            self._goodput.add("waiting_for_data", seconds)
 
     def read_metrics(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Returns the metrics as numbers, with throughput since the last reading; restarts.
 
-        Adds `tokens_per_second` (target tokens), `step_seconds`, `data_wait_fraction` and, where it
-        is known, `mfu`.
+        Adds `tokens_per_second` (target tokens), `step_seconds`, `data_wait_fraction`, the shares
+        `goodput/…` of the time since the start and, where it is known, `mfu`.
         """
         others = ("tokens", "finite")  # no float32, or for `FiniteGuard`
         values = {name: float(value) for name, value in metrics.items() if name not in others}
@@ -54,7 +63,7 @@ class ThroughputMeter:
             if mfu is not None:
                 values["mfu"] = mfu
         self.restart(step, metrics)
-        return values
+        return values | self._goodput.metrics()
 
 
 def _token_count(metrics: Mapping[str, Any]) -> int:

@@ -368,8 +368,8 @@ def test_change_effects_are_those_of_the_contract():
     keys = flatten_config(Config())
     fixed = ("model.", "moe.", "lora.", "optimizer.name", "optimizer.trained")
     fixed += ("data.mixture", "data.reader")
-    neutral = ("mesh.", "train.accumulate", "model.remat", "train.log_every")
-    neutral += ("train.checkpoint_every", "train.keep_checkpoints", "init_model")
+    neutral = ("mesh.", "train.accumulate", "model.remat", "model.attention")
+    neutral += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "init_model")
     for key in keys:
         expected = "checkpoint" if key.startswith(fixed) else "results"
         assert change_effect(key) == ("none" if key.startswith(neutral) else expected), key

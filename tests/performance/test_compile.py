@@ -10,7 +10,8 @@ from switch_jax.distributed.hardware import Chip
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
 from switch_jax.model.flops import flops_by_part
-from switch_jax.performance.compile import CompileTarget, _needed_and_available_bytes, remedy
+from switch_jax.performance.compile import _needed_and_available_bytes, remedy
+from switch_jax.performance.compile_target import CompileTarget
 from switch_jax.performance.hlo import Collective
 from switch_jax.performance.placement_plot import draw_placement
 from switch_jax.performance.roofline import matmul_flops, network_seconds

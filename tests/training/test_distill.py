@@ -27,7 +27,7 @@ from switch_jax.model import ShardedModel, loss
 from switch_jax.model.loss import LossSums, loss_denominators, loss_terms, token_losses
 from switch_jax.model.parameters import named_parameters, with_parameters
 from switch_jax.model.transformer import SwitchTransformer
-from switch_jax.performance.compile import CompileTarget, compile_step, compile_table
+from switch_jax.performance import CompileTarget, compile_step, compile_table
 from switch_jax.performance.cost_model import cost_summary, cost_table
 from switch_jax.performance.mesh_search import suggest_meshes
 from switch_jax.sweeps.spec import Table, load_sweep

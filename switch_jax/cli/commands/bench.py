@@ -4,7 +4,12 @@ import argparse
 import json
 
 from switch_jax.cli.arguments import add_config, add_json, add_processes, whole_number
-from switch_jax.cli.startup import load_config_argument, print_result, start
+from switch_jax.cli.startup import (
+    choose_attached_mesh,
+    load_config_argument,
+    print_result,
+    start,
+)
 
 HELP = "time a config against its FLOP-matched dense model"
 
@@ -25,5 +30,5 @@ def run(args: argparse.Namespace) -> None:
     start(args, config)
     from switch_jax.performance import benchmark_table, run_benchmark
 
-    result = run_benchmark(config, args.repeats)
+    result = run_benchmark(choose_attached_mesh(config), args.repeats)
     print_result(json.dumps(result) if args.json else benchmark_table(result))

@@ -3,7 +3,7 @@
 import argparse
 
 from switch_jax.cli.arguments import add_config, add_processes, add_workdir
-from switch_jax.cli.startup import load_config_argument, start
+from switch_jax.cli.startup import choose_attached_mesh, load_config_argument, start
 
 HELP = "train a model, or continue from the newest good checkpoint"
 
@@ -22,5 +22,5 @@ def run(args: argparse.Namespace) -> int:
     from switch_jax.checkpoint import Workdir
     from switch_jax.training import train
 
-    stopped_by = train(config, Workdir(args.workdir))
+    stopped_by = train(config, Workdir(args.workdir), choose_attached_mesh(config).mesh)
     return 0 if stopped_by is None else 128 + stopped_by

@@ -90,12 +90,16 @@ class SlotDispatcher(Dispatcher):
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """See `Dispatcher.forward`."""
         (B, L, _), (G, S, _) = x_BxLxD.shape, assignment.gate_SxK.shape
-        slot_GxSxK, indices = self.assign_slots(assignment)
-        x_ExGxCxD = self.dispatch(x_BxLxD.reshape(G, S, -1), indices)
-        outputs = tuple(
-            self.combine(y_ExGxCxD, assignment.gate_SxK, indices).reshape(B, L, -1)
-            for y_ExGxCxD in self._compute(experts, x_ExGxCxD, keys)
-        )
+        with jax.named_scope("dispatch"):
+            slot_GxSxK, indices = self.assign_slots(assignment)
+            x_ExGxCxD = self.dispatch(x_BxLxD.reshape(G, S, -1), indices)
+        with jax.named_scope("experts"):
+            computed = self._compute(experts, x_ExGxCxD, keys)
+        with jax.named_scope("combine"):
+            outputs = tuple(
+                self.combine(y_ExGxCxD, assignment.gate_SxK, indices).reshape(B, L, -1)
+                for y_ExGxCxD in computed
+            )
         return outputs, slot_GxSxK
 
     def _compute(

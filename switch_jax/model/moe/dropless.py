@@ -52,6 +52,7 @@ class DroplessDispatcher(Dispatcher):
 
     first_expert: jax.Array | None
 
+    @jax.named_scope("experts")
     def forward(
         self, experts: Experts, x_BxLxD: jax.Array, assignment: Assignment, keys: RowKeys
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:

@@ -81,6 +81,7 @@ class Router(nnx.Module):
             param(jnp.zeros(E), "router", kind="router_bias") if moe.balance_bias_rate else None
         )
 
+    @jax.named_scope("route")
     def __call__(
         self, x_BxLxD: jax.Array, spec: RoutingSpec, capacity: int, keys: RowKeys
     ) -> RouterOutput:
