@@ -87,7 +87,7 @@ def parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     Raises `UserError` where the checkpoint cannot be read.
     """
     with _reading(checkpoint) as stored_bytes:
-        stored = _array_metadata(checkpoint / "params")
+        stored = array_metadata(checkpoint / "params")
         shapes = {name: tuple(array.shape) for name, array in stored.items()}
         check_expansion(
             f"The parameters in {checkpoint}",
@@ -99,7 +99,7 @@ def parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
         return shapes
 
 
-def _array_metadata(folder: Path) -> dict[str, Any]:
+def array_metadata(folder: Path) -> dict[str, Any]:
     """Returns the pytree in a folder, with shape and dtype in place of each array."""
     # Not from an Orbax Checkpointer, which warns of a file that only its manager writes.
     handler = ocp.PyTreeCheckpointHandler()
@@ -134,7 +134,7 @@ def restore_opt_state(checkpoint: Path, abstract: Any) -> Any:
     """
     tree = {"opt_state": abstract}
     with _reading(checkpoint):
-        stored = ocp.tree.to_flat_dict(_array_metadata(checkpoint / "optimizer"))
+        stored = ocp.tree.to_flat_dict(array_metadata(checkpoint / "optimizer"))
         shapes = {path: tuple(array.shape) for path, array in stored.items()}
         for path, array in ocp.tree.to_flat_dict(tree).items():
             if shapes.get(path) != array.shape:  # Orbax would truncate or pad it

@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from switch_jax.checkpoint.checkpoint_reader import (
     abandoning_reads,
+    array_metadata,
     own_reader,
     reason,
     step_numbers,
@@ -131,7 +132,8 @@ class Checkpointer:
 
         Args:
           params: shapes and shardings of the parameters, by path.
-          rest: shapes and shardings of the rest of the state.
+          rest: shapes and shardings of the rest of the state, by name; a name that a checkpoint of
+            an older version does not have is left out of the result.
           position: data position; it is set to the position in the checkpoint.
 
         Returns None where there is no checkpoint. Raises `UserError` where no checkpoint can be
@@ -196,9 +198,10 @@ class Checkpointer:
                 " convert` writes them; to train from it, name its folder as init_from and use"
                 " another --workdir."
             )
+        stored = array_metadata(folder / "optimizer")
         items = {
             "params": ocp.args.StandardRestore(dict(params)),
-            "optimizer": ocp.args.StandardRestore(dict(rest)),
+            "optimizer": ocp.args.StandardRestore({n: rest[n] for n in rest if n in stored}),
             "data": PositionArgs(position, arrays_crc32(record)),
         }
         folder = plain_path(self._folder) / str(step)

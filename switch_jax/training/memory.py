@@ -23,7 +23,7 @@ def check_memory(program: TrainProgram) -> None:
         leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.sharding.memory_kind != _HOST
     ]
     sizes = {
-        "parameters": bytes_per_device(state.params),
+        "parameters": bytes_per_device((state.params, state.weights)),
         "optimizer state": bytes_per_device(on_device),
         "teacher": bytes_per_device(program.abstract_teacher),
         "a batch": bytes_per_device(program.abstract_batch),

@@ -51,11 +51,11 @@ def trained_parameters(config: Config, names: Iterable[str]) -> frozenset[str]:
     return trained
 
 
-def make_optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformation:
+def make_optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of a config for parameters with this metadata.
 
-    It takes gradients and parameters by path. Its state and its updates hold only the trained
-    parameters.
+    It takes gradients and parameters by path, and optionally `rms`: that of every matrix, as
+    `matrix_rms` computes it. Its state and its updates hold only the trained parameters.
     """
     trained = trained_parameters(config, metadata)
     inner = _optimizer(config, {name: metadata[name] for name in metadata if name in trained})
@@ -66,13 +66,13 @@ def make_optimizer(config: Config, metadata: Metadata) -> optax.GradientTransfor
     def init(params):
         return inner.init(select_trained(params))
 
-    def update(updates, state, params):
-        return inner.update(select_trained(updates), state, select_trained(params))
+    def update(updates, state, params, **extra):
+        return inner.update(select_trained(updates), state, select_trained(params), **extra)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformation:
+def _optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformationExtraArgs:
     """Returns the chain of clipping, update rule, learning rate and weight decay.
 
     Adafactor's weight decay comes last and is not scaled by the learning rate, as in T5X.
@@ -87,7 +87,7 @@ def _optimizer(config: Config, metadata: Metadata) -> optax.GradientTransformati
     if optimizer.name == "adafactor":
         batch_dims = {name: m.num_batch_dims for name, m in metadata.items()}
         core = [
-            per_slice(_adafactor(), batch_dims),
+            _adafactor(batch_dims),
             optax.scale_by_learning_rate(rate),
             optax.add_decayed_weights(-optimizer.weight_decay, decayed),
         ]
@@ -110,35 +110,43 @@ _UPDATE_RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-def _adafactor() -> optax.GradientTransformation:
-    """Returns T5X's Adafactor for one matrix, without the learning rate.
+def _adafactor(batch_dims: Mapping[str, int]) -> optax.GradientTransformationExtraArgs:
+    """Returns T5X's Adafactor, without the learning rate; every matrix has its own statistics.
 
     Second-moment decay 1 - (t+1)^-0.8, factored where both dimensions are at least 128; the update
     is clipped at RMS 1 and scaled by the parameter's own RMS (at least 1e-3); no momentum.
+
+    `optax.scale_by_param_block_rms` computes that RMS twice, so as to have a derivative at 0:
+    parameters would be read from memory once more.
     """
-    return optax.chain(
-        optax.scale_by_factored_rms(
-            decay_rate=0.8, epsilon=1e-30, min_dim_size_to_factor=128, factored=True
+    unscaled = per_slice(
+        optax.chain(
+            optax.scale_by_factored_rms(
+                decay_rate=0.8, epsilon=1e-30, min_dim_size_to_factor=128, factored=True
+            ),
+            optax.clip_by_block_rms(1.0),
         ),
-        optax.clip_by_block_rms(1.0),
-        _scale_by_parameter_rms(least=1e-3),
+        batch_dims,
     )
 
+    def update(updates, state, params, *, rms=None, **_):
+        updates, state = unscaled.update(updates, state, params)
+        rms = rms or {name: matrix_rms(params[name], batch_dims[name]) for name in updates}
 
-def _scale_by_parameter_rms(least: float) -> optax.GradientTransformation:
-    """Multiplies updates by the RMS of their parameter, at least `least`.
+        def scaled(name: str) -> jax.Array:
+            update = updates[name]
+            factor = jnp.maximum(rms[name], 1e-3)
+            return update * factor.reshape(factor.shape + (1,) * (update.ndim - factor.ndim))
 
-    As `optax.scale_by_param_block_rms`, which computes the mean square twice, so as to have a
-    derivative at 0: parameters would be read from memory once more.
-    """
+        return {name: scaled(name) for name in updates}, state
 
-    def update(updates, state, params):
-        def scaled(update, parameter):
-            return update * jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(parameter))), least)
+    return optax.GradientTransformationExtraArgs(unscaled.init, update)
 
-        return jax.tree.map(scaled, updates, params), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+def matrix_rms(parameter: jax.Array, num_batch_dims: int) -> jax.Array:
+    """RMS of each matrix (or vector) of a parameter, over all but its batch dimensions."""
+    axes = tuple(range(num_batch_dims, parameter.ndim))
+    return jnp.sqrt(jnp.mean(jnp.square(parameter), axes))
 
 
 def per_slice(

@@ -96,8 +96,7 @@ def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Itera
                 _lock(workdir, config, held, new=False)
             checkpoints = Checkpointer(workdir, settings.keep_checkpoints, best_key)
             state = restore_state(checkpoints, program.abstract_state, batches)
-        if state is None:
-            state = make_initial_state(program)
+        state = make_initial_state(program) if state is None else program.complete_state(state)
         finished = checkpoints is not None and int(state.step) >= settings.steps
         teacher_params = {} if finished else teacher_parameters(program)
         with fail_together():

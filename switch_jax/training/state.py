@@ -18,10 +18,17 @@ class TrainState:
     tokens: Any  # uint32 [2]: number of target tokens seen, low and high word
     params: dict[str, Any]  # float32, by path
     opt_state: Any  # of optax
+    # Of `params`, written together with them, so that the next step need not read all float32
+    # parameters for these; by path, and empty where that would save nothing.
+    rms: dict[str, Any]  # of each matrix, for Adafactor; shape of the parameter's batch dimensions
+    weights: dict[str, Any]  # matrices of the layers in the activation dtype; not stored
 
     def without_params(self) -> dict[str, Any]:
-        """Returns the fields except `params` by name, as a checkpoint stores them."""
-        return {"step": self.step, "tokens": self.tokens, "opt_state": self.opt_state}
+        """Returns the fields that a checkpoint stores beside `params`, by name."""
+        stored = {"step": self.step, "tokens": self.tokens, "opt_state": self.opt_state}
+        # Another program may add the squares in another order: a continued run has the same bits
+        # only with the stored RMS.
+        return stored | ({"rms": self.rms} if self.rms else {})
 
 
 def save_state(
@@ -39,8 +46,14 @@ def restore_state(
 ) -> TrainState | None:
     """Returns the state of the newest readable checkpoint; None where there is no checkpoint.
 
+    It has no `weights`, and no `rms` where an older version wrote the checkpoint:
+    `TrainProgram.complete_state` adds them.
+
     Moves `position` (of the training data) to the position in that checkpoint. All processes must
     call it. Raises `UserError` where there are checkpoints and none can be read.
     """
     restored = checkpoints.restore(abstract.params, abstract.without_params(), position)
-    return None if restored is None else TrainState(params=restored[0], **restored[1])
+    if restored is None:
+        return None
+    params, rest = restored
+    return TrainState(**{"rms": {}, **rest}, params=params, weights={})

@@ -32,6 +32,7 @@ from switch_jax.model import (
 from switch_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
+    matrix_rms,
     opt_state_axes,
     select_update,
     trained_parameters,
@@ -39,6 +40,9 @@ from switch_jax.training.optimizer import (
 from switch_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
+
+# Kinds of the matrices of layers, which compute in the activation dtype.
+_LAYER_KINDS = ("attention", "feed_forward", "expert")
 
 
 class TrainProgram:
@@ -78,6 +82,7 @@ class TrainProgram:
         self._optimizer = make_optimizer(config, self.sharded.metadata)
         self._trained_names = trained_parameters(config, self.sharded.metadata)
         self._schedule = learning_rate_schedule(config.optimizer, config.train)
+        self._stored_rms, self._stored_weights = self._names_stored_with_params()
         shapes = jax.eval_shape(self._init)
         shardings = self._shardings(shapes)
         self._opt_state_on_device = shardings.opt_state  # for updates, also if stored on the host
@@ -92,6 +97,8 @@ class TrainProgram:
             shardings,
         )
         self.init = MeshJit(mesh, self._init, out_shardings=self.state_sharding)
+        stored = self.state_sharding.rms, self.state_sharding.weights
+        self._complete = MeshJit(mesh, self._stored_with, out_shardings=stored)
         self.train_step = MeshJit(
             mesh,
             self._train_step,
@@ -102,7 +109,13 @@ class TrainProgram:
     def _shardings(self, shapes: TrainState) -> TrainState:
         """Returns the shardings of a state with these shapes, all of it in device memory."""
         optimizer_axes = opt_state_axes(self._optimizer, shapes.params, self.sharded.axes)
-        state_axes = TrainState((), (None,), self.sharded.axes, optimizer_axes)
+        axes = self.sharded.axes
+        rms_axes = {
+            name: axes[name][: self.sharded.metadata[name].num_batch_dims]
+            for name in self._stored_rms
+        }
+        weight_axes = {name: axes[name] for name in self._stored_weights}
+        state_axes = TrainState((), (None,), axes, optimizer_axes, rms_axes, weight_axes)
         fsdp = self.config.mesh.fsdp
         return jax.tree.map(
             lambda leaf, axes: NamedSharding(self.mesh, partition_spec(axes, fsdp=fsdp)),
@@ -114,7 +127,38 @@ class TrainProgram:
         """Returns a fresh state."""
         params = self.sharded.init_params()
         step, tokens = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
-        return TrainState(step, tokens, params, self._optimizer.init(params))
+        opt_state = self._optimizer.init(params)
+        return TrainState(step, tokens, params, opt_state, *self._stored_with(params))
+
+    def _names_stored_with_params(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Returns the names of the parameters whose RMS, and whose weights, a state holds.
+
+        With float32 activations the weights are the parameters, which every step reads anyway.
+        Adapters are merged into a matrix before it is cast.
+        """
+        config, metadata = self.config, self.sharded.metadata
+        if config.model.dtype == "float32" or config.lora.rank:
+            return frozenset(), frozenset()
+        weights = {name for name in metadata if metadata[name].kind in _LAYER_KINDS}
+        rms = self._trained_names if config.optimizer.name == "adafactor" else frozenset()
+        return frozenset(rms), frozenset(weights)
+
+    def _stored_with(
+        self, params: Mapping[str, jax.Array], weights: Mapping[str, jax.Array] | None = None
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Returns `rms` and `weights` of a state with these parameters.
+
+        `weights`: of the state before, which frozen parameters keep.
+        """
+        dtype, metadata = self.config.model.dtype, self.sharded.metadata
+        cast = self._stored_weights & (self._trained_names if weights else self._stored_weights)
+        rms = {n: matrix_rms(params[n], metadata[n].num_batch_dims) for n in self._stored_rms}
+        return rms, {**(weights or {}), **{n: params[n].astype(dtype) for n in cast}}
+
+    def complete_state(self, state: TrainState) -> TrainState:
+        """Returns a state with `weights`, and with `rms` if it has none, of its parameters."""
+        rms, weights = self._complete(state.params)
+        return dataclasses.replace(state, rms=state.rms or rms, weights=weights)
 
     def _train_step(
         self, state: TrainState, batch: Batch, teacher_params: Mapping[str, jax.Array] | None = None
@@ -134,12 +178,12 @@ class TrainProgram:
         )
         keys = self._row_keys(state.step, batch)
 
-        trained_params = {n: p for n, p in state.params.items() if n in self._trained_names}
+        weights = state.params | state.weights
+        trained_weights = {n: w for n, w in weights.items() if n in self._trained_names}
+        first_choices = self._first_choices(weights, batch, keys)
 
-        first_choices = self._first_choices(state.params, batch, keys)
-
-        def loss(trained_params, microbatch, keys):
-            model = self.sharded.model(state.params | trained_params)
+        def loss(trained_weights, microbatch, keys):
+            model = self.sharded.model(weights | trained_weights)
             decoded, stats = self._route(model, microbatch, keys)
             sums = token_losses(
                 *model.logit_factors(decoded),
@@ -150,7 +194,7 @@ class TrainProgram:
             terms = loss_terms(sums, stats, denominators, config, soft_weight, first_choices)
             return sum(terms.values()), (terms, sums, stats)
 
-        gradients = functools.partial(jax.grad(loss, has_aux=True), trained_params)
+        gradients = functools.partial(jax.grad(loss, has_aux=True), trained_weights)
         if config.train.accumulate == 1:
             grads, (terms, sums, stats) = gradients(batch, keys)
         else:
@@ -160,8 +204,11 @@ class TrainProgram:
         if config.optimizer.memory == "host":
             opt_state = jax.device_put(opt_state, self._opt_state_on_device)
         with jax.named_scope("optimizer"):
-            updates, new_opt_state = self._optimizer.update(grads, opt_state, state.params)
-            trained_params = optax.apply_updates(trained_params, updates)
+            grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
+            updates, new_opt_state = self._optimizer.update(
+                grads, opt_state, state.params, rms=state.rms
+            )
+            trained_params = optax.apply_updates({n: state.params[n] for n in updates}, updates)
         params = self._update_balance_biases(state.params | trained_params, stats)
         total_loss, grad_norm = sum(terms.values()), optax.global_norm(grads)
         norms = jnp.stack([total_loss, grad_norm, optax.global_norm(params)])
@@ -185,7 +232,10 @@ class TrainProgram:
             **router_metrics(stats, config),
         }
         load = {key: sums.load_E for key, sums in stats.items()}
-        return TrainState(state.step + 1, tokens, params, new_opt_state), metrics, load
+        new_state = TrainState(
+            state.step + 1, tokens, params, new_opt_state, *self._stored_with(params, state.weights)
+        )
+        return new_state, metrics, load
 
     def _route(
         self, model: SwitchTransformer, microbatch: Batch, keys: jax.Array | None
