@@ -210,12 +210,15 @@ class TrainProgram:
             )
             trained_params = optax.apply_updates({n: state.params[n] for n in updates}, updates)
         params = self._update_balance_biases(state.params | trained_params, stats)
+        rms, weights = self._stored_with(params, state.weights)
         total_loss, grad_norm = sum(terms.values()), optax.global_norm(grads)
-        norms = jnp.stack([total_loss, grad_norm, optax.global_norm(params)])
-        finite = jnp.isfinite(norms).all()
+        param_norm = _global_norm(params, rms)
+        finite = jnp.isfinite(jnp.stack([total_loss, grad_norm, param_norm])).all()
         if config.train.on_nonfinite == "skip":
             params = {n: jnp.where(finite, p, state.params[n]) for n, p in params.items()}
             new_opt_state = select_update(finite, new_opt_state, opt_state)
+            rms, weights = self._stored_with(params, state.weights)
+            param_norm = _global_norm(params, rms)
         tokens = _add_to_uint64(state.tokens, jnp.sum(batch["decoder_loss_weights"] > 0))
 
         metrics = {
@@ -227,15 +230,13 @@ class TrainProgram:
             "tokens": tokens,
             "learning_rate": self._schedule(state.step),
             "grad_norm": grad_norm,
-            "param_norm": optax.global_norm(params),
+            "param_norm": param_norm,
             "finite": finite,
             **router_metrics(stats, config),
         }
         load = {key: sums.load_E for key, sums in stats.items()}
-        new_state = TrainState(
-            state.step + 1, tokens, params, new_opt_state, *self._stored_with(params, state.weights)
-        )
-        return new_state, metrics, load
+        step = state.step + 1
+        return TrainState(step, tokens, params, new_opt_state, rms, weights), metrics, load
 
     def _route(
         self, model: SwitchTransformer, microbatch: Batch, keys: jax.Array | None
@@ -338,6 +339,17 @@ class TrainProgram:
             return (grads, other_sums), None
 
         return jax.lax.scan(add, zeros, microbatches)[0]
+
+
+def _global_norm(params: Mapping[str, jax.Array], rms: Mapping[str, jax.Array]) -> jax.Array:
+    """Norm of all parameters; of those whose RMS is known, without another sum over elements."""
+    squares = [
+        jnp.sum(jnp.square(rms[name])) * (params[name].size / rms[name].size)
+        if name in rms
+        else jnp.sum(jnp.square(params[name]))
+        for name in params
+    ]
+    return jnp.sqrt(sum(squares))
 
 
 def _add_to_uint64(words: jax.Array, number: jax.Array) -> jax.Array:

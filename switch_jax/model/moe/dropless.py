@@ -37,6 +37,7 @@ from switch_jax.model.moe.gather import gather_rows
 from switch_jax.model.moe.grouped_matmul import (
     block_rows,
     grouped_matmul,
+    has_kernel,
     make_blocks,
     size_lower_bound,
 )
@@ -137,7 +138,13 @@ def _run_experts(
     few = size_lower_bound(B) * math.prod(rest) < num_experts
     weights = with_leaves([gathered_weight(p, p.dtype if few else dtype) for p in parameters])
     weight_specs = with_leaves([partition_spec(p.get_metadata()["axes"]) for p in parameters])
-    return shard_map(local, in_specs=(weight_specs, *in_specs), out_specs=TOKENS)(weights, *arrays)
+    mapped = shard_map(
+        local,
+        in_specs=(weight_specs, *in_specs),
+        out_specs=TOKENS,
+        check_vma=not has_kernel(),
+    )
+    return mapped(weights, *arrays)
 
 
 def check_dropless_memory(

@@ -4,8 +4,10 @@ Rows are sorted by expert and the rows of every expert are padded to whole block
 block belongs to one expert. Only used blocks are computed: work follows the load of the experts
 instead of the worst case (the idea of MegaBlocks, Gale et al. 2022).
 
-`grouped_matmul` is the one function to replace where a backend has a kernel for it; `make_blocks`
-lays out its rows.
+`make_blocks` lays out the rows, and `grouped_matmul` computes them: on TPUs with the kernels of
+JAX's port of MegaBlocks, elsewhere with a loop over the blocks. `jax.lax.ragged_dot` is no
+alternative: the compilers for TPUs (the gradient of the weights) and GPUs (all of it) compute every
+expert for every row.
 Axis letters: see `expert_selection.py`; here N is the blocks, and M their rows N·R.
 """
 
@@ -15,8 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import export
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from switch_jax.distributed import MESH_AXES, pvary
+from switch_jax.distributed import MESH_AXES, mesh_platform, no_mesh, pvary
 from switch_jax.model.moe.expert_selection import expert_counts, position_in_expert
 
 # Rows of a block: a multiple of what matrix units need, and few enough to waste little.
@@ -85,6 +88,9 @@ def grouped_matmul(
     Called inside a `shard_map`; everything is local to a device. A loop of dynamic length has no
     derivative in JAX, hence the custom one.
     """
+    if has_kernel():
+        sizes_E = _group_sizes(x_MxX, w_ExXxY, expert_N, num_used)
+        return _kernel_matmul(x_MxX, w_ExXxY, sizes_E, transpose=False)
     rows = x_MxX.shape[0] // expert_N.shape[0]
 
     def body(i, y_MxY):
@@ -103,6 +109,10 @@ def _grouped_matmul_fwd(x_MxX, w_ExXxY, expert_N, num_used):
 
 def _grouped_matmul_bwd(residuals, g_MxY):
     x_MxX, w_ExXxY, expert_N, num_used = residuals
+    if has_kernel():
+        sizes_E = _group_sizes(x_MxX, w_ExXxY, expert_N, num_used)
+        dx_MxX = _kernel_matmul(g_MxY, w_ExXxY, sizes_E, transpose=True)
+        return dx_MxX, _kernel_weight_gradient(x_MxX, g_MxY, w_ExXxY, sizes_E), None, None
     rows = x_MxX.shape[0] // expert_N.shape[0]
 
     def body(i, dw_ExXxY):
@@ -119,3 +129,57 @@ def _grouped_matmul_bwd(residuals, g_MxY):
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+
+
+# Rows, and elements of X and Y, of a tile of the kernels.
+_TILE = 256, 512, 512
+
+
+def has_kernel() -> bool:
+    """Whether the grouped matmul is computed by kernels: on a mesh of TPUs."""
+    return not no_mesh() and mesh_platform() == "tpu"
+
+
+def _group_sizes(
+    x_MxX: jax.Array, w_ExXxY: jax.Array, expert_N: jax.Array, num_used: jax.Array
+) -> jax.Array:
+    """[E] int32: rows of every expert in the used blocks."""
+    N, E = expert_N.shape[0], w_ExXxY.shape[0]
+    expert_N = jnp.where(jnp.arange(N) < num_used, expert_N, E)
+    return x_MxX.shape[0] // N * jnp.bincount(expert_N, length=E).astype(jnp.int32)
+
+
+def _kernel_matmul(
+    x_MxX: jax.Array, w_ExXxY: jax.Array, sizes_E: jax.Array, *, transpose: bool
+) -> jax.Array:
+    """[M, Y]: each row times its expert's weights (transposed: [E, Y, X]); other rows are 0."""
+    y_MxY = gmm(
+        _whole_tiles(x_MxX),
+        w_ExXxY.astype(x_MxX.dtype),
+        sizes_E,
+        x_MxX.dtype,
+        _TILE,
+        transpose_rhs=transpose,
+        interpret=mesh_platform() != "tpu",
+    )[: x_MxX.shape[0]]
+    # The kernel writes no rows behind the last expert's.
+    return jnp.where(jnp.arange(len(y_MxY))[:, None] < sizes_E.sum(), y_MxY, 0)
+
+
+def _kernel_weight_gradient(
+    x_MxX: jax.Array, g_MxY: jax.Array, w_ExXxY: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+    """[E, X, Y]: the sum over each expert's rows of row of x times row of g."""
+    return tgmm(
+        _whole_tiles(x_MxX).T,
+        _whole_tiles(g_MxY),
+        sizes_E,
+        w_ExXxY.dtype,
+        _TILE,
+        interpret=mesh_platform() != "tpu",
+    )
+
+
+def _whole_tiles(x_MxX: jax.Array) -> jax.Array:
+    """Adds rows of zeros up to a multiple of the rows of a tile."""
+    return jnp.pad(x_MxX, ((0, -x_MxX.shape[0] % _TILE[0]), (0, 0)))
