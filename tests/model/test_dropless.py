@@ -15,6 +15,7 @@ from switch_jax.distributed.sharding import batch_sharding, partition_spec
 from switch_jax.errors import UserError
 from switch_jax.model.layers import fold_keys
 from switch_jax.model.moe import dropless
+from switch_jax.model.moe import grouped_matmul as module_of_kernels
 from switch_jax.model.moe.expert_layers import SwitchAttention, SwitchMlp
 from switch_jax.model.moe.grouped_matmul import (
     block_rows,
@@ -68,7 +69,7 @@ def test_block_rows_are_a_power_of_two_and_enough_blocks_exist(assignments, expe
 def test_grouped_matmul_equals_one_matmul_a_block_forward_and_backward():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(12, 5)).astype(np.float32), rng.normal(size=(E, 5, 7)).astype("f")
-    expert, used = jnp.array([2, 0, 2, 1]), jnp.int32(3)
+    expert, used = jnp.array([0, 1, 2, 2]), jnp.int32(3)
     direction = rng.normal(size=(12, 7)).astype(np.float32)
 
     def ours(x, w):
@@ -152,7 +153,10 @@ def test_a_single_token_as_in_decoding_equals_slots(inputs):
     np.testing.assert_allclose(got, want, **CLOSE)
 
 
-def test_dropless_with_noise_and_its_gradients_do_not_depend_on_the_mesh(inputs):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_dropless_with_noise_and_its_gradients_do_not_depend_on_the_mesh(
+    inputs, kernels, monkeypatch
+):
     x, mask = inputs
     values = {"moe.expert_dropout_rate": 0.5, "moe.router": "top_k"}
     values |= {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2, "mesh.fsdp": True}
@@ -162,6 +166,9 @@ def test_dropless_with_noise_and_its_gradients_do_not_depend_on_the_mesh(inputs)
     (loss_without_noise, _), _ = loss_and_gradients(module, x, mask, None)
     assert abs(loss - loss_without_noise) > 0.1
 
+    if kernels:  # those of TPUs, interpreted
+        for module_with_name in (module_of_kernels, dropless):
+            monkeypatch.setattr(module_with_name, "has_kernel", lambda: True)
     mesh = make_mesh(tiny(**values))
     axes = [p.get_metadata()["axes"] for p in named_parameters(module).values()]
     shardings = [NamedSharding(mesh, partition_spec(a, fsdp=True)) for a in axes]
@@ -196,3 +203,26 @@ def test_a_mesh_without_memory_for_a_dropless_layer_is_refused_with_the_sizes(mo
     check(**{"mesh.model": 2})
     check(**{"moe.eval_capacity_factor": 2.0})
     assert not re.search(r"\. ", message)
+
+
+def test_the_kernels_of_tpus_equal_the_loop_over_blocks(monkeypatch):
+    """Interpreted; experts without a block, and rows behind the last used block."""
+    rng = np.random.default_rng(0)
+    M, X, Y = 40, 24, 16
+    x, w = (jnp.array(rng.normal(size=shape), jnp.float32) for shape in ((M, X), (E, X, Y)))
+    expert, used = jnp.array([0, 2, 2, 3, 3]), jnp.int32(3)
+    direction = rng.normal(size=(M, Y)).astype(np.float32)
+
+    def value_and_gradients():
+        def function(x, w):
+            return grouped_matmul(x, w, expert, used)
+
+        y, pull_back = jax.vjp(function, x, w)
+        return y, *pull_back(direction)
+
+    expected = value_and_gradients()
+    monkeypatch.setattr(module_of_kernels, "has_kernel", lambda: True)
+    actual = value_and_gradients()
+    for got, want in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(got, want, **CLOSE)
+    assert np.abs(actual[0][24:]).max() == 0 == np.abs(actual[2][1]).max()

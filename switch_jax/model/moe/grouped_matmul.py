@@ -82,7 +82,7 @@ def grouped_matmul(
     Args:
       x_MxX: rows of N blocks of M / N rows, in the dtype of the result.
       w_ExXxY: weights of the device's experts, in any dtype.
-      expert_N: expert of each block.
+      expert_N: expert of each block, in ascending order.
       num_used: number of blocks to compute, the first ones.
 
     Called inside a `shard_map`; everything is local to a device. A loop of dynamic length has no
