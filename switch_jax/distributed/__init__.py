@@ -27,7 +27,7 @@ from switch_jax.distributed.hardware import (
     hosts_of_gpus,
     peak_flops,
 )
-from switch_jax.distributed.mesh import check_mesh, make_mesh
+from switch_jax.distributed.mesh import axes_span, check_mesh, make_mesh
 from switch_jax.distributed.multihost import (
     all_gather_int,
     barrier,
@@ -62,6 +62,7 @@ __all__ = [
     "all_gather_int",
     "all_to_all",
     "all_to_all_seconds",
+    "axes_span",
     "axis_index",
     "axis_size",
     "barrier",

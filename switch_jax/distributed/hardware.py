@@ -20,9 +20,18 @@ class Chip:
     memory_rate: float | None = None  # main memory (HBM), bytes/s
     link_rate: float | None = None  # all links within a slice or box together, one way, bytes/s
     torus: int = 0  # dimensions of a slice's network; 0: every chip has a link to every other
-    slice_rate: float | None = None  # a chip's share of the network between slices, bytes/s
+    # A chip's share of the network between TPU slices, or between hosts of GPUs, bytes/s.
+    slice_rate: float | None = None
     memory: int | None = None  # bytes a program may use; of a TPU: the compiler's limit
     clock: float | None = None  # of a TPU's cores, Hz
+
+    def rate_within(self, span: int) -> float | None:
+        """Rate of a chip to others among `span` consecutive ones of a slice or of hosts, bytes/s.
+
+        The links of a GPU end at its host.
+        """
+        on_one_host = self.torus > 0 or span <= GPUS_PER_HOST
+        return self.link_rate if on_one_host else self.slice_rate or self.link_rate
 
 
 GPUS_PER_HOST = 8  # that NVLink connects
@@ -43,7 +52,8 @@ def _gib(value: float) -> int:
 # (v6e) and for v5p 2765 GB/s. Memory: what the TPU's compiler lets a program use. `slice_rate` of
 # v4 and v5p: 200 Gb/s for a host of four chips. Clock: FLOP/s / (2 · multipliers of the matrix
 # units), which are 8 · 128² in v4 and v5p, 4 · 128² in v5e and 4 · 256² in v6e.
-# GPU: NVIDIA's data sheets.
+# GPU: NVIDIA's data sheets; between hosts, one network adapter per GPU as in its DGX systems, of
+# 200 (A100) or 400 Gb/s.
 CHIPS = {
     "TPU v2": Chip(22.5e12),
     "TPU v3": Chip(61.5e12),
@@ -52,14 +62,14 @@ CHIPS = {
     "TPU v5": Chip(459e12, 2765e9, 600e9, 3, 6.25e9, _gib(95.74), 1.75e9),
     "TPU v6 lite": Chip(918e12, 1640e9, 400e9, 2, 12.5e9, _gib(31.25), 1.75e9),
     "TPU7x": Chip(1153.5e12),
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9, memory=_gib(80)),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9, slice_rate=25e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9, slice_rate=25e9, memory=_gib(80)),
     "NVIDIA A100-PCIE-40GB": Chip(312e12, 1555e9),
     "NVIDIA A100 80GB PCIe": Chip(312e12, 1935e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 450e9, memory=_gib(80)),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 450e9, slice_rate=50e9, memory=_gib(80)),
     "NVIDIA H100 PCIe": Chip(756e12, 2000e9),
-    "NVIDIA H200": Chip(989e12, 4800e9, 450e9, memory=_gib(141 / 1.074)),
-    "NVIDIA B200": Chip(2250e12, 8000e9, 900e9, memory=_gib(192 / 1.074)),
+    "NVIDIA H200": Chip(989e12, 4800e9, 450e9, slice_rate=50e9, memory=_gib(141 / 1.074)),
+    "NVIDIA B200": Chip(2250e12, 8000e9, 900e9, slice_rate=50e9, memory=_gib(192 / 1.074)),
     "NVIDIA GB200": Chip(2500e12, 8000e9, 900e9),
 }
 # Other names of the same devices.
@@ -141,20 +151,23 @@ def chip_of_topology(topology: str, slices: int = 1) -> tuple[Chip, int]:
     return CHIPS[TOPOLOGY_KINDS[name]], devices_of_topology(topology, slices)
 
 
-def all_to_all_seconds(chip: Chip, size: float, devices: int) -> float:
+def all_to_all_seconds(chip: Chip, size: float, devices: int, span: int | None = None) -> float:
     """Least seconds of an all-to-all in which each of `devices` sends `size` bytes to the others.
+
+    `span`: number of consecutive devices that the group is spread over; None: `devices`.
 
     The larger of two bounds: `size` through a chip's links, and the traffic through the middle of
     the torus. There n·size/4 bytes go one way through 2·n/k links, for n devices in a torus of k
     chips along each dimension; each link has its share of the chip's rate. NaN where the chip's
     link rate is not known.
     """
-    if chip.link_rate is None:
+    rate = chip.rate_within(span or devices)
+    if rate is None:
         return math.nan
-    seconds = size / chip.link_rate
+    seconds = size / rate
     if chip.torus:
         length = devices ** (1 / chip.torus)
-        seconds = max(seconds, size * length / 8 / (chip.link_rate / (2 * chip.torus)))
+        seconds = max(seconds, size * length / 8 / (rate / (2 * chip.torus)))
     return seconds
 
 

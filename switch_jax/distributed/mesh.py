@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
@@ -62,6 +62,16 @@ def make_mesh(
             f" set mesh.slice={len(slices)}."
         )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def axes_span(sizes: Mapping[str, int], axes: Collection[str]) -> int:
+    """Number of consecutive devices over which the group of a device along `axes` is spread.
+
+    Devices are numbered along the mesh axes, `model` fastest. Slices do not count.
+    """
+    inner = [axis for axis in MESH_AXES if axis != "slice"]
+    first = min((inner.index(axis) for axis in axes if axis in inner), default=len(inner))
+    return math.prod(sizes[axis] for axis in inner[first:])
 
 
 def _largest_fitting(config: Config, teacher: Config | None, num_devices: int) -> dict[str, int]:

@@ -23,6 +23,7 @@ from switch_jax.distributed import (
     MESH_AXES,
     Chip,
     all_to_all_seconds,
+    axes_span,
     check_mesh,
     partition_spec,
 )
@@ -66,6 +67,7 @@ DOTS_STREAM_COPIES = 2  # with remat=dots
 LOGITS_COPIES = 3  # of the logits that are computed at once (LOGITS_BYTES), in float32
 
 ALL_REDUCE_PASSES = 2  # a ring all-reduce sends its array twice: reduce-scatter, then all-gather
+FSDP_GATHERS_PER_MICROBATCH = 2  # of weights: for the forward and for the backward pass
 # Dispatch and combine, forward and backward.
 ALL_TO_ALLS_PER_EXPERT_LAYER = 4
 # All-reduces over `model`, one per sub-layer, forward and backward.
@@ -272,28 +274,33 @@ class _StepCostModel:
         Gradients are reduced over the batch axes, tokens exchanged over `expert`, activations
         reduced over `model`.
         """
-        config, m, rate = self._config, self._config.model, self._chip.link_rate or math.inf
+        config, m = self._config, self._config.model
         item, microbatches = jnp.dtype(m.dtype).itemsize, config.train.accumulate
-        data, expert, split = sizes["data"], sizes["expert"], sizes["model"]
+        expert, split = sizes["expert"], sizes["model"]
         dense, experts = self._dense_and_expert_parameters(sizes, False)
 
-        def ring(size: float, devices: int) -> float:
+        def ring(size: float, *axes: str) -> float:
             """Returns the seconds of a ring all-gather or reduce-scatter of `size` bytes."""
+            devices = math.prod(sizes[axis] for axis in axes)
+            rate = self._chip.rate_within(axes_span(sizes, axes)) or math.inf
             return size * (devices - 1) / devices / rate
 
-        total = ALL_REDUCE_PASSES * ring(item * dense, data * expert)
-        total += ALL_REDUCE_PASSES * ring(item * experts, data)
+        total = ALL_REDUCE_PASSES * ring(item * dense, "data", "expert")
+        total += ALL_REDUCE_PASSES * ring(item * experts, "data")
         if fsdp:
-            total += microbatches * ring(item * (dense + experts), data)
+            gathers = FSDP_GATHERS_PER_MICROBATCH * microbatches
+            total += gathers * ring(item * (dense + experts), "data")
         for stack in STACKS:
             tokens = self._rows(sizes) * config.length(stack)
             reduces = ALL_REDUCES_PER_SUBLAYER * SUBLAYERS[stack] * config.num_layers(stack)
-            all_reduce = ALL_REDUCE_PASSES * ring(item * tokens * m.d_model, split)
+            all_reduce = ALL_REDUCE_PASSES * ring(item * tokens * m.d_model, "model")
             total += microbatches * reduces * all_reduce
             for layer in self._expert_layers_of(stack):
                 for devices, places in self._hops(layer, expert, tokens):
                     sent = item * places * m.d_model / split * (devices - 1) / devices
-                    hop = all_to_all_seconds(self._chip, sent, devices)
+                    hop = all_to_all_seconds(
+                        self._chip, sent, devices, axes_span(sizes, ("expert",))
+                    )
                     total += microbatches * ALL_TO_ALLS_PER_EXPERT_LAYER * hop
         return total
 

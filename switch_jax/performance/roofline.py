@@ -7,13 +7,13 @@ instructions, but neither kernels nor copies that run beside them; it overlaps n
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from switch_jax.config import Config
-from switch_jax.distributed import CHIPS, Chip, all_to_all_seconds
+from switch_jax.distributed import CHIPS, Chip, all_to_all_seconds, axes_span
 from switch_jax.model import mfu
 from switch_jax.performance.hlo import Collective
 
@@ -89,7 +89,7 @@ def predict_step(
     seconds = {
         "compute": work.flops / chip.flops,
         "memory": work.memory_traffic / chip.memory_rate,
-        **network_seconds(chip, work.collectives, mesh.shape["slice"]),
+        **network_seconds(chip, work.collectives, mesh.shape),
     }
     binding = max(seconds, key=lambda name: seconds[name])
     step, estimated = seconds[binding], None
@@ -108,12 +108,16 @@ def predict_step(
     }
 
 
-def network_seconds(chip: Chip, collectives: Sequence[Collective], slices: int) -> dict[str, float]:
+def network_seconds(
+    chip: Chip, collectives: Sequence[Collective], mesh_shape: Mapping[str, int]
+) -> dict[str, float]:
     """Returns the seconds that `links` inside a slice, and the network between `slices`, are busy.
 
-    `slices` is in the result only if there are several.
+    `slices` is in the result only if there are several. The links of GPUs are those of a host, or
+    for groups on several hosts the network between these.
     """
     inside = between = 0.0
+    slices = mesh_shape["slice"]
     for collective in collectives:
         devices, sent = collective.devices, collective.bytes_sent
         if "slice" in collective.axes:
@@ -122,10 +126,11 @@ def network_seconds(chip: Chip, collectives: Sequence[Collective], slices: int) 
             between += sent / devices / (chip.slice_rate or math.inf)
         if devices == 1:
             continue
+        span = axes_span(mesh_shape, collective.axes)
         if collective.kind == "all-to-all":
-            inside += all_to_all_seconds(chip, sent, devices)
-        elif chip.link_rate:
-            inside += sent / chip.link_rate
+            inside += all_to_all_seconds(chip, sent, devices, span)
+        else:
+            inside += sent / (chip.rate_within(span) or math.inf)
     return {"links": inside} | ({"slices": between} if slices > 1 else {})
 
 

@@ -167,13 +167,25 @@ def test_traced_flops_equal_those_of_the_cost_model():
 
 
 def test_roofline_by_hand():
-    chip = Chip(100.0, memory_rate=10.0, link_rate=4.0, slice_rate=1.0)
+    chip = Chip(100.0, memory_rate=10.0, link_rate=4.0, slice_rate=1.0, torus=2)
+    mesh = {"slice": 1, "data": 4, "expert": 1, "model": 1}
     inside = Collective("all-reduce", ("data",), 4, size=8, times=2)  # sends 2 · 3/4 · 8 · 2
-    assert network_seconds(chip, [inside], 1) == {"links": 6.0}
+    assert network_seconds(chip, [inside], mesh) == {"links": 6.0}
     # Over two slices of four: 2 · 7/8 · 8 bytes inside; each device sends a quarter between slices.
     across = Collective("all-reduce", ("slice", "data"), 8, size=8, times=1)
-    seconds = network_seconds(chip, [across], 2)
+    seconds = network_seconds(chip, [across], mesh | {"slice": 2})
     assert seconds == {"links": 3.5, "slices": 3.5}
+
+
+def test_groups_on_several_hosts_of_gpus_use_the_network_between_them():
+    chip = Chip(100.0, memory_rate=10.0, link_rate=8.0, slice_rate=2.0)  # no torus: GPUs
+    mesh = {"slice": 1, "data": 2, "expert": 8, "model": 1}
+    on_a_host = Collective("all-gather", ("expert",), 8, size=8, times=1)  # sends 7
+    assert network_seconds(chip, [on_a_host], mesh) == {"links": 7 / 8}
+    across = Collective("all-gather", ("data",), 2, size=8, times=1)  # sends 4, to another host
+    assert network_seconds(chip, [across], mesh) == {"links": 4 / 2}
+    exchange = Collective("all-to-all", ("data", "expert"), 16, size=16, times=1)  # sends 15
+    assert network_seconds(chip, [exchange], mesh) == {"links": 15 / 2}
 
 
 def test_the_program_does_not_grow_with_depth():
