@@ -17,8 +17,8 @@ from switch_jax.model.layers import (
     RowKeys,
     dropout,
     dropout_mask,
-    gathered_weight,
     init_kernel,
+    linear,
     param,
 )
 from switch_jax.model.rematerialization import keep
@@ -117,8 +117,7 @@ class Attention(nnx.Module):
         """
         attend = self._attend_fused if isinstance(mask, SegmentMask) else self._attend
         y_BxTxI = attend(query_BxTxHxK, *keys_values, mask, bias_HxTxS, keys)
-        y = y_BxTxI @ gathered_weight(self.out, y_BxTxI.dtype)
-        return constrain(y, "batch", None, "activation")
+        return constrain(linear(y_BxTxI, self.out), "batch", None, "activation")
 
     def _attend(self, query_BxTxHxK, key_BxSxHxK, value_BxSxHxK, mask_BxTxS, bias_HxTxS, keys):
         """[B, T, H·K]: attention by two einsums."""
@@ -208,12 +207,11 @@ class DenseAttention(Attention):
 
     def queries(self, x_BxTxD: jax.Array) -> jax.Array:
         """[B, T, D] → [B, T, H, K]."""
-        return self.heads(x_BxTxD @ gathered_weight(self.query, x_BxTxD.dtype))
+        return self.heads(linear(x_BxTxD, self.query))
 
     def keys_values(self, x_BxSxD: jax.Array) -> KeysValues:
         """Returns keys and values, [B, S, H, K] each, of positions [B, S, D]."""
-        key, value = (x_BxSxD @ gathered_weight(w, x_BxSxD.dtype) for w in (self.key, self.value))
-        return self.heads(key), self.heads(value)
+        return self.heads(linear(x_BxSxD, self.key)), self.heads(linear(x_BxSxD, self.value))
 
 
 def attention_mask(config: ModelConfig, mask: SegmentMask) -> SegmentMask | jax.Array:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from switch_jax.config import ModelConfig
 from switch_jax.distributed import constrain
-from switch_jax.model.layers import RowKeys, dropout, gathered_weight, init_kernel, param
+from switch_jax.model.layers import RowKeys, dropout, init_kernel, linear, param
 
 
 def activate(name: str, x_wi: jax.Array, x_gate: jax.Array | None) -> jax.Array:
@@ -43,9 +43,8 @@ class Mlp(nnx.Module):
     @jax.named_scope("feed_forward")
     def __call__(self, x_BxLxD: jax.Array, keys: RowKeys) -> jax.Array:
         """[B, L, D] → [B, L, D]."""
-        dtype = x_BxLxD.dtype
-        gate = None if self.gate is None else x_BxLxD @ gathered_weight(self.gate, dtype)
-        h_BxLxF = activate(self.config.activation, x_BxLxD @ gathered_weight(self.wi, dtype), gate)
+        gate = None if self.gate is None else linear(x_BxLxD, self.gate)
+        h_BxLxF = activate(self.config.activation, linear(x_BxLxD, self.wi), gate)
         h_BxLxF = constrain(h_BxLxF, "batch", None, "mlp")
         h_BxLxF = dropout(h_BxLxF, self.config.dropout_rate, keys)
-        return constrain(h_BxLxF @ gathered_weight(self.wo, dtype), "batch", None, "activation")
+        return constrain(linear(h_BxLxF, self.wo), "batch", None, "activation")

@@ -144,9 +144,9 @@ def _adafactor(batch_dims: Mapping[str, int]) -> optax.GradientTransformationExt
 
 
 def matrix_rms(parameter: jax.Array, num_batch_dims: int) -> jax.Array:
-    """RMS of each matrix (or vector) of a parameter, over all but its batch dimensions."""
+    """RMS of each matrix (or vector), float32, over all but the batch dimensions."""
     axes = tuple(range(num_batch_dims, parameter.ndim))
-    return jnp.sqrt(jnp.mean(jnp.square(parameter), axes))
+    return jnp.sqrt(jnp.mean(jnp.square(parameter.astype(jnp.float32)), axes))
 
 
 def per_slice(

@@ -148,12 +148,19 @@ class TrainProgram:
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Returns `rms` and `weights` of a state with these parameters.
 
+        The RMS is that of the weights where there are any: XLA then computes it in the fusion that
+        writes them, and otherwise in one that reads the float32 parameters again.
+
         `weights`: of the state before, which frozen parameters keep.
         """
         dtype, metadata = self.config.model.dtype, self.sharded.metadata
         cast = self._stored_weights & (self._trained_names if weights else self._stored_weights)
-        rms = {n: matrix_rms(params[n], metadata[n].num_batch_dims) for n in self._stored_rms}
-        return rms, {**(weights or {}), **{n: params[n].astype(dtype) for n in cast}}
+        weights = {**(weights or {}), **{n: params[n].astype(dtype) for n in cast}}
+        rms = {
+            n: matrix_rms(weights.get(n, params[n]), metadata[n].num_batch_dims)
+            for n in self._stored_rms
+        }
+        return rms, weights
 
     def complete_state(self, state: TrainState) -> TrainState:
         """Returns a state with `weights`, and with `rms` if it has none, of its parameters."""
