@@ -124,7 +124,8 @@ class Ours:
             name: jax.device_put(jnp.copy(value), state.params[name].sharding)
             for name, value in named_parameters(model).items()
         }
-        self.state = dataclasses.replace(state, params=params)
+        state = dataclasses.replace(state, params=params, rms={}, weights={})
+        self.state = self.program.complete_state(state)
         self.model = self.program.sharded.model(jax.tree.map(jnp.copy, params))
 
     def step(self) -> float:
