@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         required=True,
         metavar="NAME",
-        help="v5p:8x16x16 (TPU and shape of a slice), cpu:8 (emulated devices) or gpu (attached)",
+        help="v5p:8x16x16 (TPU and shape of a slice), h100:8 or h100:4x8 (GPUs, or hosts × GPUs),"
+        " cpu:8 (emulated devices) or gpu (attached)",
     )
     parser.add_argument(
         "--slices", type=whole_number(1), default=1, metavar="N", help="number of TPU slices (1)"
