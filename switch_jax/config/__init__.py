@@ -16,6 +16,7 @@ from switch_jax.config.load import (
 from switch_jax.config.parameter_patterns import InitRule, parse_init_rules
 from switch_jax.config.presets import call_config_function, is_config_spec, split_config_spec
 from switch_jax.config.schema import (
+    MAX_FUSED_LENGTH,
     STACKS,
     BlockRun,
     Config,
@@ -33,6 +34,7 @@ from switch_jax.config.typed_values import build_dataclass, check_value
 from switch_jax.config.validation import validate
 
 __all__ = [
+    "MAX_FUSED_LENGTH",
     "STACKS",
     "BlockRun",
     "Config",

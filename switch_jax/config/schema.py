@@ -10,6 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 STACKS = ("encoder", "decoder")
 
+# Longest rows for which `model.attention=fused` has kernels.
+MAX_FUSED_LENGTH = 2048
+
 # checkpoint: the run's checkpoints no longer fit, so the run cannot be continued.
 # results: the run can be continued, but its numbers are those of two configurations.
 # none: no number depends on the key.

@@ -7,7 +7,7 @@ from typing import Any
 
 from switch_jax.config.expert_capacity import expert_capacity, rows_per_group
 from switch_jax.config.parameter_patterns import compile_pattern, parse_init_rules
-from switch_jax.config.schema import STACKS, Config
+from switch_jax.config.schema import MAX_FUSED_LENGTH, STACKS, Config
 from switch_jax.errors import UserError
 
 
@@ -73,6 +73,12 @@ def validate(config: Config) -> None:
     _require(
         config.distill.temperature > 0,
         f"distill.temperature must be above 0, not {config.distill.temperature}.",
+    )
+    longest = max(config.length(stack) for stack in STACKS)
+    _require(
+        config.model.attention != "fused" or longest <= MAX_FUSED_LENGTH,
+        f"model.attention=fused has kernels for rows of up to {MAX_FUSED_LENGTH} tokens, not"
+        f" {longest}; set model.attention=einsum or auto.",
     )
     profiled = config.train.profile_steps
     if profiled is not None:

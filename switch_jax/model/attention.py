@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switch_jax.config import ModelConfig
+from switch_jax.config import MAX_FUSED_LENGTH, ModelConfig
 from switch_jax.distributed import constrain, mesh_platform, no_mesh, partition_spec, shard_map
 from switch_jax.model.attention_mask import MASKED_SCORE, SegmentMask
-from switch_jax.model.fused_attention import MAX_KEYS, fused_attention
+from switch_jax.model.fused_attention import fused_attention
 from switch_jax.model.layers import (
     RowKeys,
     dropout,
@@ -221,6 +221,6 @@ def attention_mask(config: ModelConfig, mask: SegmentMask) -> SegmentMask | jax.
     may be meant for other devices, as an exported one is.
     """
     on_tpus = not no_mesh() and mesh_platform() == "tpu"
-    has_kernel = on_tpus and mask.key_segment_BxS.shape[1] <= MAX_KEYS
+    has_kernel = on_tpus and mask.key_segment_BxS.shape[1] <= MAX_FUSED_LENGTH
     fused = config.attention == "fused" or (config.attention == "auto" and has_kernel)
     return mask if fused else mask.dense()

@@ -28,11 +28,10 @@ from jax.experimental.pallas import tpu as pltpu
 from switch_jax.model.attention_mask import MASKED_SCORE, SegmentMask
 
 _LANES = 128
-# Longest rows of keys for which the smallest block of queries fits in VMEM.
-MAX_KEYS = 2048
 # Scores of one head in a block of queries with up to two heads: 1 MiB in float32. A backward
 # program holds about six such arrays, and four blocks of the bias or its gradient for all of its
-# heads, in the 16 MiB of VMEM that a program may use on every TPU.
+# heads, in the 16 MiB of VMEM that a program may use on every TPU. With
+# MAX_FUSED_LENGTH keys the smallest block still fits.
 _BLOCK_SCORES = 2**18
 _VMEM_BYTES = 16 * 2**20
 

@@ -279,6 +279,13 @@ TOP_2 = {"moe.router": "top_k"}
             {"moe.balance_bias_rate": "0.1", "moe.sampling_temperature": "1.0"},
             ["moe.balance_bias_rate", "moe.sampling_temperature", "one of them"],
         ),
+        (
+            {"model.attention": "fused", "data.inputs_length": "2049"},
+            ["model.attention=fused", "2048", "2049", "einsum"],
+        ),
+        ({"train.profile_steps": "9"}, ["train.profile_steps='9'", "FIRST:LAST", "10:15"]),
+        ({"train.profile_steps": "5:3"}, ["FIRST ≤ LAST"]),
+        ({"train.profile_steps": "1:9999999"}, ["train.steps=550000"]),
         ({"moe.first": "4", "moe.last": "4"}, ["moe.first=4", "moe.last=4", "None"]),
         ({"moe.first": "3"}, ["moe.first=3", "moe.every=2"]),
         ({"moe.last": "14"}, ["moe.last=14", "model.num_encoder_layers=12"]),
