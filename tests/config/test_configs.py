@@ -375,7 +375,7 @@ def test_change_effects_are_those_of_the_contract():
     keys = flatten_config(Config())
     fixed = ("model.", "moe.", "lora.", "optimizer.name", "optimizer.trained")
     fixed += ("data.mixture", "data.reader")
-    neutral = ("mesh.", "train.accumulate", "model.remat", "model.attention")
+    neutral = ("mesh.", "train.accumulate", "train.profile_steps", "model.remat", "model.attention")
     neutral += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "init_model")
     for key in keys:
         expected = "checkpoint" if key.startswith(fixed) else "results"
