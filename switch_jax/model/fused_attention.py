@@ -99,6 +99,10 @@ class _Tiling(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attention(query, key, value, query_segment, key_segment, bias, tiling: _Tiling) -> jax.Array:
     """[B, T, I]: attention of padded queries; segments are [B, 1, T] and [B, 1, S]."""
+    return _forward(query, key, value, query_segment, key_segment, bias, tiling)
+
+
+def _forward(query, key, value, query_segment, key_segment, bias, tiling: _Tiling) -> jax.Array:
     inputs = {
         "query": query,
         "key": key,
@@ -112,7 +116,7 @@ def _attention(query, key, value, query_segment, key_segment, bias, tiling: _Til
 
 
 def _attention_fwd(*arguments):
-    return _attention(*arguments), arguments[:-1]
+    return _forward(*arguments), arguments[:-1]
 
 
 def _attention_bwd(tiling, saved, dy_BxTxI):

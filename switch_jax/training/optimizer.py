@@ -125,6 +125,7 @@ def _adafactor(batch_dims: Mapping[str, int]) -> optax.GradientTransformationExt
                 decay_rate=0.8, epsilon=1e-30, min_dim_size_to_factor=128, factored=True
             ),
             optax.clip_by_block_rms(1.0),
+            optax.identity(),  # checkpoints have the state of a third transformation, an empty one
         ),
         batch_dims,
     )

@@ -3,6 +3,7 @@
 import json
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,6 +125,8 @@ def test_the_remedy_names_memory_by_part_and_a_compiled_change(monkeypatch):
     config, target = tiny(**{"mesh.data": 2}), CompileTarget("v4:2x2x1")
     result = {
         "device_kind": "TPU v4",
+        "mesh": {"slice": 1, "data": 2, "expert": 1, "model": 1},
+        "fsdp": False,
         "hbm_bytes_per_device": 40 * 2**30,
         "hbm_available_bytes": 30 * 2**30,
         "parameter_bytes": 8 * 2**30,
@@ -137,6 +140,9 @@ def test_the_remedy_names_memory_by_part_and_a_compiled_change(monkeypatch):
         return {"fits": changed.train.accumulate == 2}
 
     monkeypatch.setattr("switch_jax.performance.compile.compile_step", compile_step)
+    # The two chips of which no other mesh is proposed: their kind has no known rates.
+    unknown = [SimpleNamespace(device_kind="TPU v99")] * 2
+    monkeypatch.setattr(CompileTarget, "devices", lambda _: unknown)
     sentence = remedy(config, target, result)
     assert "40.00 GiB of a TPU v4's 30.00 GiB, 10.00 GiB too many" in sentence
     assert "parameters 8.00 GiB, optimizer 2.00 GiB, teacher 3.00 GiB" in sentence

@@ -176,7 +176,11 @@ def later_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Returns the metrics that a run logged after `WORKDIR_STEPS`, without timings."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [
-        {key: value for key, value in line.items() if key not in _TIMINGS}
+        {
+            key: value
+            for key, value in line.items()
+            if key not in _TIMINGS and not key.startswith("goodput/")
+        }
         for line in lines
         if line["step"] > WORKDIR_STEPS
     ]
