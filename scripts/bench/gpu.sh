@@ -6,7 +6,7 @@
 # Writes into FOLDER (runs/gpu): tests of the model, attention and train step; step time, tokens a
 # second and MFU of T5-Base against Switch-Base with 8, 32 and 128 experts in bfloat16; decoding; the
 # same model in PyTorch, where that is installed; and what `switch-jax compile` predicts for this GPU.
-# Needs `pip install -e '.[cuda,interop]' pytest`; torch and transformers>=5.19 for the comparison.
+# Needs `pip install -e '.[cuda,interop]' pytest hypothesis`; torch and transformers>=5.19 for the comparison.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 folder=${1:-runs/gpu}

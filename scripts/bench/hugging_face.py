@@ -124,7 +124,7 @@ class Ours:
             name: jax.device_put(jnp.copy(value), state.params[name].sharding)
             for name, value in named_parameters(model).items()
         }
-        state = dataclasses.replace(state, params=params, rms={}, weights={})
+        state = dataclasses.replace(state, params=params, rms={})
         self.state = self.program.complete_state(state)
         self.model = self.program.sharded.model(jax.tree.map(jnp.copy, params))
 

@@ -111,11 +111,10 @@ def choose_attached_mesh(config: "Config") -> "Config":
 
     from switch_jax.distributed import fail_together
     from switch_jax.performance import choose_mesh, describe_choice, with_mesh
-    from switch_jax.training import teacher_config
 
     devices = jax.devices()
     with fail_together():
-        chosen = choose_mesh(config, devices, teacher_config(config))
+        chosen = choose_mesh(config, devices)
     if chosen is not None and jax.process_index() == 0:
         print(describe_choice(chosen, len(devices)), file=sys.stderr, flush=True)
     return with_mesh(config, chosen)

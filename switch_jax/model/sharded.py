@@ -167,10 +167,6 @@ class MeshJit:
         with jax.set_mesh(self._mesh):
             return self._jitted.trace(*args)
 
-    def program_text(self, *args: Any) -> str:
-        """Returns the optimised HLO for (abstract) arguments."""
-        return self.lower(*args).compile().as_text() or ""
-
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """Lowers the function for (abstract) arguments, to compile it ahead of time."""
         with jax.set_mesh(self._mesh):

@@ -57,8 +57,7 @@ def compile_step(config: Config, target: CompileTarget) -> CompileResult:
     not possible.
     """
     devices = target.devices()
-    teacher_model = teacher_config(config)
-    chosen = choose_mesh(config, devices, teacher_model)
+    chosen = choose_mesh(config, devices)
     config = with_mesh(config, chosen)
     teacher_model = teacher_config(config)
     mesh = make_mesh(config, devices, teacher=teacher_model)
@@ -329,10 +328,7 @@ def _memory_saving_changes(
         if saving:
             yield saving
         changed = override_config(config, {k: str(v) for k, v in saving.items()})
-        mesh = fitting_mesh(changed, target.devices(), teacher_config(changed))
+        mesh = fitting_mesh(changed, target.devices())
         if mesh is not None and mesh.mesh != result["mesh"]:
-            yield (
-                saving
-                | {f"mesh.{axis}": size for axis, size in mesh.mesh.items()}
-                | ({"mesh.fsdp": mesh.fsdp})
-            )
+            sizes = {f"mesh.{axis}": size for axis, size in mesh.mesh.items()}
+            yield saving | sizes | {"mesh.fsdp": mesh.fsdp}

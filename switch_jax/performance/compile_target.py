@@ -36,7 +36,7 @@ class CompileTarget:
 
     @property
     def name(self) -> str:
-        """What stands before the colon."""
+        """Name of the kind of device: the part before the colon."""
         return self.topology.partition(":")[0]
 
     def devices(self) -> Sequence[jax.Device]:
@@ -107,7 +107,7 @@ def _tpu_devices(topology: str, slices: int) -> Sequence[jax.Device]:
 
 @dataclasses.dataclass(frozen=True)
 class _Gpu:
-    """What XLA's CUDA compiler must know of a GPU besides `CHIPS`; sizes in bytes."""
+    """Facts of a GPU for XLA's CUDA compiler, besides those in `CHIPS`; sizes in bytes."""
 
     major: int  # of the compute capability
     minor: int

@@ -121,10 +121,11 @@ def suggest_meshes(
         for expert in _divisors(devices // (slices * model)):
             data = devices // (slices * model * expert)
             sizes = dict(zip(MESH_AXES, (slices, data, expert, model)))
-            fsdp_choices = (config.mesh.fsdp, True) if data > 1 else (config.mesh.fsdp,)
+            is_choice = data > 1 and not config.mesh.fsdp
+            fsdp_choices = (False, True) if is_choice else (config.mesh.fsdp,)
             legal = [
                 cost_model.suggestion(sizes, fsdp)
-                for fsdp in sorted(set(fsdp_choices))
+                for fsdp in fsdp_choices
                 if _is_legal(config, teacher, sizes, fsdp)
             ]
             suggestions += sorted(legal, key=_rank_key)[:1]

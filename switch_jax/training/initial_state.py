@@ -79,7 +79,7 @@ def make_initial_state(program: TrainProgram) -> TrainState:
     if config.init_optimizer == "loaded":
         opt_state = _restore_optimizer(source, program, state.opt_state)
         state = dataclasses.replace(state, opt_state=opt_state)
-    return program.complete_state(dataclasses.replace(state, rms={}, weights={}))
+    return program.complete_state(dataclasses.replace(state, rms={}))
 
 
 def initial_state_report(config: Config) -> str:

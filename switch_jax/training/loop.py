@@ -131,10 +131,7 @@ def _train_steps(
                 with goodput.measure("saving"):
                     save_state(checkpoints, state, batches, evaluated)
             if profiler.ends_with(step, last=last):
-                text = program.train_step.program_text(
-                    program.abstract_state, program.abstract_batch, program.abstract_teacher
-                )
-                display.print_line(profiler.end(state, text))
+                display.print_line(profiler.end(state, program.train_step_text))
             if last:
                 break
             if saving:

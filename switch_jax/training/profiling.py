@@ -8,7 +8,7 @@ instruction with a region gets a second slice, which bears its name.
 import gzip
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,23 @@ class StepProfiler:
         """Whether the trace ends after this step, which is the run's `last` or not."""
         return self._tracing and (last or step >= self._last)
 
-    def end(self, results: Any, program_text: str) -> str:
+    def end(self, results: Any, program_text: Callable[[], str]) -> str:
         """Ends the trace; returns a sentence about it.
 
         Args:
           results: of the last step, which the device may still compute.
-          program_text: optimised HLO of the train step.
+          program_text: returns the optimised HLO of the train step; called after the trace, which
+            would else show the compiler at work.
         """
         jax.block_until_ready(results)
         jax.profiler.stop_trace()
         self._tracing = False
-        for path in self._folder.rglob("perfetto_trace.json.gz"):
-            trace = json.loads(gzip.decompress(path.read_bytes()))
-            trace["traceEvents"] += region_slices(trace["traceEvents"], program_text)
-            write_atomically(path, gzip.compress(json.dumps(trace).encode()))
+        # Traces of earlier starts of the run are in the folder, too.
+        traces = self._folder.rglob("perfetto_trace.json.gz")
+        path = max(traces, key=lambda file: file.stat().st_mtime_ns)
+        trace = json.loads(gzip.decompress(path.read_bytes()))
+        trace["traceEvents"] += region_slices(trace["traceEvents"], program_text())
+        write_atomically(path, gzip.compress(json.dumps(trace).encode()))
         return f"wrote the trace {self._folder}, for TensorBoard and Perfetto"
 
 

@@ -41,7 +41,8 @@ from switch_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
-# Kinds of the matrices of layers, which compute in the activation dtype.
+# Kinds of the matrices of layers, which compute in the activation dtype. So do embedding and head,
+# but the gradients of their uses are added in float32.
 _LAYER_KINDS = ("attention", "feed_forward", "expert")
 
 
@@ -166,6 +167,13 @@ class TrainProgram:
         """Returns a state with `weights`, and with `rms` if it has none, of its parameters."""
         rms, weights = self._complete(state.params)
         return dataclasses.replace(state, rms=state.rms or rms, weights=weights)
+
+    def train_step_text(self) -> str:
+        """Returns the optimised HLO of `train_step`; it is compiled, or read from the cache."""
+        lowered = self.train_step.lower(
+            self.abstract_state, self.abstract_batch, self.abstract_teacher
+        )
+        return lowered.compile().as_text() or ""
 
     def _train_step(
         self, state: TrainState, batch: Batch, teacher_params: Mapping[str, jax.Array] | None = None

@@ -99,15 +99,6 @@ def test_impossible_meshes_and_topologies_are_an_error_of_one_sentence(config_fi
             CompileTarget(topology, slices).devices()
 
 
-def test_a_missing_tpu_compiler_is_an_error_that_names_it(monkeypatch):
-    def missing(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(UserError, match=r"pip install 'switch_jax\[tpu\]'"):
-        CompileTarget("v5p:2x2x1").devices()
-
-
 def test_memory_is_parsed_from_the_error_of_the_compiler():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"

@@ -30,13 +30,19 @@ def test_impossible_numbers_of_gpus_are_an_error_of_one_sentence(topology):
     assert "h100:64" in str(error.value) or "at least 1" in str(error.value)
 
 
-def test_a_missing_cuda_compiler_is_an_error_that_names_it(monkeypatch):
+@pytest.mark.parametrize(
+    "topology, extra", [("v5p:2x2x1", "tpu"), ("h100:8", "cuda-compile")], ids=["tpu", "cuda"]
+)
+def test_a_missing_compiler_is_an_error_that_names_it(topology, extra, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(UserError, match=r"pip install 'switch_jax\[cuda-compile\]'"):
-        CompileTarget("h100:8").devices()
+    with pytest.raises(UserError, match=rf"pip install 'switch_jax\[{extra}\]'"):
+        CompileTarget(topology).devices()
+
+
+def test_slices_of_gpus_and_unknown_kinds_are_refused():
     for topology, slices, words in (("h100:8", 2, "--slices is for TPUs"), ("mi300:8", 1, "name")):
         with pytest.raises(UserError, match=words):
             CompileTarget(topology, slices).devices()

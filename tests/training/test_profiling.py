@@ -41,7 +41,7 @@ def test_a_trace_of_some_steps_has_named_regions(tmp_path):
         result = step(x)
         if profiler.ends_with(number, last=False):
             assert number == 3
-            sentence = profiler.end(result, step.lower(x).compile().as_text())
+            sentence = profiler.end(result, step.lower(x).compile().as_text)
     assert str(tmp_path / "profile") in sentence
     (path,) = tmp_path.rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -56,4 +56,4 @@ def test_the_trace_ends_with_the_run_and_without_steps_there_is_none(tmp_path):
     profiler = StepProfiler("1:9", tmp_path)
     profiler.begin_step(5)  # a resumed run
     assert not profiler.ends_with(5, last=False) and profiler.ends_with(6, last=True)
-    profiler.end(jnp.ones(()), "")
+    profiler.end(jnp.ones(()), str)
