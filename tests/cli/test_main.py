@@ -1,5 +1,6 @@
 """Command line: reports of wrong input, and the verbs end to end."""
 
+import ctypes
 import io
 import json
 import signal
@@ -27,6 +28,20 @@ for module in pkgutil.walk_packages(switch_jax.__path__, "switch_jax."):
         importlib.import_module(module.name)
 from switch_jax.cli import main
 sys.exit(main(sys.argv[1:]))
+"""
+
+# A program with 36 MB buffers; prints how many pages the kernel gives its last 20 runs.
+PAGE_FAULTS = """
+import resource
+from switch_jax.cli.startup import start_jax
+start_jax()
+import jax, jax.numpy as jnp
+matmul, x = jax.jit(lambda x: (x * 2) @ x.T), jnp.ones((3000, 3000))
+faults = []
+for _ in range(40):
+    matmul(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[19])
 """
 
 
@@ -280,3 +295,10 @@ def test_ctrl_c_ends_native_code_and_a_second_one_ends_what_records_the_first(re
     finally:
         process.kill()
     assert (process.returncode, err) == (130, "switch-jax: Interrupted.\n")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_steps_on_cpu_reuse_their_memory():
+    command = [sys.executable, "-c", PAGE_FAULTS]
+    pages = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert pages < 50_000  # 350,000 if each run gets its buffers from the kernel
