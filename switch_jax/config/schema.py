@@ -156,6 +156,7 @@ class DataConfig:
     rate_exponent: float = 1.0  # a source without a rate has rate (documents)^rate_exponent
     counts: str | None = None  # JSON file of documents by source, for sources without counts
     on_bad_record: Literal["skip", "error"] = "skip"  # both report file and line
+    on_missing_task: Literal["error", "skip"] = "error"  # of a mixture of fine-tuning tasks
     vocabulary: str | None = None  # SentencePiece model, or bytes; None: trained on the mixture
     inputs_length: int = 512
     targets_length: int = 114

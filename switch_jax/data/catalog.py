@@ -12,14 +12,20 @@ pairs:/mine/{split}.jsonl       files whose records have `inputs` and `targets`
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from etils import epath
 
 from switch_jax.config import parse_json
+from switch_jax.data.finetuning.layouts import is_task_file
 from switch_jax.data.finetuning.task_mixtures import MIXTURES, find_task_or_mixture
-from switch_jax.data.finetuning.task_records import is_task_file
-from switch_jax.data.finetuning.task_source import TaskSource, find_task_source
+from switch_jax.data.finetuning.task_source import (
+    TaskSource,
+    find_task_source,
+    missing_tasks_error,
+)
 from switch_jax.data.finetuning.tasks import TASKS, custom_task
 from switch_jax.data.sources.python_text import PYTHON_TEXTS, PythonTextSource
 from switch_jax.data.sources.source import (
@@ -67,10 +73,14 @@ def source_name(spec: str) -> str:
     return "files"
 
 
-def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
+def sources_for_spec(
+    spec: str, data_dir: str | None, on_missing_task: Literal["error", "skip"] = "error"
+) -> list[Source]:
     """Returns the sources that a part of a mixture stands for; several for `mc4` and `glue`.
 
-    Raises `UserError` if there are none.
+    Tasks without files are left out with a sentence on stderr if `on_missing_task` is "skip".
+
+    Raises `UserError` if there are none, and for tasks without files.
     """
     if spec in PYTHON_TEXTS:
         return [PythonTextSource(spec)]
@@ -103,7 +113,7 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
             _mc4(root, code, version) for code in ([language] if language else MC4_LANGUAGES)
         ]
     elif tasks:
-        return [find_task_source(root, TASKS[task]) for task in tasks]
+        return [*_task_sources(root, tasks, on_missing_task)]
     elif name == "c4":
         candidates = [_tfds(root, "c4/en", version, "c4", _SPLITS) or _c4_json(root, version)]
     else:
@@ -114,6 +124,20 @@ def sources_for_spec(spec: str, data_dir: str | None) -> list[Source]:
             f"There is no {spec} in {data_dir!r}, neither as TFDS writes it nor as json.gz; set"
             " data.data_dir to the folder or bucket that has it."
         )
+    return sources
+
+
+def _task_sources(
+    root: epath.Path, names: Iterable[str], on_missing: Literal["error", "skip"]
+) -> list[TaskSource]:
+    found = {name: find_task_source(root, TASKS[name]) for name in names}
+    sources = [source for source in found.values() if source is not None]
+    missing = [TASKS[name] for name, source in found.items() if source is None]
+    if missing and (on_missing == "error" or not sources):
+        raise missing_tasks_error(root, missing)
+    if missing:
+        left_out = ", ".join(task.name for task in missing)
+        print(f"Left out, since {os.fspath(root)!r} lacks them: {left_out}.", file=sys.stderr)
     return sources
 
 

@@ -38,7 +38,8 @@ prompt-tuning) where SPoT has the task.
 Records of custom files have `inputs` and `targets` already.
 
 If the answer is unknown (a label of -1, no answers), targets are `<unk>`, or `-1.0` in glue.stsb,
-and `Example.answer` is None.
+and `Example.answer` is None. A record with another label than its task has raises
+`UnusableRecord`.
 """
 
 import operator
@@ -49,9 +50,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from switch_jax.errors import UserError
+from switch_jax.data.sources.bad_records import UnusableRecord
 
 UNKNOWN = "<unk>"
+_NO_CLASS = "of no class of its task"
+_NO_SIMILARITY = "of no similarity from 0 to 5"
+_WRONG_SPAN = "with a pronoun that is not where it says"
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 _SPACES = re.compile(r"[\t\n\f\r ]+")
 
@@ -92,7 +96,6 @@ Format = Callable[[Record, bool], list[Example]]
 def format_classification(
     record: Record,
     training: bool,
-    task: str,
     prefix: str,
     fields: Mapping[str, str],
     classes: Sequence[str],
@@ -103,12 +106,12 @@ def format_classification(
       fields: name in the inputs → field of the record, in the order of the inputs.
       classes: names in the order of their numbers; the label of a record may be either.
     """
-    label = _class_name(task, record["label"], classes)
+    label = _class_name(record["label"], classes)
     inputs = _join_fields(prefix, {name: record[field] for name, field in fields.items()})
     return [Example(inputs, UNKNOWN if label is None else label, label)]
 
 
-def format_stsb(record: Record, training: bool, task: str) -> list[Example]:
+def format_stsb(record: Record, training: bool) -> list[Example]:
     """Formats STS-B: targets are a similarity from 0 to 5, rounded to a multiple of 0.2."""
     inputs = _join_fields("stsb", {name: record[name] for name in ("sentence1", "sentence2")})
     try:
@@ -116,20 +119,15 @@ def format_stsb(record: Record, training: bool, task: str) -> list[Example]:
     except (TypeError, ValueError):
         label = np.float32(np.nan)
     if label != -1 and not 0 <= label <= 5:
-        raise UserError(
-            f"{task}: the label {record['label']!r} is no similarity from 0 to 5, nor -1 for one"
-            " that is not known; correct the record."
-        )
+        raise UnusableRecord(_NO_SIMILARITY, f"its label is {record['label']!r}")
     targets = f"{np.round(label * 5) / 5:.1f}"
     return [Example(inputs, targets, None if label == -1 else float(targets))]
 
 
-def format_multirc(
-    record: Record, training: bool, task: str, classes: Sequence[str]
-) -> list[Example]:
+def format_multirc(record: Record, training: bool, classes: Sequence[str]) -> list[Example]:
     """Formats MultiRC: targets tell whether an answer to a question is right."""
     fields = {name: name for name in ("question", "answer", "paragraph")}
-    [example] = format_classification(record, training, task, "multirc", fields, classes)
+    [example] = format_classification(record, training, "multirc", fields, classes)
     inputs = re.sub("</?b>", "", example.inputs.replace("<br>", " "))
     group = (record["idx"]["paragraph"], record["idx"]["question"])
     answer = None if example.answer is None else {"value": example.answer, "group": group}
@@ -154,12 +152,12 @@ def format_record_task(record: Record, training: bool) -> list[Example]:
     return [Example(inputs, targets, answer) for targets in (answers if training else answers[:1])]
 
 
-def format_wsc(record: Record, training: bool, task: str, classes: Sequence[str]) -> list[Example]:
+def format_wsc(record: Record, training: bool, classes: Sequence[str]) -> list[Example]:
     """Formats WSC as T5's `wsc_simple`: targets are a noun, perhaps that of the marked pronoun.
 
-    Raises `UserError` if `span2_text` is not the word at `span2_index`.
+    Raises `UnusableRecord` if `span2_text` is not the word at `span2_index`.
     """
-    label = _class_name(task, record["label"], classes)
+    label = _class_name(record["label"], classes)
     if training and label != "True":
         return []
     text, pronoun, place = record["text"], record["span2_text"], record["span2_index"]
@@ -168,21 +166,18 @@ def format_wsc(record: Record, training: bool, task: str, classes: Sequence[str]
     else:
         words = text.split(" ")
         if not 0 <= place < len(words) or words[place] != pronoun:
-            raise UserError(
-                f"{task}: span2_text={pronoun!r} is not word {place} of {text!r}; correct the"
-                " record's span2_index."
-            )
+            raise UnusableRecord(_WRONG_SPAN, f"span2_text {pronoun!r} is not word {place}")
         text = " ".join([*words[:place], f"*{pronoun}*", *words[place + 1 :]])
     noun = record["span1_text"]
     return [Example(f"wsc: {text}", noun, label and {"value": label, "referent": noun})]
 
 
-def format_dpr(record: Record, training: bool, task: str) -> list[Example]:
+def format_dpr(record: Record, training: bool) -> list[Example]:
     """Formats DPR: targets are the one of two nouns that the marked pronoun refers to."""
     # The first occurrence is the pronoun in question.
     pronoun = re.compile(rf" ({re.escape(record['pronoun'])})([ .,])")
     text = pronoun.sub(r" *\1*\2", record["sentence"], count=1)
-    answer = _class_name(task, record["label"], record["candidates"])
+    answer = _class_name(record["label"], record["candidates"])
     return [Example(f"wsc: {text}", UNKNOWN if answer is None else answer, answer)]
 
 
@@ -221,7 +216,7 @@ def format_trivia_qa(record: Record, training: bool) -> list[Example]:
     return [Example(inputs, answer["value"], list(answer["aliases"]) or None)]
 
 
-def format_arc(record: Record, training: bool, task: str, prefix: str) -> list[Example]:
+def format_arc(record: Record, training: bool, prefix: str) -> list[Example]:
     """Formats ARC: inputs are a question and three to five choices, targets a choice."""
     labels, texts = list(record["choices"]["label"]), list(record["choices"]["text"])
     choices = {f"choice{number}": text for number, text in enumerate(texts, start=1)}
@@ -230,16 +225,16 @@ def format_arc(record: Record, training: bool, task: str, prefix: str) -> list[E
     if key in (-1, ""):
         return [Example(inputs, UNKNOWN, None)]
     if key not in labels[: len(texts)]:
-        raise _unknown_label_error(task, key, labels)
+        raise _no_class(key, labels)
     answer = texts[labels.index(key)]
     return [Example(inputs, answer, answer)]
 
 
-def format_winogrande(record: Record, training: bool, task: str) -> list[Example]:
+def format_winogrande(record: Record, training: bool) -> list[Example]:
     """Formats Winogrande: targets are the one of two nouns that fills the gap `_`."""
     fields = ("sentence", "option1", "option2")
     inputs = _join_fields("winogrande", {name: record[name] for name in fields})
-    number = _class_name(task, record["label"], ("1", "2"))
+    number = _class_name(record["label"], ("1", "2"))
     answer = None if number is None else record[f"option{number}"]
     return [Example(inputs, UNKNOWN if answer is None else answer, answer)]
 
@@ -257,28 +252,25 @@ def _example_of_answers(inputs: str, answers: list[str]) -> list[Example]:
     return [Example(inputs, answers[0] if answers else UNKNOWN, answers or None)]
 
 
-def _class_name(task: str, label: int | str, classes: Sequence[str]) -> str | None:
+def _class_name(label: int | str, classes: Sequence[str]) -> str | None:
     """Returns the class of a label, which is a name or a number; None for -1.
 
-    "1" is the class of this name if there is one, else the second class. Raises `UserError` for any
-    other label.
+    "1" is the class of this name if there is one, else the second class. Raises `UnusableRecord`
+    for any other label.
     """
     if isinstance(label, str) and label in classes:
         return label
     try:
         number = int(label) if isinstance(label, str) else operator.index(label)
     except (TypeError, ValueError):
-        raise _unknown_label_error(task, label, classes) from None
+        raise _no_class(label, classes) from None
     if number == -1:
         return None
     if not 0 <= number < len(classes):
-        raise _unknown_label_error(task, label, classes)
+        raise _no_class(label, classes)
     return classes[number]
 
 
-def _unknown_label_error(task: str, label: Any, classes: Sequence[Any]) -> UserError:
+def _no_class(label: Any, classes: Sequence[Any]) -> UnusableRecord:
     names = ", ".join(map(str, classes))
-    return UserError(
-        f"{task}: the label {reprlib.repr(label)} is none of its classes ({names}), nor"
-        " the number of one, nor -1 for one that is not known; correct the record."
-    )
+    return UnusableRecord(_NO_CLASS, f"its label {reprlib.repr(label)} is none of {names}")

@@ -8,73 +8,53 @@ import contextlib
 import json
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from switch_jax.data.sources.bad_records import BadRecord, BadRecords
-from switch_jax.data.sources.record_files import Fields, file_format, read_records
-from switch_jax.errors import UserError
+from switch_jax.data.sources.bad_records import UnusableRecord
+from switch_jax.data.sources.record_files import Fields
 
 Schema = Mapping[str, Any]
 LABEL = int | str  # a class by its number or by its name
+_TYPE_NAMES = {str: "text", int: "whole number", float: "number", LABEL: "class's name or number"}
 
 
-def is_task_file(path: str) -> bool:
-    """Whether `read_task_records` can read a file of this name."""
-    return file_format(path) not in (None, "txt")
-
-
-def read_task_records(path: str, schema: Schema, bad: BadRecords) -> Iterator[Fields]:
-    """Yields the records of a file in order, with the fields of `schema`; adds others to `bad`.
+def select_fields(fields: Fields, schema: Schema, is_flat: bool = False) -> Fields:
+    """Returns the fields of `schema`, with its types.
 
     Args:
       schema: field → a type, several with `|`, `[type]` for a list, or a dict of fields.
+      is_flat: whether nested fields have names such as `idx/query`.
 
-    Raises `UserError` for an unknown name, for a missing package, for a field that is missing or of
-    another type, and if `bad` does.
+    Raises `UnusableRecord` if a field is missing or of another type.
     """
-    if not is_task_file(path):
-        raise UserError(
-            f"{path} has no known format; use .jsonl, .tsv, .csv or .tfrecord, each also with .gz"
-            " or .zst, or .parquet."
-        )
-    is_flat = file_format(path) in ("tfrecord", "tfrecords")
-    for record in read_records(path):
-        if isinstance(record, BadRecord):
-            bad.add(*record)
-        else:
-            yield _select_fields(record.fields, schema, record.place, is_flat)
+    return _select_fields(fields, schema, is_flat, "")
 
 
-def _select_fields(
-    fields: Fields, schema: Schema, place: str, is_flat: bool, prefix: str = ""
-) -> Fields:
-    """Returns the fields of `schema`; `is_flat`: nested ones have names such as `idx/query`."""
+def _select_fields(fields: Fields, schema: Schema, is_flat: bool, prefix: str) -> Fields:
     selected: Fields = {}
     for name, kind in schema.items():
-        key = prefix + name if is_flat else name
+        path = prefix + name
+        key = path if is_flat else name
         if isinstance(kind, dict):
             inner = fields if is_flat else _parse_json(fields.get(name), "{")
             if not isinstance(inner, dict):
-                raise UserError(f"{place} lacks the field {prefix + name!r}; add it.")
-            selected[name] = _select_fields(inner, kind, place, is_flat, f"{prefix}{name}/")
+                raise UnusableRecord(f"without the field {path!r}")
+            selected[name] = _select_fields(inner, kind, is_flat, f"{path}/")
         elif key not in fields:
-            raise UserError(f"{place} lacks the field {prefix + name!r}; add it.")
+            raise UnusableRecord(f"without the field {path!r}")
         else:
-            selected[name] = _convert(fields[key], kind, f"{place}: the field {prefix + name!r}")
+            selected[name] = _convert(fields[key], kind, path)
     return selected
 
 
-def _convert(value: Any, kind: Any, description: str) -> Any:
-    """Returns `value` with the type `kind`; raises `UserError` if it is of another type."""
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    """Returns `value` with the type `kind`; raises `UnusableRecord` if it is of another type."""
     if isinstance(kind, list):
         values = _parse_json(value, "[")
         if not isinstance(values, (list, tuple)):
-            raise UserError(
-                f"{description} is {reprlib.repr(value)} and must be a list, as in JSON; correct"
-                " it."
-            )
-        return [_convert(v, kind[0], description) for v in values]
+            raise _wrong_type(name, value, "list, as in JSON")
+        return [_convert(v, kind[0], name) for v in values]
     if isinstance(value, list) and len(value) == 1:  # as in a tf.train.Example
         value = value[0]
     if kind == LABEL:
@@ -87,9 +67,12 @@ def _convert(value: Any, kind: Any, description: str) -> Any:
     if kind is float and isinstance(value, int):
         value = float(value) if abs(value) < 2**1023 else math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind != LABEL):
-        name = getattr(kind, "__name__", kind)
-        raise UserError(f"{description} is {reprlib.repr(value)} and must be {name}; correct it.")
+        raise _wrong_type(name, value, _TYPE_NAMES[kind])
     return value
+
+
+def _wrong_type(name: str, value: Any, kind: str) -> UnusableRecord:
+    return UnusableRecord(f"with a {name!r} that is no {kind}", f"it is {reprlib.repr(value)}")
 
 
 def _parse_json(value: Any, begin: str) -> Any:

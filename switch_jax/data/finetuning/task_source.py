@@ -4,16 +4,16 @@ import hashlib
 import itertools
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
 from switch_jax.data.finetuning.prompts import Example
-from switch_jax.data.finetuning.task_records import is_task_file, read_task_records
+from switch_jax.data.finetuning.published_layouts import layouts_of_task
+from switch_jax.data.finetuning.task_records import select_fields
 from switch_jax.data.finetuning.tasks import Task
-from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.sources.record_files import file_format
+from switch_jax.data.sources.bad_records import BadRecord, BadRecords, UnusableRecord
+from switch_jax.data.sources.record_files import Record, file_format, read_records
 from switch_jax.data.sources.source import (
     SPLITS,
     File,
@@ -21,9 +21,8 @@ from switch_jax.data.sources.source import (
     Source,
     Split,
     files_digest,
-    files_in,
     is_held_out,
-    newest_version,
+    missing_numbers,
 )
 from switch_jax.errors import UserError
 
@@ -34,13 +33,20 @@ class TaskSource(Source):
     Args:
       files: of the data set's splits. If the files for validation are missing, a fixed 1 % of the
         training examples is held out.
+      read: yields the records of a file, with the fields of the task.
     """
 
     has_targets = True
 
-    def __init__(self, task: Task, files: Mapping[str, list[File]] | Mapping[Split, list[File]]):
+    def __init__(
+        self,
+        task: Task,
+        files: Mapping[str, list[File]] | Mapping[Split, list[File]],
+        read: Callable[[str], Iterator[Record | BadRecord]] = read_records,
+    ):
         self.name = task.name
         self._task = task
+        self._read = read
         self._files = {str(split): list(of_split) for split, of_split in files.items()}
         validation = task.splits.get("validation")
         self._holds_out = validation is not None and validation.split not in files
@@ -59,8 +65,6 @@ class TaskSource(Source):
         return (Shard(tuple(file.path for file in files), sum(file.size for file in files)),)
 
     def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
-        if self._holds_out and split == "validation":
-            bad = BadRecords("skip")  # training counts the bad records of the same files
         for example in self.examples(split, bad):
             if example.answer is not None:
                 yield example.inputs
@@ -77,15 +81,44 @@ class TaskSource(Source):
         rows = self._task.splits.get(split)
         if rows is None:
             return
-        records = (
-            record
-            for file in self._files[rows.split]
-            for record in read_task_records(file.path, self._task.schema, bad)
-        )
-        for record in itertools.islice(records, rows.begin, rows.end):
-            for example in self._task.format(record, split == "train"):
+        if split == "validation" and self._files[rows.split] == self._training_files():
+            bad = BadRecords("skip")  # training counts the bad records of the same files
+        records = itertools.islice(self._records(rows.split, bad), rows.begin, rows.end)
+        for place, record in records:
+            try:
+                examples = self._task.format(record, split == "train")
+            except UnusableRecord as error:
+                bad.add(*error.at(place))
+                continue
+            for example in examples:
                 if not self._holds_out or is_held_out(example.inputs) == (split == "validation"):
                     yield example
+
+    def missing_files(self, split: Split) -> list[str]:
+        rows = self._task.splits.get(split)
+        files = self._files[rows.split] if rows else []
+        if split == "validation" and files == self._training_files():
+            return []
+        return missing_numbers(file.path for file in files)
+
+    def _training_files(self) -> list[File]:
+        rows = self._task.splits.get("train")
+        return self._files[rows.split] if rows else []
+
+    def _records(self, split: str, bad: BadRecords) -> Iterator[Record]:
+        """Yields the records of a split of the data set, with the fields of the task's schema."""
+        for file in self._files[split]:
+            is_flat = file_format(file.path) in ("tfrecord", "tfrecords")
+            for record in self._read(file.path):
+                if isinstance(record, BadRecord):
+                    bad.add(*record)
+                    continue
+                try:
+                    fields = select_fields(record.fields, self._task.schema, is_flat)
+                except UnusableRecord as error:
+                    bad.add(*error.at(record.place))
+                else:
+                    yield Record(record.place, fields)
 
 
 def examples_to_json(examples: Iterable[Example]) -> Iterator[str]:
@@ -93,39 +126,47 @@ def examples_to_json(examples: Iterable[Example]) -> Iterator[str]:
     return (json.dumps(example._asdict()) for example in examples)
 
 
-def find_task_source(root: epath.Path, task: Task) -> TaskSource:
-    """Returns the source of a task whose files are below `root`.
+def find_task_source(root: epath.Path, task: Task) -> TaskSource | None:
+    """Returns the source of a task whose files are below `root`; None if there are none.
 
-    They are prepared by TFDS, or named after the splits:
-
-        glue/cola/2.0.0/glue-train.tfrecord-00000-of-00001
-        glue/cola/train.jsonl, validation.tsv, train-00000-of-00002.parquet
+    The files are in one of `layouts_of_task(task)`, the first of which any is found.
 
     Raises `UserError` if a split is missing, or is there in two formats.
     """
-    folder = root / task.dataset
-    version = newest_version(folder)
-    files: dict[str, list[File]] = {}
-    for rows in (task.splits[part] for part in SPLITS if part in task.splits):
-        if version is not None:
-            prefix = task.dataset.partition("/")[0]
-            of_split = files_in(version, f"{prefix}-{rows.split}.tfrecord*")
-        else:
-            of_split = files_in(folder, f"{rows.split}*")
-            name = re.compile(rf"{rows.split}(-\d+-of-\d+)?(\.\w+)+(-\d+-of-\d+)?(\.\w+)?")
-            of_split = [f for f in of_split if name.fullmatch(os.path.basename(f.path))]
-            of_split = [f for f in of_split if is_task_file(f.path)]
-        if not of_split:
-            raise UserError(
-                f"The {rows.split} split of {task.name} is not in {os.fspath(folder)!r}; prepare it"
-                f" with `tfds build {task.dataset}`, put {rows.split}.jsonl, .tsv or .parquet with"
-                f" the fields {', '.join(task.schema)} there, or set data.data_dir to where it is."
-            )
-        formats = sorted({str(file_format(file.path)) for file in of_split})
-        if len(formats) > 1:
-            raise UserError(
-                f"The {rows.split} split of {task.name} is in {os.fspath(folder)!r} as"
-                f" {' and as '.join(formats)}; keep one of them."
-            )
-        files[rows.split] = of_split
-    return TaskSource(task, files)
+    splits = [task.splits[part].split for part in SPLITS if part in task.splits]
+    for layout in layouts_of_task(task):
+        files = {split: layout.find(root, split) for split in splits}
+        if not any(files.values()):
+            continue
+        for split, of_split in files.items():
+            if not of_split:
+                raise UserError(
+                    f"The {split} split of {task.name} is missing: there is no"
+                    f" {layout.example(split)!r} in {os.fspath(root)!r}, which has"
+                    f" {_first_path(files)!r}; add it."
+                )
+            formats = sorted({str(file_format(file.path)) for file in of_split})
+            if len(formats) > 1:
+                raise UserError(
+                    f"The {split} split of {task.name} is in"
+                    f" {os.path.dirname(of_split[0].path)!r} as {' and as '.join(formats)}; keep"
+                    " one of them."
+                )
+        return TaskSource(task, files, layout.read)
+    return None
+
+
+def missing_tasks_error(root: epath.Path, missing: Sequence[Task]) -> UserError:
+    """Returns the error for tasks without files, with all layouts of the first one."""
+    task = missing[0]
+    split = next(task.splits[part].split for part in SPLITS if part in task.splits)
+    paths = [f"{layout.example(split)} ({layout.name})" for layout in layouts_of_task(task)]
+    names = ", ".join(other.name for other in missing)
+    return UserError(
+        f"{names}: not in {os.fspath(root)!r}; for {task.name}, put {' or '.join(paths)} there,"
+        " or set data.on_missing_task=skip to leave out what is missing."
+    )
+
+
+def _first_path(files: Mapping[str, list[File]]) -> str:
+    return next(of_split[0].path for of_split in files.values() if of_split)

@@ -174,9 +174,7 @@ def _classification(
     if isinstance(fields, str):
         fields = {field: field for field in fields.split()}
     prefix = prefix or name.partition(".")[2]
-    format = partial(
-        format_classification, task=name, prefix=prefix, fields=fields, classes=classes
-    )
+    format = partial(format_classification, prefix=prefix, fields=fields, classes=classes)
     schema = {**dict.fromkeys(fields.values(), str), "label": LABEL}
     return _task(name, num_examples, metrics, format, schema, classes, dataset, splits)
 
@@ -198,7 +196,7 @@ def _arc(name: str, config: str, num_examples: int) -> Task:
         f"arc.{name}",
         num_examples,
         "accuracy",
-        partial(format_arc, task=f"arc.{name}", prefix=f"arc_{name}"),
+        partial(format_arc, prefix=f"arc_{name}"),
         {"question": str, "choices": {"text": [str], "label": [LABEL]}, "answerKey": LABEL},
         dataset=f"ai2_arc/{config}:1.0.0",
     )
@@ -209,7 +207,7 @@ def _winogrande(size: str, num_examples: int) -> Task:
         f"winogrande.{size}",
         num_examples,
         "accuracy",
-        partial(format_winogrande, task=f"winogrande.{size}"),
+        format_winogrande,
         {"sentence": str, "option1": str, "option2": str, "label": LABEL},
         dataset="winogrande:1.2.0",
         splits={**_ALL, "train": Rows(f"train_{size}")},
@@ -260,7 +258,7 @@ _TASKS = (
         "glue.stsb",
         5_749,
         "pearson spearman",
-        partial(format_stsb, task="glue.stsb"),
+        format_stsb,
         {"sentence1": str, "sentence2": str, "label": float},
     ),
     _classification("glue.mnli", 392_702, _NLI, _INFERENCE, splits={"train": Rows("train")}),
@@ -277,7 +275,7 @@ _TASKS = (
         "super_glue.multirc",
         27_243,
         "multirc",
-        partial(format_multirc, task="super_glue.multirc", classes=_BOOLEAN),
+        partial(format_multirc, classes=_BOOLEAN),
         {
             "question": str,
             "answer": str,
@@ -306,7 +304,7 @@ _TASKS = (
         "super_glue.wsc",
         259,
         "wsc",
-        partial(format_wsc, task="super_glue.wsc", classes=_BOOLEAN),
+        partial(format_wsc, classes=_BOOLEAN),
         {"text": str, "span1_text": str, "span2_text": str, "span2_index": int, "label": LABEL},
         _BOOLEAN,
         "super_glue/wsc.fixed:1.0.2",
@@ -315,7 +313,7 @@ _TASKS = (
         "super_glue.dpr",
         1_322,
         "accuracy",
-        partial(format_dpr, task="super_glue.dpr"),
+        format_dpr,
         {"sentence": str, "pronoun": str, "candidates": [str], "label": LABEL},
         dataset="definite_pronoun_resolution:1.1.0",
         splits={"train": Rows("train"), "test": Rows("test")},

@@ -16,6 +16,7 @@ NOT_JSON = "not a JSON object"
 NOT_EXAMPLE = "not a tf.train.Example"
 NO_TEXT = "without a text"
 TOO_LONG = "too long"
+UNEVEN = "a row with another number of fields than the first"
 DAMAGED = "cut short or damaged"  # mostly with everything behind it in the file
 MISSING = "missing or unreadable"  # a file, or its part that is not read yet
 
@@ -30,6 +31,24 @@ class BadRecord(NamedTuple):
 
     kind: str
     place: str
+
+
+class UnusableRecord(Exception):
+    """A record was read but cannot be used.
+
+    Attributes:
+      kind: as the constants above.
+      detail: what is wrong in this record, such as "'label' is 'maybe'".
+    """
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(f"{kind} ({detail})" if detail else kind)
+        self.kind = kind
+        self.detail = detail
+
+    def at(self, place: str) -> BadRecord:
+        """Returns the bad record at a place, such as "/data/a.tsv, record 3"."""
+        return BadRecord(self.kind, f"{place} ({self.detail})" if self.detail else place)
 
 
 class BadRecords:

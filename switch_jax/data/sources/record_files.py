@@ -2,7 +2,8 @@
 
 | name                                      | a record                                             |
 |-------------------------------------------|------------------------------------------------------|
-| `….json`, `….jsonl`, `….ndjson`           | a line: an object                                    |
+| `….json`, `….jsonl`, `….ndjson`           | a line: an object; of a `.json` that is an array,    |
+|                                           | an item: an object                                   |
 | `….txt`                                   | lines, up to a blank one: their `text`               |
 | `….tsv`, `….csv`                          | a line; the first one has the names of the fields    |
 | `….tfrecord`, `….tfrecord-00000-of-00004` | a tf.train.Example: lists of texts or numbers        |
@@ -18,7 +19,8 @@ import io
 import json
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -30,9 +32,11 @@ from switch_jax.data.sources.bad_records import (
     NOT_JSON,
     NOT_UTF8,
     TOO_LONG,
+    UNEVEN,
     BadRecord,
 )
 from switch_jax.data.sources.compression import DamagedFile, import_package, open_stream
+from switch_jax.data.sources.json_items import ARRAY_ITEMS, is_json_array, read_json_items
 from switch_jax.data.sources.plain_text import is_utf8, read_plain_text
 from switch_jax.data.sources.tfrecord import MAX_RECORD_BYTES, parse_example, read_tfrecords
 from switch_jax.errors import UserError
@@ -70,7 +74,12 @@ def file_format(path: str) -> str | None:
     return None if match is None else match[1]
 
 
-def read_records(path: str, field: str | None = None) -> Iterator[Record | BadRecord]:
+def read_records(
+    path: str,
+    field: str | None = None,
+    columns: Sequence[str] | None = None,
+    items: str | None = None,
+) -> Iterator[Record | BadRecord]:
     """Yields the records of a file in order, and a `BadRecord` for each that cannot be read.
 
     Behind a bad record, reading continues if it can. Some damage is noticed late: records in front
@@ -79,16 +88,22 @@ def read_records(path: str, field: str | None = None) -> Iterator[Record | BadRe
     Args:
       path: has one of the names in the table above.
       field: only this field is read, and of TFRecords its only value; other fields may be bad.
+      columns: names of the columns of a table whose first line has none.
+      items: where the records of a JSON document are; see `read_json_items`.
 
     Raises `UserError` if a package is missing.
     """
     match = _NAME.search(path)
     assert match is not None
     unit, read = _READERS[match[1]]
+    if columns is not None:
+        read = partial(_read_table, columns=columns)
     number = 0
     try:
         with epath.Path(path).open("rb") as file:
             stream = file if read is _read_parquet else open_stream(file, match[2], path)
+            if match[1] == "json" and (items or is_json_array(stream)):
+                unit, read = "item", partial(read_json_items, items=items or ARRAY_ITEMS)
             for number, record in read(stream, path, field):
                 if isinstance(record, str):
                     yield BadRecord(record, f"{path}, {unit} {number}")
@@ -134,17 +149,21 @@ def _parse_json(line: bytes, field: str | None) -> Fields | str:
 
 
 def _read_table(
-    file: io.BufferedReader, path: str, field: str | None
+    file: io.BufferedReader,
+    path: str,
+    field: str | None,
+    columns: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, Fields | str | None]]:
     lines = _RowLines(io.TextIOWrapper(file, "utf-8-sig", newline=""))
     if file_format(path) == "csv":
-        rows = csv.DictReader(lines)
+        rows = csv.DictReader(lines, columns)
     else:  # quotation marks mean nothing in GLUE's tables
-        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = csv.DictReader(lines, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
         for number, row in enumerate(rows, start=1):
             lines.size = 0
-            yield number, row
+            # DictReader keeps surplus values under the name None, and fills missing ones with None.
+            yield number, UNEVEN if None in row or None in row.values() else row
     except (csv.Error, UnicodeDecodeError):
         raise DamagedFile from None
 

@@ -146,7 +146,7 @@ class FileSource(Source):
     def missing_files(self, split: Split) -> list[str]:
         if self._holds_out and split == "validation":
             return []
-        return _missing_numbers(file.path for file in self._files[split])
+        return missing_numbers(file.path for file in self._files[split])
 
 
 def files_digest(files: Iterable[Iterable[File]]) -> str:
@@ -161,7 +161,7 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(digest, "big") % 100 == 0
 
 
-def _missing_numbers(paths: Iterable[str]) -> list[str]:
+def missing_numbers(paths: Iterable[str]) -> list[str]:
     """Returns the paths that are missing among numbered ones, `…-00003-of-00128…`."""
     present: dict[tuple[str, str, str], set[int]] = {}
     for path in paths:
