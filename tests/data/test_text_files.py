@@ -402,6 +402,9 @@ def test_bad_records_are_summarized_in_a_sentence():
         "7 records were left out: 4 too long (first: b.json, line 1),"
         " 3 empty (first: a.json, line 3)."
     )
+    files = BadRecords("skip")
+    files.merge({MISSING: 2}, {MISSING: "b-00001-of-00004.json"})
+    assert files.summary() == "2 files are missing or unreadable (first: b-00001-of-00004.json)."
 
 
 def test_bad_records_are_counted_across_threads():

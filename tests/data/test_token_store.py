@@ -245,6 +245,7 @@ def test_bad_records_are_counted_in_the_manifest_and_reported(vocabulary, tmp_pa
         *("empty", "not a JSON object", "without a text", "cut short or damaged"),
         "missing or unreadable",
     }
+    assert "1 file is missing or unreadable (first: " in stderr
     assert "part-00001-of-00003" in stderr and "part-00000-of-00003.jsonl, line 4" in stderr
     documents = TokenStore(tmp_path / "store").num_documents()["part"]
     assert 20 <= documents < 40

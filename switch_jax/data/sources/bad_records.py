@@ -1,4 +1,4 @@
-"""Bad records: counted by kind, with the place of the first of each, or refused."""
+"""Bad records and missing files: counted by kind, with the first of each, or refused."""
 
 import atexit
 import sys
@@ -68,10 +68,12 @@ class BadRecords:
     def add(self, kind: str, place: str) -> None:
         """Counts a bad record; raises `UserError` instead if the action is "error"."""
         if self._action == "error":
-            raise UserError(
-                f"{place} is {kind}; repair or remove it, or set data.on_bad_record=skip to leave"
-                " such records out."
+            remedy = (
+                "add it, or set data.on_bad_record=skip to read the other files"
+                if kind == MISSING
+                else "repair or remove it, or set data.on_bad_record=skip to leave such records out"
             )
+            raise UserError(f"{place} is {kind}; {remedy}.")
         self.merge({kind: 1}, {kind: place})
 
     def merge(self, counts: dict[str, int], first: dict[str, str]) -> None:
@@ -82,14 +84,25 @@ class BadRecords:
                 self.first.setdefault(kind, first[kind])
 
     def summary(self) -> str | None:
-        """Returns a sentence with every kind, the most frequent first; None without bad records."""
+        """Returns a sentence with every kind, the most frequent first; None if nothing is bad."""
         with self._lock:
-            if not self.counts:
-                return None
-            kinds = sorted(self.counts, key=lambda kind: (-self.counts[kind], kind))
-            total = sum(self.counts.values())
-            listed = ", ".join(f"{self.counts[k]} {k} (first: {self.first[k]})" for k in kinds)
-        return f"{total} {'record was' if total == 1 else 'records were'} left out: {listed}."
+            counts, first = dict(self.counts), dict(self.first)
+        parts = []
+        num_files = counts.pop(MISSING, 0)
+        if counts:
+            kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))
+            listed = ", ".join(f"{counts[k]} {k} (first: {first[k]})" for k in kinds)
+            parts.append(f"{_count(sum(counts.values()), 'record', 'was')} left out: {listed}")
+        if num_files:
+            is_missing = f"{_count(num_files, 'file', 'is')} {MISSING}"
+            parts.append(f"{is_missing} (first: {first[MISSING]})")
+        return f"{'; '.join(parts)}." if parts else None
+
+
+def _count(number: int, noun: str, verb: str) -> str:
+    """Returns "1 record was", "2 records were" or, for files, "1 file is", "2 files are"."""
+    plural = {"was": "were", "is": "are"}[verb]
+    return f"1 {noun} {verb}" if number == 1 else f"{number} {noun}s {plural}"
 
 
 class ReportedBadRecords(BadRecords):

@@ -162,17 +162,22 @@ def is_held_out(text: str) -> bool:
 
 
 def missing_numbers(paths: Iterable[str]) -> list[str]:
-    """Returns the paths that are missing among numbered ones, `…-00003-of-00128…`."""
-    present: dict[tuple[str, str, str], set[int]] = {}
+    """Returns the paths that are missing among numbered ones, `…-00003-of-00128…`.
+
+    Files of the same numbers may have several suffixes, such as `.jsonl` and `.jsonl.gz`; a missing
+    one is named with that of the first.
+    """
+    present: dict[tuple[str, str], dict[int, str]] = {}
     for path in paths:
         match = _NUMBERED.fullmatch(path)
         if match and int(match[3]) <= _MAX_SHARDS:
-            before, number, count, after = match.groups()
-            present.setdefault((before, count, after), set()).add(int(number))
+            before, number, count, suffix = match.groups()
+            present.setdefault((before, count), {})[int(number)] = suffix
     return [
-        f"{before}{number:0{len(count)}d}-of-{count}{after}"
-        for (before, count, after), numbers in present.items()
-        for number in sorted(set(range(int(count))) - numbers)
+        f"{before}{number:0{len(count)}d}-of-{count}{next(iter(suffixes.values()))}"
+        for (before, count), suffixes in present.items()
+        for number in range(int(count))
+        if number not in suffixes
     ]
 
 
