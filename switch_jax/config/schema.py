@@ -153,6 +153,8 @@ class DataConfig:
     # seqio: text, tokenised while training
     reader: Literal["store", "seqio", "synthetic"] = _key("store", change="checkpoint")
     data_dir: str | None = None  # folder or bucket of the sources or of the token store
+    text_field: str = "text"  # of the records of one's own files of text
+    documents: Literal["paragraphs", "lines"] = "paragraphs"  # of one's own .txt files
     rate_exponent: float = 1.0  # a source without a rate has rate (documents)^rate_exponent
     counts: str | None = None  # JSON file of documents by source, for sources without counts
     on_bad_record: Literal["skip", "error"] = "skip"  # both report file and line

@@ -7,6 +7,7 @@ mc4, mc4.sw                     multilingual C4 there, all languages or one
 c4/en:2.2.0, lm1b               a TFDS data set in `data.data_dir` whose examples have a `text`
 glue, squad, arc.easy           fine-tuning tasks in `data.data_dir`: see `finetuning.tasks`
 /books/{split}-*.jsonl.gz       files; `{split}` stands for train and validation
+/books                          a folder: all files in it, and below, that can be read
 pairs:/mine/{split}.jsonl       files whose records have `inputs` and `targets`
 """
 
@@ -18,7 +19,7 @@ from typing import Literal
 
 from etils import epath
 
-from switch_jax.config import parse_json
+from switch_jax.config import DataConfig, parse_json
 from switch_jax.data.finetuning.layouts import is_task_file
 from switch_jax.data.finetuning.task_mixtures import MIXTURES, find_task_or_mixture
 from switch_jax.data.finetuning.task_source import (
@@ -34,11 +35,12 @@ from switch_jax.data.sources.source import (
     FileSource,
     Source,
     Split,
+    files_below,
     files_in,
     glob_files,
     newest_version,
 )
-from switch_jax.data.sources.text_files import is_text_file
+from switch_jax.data.sources.text_files import TextFormat, is_text_file
 from switch_jax.errors import UserError
 
 # mC4's 101 languages; six of them have a second code, for texts in Latin script.
@@ -73,23 +75,23 @@ def source_name(spec: str) -> str:
     return "files"
 
 
-def sources_for_spec(
-    spec: str, data_dir: str | None, on_missing_task: Literal["error", "skip"] = "error"
-) -> list[Source]:
+def sources_for_spec(spec: str, data: DataConfig) -> list[Source]:
     """Returns the sources that a part of a mixture stands for; several for `mc4` and `glue`.
 
-    Tasks without files are left out with a sentence on stderr if `on_missing_task` is "skip".
+    Tasks without files are left out with a sentence on stderr if `data.on_missing_task` is "skip".
 
     Raises `UserError` if there are none, and for tasks without files.
     """
+    data_dir, text_format = data.data_dir, TextFormat(data.text_field, data.documents)
     if spec in PYTHON_TEXTS:
         return [PythonTextSource(spec)]
     if spec.startswith(_PAIRS):
         files = _named_files(spec, is_task_file, ".jsonl, .tsv, .csv, .parquet or .tfrecord")
         return [TaskSource(custom_task(source_name(spec)), files)]
     if is_file_pattern(spec):
-        known = ".txt, .json, .jsonl (or these with .gz or .zst), .parquet or .tfrecord"
-        return [FileSource(source_name(spec), _named_files(spec, is_text_file, known), {})]
+        known = ".txt, .json, .jsonl, .csv, .tsv (also with .gz or .zst), .parquet or .tfrecord"
+        files = _named_files(spec, is_text_file, known)
+        return [FileSource(source_name(spec), files, {}, text_format)]
     name, _, version = spec.partition(":")
     group, _, language = name.partition(".")
     multilingual = group == "mc4" and (not language or language in MC4_LANGUAGES)
@@ -113,7 +115,7 @@ def sources_for_spec(
             _mc4(root, code, version) for code in ([language] if language else MC4_LANGUAGES)
         ]
     elif tasks:
-        return [*_task_sources(root, tasks, on_missing_task)]
+        return [*_task_sources(root, tasks, data.on_missing_task)]
     elif name == "c4":
         candidates = [_tfds(root, "c4/en", version, "c4", _SPLITS) or _c4_json(root, version)]
     else:
@@ -185,11 +187,17 @@ def _named_files(spec: str, is_known: Callable[[str], bool], known: str) -> dict
         del patterns["validation"]
     elif os.path.isfile(pattern):  # its name has these characters
         patterns = {"train": pattern}
-    files_of_split = {split: glob_files(pattern) for split, pattern in patterns.items()}
+    files_of_split = {
+        split: [file for file in files_below(epath.Path(pattern)) if is_known(file.path)]
+        if epath.Path(pattern).is_dir()
+        else glob_files(pattern)
+        for split, pattern in patterns.items()
+    }
     for split, files in files_of_split.items():
         if not files:
             raise UserError(
-                f"data.mixture: no file matches {patterns[split]!r}; name files that exist."
+                f"data.mixture: no file matches {patterns[split]!r}; name files that exist, or a"
+                f" folder with {known} in it."
             )
         unknown = [file.path for file in files if not is_known(file.path)]
         if unknown:

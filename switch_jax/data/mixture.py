@@ -88,7 +88,7 @@ def find_sources(data: DataConfig) -> list[Source]:
         )
     sources: dict[str, Source] = {}
     for part in parts:
-        for source in sources_for_spec(part.spec, data.data_dir, data.on_missing_task):
+        for source in sources_for_spec(part.spec, data):
             if source.name in sources and not is_file_pattern(part.spec):
                 raise UserError(f"data.mixture names {source.name} twice; name it once.")
             source.name, source.spec = _unused_name(source.name, sources), part.spec

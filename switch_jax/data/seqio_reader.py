@@ -174,6 +174,9 @@ class SeqioIterator:
                 )
             for path in source.missing_files(split):
                 self._bad_records.add(MISSING, path)
+            if split == "validation":
+                for note in source.notes():
+                    print(note, file=sys.stderr, flush=True)
         self._readers = [BlockReader(source, split, self._bad_records) for source in sources]
         self._iterator = iter(
             self._dataset(config, split, process_rows, vocabulary, list(rates.values()))

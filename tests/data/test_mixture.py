@@ -129,7 +129,7 @@ def test_folders_and_files_may_have_any_name(tmp_path):
     assert glob_files(pattern) == glob_files(str(folder / names[0])) != []
     assert newest_version(epath.Path(folder, "c4/en")).name == "1.0.0"
     shutil.rmtree(folder / "c4")
-    (source,) = sources_for_spec("c4", str(folder))
+    (source,) = sources_for_spec("c4", DataConfig(data_dir=str(folder)))
     assert [path for shard in source.shards("train") for path in shard.paths] == [
         str(folder / names[1])
     ]
@@ -161,7 +161,7 @@ def test_missing_sources_are_refused(tmp_path, monkeypatch, spec, data_dir, word
     (tmp_path / "here" / "picture.png").write_bytes(b"")
     (tmp_path / "here" / "c4" / "en").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
-        sources_for_spec(spec, data_dir)
+        sources_for_spec(spec, DataConfig(data_dir=data_dir))
     assert words in str(caught.value)
 
 
@@ -173,7 +173,7 @@ def test_c4_of_allenai_is_found_in_every_folder(tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"text": name}) + "\n")
             os.system(f"gzip {file}")
-        (source,) = sources_for_spec("c4", str(folder))
+        (source,) = sources_for_spec("c4", DataConfig(data_dir=str(folder)))
         assert all_texts(source, "train") == ["c4-train.00000-of-00002", "c4-train.00001-of-00002"]
         assert all_texts(source, "validation") == ["c4-validation.00000"]
 
@@ -181,7 +181,7 @@ def test_c4_of_allenai_is_found_in_every_folder(tmp_path):
 def test_documents_are_held_out_without_a_validation_split(tmp_path):
     texts = [f"document {i // 2}" for i in range(4000)]  # each twice
     mixture = runs.write_text(tmp_path, train=texts)
-    (source,) = sources_for_spec(mixture.replace("{split}", "train"), None)
+    (source,) = sources_for_spec(mixture.replace("{split}", "train"), DataConfig())
     train, validation = (all_texts(source, split) for split in ("train", "validation"))
     assert sorted(train + validation) == sorted(texts)
     assert not set(train) & set(validation)
@@ -193,7 +193,7 @@ def test_small_files_share_a_shard(tmp_path, monkeypatch):
     monkeypatch.setattr("switch_jax.data.sources.source._SHARD_BYTES", 100)
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * (150 if i == 4 else 30))
-    (source,) = sources_for_spec(f"{tmp_path}/*.txt", None)
+    (source,) = sources_for_spec(f"{tmp_path}/*.txt", DataConfig())
     shards = source.shards("train")
     assert [len(shard.paths) for shard in shards] == [3, 1, 1, 3, 2]
     assert source.size() == 9 * 30 + 150
@@ -211,7 +211,7 @@ def test_missing_numbered_files_are_found():
 def test_fingerprint_depends_on_sizes_and_splits(tmp_path):
     def fingerprint(**splits):
         pattern = runs.write_text(tmp_path, **splits)
-        return sources_for_spec(pattern, None)[0].fingerprint
+        return sources_for_spec(pattern, DataConfig())[0].fingerprint
 
     prints = {
         fingerprint(train=train, validation=validation)

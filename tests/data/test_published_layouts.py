@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from scripts.docs import task_files
+from switch_jax.config import DataConfig
 from switch_jax.data.catalog import sources_for_spec
 from switch_jax.data.finetuning.published_layouts import layouts_of_task
 from switch_jax.data.finetuning.task_records import select_fields
@@ -69,7 +70,7 @@ def test_published_files_give_the_records_of_tfds(name, tmp_path):
     pytest.importorskip("tensorflow_datasets")
     published_files.write_archive(tmp_path, name)
     task = TASKS[name]
-    [source] = sources_for_spec(name, str(tmp_path))
+    [source] = sources_for_spec(name, DataConfig(data_dir=str(tmp_path)))
     for part in PARTS:
         if part not in task.splits:
             continue
@@ -126,7 +127,7 @@ def test_files_of_the_hub_are_read(name, files, tmp_path):
             file = files.format(split=splits.get(rows.split, rows.split), i=i)
             miniature.write_parquet(tmp_path / folder / f"{file}.parquet", renamed)
         expected[rows.split] = records
-    [source] = sources_for_spec(name, str(tmp_path))
+    [source] = sources_for_spec(name, DataConfig(data_dir=str(tmp_path)))
     for part in PARTS:
         if part in task.splits:
             rows = task.splits[part]
@@ -137,7 +138,7 @@ def test_files_of_the_hub_are_read(name, files, tmp_path):
 
 def test_broken_rows_are_left_out_with_their_place_and_counted_once(tmp_path):
     published_files.write_archive(tmp_path, "glue.qqp")
-    [source] = sources_for_spec("glue.qqp", str(tmp_path))
+    [source] = sources_for_spec("glue.qqp", DataConfig(data_dir=str(tmp_path)))
     bad = BadRecords("skip")
     assert len(list(source.examples("train", bad))) == 2
     assert bad.counts == {UNEVEN: 2} and bad.first[UNEVEN].endswith("QQP/train.tsv, record 2")
@@ -155,7 +156,7 @@ def test_every_bad_record_has_its_place_and_reason(tmp_path):
     ]
     for split in ("train", "validation"):
         miniature.write_jsonl(tmp_path / "glue" / "cola" / f"{split}.jsonl", lines)
-    [source] = sources_for_spec("glue.cola", str(tmp_path))
+    [source] = sources_for_spec("glue.cola", DataConfig(data_dir=str(tmp_path)))
     bad = BadRecords("skip")
     [example] = source.examples("train", bad)
     assert example.inputs == "cola sentence: It is." and len(bad.counts) == 4
@@ -170,7 +171,7 @@ def test_a_record_of_another_data_set_is_bad(tmp_path):
     for split in ("train", "val"):
         file = tmp_path / "ReCoRD" / f"{split}.jsonl"
         file.rename(tmp_path / "MultiRC" / file.name)
-    [source] = sources_for_spec("super_glue.multirc", str(tmp_path))
+    [source] = sources_for_spec("super_glue.multirc", DataConfig(data_dir=str(tmp_path)))
     bad = BadRecords("skip")
     assert not list(source.examples("train", bad))
     assert bad.counts == {"not a record of SuperGLUE's zip": 1}
@@ -181,22 +182,24 @@ def test_missing_tasks_are_named_at_once_or_left_out(tmp_path, capsys):
         if name not in ("super_glue.dpr", "super_glue.axg"):
             published_files.write_archive(tmp_path, name)
     with pytest.raises(UserError) as refused:
-        sources_for_spec("super_glue", str(tmp_path))
+        sources_for_spec("super_glue", DataConfig(data_dir=str(tmp_path)))
     message = str(refused.value)
     assert message.startswith("super_glue.dpr, super_glue.axg: not in ")
     assert "definite_pronoun_resolution/train.c.txt (the authors' text files)" in message
-    sources = sources_for_spec("super_glue", str(tmp_path), "skip")
+    sources = sources_for_spec(
+        "super_glue", DataConfig(data_dir=str(tmp_path), on_missing_task="skip")
+    )
     assert len(sources) == 9
     assert "lacks them: super_glue.dpr, super_glue.axg." in capsys.readouterr().err
     with pytest.raises(UserError, match=r"glue\.cola, .*: not in "):
-        sources_for_spec("glue", str(tmp_path), "skip")
+        sources_for_spec("glue", DataConfig(data_dir=str(tmp_path), on_missing_task="skip"))
 
 
 def test_a_missing_split_of_an_archive_is_named(tmp_path):
     published_files.write_archive(tmp_path, "glue.cola")
     (tmp_path / "CoLA" / "dev.tsv").unlink()
     with pytest.raises(UserError, match=r"validation split of glue\.cola .* no 'CoLA/dev\.tsv' in"):
-        sources_for_spec("glue.cola", str(tmp_path))
+        sources_for_spec("glue.cola", DataConfig(data_dir=str(tmp_path)))
 
 
 def test_a_json_array_is_read_as_a_stream_and_its_damage_is_found(tmp_path):

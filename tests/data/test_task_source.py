@@ -29,7 +29,7 @@ def records_of(task):
 
 
 def examples(spec, data_dir, split):
-    [source] = sources_for_spec(spec, str(data_dir))
+    [source] = sources_for_spec(spec, DataConfig(data_dir=str(data_dir)))
     return list(source.examples(split, BadRecords("error")))
 
 

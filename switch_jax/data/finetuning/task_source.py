@@ -1,18 +1,21 @@
 """Sources of fine-tuning tasks, whose texts alternate between inputs and targets."""
 
+import functools
 import hashlib
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from switch_jax.data.finetuning.prompts import Example
 from switch_jax.data.finetuning.published_layouts import layouts_of_task
 from switch_jax.data.finetuning.task_records import select_fields
-from switch_jax.data.finetuning.tasks import Task
+from switch_jax.data.finetuning.tasks import Rows, Task
 from switch_jax.data.sources.bad_records import BadRecord, BadRecords, UnusableRecord
+from switch_jax.data.sources.held_out import SMALL_BYTES, HeldOut, hold_out_of
 from switch_jax.data.sources.record_files import Record, file_format, read_records
 from switch_jax.data.sources.source import (
     SPLITS,
@@ -21,8 +24,8 @@ from switch_jax.data.sources.source import (
     Source,
     Split,
     files_digest,
-    is_held_out,
     missing_numbers,
+    single_document_note,
 )
 from switch_jax.errors import UserError
 
@@ -53,7 +56,10 @@ class TaskSource(Source):
         if validation is not None and self._holds_out:
             self._files[validation.split] = files["train"]
         sizes = [(os.path.basename(f.path), f.size) for split in files.values() for f in split]
-        digest = hashlib.blake2b(repr((sizes, task.splits)).encode(), digest_size=16)
+        described: tuple[Any, ...] = (sizes, task.splits)
+        if self._holds_out and self.size() <= SMALL_BYTES:
+            described = (*described, "at least one is held out")
+        digest = hashlib.blake2b(repr(described).encode(), digest_size=16)
         self.fingerprint = digest.hexdigest()
         self.cache_key = files_digest(files.values())
 
@@ -83,16 +89,30 @@ class TaskSource(Source):
             return
         if split == "validation" and self._files[rows.split] == self._training_files():
             bad = BadRecords("skip")  # training counts the bad records of the same files
-        records = itertools.islice(self._records(rows.split, bad), rows.begin, rows.end)
-        for place, record in records:
+        for example in self._all_examples(rows, bad, split == "train"):
+            if not self._holds_out or self._held_out.is_in(split, example.inputs):
+                yield example
+
+    def notes(self) -> list[str]:
+        is_shared = self._holds_out and self._held_out.is_shared
+        return [single_document_note(self.name)] if is_shared else []
+
+    @functools.cached_property
+    def _held_out(self) -> HeldOut:
+        if self.size() > SMALL_BYTES:
+            return HeldOut()
+        examples = self._all_examples(self._task.splits["train"], BadRecords("skip"), True)
+        return hold_out_of(example.inputs for example in examples)
+
+    def _all_examples(self, rows: Rows, bad: BadRecords, training: bool) -> Iterator[Example]:
+        """Yields the examples of all rows, those that are held out included."""
+        for place, record in itertools.islice(self._records(rows.split, bad), rows.begin, rows.end):
             try:
-                examples = self._task.format(record, split == "train")
+                examples = self._task.format(record, training)
             except UnusableRecord as error:
                 bad.add(*error.at(place))
-                continue
-            for example in examples:
-                if not self._holds_out or is_held_out(example.inputs) == (split == "validation"):
-                    yield example
+            else:
+                yield from examples
 
     def missing_files(self, split: Split) -> list[str]:
         rows = self._task.splits.get(split)

@@ -1,11 +1,13 @@
-"""Decompression of gzip and Zstandard files, which detects truncated and damaged files.
+"""Decompression of gzip, bzip2, xz and Zstandard files, which detects truncation and damage.
 
 Unlike Python's gzip and zstandard's reader: the one raises the same error for damage as for a file
 that cannot be read, the other ends at a truncation without an error.
 """
 
+import bz2
 import importlib
 import io
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,7 @@ from switch_jax.files import check_expansion
 
 _BLOCK_BYTES = 2**16  # read at once
 _PIECE_BYTES = 2**10  # decompressed at once, to at most 32 MiB (Zstandard's highest ratio)
+SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
 
 class DamagedFile(Exception):
@@ -22,7 +25,7 @@ class DamagedFile(Exception):
 
 
 def open_stream(file: Any, suffix: str | None, path: str) -> io.BufferedReader:
-    """Returns the content of the open file `path`, decompressed if `suffix` is `.gz` or `.zst`.
+    """Returns the content of the open file `path`, decompressed if `suffix` is one of `SUFFIXES`.
 
     Reading raises `DamagedFile` at a truncation, and up to 1 KiB of compressed data before other
     damage, and `UserError` where the content is absurdly longer than the file. Raises `UserError`
@@ -31,6 +34,10 @@ def open_stream(file: Any, suffix: str | None, path: str) -> io.BufferedReader:
     match suffix:
         case ".gz":
             chunks = _decompress(file, path, lambda: zlib.decompressobj(wbits=31), zlib.error)
+        case ".bz2":
+            chunks = _decompress(file, path, bz2.BZ2Decompressor, OSError)
+        case ".xz":
+            chunks = _decompress(file, path, lzma.LZMADecompressor, lzma.LZMAError)
         case ".zst":
             zstandard = import_package("zstandard", path)
             # Windows as large as `zstd --long=31` writes.

@@ -1,4 +1,4 @@
-"""Plain text: documents separated by blank lines, long ones in parts."""
+"""Plain text: documents are paragraphs or lines; long ones come in parts."""
 
 import io
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ def split_text(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def read_plain_text(
+def read_paragraphs(
     file: io.BufferedReader, path: str, field: str | None
 ) -> Iterator[tuple[int, dict[str, Any] | str | None]]:
-    """Reads documents, or their parts, as the field `text`; see `record_files.RecordReader`.
+    """Reads paragraphs, or their parts, as the field `text`; see `record_files.RecordReader`.
 
-    Line ends become "\\n"; the last one of a document is left out. Bytes that are not UTF-8 end a
-    document, whose earlier parts have been yielded by then.
+    Blank lines separate paragraphs. Line ends become "\\n"; the last one of a document is left out.
+    Bytes that are not UTF-8 end a document, whose earlier parts have been yielded by then.
     """
     # Bytes that are not UTF-8 become lone surrogates.
     lines = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape")
@@ -57,6 +57,27 @@ def read_plain_text(
                     pending, size = [rest], len(rest)
             begins_line = line.endswith("\n")
         yield number, _last_part(pending)
+    except DamagedFile:
+        yield number + 1, DAMAGED
+
+
+def read_lines(
+    file: io.BufferedReader, path: str, field: str | None
+) -> Iterator[tuple[int, dict[str, Any] | str | None]]:
+    """Reads lines that are not blank, or their parts, as the field `text`."""
+    lines = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape")
+    number = 0
+    is_good = begins_line = True
+    try:
+        while line := lines.readline(PART_CHARACTERS):  # or a part of a line
+            number += begins_line
+            is_good |= begins_line
+            begins_line = line.endswith("\n")
+            if is_good and not is_utf8(line):
+                is_good = False
+                yield number, NOT_UTF8
+            elif is_good:
+                yield number, None if line.isspace() else {"text": line.removesuffix("\n")}
     except DamagedFile:
         yield number + 1, DAMAGED
 

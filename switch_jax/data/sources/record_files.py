@@ -4,13 +4,13 @@
 |-------------------------------------------|------------------------------------------------------|
 | `….json`, `….jsonl`, `….ndjson`           | a line: an object; of a `.json` that is an array,    |
 |                                           | an item: an object                                   |
-| `….txt`                                   | lines, up to a blank one: their `text`               |
+| `….txt`                                   | a paragraph, up to a blank line, or a line: `text`   |
 | `….tsv`, `….csv`                          | a line; the first one has the names of the fields    |
 | `….tfrecord`, `….tfrecord-00000-of-00004` | a tf.train.Example: lists of texts or numbers        |
 | `….parquet`                               | a row                                                |
 
-All but Parquet may be compressed, with `.gz` or `.zst` behind the name. Files stream: memory is
-bounded by `MAX_RECORD_BYTES`, however long a file or a record is.
+All but Parquet may be compressed: `.gz`, `.bz2`, `.xz` or `.zst` behind the name. Files stream:
+memory is bounded by `MAX_RECORD_BYTES`, however long a file or a record is.
 """
 
 import codecs
@@ -21,7 +21,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
@@ -37,18 +37,19 @@ from switch_jax.data.sources.bad_records import (
 )
 from switch_jax.data.sources.compression import DamagedFile, import_package, open_stream
 from switch_jax.data.sources.json_items import ARRAY_ITEMS, is_json_array, read_json_items
-from switch_jax.data.sources.plain_text import is_utf8, read_plain_text
+from switch_jax.data.sources.plain_text import is_utf8, read_lines, read_paragraphs
 from switch_jax.data.sources.tfrecord import MAX_RECORD_BYTES, parse_example, read_tfrecords
 from switch_jax.errors import UserError
 
 Fields = dict[str, Any]
+PlainDocuments = Literal["paragraphs", "lines"]
 
 # (file, its path, the field to read or None: all) -> number of each record from 1, with its
 # fields, or the kind of a bad record, or None: nothing, as a blank line.
 RecordReader = Callable[[Any, str, str | None], Iterator[tuple[int, Fields | str | None]]]
 
 _NAME = re.compile(
-    r"\.(json|jsonl|ndjson|txt|tsv|csv|tfrecords?|parquet(?!.*\.))(?:-\d+-of-\d+)?(\.gz|\.zst)?$"
+    r"\.(json|jsonl|ndjson|txt|tsv|csv|tfrecords?|parquet(?!.*\.))(?:-\d+-of-\d+)?(\.gz|\.bz2|\.xz|\.zst)?$"
 )
 _BLOCK_BYTES = 2**16  # read at once
 _BATCH_ROWS = 64  # of Parquet, decoded at once
@@ -79,6 +80,7 @@ def read_records(
     field: str | None = None,
     columns: Sequence[str] | None = None,
     items: str | None = None,
+    documents: PlainDocuments = "paragraphs",
 ) -> Iterator[Record | BadRecord]:
     """Yields the records of a file in order, and a `BadRecord` for each that cannot be read.
 
@@ -90,12 +92,15 @@ def read_records(
       field: only this field is read, and of TFRecords its only value; other fields may be bad.
       columns: names of the columns of a table whose first line has none.
       items: where the records of a JSON document are; see `read_json_items`.
+      documents: what a record of plain text is.
 
     Raises `UserError` if a package is missing.
     """
     match = _NAME.search(path)
     assert match is not None
     unit, read = _READERS[match[1]]
+    if match[1] == "txt" and documents == "lines":
+        read = read_lines
     if columns is not None:
         read = partial(_read_table, columns=columns)
     number = 0
@@ -255,7 +260,7 @@ def _read_rows(batch: Any) -> Iterator[Fields | str]:
 # Format → the unit of its records, and their reader.
 _READERS: dict[str, tuple[str, RecordReader]] = {
     **dict.fromkeys(("json", "jsonl", "ndjson"), ("line", _read_json_lines)),
-    "txt": ("line", read_plain_text),
+    "txt": ("line", read_paragraphs),
     **dict.fromkeys(("tsv", "csv"), ("record", _read_table)),
     **dict.fromkeys(("tfrecord", "tfrecords"), ("record", _read_examples)),
     "parquet": ("row", _read_parquet),

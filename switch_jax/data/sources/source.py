@@ -1,10 +1,12 @@
 """Sources of text: their splits, shards and numbers of documents.
 
-Of a source without a validation split, a fixed 1 % of the training documents is held out.
+Of a source without a validation split, a fixed 1 % of the training documents is held out, and at
+least one; a source with a single document is validated on what it is trained on.
 """
 
 import abc
 import dataclasses
+import functools
 import glob
 import hashlib
 import os
@@ -16,7 +18,8 @@ from typing import Literal, NamedTuple, get_args
 from etils import epath
 
 from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.sources.text_files import read_texts
+from switch_jax.data.sources.held_out import SMALL_BYTES, HeldOut, hold_out_of
+from switch_jax.data.sources.text_files import USUAL_FORMAT, TextFormat, read_texts
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -73,6 +76,10 @@ class Source(abc.ABC):
         """Returns the paths of missing files, such as number 3 among `…-00000-of-00128…`."""
         return []
 
+    def notes(self) -> list[str]:
+        """Returns sentences on what a user may not expect of the source."""
+        return []
+
     def size(self) -> int:
         """Returns the bytes of all files."""
         return sum(shard.size for split in SPLITS for shard in self.shards(split))
@@ -101,10 +108,15 @@ class FileSource(Source):
       files: of each split, in order. Without files for validation, training documents are held out
         by a hash of their text, so that equal documents are in the same split.
       counts: number of documents of each split where it is known.
+      text_format: what a document of the files is.
     """
 
     def __init__(
-        self, name: str, files: Mapping[Split, list[File]], counts: Mapping[Split, int] | None
+        self,
+        name: str,
+        files: Mapping[Split, list[File]],
+        counts: Mapping[Split, int] | None,
+        text_format: TextFormat = USUAL_FORMAT,
     ):
         self.name = name
         self._holds_out = not files.get("validation")
@@ -112,7 +124,13 @@ class FileSource(Source):
         if self._holds_out:
             self._files["validation"] = files["train"]
         self._counts = counts or {}
-        digest = hashlib.blake2b(repr((self._holds_out, counts)).encode(), digest_size=16)
+        self._text_format = text_format
+        # Token stores keep the fingerprint: what has its usual value adds nothing to it.
+        changed = () if text_format == USUAL_FORMAT else tuple(text_format)
+        if self._holds_out and self.size() <= SMALL_BYTES:
+            changed = (*changed, "at least one is held out")
+        described = repr((self._holds_out, counts, *changed))
+        digest = hashlib.blake2b(described.encode(), digest_size=16)
         for split in SPLITS:
             for file in self._files[split]:
                 digest.update(repr((split, os.path.basename(file.path), file.size)).encode())
@@ -136,9 +154,23 @@ class FileSource(Source):
         if self._holds_out and split == "validation":
             bad = BadRecords("skip")  # training counts the bad records of the same files
         for path in shard.paths:
-            for text in read_texts(path, bad):
-                if not self._holds_out or is_held_out(text) == (split == "validation"):
+            for text in read_texts(path, bad, self._text_format):
+                if not self._holds_out or self._held_out.is_in(split, text):
                     yield text
+
+    @functools.cached_property
+    def _held_out(self) -> HeldOut:
+        if self.size() > SMALL_BYTES:
+            return HeldOut()
+        bad = BadRecords("skip")
+        paths = [file.path for file in self._files["train"]]
+        return hold_out_of(
+            text for path in paths for text in read_texts(path, bad, self._text_format)
+        )
+
+    def notes(self) -> list[str]:
+        is_shared = self._holds_out and self._held_out.is_shared
+        return [single_document_note(self.name)] if is_shared else []
 
     def num_documents(self, split: Split) -> int | None:
         return self._counts.get(split)
@@ -149,16 +181,15 @@ class FileSource(Source):
         return missing_numbers(file.path for file in self._files[split])
 
 
+def single_document_note(name: str) -> str:
+    """Returns the sentence on a source whose training text is used for validation."""
+    return f"{name} has a single document: validation uses the text that training does."
+
+
 def files_digest(files: Iterable[Iterable[File]]) -> str:
     """Returns 32 hexadecimal digits, which depend on all fields of the files."""
     described = repr([list(group) for group in files])
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
-
-
-def is_held_out(text: str) -> bool:
-    """Whether a document is held out for validation: a fixed 1 % by a hash of the text."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % 100 == 0
 
 
 def missing_numbers(paths: Iterable[str]) -> list[str]:
@@ -201,6 +232,16 @@ def glob_files(pattern: str) -> list[File]:
 def files_in(folder: epath.Path, pattern: str) -> list[File]:
     """Returns the files below a folder that match a pattern, sorted by path."""
     return _files(_paths_in(folder, pattern)) if folder.is_dir() else []
+
+
+def files_below(folder: epath.Path) -> list[File]:
+    """Returns the files in a folder and its folders, sorted by path, without hidden ones."""
+    paths, folders = [], [folder]
+    while folders:
+        entries = [entry for entry in folders.pop().iterdir() if not entry.name.startswith(".")]
+        folders += [entry for entry in entries if entry.is_dir()]
+        paths += entries
+    return _files(paths)
 
 
 def newest_version(folder: epath.Path, version: str = "") -> epath.Path | None:

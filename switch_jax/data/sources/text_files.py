@@ -1,22 +1,38 @@
-"""Texts of one file: the field `text` of its records.
+"""Texts of one file: a field of its records, by default `text`.
 
 A text of more than `PART_CHARACTERS` comes in parts, which are to be joined.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from switch_jax.data.sources.bad_records import EMPTY, NO_TEXT, NOT_UTF8, BadRecord, BadRecords
 from switch_jax.data.sources.plain_text import split_text
-from switch_jax.data.sources.record_files import Record, file_format, read_records
+from switch_jax.data.sources.record_files import PlainDocuments, Record, file_format, read_records
 from switch_jax.errors import UserError
+
+
+class TextFormat(NamedTuple):
+    """What a document of a file is: `data.text_field` and `data.documents`.
+
+    Attributes:
+      field: of each record; plain text has none.
+      documents: of plain text.
+    """
+
+    field: str = "text"
+    documents: PlainDocuments = "paragraphs"
+
+
+USUAL_FORMAT = TextFormat()
 
 
 def is_text_file(path: str) -> bool:
     """Whether `read_texts` can read a file of this name."""
-    return file_format(path) not in (None, "tsv", "csv")
+    return file_format(path) is not None
 
 
-def read_texts(path: str, bad: BadRecords) -> Iterator[str]:
+def read_texts(path: str, bad: BadRecords, text_format: TextFormat = USUAL_FORMAT) -> Iterator[str]:
     """Yields the texts of a file in order, long ones in parts; adds bad records to `bad`.
 
     Of a long plain text, parts in front of bytes that are not UTF-8 have been yielded already.
@@ -25,20 +41,21 @@ def read_texts(path: str, bad: BadRecords) -> Iterator[str]:
     """
     if not is_text_file(path):
         raise UserError(
-            f"{path} has no known format; use .json, .jsonl, .ndjson, .txt or .tfrecord, each"
-            " also with .gz or .zst, or .parquet."
+            f"{path} has no known format; use .json, .jsonl, .ndjson, .csv, .tsv, .txt or"
+            " .tfrecord, each also with .gz, .bz2, .xz or .zst, or .parquet."
         )
     is_plain = file_format(path) == "txt"  # in parts already, which may be blank
-    for record in read_records(path, field="text"):
-        text = record if isinstance(record, BadRecord) else _text_of(record, is_plain)
+    field = "text" if is_plain else text_format.field
+    for record in read_records(path, field=field, documents=text_format.documents):
+        text = record if isinstance(record, BadRecord) else _text_of(record, field, is_plain)
         if isinstance(text, BadRecord):
             bad.add(*text)
         else:
             yield from split_text(text)
 
 
-def _text_of(record: Record, may_be_blank: bool) -> str | BadRecord:
-    text = record.fields.get("text")
+def _text_of(record: Record, field: str, may_be_blank: bool) -> str | BadRecord:
+    text = record.fields.get(field)
     if isinstance(text, bytes):  # of Parquet
         try:
             text = text.decode()

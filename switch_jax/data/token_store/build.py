@@ -128,6 +128,8 @@ def _build(
     _remove_partial_files(output)
     bad_records = BadRecords(data.on_bad_record)
     for source in sources:
+        for note in source.notes():
+            print(note, file=sys.stderr, flush=True)
         for split in SPLITS:
             for path in source.missing_files(split):
                 bad_records.add(MISSING, path)
