@@ -217,6 +217,9 @@ class EvalConfig:
     # text has the highest likelihood.
     method: Literal["generate", "rank"] = "generate"
     beam_size: int = 1
+    # Of one's own pairs, separated by commas: accuracy, token_f1, rouge, bleu, classes, correlation
+    # or FILE.py:FUNCTION. The first value is the task's score.
+    metrics: str = "accuracy"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from switch_jax.data import (
 )
 from switch_jax.distributed import all_gather_int, fail_together
 from switch_jax.errors import UserError
+from switch_jax.evaluation.own_metrics import compute_own_metrics
 from switch_jax.evaluation.task_metrics import (
     MultircAnswer,
     RecordAnswer,
@@ -113,7 +114,7 @@ class TaskScorer:
         """Returns the metrics of all tasks, and `average` if every task has a score."""
         metrics: dict[str, float] = {}
         for name, task_examples in examples.items():
-            scores = _score_task(get_task(name), task_examples, predictions[name], self._vocabulary)
+            scores = self._score_task(get_task(name), task_examples, predictions[name])
             metrics |= {f"{name}/{metric}": value for metric, value in scores.items()}
         members = {", ".join(group): group for group in self._average_groups()}
         tasks = {task for group in members.values() for task in group}
@@ -121,6 +122,34 @@ class TaskScorer:
         if tasks and len(scored) == len(tasks):
             metrics["average"] = benchmark_average(scored, members)
         return metrics
+
+    def _score_task(
+        self, task: Task, examples: Examples, predictions: Sequence[str]
+    ) -> dict[str, float]:
+        """Returns the metrics of a task and its `score`; empty if no example has an answer."""
+        labelled = [i for i, example in enumerate(examples) if example["answer"] is not None]
+        if not task.metrics or not labelled:
+            return {}
+        answers = [examples[i]["answer"] for i in labelled]
+        predicted = [predictions[i] for i in labelled]
+        if task.is_own:
+            references = [
+                [_written_answer(self._vocabulary, text) for text in _as_list(answer)]
+                for answer in answers
+            ]
+            metrics = compute_own_metrics(self._config.eval.metrics, references, predicted)
+            return {**metrics, "score": next(iter(metrics.values()))}
+        build_answer = _ANSWER_TYPES.get(task.metrics[0], lambda x: x)
+        if task.metrics == ("accuracy",) and not task.classes:
+            build_answer = functools.partial(_written_answer, self._vocabulary)
+        answers = [build_answer(answer) for answer in answers]
+        metrics = compute_metrics(task.metrics, answers, predicted, _output_classes(task))
+        averaged = (
+            [metrics[task.reported_metric]]
+            if task.reported_metric
+            else [value for name, value in metrics.items() if name != "invalid"]
+        )
+        return {**metrics, "score": float(np.mean(averaged))}
 
     def _average_groups(self) -> Sequence[Sequence[str]]:
         """Returns the groups of tasks over whose means `average` is taken.
@@ -216,6 +245,10 @@ _ANSWER_TYPES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def _as_list(answer: str | list[str]) -> list[str]:
+    return [answer] if isinstance(answer, str) else answer
+
+
 def _written_answer(vocabulary: Vocabulary, answer: str) -> str:
     """Returns an answer with the blanks that predictions have, since a vocabulary normalises them.
 
@@ -223,24 +256,3 @@ def _written_answer(vocabulary: Vocabulary, answer: str) -> str:
     """
     written = vocabulary.decode(vocabulary.encode(answer))
     return written if written.split() == answer.split() else answer
-
-
-def _score_task(
-    task: Task, examples: Examples, predictions: Sequence[str], vocabulary: Vocabulary
-) -> dict[str, float]:
-    """Returns the metrics of a task and its `score`; empty if no example has an answer."""
-    labelled = [i for i, example in enumerate(examples) if example["answer"] is not None]
-    if not task.metrics or not labelled:
-        return {}
-    build_answer = _ANSWER_TYPES.get(task.metrics[0], lambda x: x)
-    if task.metrics == ("accuracy",) and not task.classes:
-        build_answer = functools.partial(_written_answer, vocabulary)
-    answers = [build_answer(examples[i]["answer"]) for i in labelled]
-    predicted = [predictions[i] for i in labelled]
-    metrics = compute_metrics(task.metrics, answers, predicted, _output_classes(task))
-    averaged = (
-        [metrics[task.reported_metric]]
-        if task.reported_metric
-        else [value for name, value in metrics.items() if name != "invalid"]
-    )
-    return {**metrics, "score": float(np.mean(averaged))}

@@ -246,3 +246,18 @@ def test_a_split_in_two_formats_is_refused_and_other_files_are_ignored(tmp_path)
 def test_custom_pairs_are_named_after_their_files():
     assert source_name("pairs:/data/my-task/{split}.jsonl") == "pairs.my_task"
     assert custom_task("pairs.my_task").num_examples is None
+
+
+def test_pairs_may_have_several_targets(tmp_path):
+    records = [{"inputs": f"say {i}", "targets": [f"{i}", f"+{i}"]} for i in range(3)]
+    records.append({"inputs": "say nothing", "targets": []})
+    for split in ("train", "validation"):
+        miniature.write_jsonl(tmp_path / f"{split}.jsonl", records)
+    spec = f"pairs:{tmp_path}/{{split}}.jsonl"
+    [source] = sources_for_spec(spec, DataConfig())
+    bad = BadRecords("skip")
+    found = list(source.examples("validation", bad))
+    assert [(e.targets, e.answer) for e in found] == [(f"{i}", [f"{i}", f"+{i}"]) for i in range(3)]
+    assert sum(bad.counts.values()) == 1
+    read = read_task_examples(config(spec))[source.name]
+    assert [example["answer"] for example in read] == [[f"{i}", f"+{i}"] for i in range(3)]

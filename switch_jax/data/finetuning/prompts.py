@@ -35,7 +35,8 @@ prompt-tuning) where SPoT has the task.
 | arc.easy   | `arc_easy question: … choice1: … choice2: …`   | choice's text | SPoT's questions   |
 |            |                                                |               | with choices; COPA |
 
-Records of custom files have `inputs` and `targets` already.
+Records of custom files have `inputs` and `targets` already; `targets` may list several texts, of
+which the first is trained on and all are accepted.
 
 If the answer is unknown (a label of -1, no answers), targets are `<unk>`, or `-1.0` in glue.stsb,
 and `Example.answer` is None. A record with another label than its task has raises
@@ -198,8 +199,16 @@ def format_summarization(
 
 
 def format_pair(record: Record, training: bool) -> list[Example]:
-    """Returns `inputs` and `targets` unchanged."""
-    return [Example(record["inputs"], record["targets"], record["targets"])]
+    """Returns `inputs` and `targets` unchanged; of a list, the first target is trained on.
+
+    Raises `UnusableRecord` for a list that is empty or has anything but texts.
+    """
+    targets = record["targets"]
+    if isinstance(targets, str):
+        return [Example(record["inputs"], targets, targets)]
+    if not targets or not all(isinstance(text, str) for text in targets):
+        raise UnusableRecord("without a target that is a text", f"targets are {targets!r:.60}")
+    return [Example(record["inputs"], targets[0], list(targets))]
 
 
 def format_open_question(

@@ -16,7 +16,13 @@ from switch_jax.data.sources.record_files import Fields
 
 Schema = Mapping[str, Any]
 LABEL = int | str  # a class by its number or by its name
-_TYPE_NAMES = {str: "text", int: "whole number", float: "number", LABEL: "class's name or number"}
+_TYPE_NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    LABEL: "class's name or number",
+    str | list: "text, nor a list",
+}
 
 
 def select_fields(fields: Fields, schema: Schema, is_flat: bool = False) -> Fields:

@@ -85,6 +85,11 @@ class Task:
     inputs_length: int
     targets_length: int
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the task is custom files of inputs and targets."""
+        return not self.dataset
+
 
 _ALL: dict[TaskPart, Rows] = {part: Rows(part) for part in get_args(TaskPart)}
 
@@ -95,14 +100,14 @@ def get_task(name: str) -> Task:
 
 
 def custom_task(name: str) -> Task:
-    """Returns a task whose records are inputs and targets already, for exact match."""
+    """Returns a task whose records are inputs and targets already; `eval.metrics` scores it."""
     return Task(
         name=name,
         dataset="",
         version="",
         splits=_ALL,
         num_examples=None,
-        schema={"inputs": str, "targets": str},
+        schema={"inputs": str, "targets": str | list},
         format=format_pair,
         classes=(),
         metrics=("accuracy",),

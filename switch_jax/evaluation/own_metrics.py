@@ -1,0 +1,151 @@
+"""Metrics of one's own tasks (`pairs:…`): by name, or by a function in a Python file.
+
+| in `eval.metrics`  | values                            | of a prediction and its references    |
+|--------------------|-----------------------------------|---------------------------------------|
+| `accuracy`         | `accuracy`                        | equal to one of them                  |
+| `token_f1`         | `exact_match`, `f1`               | words as in SQuAD's program, the best |
+| `rouge`            | `rouge1`, `rouge2`, `rougeLsum`   | F of rouge-score, the best            |
+| `bleu`             | `bleu`                            | sacrebleu's, of all examples          |
+| `classes`          | `accuracy`, `macro_f1`, `invalid` | the classes are all first references  |
+| `correlation`      | `pearson`, `spearman`, `invalid`  | of the numbers that they are          |
+| `FILE.py:FUNCTION` | FUNCTION's, or its own name       | FUNCTION(references, predictions)     |
+
+Values are in per cent, those of a function as it returns them.
+"""
+
+import importlib.util
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from switch_jax.errors import UserError
+from switch_jax.evaluation import task_metrics
+from switch_jax.evaluation.task_metrics import Scores
+
+References = Sequence[Sequence[str]]  # accepted texts of each of N examples, at least one
+
+
+def compute_own_metrics(metrics: str, references: References, predictions: Sequence[str]) -> Scores:
+    """Computes the metrics of N examples; the first value is the task's score.
+
+    Args:
+      metrics: `eval.metrics`: names of the table above, separated by commas.
+
+    Raises `UserError` for an unknown name, for a function that is not found, that fails or that
+    returns anything but numbers, for a missing package, and for references that a metric cannot
+    read.
+    """
+    scores: Scores = {}
+    for name in filter(None, map(str.strip, metrics.split(","))):
+        compute = _own_function(name) if ".py:" in name else _METRICS.get(name)
+        if compute is None:
+            raise UserError(
+                f"eval.metrics={metrics!r}: there is no metric {name!r}; use"
+                f" {', '.join(_METRICS)} or FILE.py:FUNCTION."
+            )
+        scores |= compute(references, predictions)
+    if not scores:
+        raise UserError(f"eval.metrics={metrics!r} names no metric; use accuracy.")
+    return scores
+
+
+def _accuracy(references: References, predictions: Sequence[str]) -> Scores:
+    hits = [prediction in accepted for accepted, prediction in zip(references, predictions)]
+    return {"accuracy": 100 * float(np.mean(hits))}
+
+
+def _rouge(references: References, predictions: Sequence[str]) -> Scores:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError('ROUGE needs rouge-score: pip install "switch_jax[metrics]".') from error
+    kinds = ("rouge1", "rouge2", "rougeLsum")
+    scorer = RougeScorer(kinds)
+    scored = [scorer.score_multi(list(texts), p) for texts, p in zip(references, predictions)]
+    return {kind: 100 * float(np.mean([s[kind].fmeasure for s in scored])) for kind in kinds}
+
+
+def _bleu(references: References, predictions: Sequence[str]) -> Scores:
+    return {"bleu": corpus_bleu(references, predictions, tokenize="13a")}
+
+
+def corpus_bleu(references: References, predictions: Sequence[str], tokenize: str) -> float:
+    """Returns sacrebleu's BLEU of a corpus, 0 to 100; examples may differ in their references.
+
+    Raises `UserError` if sacrebleu is not installed.
+    """
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise UserError('BLEU needs sacrebleu: pip install "switch_jax[metrics]".') from error
+    # One stream for each position among the references; None where an example has fewer.
+    streams = [list(stream) for stream in itertools.zip_longest(*references)]
+    return sacrebleu.corpus_bleu(list(predictions), streams, tokenize=tokenize).score
+
+
+def _classes(references: References, predictions: Sequence[str]) -> Scores:
+    answers = [accepted[0] for accepted in references]
+    classes = sorted(set(answers))
+    return task_metrics.accuracy(answers, predictions, classes) | task_metrics.macro_f1(
+        answers, predictions, classes
+    )
+
+
+def _correlation(references: References, predictions: Sequence[str]) -> Scores:
+    numbers = [_number(accepted[0]) for accepted in references]
+    return task_metrics.pearson(numbers, predictions) | task_metrics.spearman(numbers, predictions)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(
+            f"eval.metrics=correlation needs targets that are numbers, and one is {text[:60]!r};"
+            " use another metric."
+        )
+    return number
+
+
+def _own_function(name: str) -> Callable[[References, Sequence[str]], Scores]:
+    """Returns the function of FILE.py:FUNCTION, whose value is checked."""
+    path, function_name = name.rsplit(":", 1)
+    spec = importlib.util.spec_from_file_location("own_metrics_file", path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise UserError(f"eval.metrics: there is no file {path!r}; name a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"eval.metrics: {path} fails ({error!r}); correct it.") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"eval.metrics: {path} has no function {function_name!r}; add it.")
+
+    def compute(references: References, predictions: Sequence[str]) -> Scores:
+        try:
+            result = function([list(texts) for texts in references], list(predictions))
+            named = result if isinstance(result, Mapping) else {function_name: result}
+            return {str(key): float(value) for key, value in named.items()}
+        except Exception as error:
+            raise UserError(
+                f"eval.metrics: {name} fails ({error!r}); it must return a number, or numbers by"
+                " name."
+            ) from error
+
+    return compute
+
+
+_METRICS: dict[str, Callable[[References, Sequence[str]], Scores]] = {
+    "accuracy": _accuracy,
+    "token_f1": task_metrics.squad,
+    "rouge": _rouge,
+    "bleu": _bleu,
+    "classes": _classes,
+    "correlation": _correlation,
+}
