@@ -114,7 +114,13 @@ class TaskScorer:
         """Returns the metrics of all tasks, and `average` if every task has a score."""
         metrics: dict[str, float] = {}
         for name, task_examples in examples.items():
-            scores = self._score_task(get_task(name), task_examples, predictions[name])
+            scores = _score_task(
+                get_task(name),
+                task_examples,
+                predictions[name],
+                self._vocabulary,
+                self._config.eval.metrics,
+            )
             metrics |= {f"{name}/{metric}": value for metric, value in scores.items()}
         members = {", ".join(group): group for group in self._average_groups()}
         tasks = {task for group in members.values() for task in group}
@@ -122,34 +128,6 @@ class TaskScorer:
         if tasks and len(scored) == len(tasks):
             metrics["average"] = benchmark_average(scored, members)
         return metrics
-
-    def _score_task(
-        self, task: Task, examples: Examples, predictions: Sequence[str]
-    ) -> dict[str, float]:
-        """Returns the metrics of a task and its `score`; empty if no example has an answer."""
-        labelled = [i for i, example in enumerate(examples) if example["answer"] is not None]
-        if not task.metrics or not labelled:
-            return {}
-        answers = [examples[i]["answer"] for i in labelled]
-        predicted = [predictions[i] for i in labelled]
-        if task.is_own:
-            references = [
-                [_written_answer(self._vocabulary, text) for text in _as_list(answer)]
-                for answer in answers
-            ]
-            metrics = compute_own_metrics(self._config.eval.metrics, references, predicted)
-            return {**metrics, "score": next(iter(metrics.values()))}
-        build_answer = _ANSWER_TYPES.get(task.metrics[0], lambda x: x)
-        if task.metrics == ("accuracy",) and not task.classes:
-            build_answer = functools.partial(_written_answer, self._vocabulary)
-        answers = [build_answer(answer) for answer in answers]
-        metrics = compute_metrics(task.metrics, answers, predicted, _output_classes(task))
-        averaged = (
-            [metrics[task.reported_metric]]
-            if task.reported_metric
-            else [value for name, value in metrics.items() if name != "invalid"]
-        )
-        return {**metrics, "score": float(np.mean(averaged))}
 
     def _average_groups(self) -> Sequence[Sequence[str]]:
         """Returns the groups of tasks over whose means `average` is taken.
@@ -256,3 +234,39 @@ def _written_answer(vocabulary: Vocabulary, answer: str) -> str:
     """
     written = vocabulary.decode(vocabulary.encode(answer))
     return written if written.split() == answer.split() else answer
+
+
+def _score_task(
+    task: Task,
+    examples: Examples,
+    predictions: Sequence[str],
+    vocabulary: Vocabulary,
+    own_metrics: str,
+) -> dict[str, float]:
+    """Returns the metrics of a task and its `score`; empty if no example has an answer.
+
+    Args:
+      own_metrics: `eval.metrics`.
+    """
+    labelled = [i for i, example in enumerate(examples) if example["answer"] is not None]
+    if not task.metrics or not labelled:
+        return {}
+    answers = [examples[i]["answer"] for i in labelled]
+    predicted = [predictions[i] for i in labelled]
+    if task.is_own:
+        references = [
+            [_written_answer(vocabulary, text) for text in _as_list(answer)] for answer in answers
+        ]
+        metrics = compute_own_metrics(own_metrics, references, predicted)
+        return {**metrics, "score": next(iter(metrics.values()))}
+    build_answer = _ANSWER_TYPES.get(task.metrics[0], lambda x: x)
+    if task.metrics == ("accuracy",) and not task.classes:
+        build_answer = functools.partial(_written_answer, vocabulary)
+    answers = [build_answer(answer) for answer in answers]
+    metrics = compute_metrics(task.metrics, answers, predicted, _output_classes(task))
+    averaged = (
+        [metrics[task.reported_metric]]
+        if task.reported_metric
+        else [value for name, value in metrics.items() if name != "invalid"]
+    )
+    return {**metrics, "score": float(np.mean(averaged))}

@@ -199,7 +199,8 @@ def test_free_text_targets_are_compared_as_the_vocabulary_decodes_them(config, t
             return " ".join(ids)
 
     task, [_, example] = custom_task("pairs.x"), next(iter(scorer._examples.values()))
-    assert _score_task(task, [example], ["1 2"], FoldsBlanks())["accuracy"] == 100
+    scores = _score_task(task, [example], ["1 2"], FoldsBlanks(), "accuracy")
+    assert scores["accuracy"] == 100
 
 
 def test_targets_that_the_vocabulary_cannot_write_are_told_and_scored_as_they_are(
@@ -224,8 +225,10 @@ def test_targets_that_the_vocabulary_cannot_write_are_told_and_scored_as_they_ar
     [examples], vocabulary = scorer._examples.values(), open_vocabulary(some)
     predictions = [vocabulary.decode(vocabulary.encode(text)) for text in targets]
     assert predictions == ["⁇ name ⁇", "⁇ value ⁇", "⁇ object ⁇", "list"]
-    scores = _score_task(custom_task("pairs.x"), examples, predictions, vocabulary)
-    assert scores["accuracy"] == 25
+    scores = _score_task(
+        custom_task("pairs.x"), examples, predictions, vocabulary, "accuracy, token_f1"
+    )
+    assert scores["accuracy"] == scores["score"] == 25 and scores["f1"] > 50
 
 
 def test_an_unwritable_folder_of_predictions_is_an_error_before_predicting(config, tmp_path):
