@@ -22,6 +22,9 @@ TASKS = {
     "squad": ("squad", 512, 97, 2048),  # SQuAD 1.1
     "cnn_dailymail": ("cnn_dailymail", 512, 512, 2048),
     "xsum": ("xsum", 512, 128, 2048),
+    "wmt_ende": ("wmt.ende", 512, 512, 2048),  # T5's translations from English
+    "wmt_enfr": ("wmt.enfr", 512, 512, 2048),
+    "wmt_enro": ("wmt.enro", 512, 512, 2048),
     "winogrande": ("winogrande.xl", 128, 32, 8192),
     "anli": ("anli", 512, 84, 2048),  # three rounds; the paper reports the third
     "arc": ("arc", 512, 128, 2048),  # easy and challenge

@@ -14,7 +14,6 @@ Values are in per cent, those of a function as it returns them.
 """
 
 import importlib.util
-import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -69,21 +68,7 @@ def _rouge(references: References, predictions: Sequence[str]) -> Scores:
 
 
 def _bleu(references: References, predictions: Sequence[str]) -> Scores:
-    return {"bleu": corpus_bleu(references, predictions, tokenize="13a")}
-
-
-def corpus_bleu(references: References, predictions: Sequence[str], tokenize: str) -> float:
-    """Returns sacrebleu's BLEU of a corpus, 0 to 100; examples may differ in their references.
-
-    Raises `UserError` if sacrebleu is not installed.
-    """
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise UserError('BLEU needs sacrebleu: pip install "switch_jax[metrics]".') from error
-    # One stream for each position among the references; None where an example has fewer.
-    streams = [list(stream) for stream in itertools.zip_longest(*references)]
-    return sacrebleu.corpus_bleu(list(predictions), streams, tokenize=tokenize).score
+    return {"bleu": task_metrics.corpus_bleu(references, predictions, tokenize="13a")}
 
 
 def _classes(references: References, predictions: Sequence[str]) -> Scores:

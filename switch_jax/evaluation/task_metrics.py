@@ -9,6 +9,7 @@ Axis letters: N examples · C classes.
 """
 
 import collections
+import itertools
 import math
 import re
 import string
@@ -219,6 +220,30 @@ def rouge(answers: Sequence[str], predictions: Sequence[str]) -> Scores:
     return {kind: 100 * bootstrap(values_N) for kind, values_N in by_kind.items()}
 
 
+def bleu(answers: Sequence[str], predictions: Sequence[str]) -> Scores:
+    """Computes BLEU of the corpus, with sacrebleu's international tokens.
+
+    Raises `UserError` if sacrebleu is not installed.
+    """
+    return {"bleu": corpus_bleu([[text] for text in answers], predictions, tokenize="intl")}
+
+
+def corpus_bleu(
+    references: Sequence[Sequence[str]], predictions: Sequence[str], tokenize: str
+) -> float:
+    """Returns sacrebleu's BLEU of a corpus, 0 to 100; examples may differ in their references.
+
+    Raises `UserError` if sacrebleu is not installed.
+    """
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise UserError('BLEU needs sacrebleu: pip install "switch_jax[metrics]".') from error
+    # One stream for each position among the references; None where an example has fewer.
+    streams = [list(stream) for stream in itertools.zip_longest(*references)]
+    return sacrebleu.corpus_bleu(list(predictions), streams, tokenize=tokenize).score
+
+
 def wsc(answers: Sequence[WscAnswer], predictions: Sequence[str]) -> Scores:
     """Computes `accuracy` of whether the prediction matches the referent, by T5's rule.
 
@@ -259,6 +284,7 @@ METRICS: dict[str, Callable[..., Scores]] = {
     "squad": squad,  # list of str
     "trivia_qa": trivia_qa,  # list of str
     "rouge": rouge,  # str
+    "bleu": bleu,  # str
     "wsc": wsc,  # WscAnswer
 }
 

@@ -38,7 +38,7 @@ PAPER = (*WITH_TABLE9, "t5_xxl", "moe_base", "mt5_base", "mswitch_base")
 
 FINETUNING_TASKS = (
     *("glue", "superglue", "squad", "cnn_dailymail", "xsum", "winogrande"),
-    *("anli", "arc", "closed_book_qa", "pairs"),
+    *("anli", "arc", "closed_book_qa", "pairs", "wmt_ende", "wmt_enfr", "wmt_enro"),
 )
 
 # Config spec by golden file: every preset and every variant.

@@ -23,12 +23,23 @@ OURS = {"xsum", "anli.r1", "anli.r2", "anli.r3", "arc.easy", "arc.challenge"}
 OURS |= {f"winogrande.{size}" for size in ("xs", "s", "m", "l", "xl")}
 
 
+WMT = {"wmt.ende": ("German", "de"), "wmt.enfr": ("French", "fr"), "wmt.enro": ("Romanian", "ro")}
+
+
 def text(examples):
     return [[example.inputs, example.targets] for example in examples]
 
 
 def test_t5_defines_all_tasks_but_ours():
-    assert set(CASES) == set(TASKS) - OURS
+    assert set(CASES) == set(TASKS) - OURS - set(WMT)
+
+
+@pytest.mark.parametrize("name", WMT)
+def test_translations_have_the_prompt_of_the_t5_paper(name):
+    language, code = WMT[name]
+    record = {"en": "That is good.", code: "Das ist gut."}
+    prompt = f"translate English to {language}: That is good."  # figure 1 of Raffel et al.
+    assert TASKS[name].format(record, True) == [Example(prompt, "Das ist gut.", "Das ist gut.")]
 
 
 @pytest.mark.parametrize("name", CASES)

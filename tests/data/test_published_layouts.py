@@ -97,6 +97,7 @@ HUB = {
     "squad": ("squad/plain_text", {}, {}),
     "cnn_dailymail": ("cnn_dailymail/3.0.0", {}, {}),
     "xsum": ("xsum/data", {}, {}),
+    "wmt.enro": ("wmt16/ro-en", {}, {}),
     "anli.r3": (
         "anli/plain_text",
         {"context": "premise"},
@@ -124,6 +125,8 @@ def test_files_of_the_hub_are_read(name, files, tmp_path):
         records = [miniature.random_record(task, rng) for _ in range(4)]
         for i in range(2):
             renamed = [{fields.get(k, k): v for k, v in r.items()} for r in records[2 * i :][:2]]
+            if name.startswith("wmt"):
+                renamed = [{"translation": record} for record in renamed]
             file = files.format(split=splits.get(rows.split, rows.split), i=i)
             miniature.write_parquet(tmp_path / folder / f"{file}.parquet", renamed)
         expected[rows.split] = records

@@ -6,6 +6,7 @@ import scipy.stats
 
 from switch_jax.errors import UserError
 from switch_jax.evaluation.own_metrics import compute_own_metrics
+from switch_jax.evaluation.task_metrics import bleu
 
 WORDS = ("the", "red", "green", "a", "fox", "ran", "ran.", "Home", "café")
 
@@ -58,6 +59,9 @@ def test_bleu_equals_sacrebleu():
     expected = sacrebleu.corpus_bleu(predictions, streams).score
     found = compute_own_metrics("bleu", references, predictions)
     assert found == {"bleu": pytest.approx(expected)} and 20 < expected < 90
+    first = [texts[0] for texts in references]
+    translated = sacrebleu.corpus_bleu(predictions, [first], tokenize="intl").score
+    assert bleu(first, predictions) == {"bleu": pytest.approx(translated)}
 
 
 def test_classes_equal_scikit_learn():

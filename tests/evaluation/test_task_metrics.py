@@ -86,7 +86,8 @@ def perfect(metric, answer):
     return str(answer)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+# `bleu` is compared with sacrebleu itself in test_own_metrics.py; T5 calls it in the same way.
+@pytest.mark.parametrize("metric", sorted(METRICS.keys() - {"bleu"}))
 def test_metrics_equal_those_of_t5(metric):
     cases = [case for case in CASES if case["metric"] == metric]
     assert len(cases) >= 4
@@ -226,6 +227,7 @@ def test_a_perfect_model_scores_100(metric):
         "squad": [["Bob", "U.S."], ["no 1"]],
         "trivia_qa": [["Bob", "U.S."], ["no 1"]],
         "rouge": ["the cat . a dog", "some words"],
+        "bleu": ["the cat sat there .", "some more words"],
         "wsc": [WscAnswer("the cat", label) for label in (False, True)],
     }.get(metric, classes)
     scores = compute_metrics(
@@ -236,8 +238,8 @@ def test_a_perfect_model_scores_100(metric):
 
 
 def test_errors_name_the_reason_why_there_is_no_score():
-    with pytest.raises(UserError, match=r"no metric 'bleu'; the metrics are accuracy, f1, .*wsc"):
-        compute_metrics(["accuracy", "bleu"], ["a"], ["a"])
+    with pytest.raises(UserError, match=r"no metric 'meteor'; the metrics are accuracy, f1, .*wsc"):
+        compute_metrics(["accuracy", "meteor"], ["a"], ["a"])
     with pytest.raises(UserError, match="nothing to score"):
         compute_metrics(["accuracy"], [], [])
     with pytest.raises(UserError, match="a split with labels"):

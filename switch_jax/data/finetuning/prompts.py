@@ -20,6 +20,7 @@ CNN/DailyMail as in t5 0.9.4, closed-book questions as in t5_closed_book_qa
 | squad                | `question: … context: …`, spaces around  | first answer; all of them      |
 |                      | punctuation                              |                                |
 | cnn_dailymail        | `summarize: …`                           | highlights                     |
+| wmt.ende, enfr, enro | `translate English to German: …`         | the other language             |
 | natural_questions    | `nq question: …`                         | first answer; all of them      |
 | web_questions        | `wq question: …`                         | first answer; all of them      |
 | trivia_qa            | `trivia_qa question: …`                  | its value; all of its aliases  |
@@ -196,6 +197,13 @@ def format_summarization(
 ) -> list[Example]:
     """Formats a summarization; `document` and `summary` are the names of the fields."""
     return [Example(f"summarize: {record[document]}", record[summary], record[summary])]
+
+
+def format_translation(
+    record: Record, training: bool, source: str, target: str, prefix: str
+) -> list[Example]:
+    """Formats a translation; `source` and `target` are the names of the fields."""
+    return [Example(f"{prefix}: {record[source]}", record[target], record[target])]
 
 
 def format_pair(record: Record, training: bool) -> list[Example]:

@@ -118,6 +118,10 @@ def _questions_of_squad(fields: Fields) -> list[Fields]:
     ]
 
 
+def _translation(fields: Fields) -> list[Fields]:
+    return [dict(fields["translation"])]
+
+
 def _anli_label(fields: Fields) -> list[Fields]:
     letters = {"e": "entailment", "n": "neutral", "c": "contradiction"}
     return [{**fields, "label": letters.get(fields["label"], fields["label"])}]
@@ -281,6 +285,9 @@ _PUBLISHED: Mapping[str, tuple[Layout, ...]] = {
     ),
     "cnn_dailymail": (_hub(("cnn_dailymail/3.0.0",)),),
     "xsum": (_hub(("xsum/data", "xsum/default")),),
+    "wmt.ende": (_hub(("wmt_t2t/de-en",), adapt=_translation),),
+    "wmt.enfr": (_hub(("wmt15/fr-en",), adapt=_translation),),
+    "wmt.enro": (_hub(("wmt16/ro-en",), adapt=_translation),),
     "anli.r1": _anli(1),
     "anli.r2": _anli(2),
     "anli.r3": _anli(3),

@@ -1,4 +1,4 @@
-"""Table of the fine-tuning tasks of the Switch paper.
+"""Table of the fine-tuning tasks: those of the Switch paper, and T5's translations.
 
 Data sets, versions and numbers of examples are T5's, or TFDS's for tasks that T5 does not have. The
 maximal lengths in tokens:
@@ -8,7 +8,7 @@ maximal lengths in tokens:
 | glue                         | 512, 84         | T5                                              |
 | super_glue                   | 512, 62         | T5                                              |
 | squad                        | 512, 97         | T5                                              |
-| cnn_dailymail                | 512, 512        | T5                                              |
+| cnn_dailymail, wmt           | 512, 512        | T5                                              |
 | closed_book, winogrande      | 128, 32         | T5's notebook on closed-book questions          |
 | anli                         | 512, 84         | glue: MNLI is similar                           |
 | arc, xsum                    | 512, 128        | our choice: an answer is a sentence             |
@@ -31,6 +31,7 @@ from switch_jax.data.finetuning.prompts import (
     format_squad,
     format_stsb,
     format_summarization,
+    format_translation,
     format_trivia_qa,
     format_winogrande,
     format_wsc,
@@ -122,6 +123,7 @@ _LENGTHS = {
     "super_glue": (512, 62),
     "squad": (512, 97),
     "cnn_dailymail": (512, 512),
+    "wmt": (512, 512),
     "closed_book": (128, 32),
     "winogrande": (128, 32),
     "anli": (512, 84),
@@ -217,6 +219,14 @@ def _winogrande(size: str, num_examples: int) -> Task:
         dataset="winogrande:1.2.0",
         splits={**_ALL, "train": Rows(f"train_{size}")},
     )
+
+
+def _wmt(language: str, target: str, num_examples: int, dataset: str) -> Task:
+    """Returns the translation from English; `target` is the code of the language."""
+    prefix = f"translate English to {language}"
+    format = partial(format_translation, source="en", target=target, prefix=prefix)
+    schema = {"en": str, target: str}
+    return _task(f"wmt.en{target}", num_examples, "bleu", format, schema, dataset=dataset)
 
 
 def _closed_book(
@@ -353,6 +363,9 @@ _TASKS = (
         dataset="xsum:1.1.0",
         reported_metric="rouge2",
     ),
+    _wmt("German", "de", 4_592_289, "wmt_t2t_translate/de-en:1.0.0"),
+    _wmt("French", "fr", 40_853_137, "wmt15_translate/fr-en:1.0.0"),
+    _wmt("Romanian", "ro", 610_320, "wmt16_translate/ro-en:1.0.0"),
     _anli("anli.r1", 16_946),
     _anli("anli.r2", 45_460),
     _anli("anli.r3", 100_459),
