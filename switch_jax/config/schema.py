@@ -194,6 +194,7 @@ class TrainConfig:
     seed: int = 0
     accumulate: int = _key(1, change="none")  # microbatches per step
     z_loss_weight: float = 1e-4  # of the output logits
+    label_smoothing: float = 0.0  # share of a target's probability given to all pieces alike
     log_every: int = _key(100, change="none")
     eval_every: int = 1000
     eval_batches: int = 20

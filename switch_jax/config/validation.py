@@ -174,6 +174,7 @@ def _check_ranges(config: Config) -> None:
         ("model.dropout_rate", config.model.dropout_rate),
         ("moe.expert_dropout_rate", moe.expert_dropout_rate),
         ("moe.input_dropout_rate", moe.input_dropout_rate),
+        ("train.label_smoothing", config.train.label_smoothing),
         ("moe.jitter", moe.jitter),
     ):
         _require(0 <= rate < 1, f"{key} must be at least 0 and below 1, not {rate}.")

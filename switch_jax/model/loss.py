@@ -15,6 +15,7 @@ from switch_jax.config import STACKS, Config, rows_per_group
 from switch_jax.distributed import (
     BATCH_AXES,
     axis_index,
+    axis_size,
     partition_spec,
     pmax,
     psum,
@@ -43,6 +44,7 @@ class LossSums(NamedTuple):
     z: jax.Array  # logsumexp(logits)²
     correct: jax.Array  # 1 where the target has the largest logit
     soft: jax.Array | None = None  # cross-entropy with the teacher's distribution, nats
+    uniform: jax.Array | None = None  # cross-entropy with the uniform distribution, nats
 
 
 def loss_denominators(batch: Mapping[str, jax.Array], config: Config) -> LossDenominators:
@@ -66,6 +68,7 @@ def token_losses(
     batch: Mapping[str, jax.Array],
     teacher: tuple[jax.Array, jax.Array] | None = None,
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> LossSums:
     """Computes cross-entropy, z and accuracy of the targets, weighted by their loss weights.
 
@@ -81,6 +84,7 @@ def token_losses(
         gradient.
       temperature: of both models' probabilities in the soft cross-entropy,
         softmax(logits / temperature).
+      label_smoothing: above 0, `LossSums.uniform` is computed.
     """
     models = [(states_BxTxD, head_DxV), *([teacher] if teacher else [])]
 
@@ -99,7 +103,7 @@ def token_losses(
                 jnp.dot(states_NxD, head_DxV, preferred_element_type=jnp.float32)
                 for states_NxD, head_DxV in zip(states, heads)
             ]
-            sums = _device_sums(logits[0], target_N, weight_N)
+            sums = _device_sums(logits[0], target_N, weight_N, label_smoothing > 0)
             if teacher is None:
                 return sums
             soft_N = _soft_cross_entropy(*(logits_NxV / temperature for logits_NxV in logits))
@@ -112,7 +116,11 @@ def token_losses(
             sums = chunk_sums(states, target_N, weight_N)
         else:
             zero = pvary(jnp.zeros(()), BATCH_AXES)
-            zeros = LossSums(zero, zero, zero, None if teacher is None else zero)
+            zeros = LossSums(
+                *(zero, zero, zero),
+                soft=None if teacher is None else zero,
+                uniform=zero if label_smoothing > 0 else None,
+            )
             parts = jax.tree.map(lambda x: _split_chunks(x, chunks), (states, target_N, weight_N))
             sums, _ = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), zeros, parts)
         return jax.tree.map(lambda x: psum(x, BATCH_AXES), sums)
@@ -147,13 +155,21 @@ def row_cross_entropy(
     )
 
 
-def _device_sums(logits_NxV: jax.Array, target_N: jax.Array, weight_N: jax.Array) -> LossSums:
+def _device_sums(
+    logits_NxV: jax.Array, target_N: jax.Array, weight_N: jax.Array, with_uniform: bool
+) -> LossSums:
     """Computes sums over N tokens of a device; V is its part of the vocabulary."""
     log_z_N, largest_N, target_logit_N = _logit_terms(logits_NxV, target_N)
+    uniform = None
+    if with_uniform:
+        vocabulary_size = logits_NxV.shape[-1] * axis_size("model")
+        mean_logit_N = psum(logits_NxV.sum(-1), "model") / vocabulary_size
+        uniform = jnp.sum(weight_N * (log_z_N - mean_logit_N))
     return LossSums(
         cross_entropy=jnp.sum(weight_N * (log_z_N - target_logit_N)),
         z=jnp.sum(weight_N * log_z_N**2),
         correct=jnp.sum(weight_N * (target_logit_N >= largest_N)),
+        uniform=uniform,
     )
 
 
@@ -221,13 +237,20 @@ def loss_terms(
     factor T² compensates it, so that the temperature does not change the balance of the two terms
     (Hinton et al. 2015, §2, and `StudentTeacher` of Mesh TensorFlow).
 
+    With `train.label_smoothing` ε, a target has the probability 1 - ε + ε / V instead of 1, and
+    every other piece ε / V (Szegedy et al. 2016, §7).
+
     `aux_loss` is α · mean over groups of N Σ f·P, summed over layers (paper, eq. 4); with
     `moe.balance_scope=batch`, f and P are shares of the global batch (Qiu et al. 2025). It is 0 for
     expert choice, which is balanced by construction, and for hash routing, which is not trained.
     """
     moe, targets = config.moe, jnp.maximum(denominators.targets, 1)
+    cross_entropy = sums.cross_entropy
+    if sums.uniform is not None:
+        smoothing = config.train.label_smoothing
+        cross_entropy = (1 - smoothing) * cross_entropy + smoothing * sums.uniform
     terms = {
-        "cross_entropy": sums.cross_entropy / targets,
+        "cross_entropy": cross_entropy / targets,
         "z_loss": config.train.z_loss_weight * sums.z / targets,
     }
     if sums.soft is not None:

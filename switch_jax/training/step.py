@@ -205,6 +205,7 @@ class TrainProgram:
                 microbatch,
                 self._teacher_factors(teacher_params or {}, microbatch),
                 config.distill.temperature,
+                config.train.label_smoothing,
             )
             terms = loss_terms(sums, stats, denominators, config, soft_weight, first_choices)
             return sum(terms.values()), (terms, sums, stats)
@@ -239,7 +240,8 @@ class TrainProgram:
         metrics = {
             "loss": total_loss,
             **terms,
-            # Without the soft weight of distillation, so that runs can be compared.
+            # Without label smoothing and the soft weight of distillation, so that runs can be
+            # compared.
             "cross_entropy": sums.cross_entropy / jnp.maximum(denominators.targets, 1),
             "accuracy": sums.correct / jnp.maximum(denominators.targets, 1),
             "tokens": tokens,

@@ -1,5 +1,6 @@
 """Loss sums, their denominators, loss terms and router metrics."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from switch_jax.config import expert_capacity, rows_per_group
@@ -270,8 +272,8 @@ def test_logits_in_chunks_give_the_same_sums_and_gradients(batch, monkeypatch, c
     teacher = states[..., :12] + 1, head[:12]
 
     def combined_loss(states, head):
-        sums = loss.token_losses(states, head, batch, teacher, 2.0)
-        return sums.cross_entropy + 0.1 * sums.z + 0.5 * sums.soft, sums
+        sums = loss.token_losses(states, head, batch, teacher, 2.0, label_smoothing=0.1)
+        return sums.cross_entropy + 0.1 * sums.z + 0.5 * sums.soft + 0.2 * sums.uniform, sums
 
     both = jax.value_and_grad(combined_loss, (0, 1), has_aux=True)
     (_, whole), gradients = both(states, head)
@@ -298,3 +300,26 @@ def test_a_device_has_the_logits_of_its_rows_and_its_vocabulary_only(batch):
         )
     assert f"f32[{B // 4},{T},{V // 2}]" in text
     assert not re.search(rf"f32\[\d+,{T},{V}\]", text)
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_label_smoothing_equals_the_loss_of_smoothed_labels(batch, logits, on_mesh):
+    meshes = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2} if on_mesh else {}
+    config = tiny(**FOUR, **meshes, **{"train.label_smoothing": 0.1})
+    V = config.model.vocab_size
+    denominators = loss_denominators(batch, config)
+
+    def smoothed_loss(logits):
+        sums = loss.token_losses(logits, jnp.eye(V), batch, label_smoothing=0.1)
+        return loss_terms(sums, {}, denominators, config)["cross_entropy"]
+
+    def expected_loss(logits):
+        labels = optax.smooth_labels(jax.nn.one_hot(batch["decoder_target_tokens"], V), 0.1)
+        losses = optax.softmax_cross_entropy(logits, labels)
+        return (batch["decoder_loss_weights"] * losses).sum() / denominators.targets
+
+    with jax.set_mesh(make_mesh(config)) if on_mesh else contextlib.nullcontext():
+        found = jax.jit(jax.value_and_grad(smoothed_loss))(logits)
+    expected = jax.value_and_grad(expected_loss)(jnp.asarray(logits))
+    for value, reference in zip(found, expected):
+        np.testing.assert_allclose(value, reference, rtol=1e-5, atol=1e-6)
