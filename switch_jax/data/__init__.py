@@ -5,6 +5,7 @@ from switch_jax.data.batch import (
     BatchIterator,
     ProcessRows,
     SyntheticIterator,
+    data_of_position,
     feature_shapes,
     padded_batch,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Task",
     "Vocabulary",
     "build_token_store",
+    "data_of_position",
     "examples_text",
     "feature_shapes",
     "find_sources",

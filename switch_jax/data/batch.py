@@ -88,6 +88,16 @@ class BatchIterator(Protocol):
     def restore(self, directory: Path) -> None: ...
 
 
+def data_of_position(folder: Path) -> str | None:
+    """Returns the identity of the data that a `RowIterator` saved with its position.
+
+    It is a hash of text, rates, lengths, vocabulary and seed. None: `folder` has none, as of the
+    seqio reader, whose position depends on the number of processes, too.
+    """
+    file = folder / "position.json"
+    return str(json.loads(file.read_text())["source"]) if file.is_file() else None
+
+
 class RowIterator(abc.ABC):
     """A `BatchIterator` whose rows are numbered; a row depends on its number alone.
 

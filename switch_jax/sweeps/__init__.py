@@ -1,7 +1,13 @@
 """Sweeps: several runs, compared in tables and figures."""
 
 from switch_jax.sweeps.report import write_sweep_report
-from switch_jax.sweeps.runner import prepare_sweep, ready_jobs, run_sweep, sweep_jobs
+from switch_jax.sweeps.runner import (
+    check_same_text,
+    prepare_sweep,
+    ready_jobs,
+    run_sweep,
+    sweep_jobs,
+)
 from switch_jax.sweeps.spec import (
     Advantage,
     Curves,
@@ -27,6 +33,7 @@ __all__ = [
     "SweepRun",
     "Table",
     "Transfer",
+    "check_same_text",
     "load_sweep",
     "prepare_sweep",
     "ready_jobs",

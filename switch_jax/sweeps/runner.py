@@ -18,9 +18,11 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from switch_jax.checkpoint import Workdir, has_diverged, last_logged_step
 from switch_jax.config import Config, change_effect, config_differences
+from switch_jax.data import data_of_position
 from switch_jax.distributed import record_signals
 from switch_jax.errors import UserError
 from switch_jax.model import train_flops
@@ -160,6 +162,29 @@ def prepare_sweep(jobs: list[Job], folder: Path) -> None:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}); use another --workdir."
         ) from error
+
+
+def check_same_text(jobs: list[Job]) -> None:
+    """Raises `UserError` if finished runs of a seed were trained on different text.
+
+    Their configs are the same in `data.*`, but what these name may change while a sweep is trained:
+    files, and with `python_docstrings` the installed packages.
+    """
+    first: dict[tuple[Any, ...], tuple[str, str]] = {}  # data of a run → its identity and its key
+    for job in jobs:
+        position = job.workdir.checkpoints / str(job.config.train.steps) / "data"
+        identity = data_of_position(position)
+        if identity is None:
+            continue
+        data = dataclasses.replace(job.config.data, vocabulary=None)
+        known, other = first.setdefault(dataclasses.astuple(data), (identity, job.key))
+        if known != identity:
+            raise UserError(
+                f"{job.key} and {other} in {job.folder} were trained on different text, although"
+                f" both have data.mixture={data.mixture}: it has changed between them; remove the"
+                f" folder of one, and what was trained with it, from {job.folder / 'runs'}, or use"
+                " another --workdir."
+            )
 
 
 def ready_jobs(jobs: list[Job], failed: Collection[str] = ()) -> list[Job]:

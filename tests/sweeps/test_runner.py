@@ -22,7 +22,13 @@ from switch_jax.distributed.cluster import Launch
 from switch_jax.errors import UserError
 from switch_jax.sweeps import progress, runner
 from switch_jax.sweeps.progress import SweepDisplay
-from switch_jax.sweeps.runner import Job, _lock_first, prepare_sweep, run_sweep
+from switch_jax.sweeps.runner import (
+    Job,
+    _lock_first,
+    check_same_text,
+    prepare_sweep,
+    run_sweep,
+)
 from switch_jax.sweeps.spec import SweepRun
 from tests.support import runs
 from tests.support.configs import tiny
@@ -405,3 +411,20 @@ def test_a_reference_may_be_a_path_in_a_run_that_has_begun(tmp_path):
     prepare_sweep([unresolved], tmp_path)
     with pytest.raises(UserError, match="init_from is '/runs/up-0/checkpoints/100' there"):
         prepare_sweep([down], tmp_path)
+
+
+def test_runs_on_different_text_are_not_compared(tmp_path):
+    jobs = fake_jobs(tmp_path, {"dense": "", "sparse": "", "other": ""})
+    jobs[2] = dataclasses.replace(jobs[2], config=tiny(**{"data.seed": 1}))
+    for job, source in zip(jobs, ("first", "first", "second")):
+        position = job.workdir.checkpoints / str(job.config.train.steps) / "data"
+        position.mkdir(parents=True)
+        (position / "position.json").write_text(json.dumps({"next_row": 8, "source": source}))
+    check_same_text(jobs)  # `other` has another seed, and therefore another identity
+    (position.parents[3] / "sparse-0").rename(tmp_path / "elsewhere")
+    check_same_text(jobs)  # a run that is not finished
+    (tmp_path / "elsewhere").rename(position.parents[3] / "sparse-0")
+    changed = jobs[1].workdir.checkpoints / str(jobs[1].config.train.steps) / "data"
+    (changed / "position.json").write_text(json.dumps({"next_row": 8, "source": "third"}))
+    with pytest.raises(UserError, match=r"sparse-0 and dense-0 in .* trained on different text"):
+        check_same_text(jobs)

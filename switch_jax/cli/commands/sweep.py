@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from switch_jax.analysis import import_matplotlib
     from switch_jax.distributed import detect_launch
     from switch_jax.sweeps import (
+        check_same_text,
         load_sweep,
         prepare_sweep,
         ready_jobs,
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     made, folder = load_sweep(args.config).but(args.overrides), Path(args.workdir)
     jobs = sweep_jobs(made, folder)
     prepare_sweep(jobs, folder)
+    check_same_text(jobs)
     if args.commands:
         print("\n".join(shlex.join(job.command()) for job in ready_jobs(jobs)))
         return 0
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             " several; start what --commands prints with your launcher."
         )
     progress = run_sweep(jobs)
+    check_same_text(jobs)
     if progress.finished or progress.diverged:
         print("\n".join(map(str, write_sweep_report(made, jobs, folder))))
     if progress.stopped_by is not None:
