@@ -3,8 +3,8 @@
     switch-jax train --config configs/finetune.py:task=glue --workdir runs/glue \\
         --config.init_from=runs/switch_base --config.data.data_dir=DIR
 
-DIR has the data as TFDS prepares it, or in files: see docs/finetune.md. The model is that of
-init_from. Your own pairs of inputs and targets:
+DIR has the data as it is downloaded: see docs/finetune.md. The model is that of init_from. Your own
+pairs of inputs and targets:
 
     switch-jax train --config configs/finetune.py:task=pairs --workdir runs/mine \\
         --config.init_from=runs/switch_base --config.data.mixture='pairs:/mine/{split}.jsonl'

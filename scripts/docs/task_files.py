@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from switch_jax.data.finetuning.published_layouts import OWN_FILES, TFDS, layouts_of_task
-from switch_jax.data.finetuning.tasks import TASKS, Task
+from switch_jax.data.finetuning.task import Task
+from switch_jax.data.finetuning.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "finetune.md"
 BEGIN, END = "<!-- task files -->\n\n", "\n<!-- end of task files -->"

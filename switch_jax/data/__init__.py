@@ -9,8 +9,9 @@ from switch_jax.data.batch import (
     feature_shapes,
     padded_batch,
 )
+from switch_jax.data.finetuning.task import Task
 from switch_jax.data.finetuning.task_mixtures import MIXTURES
-from switch_jax.data.finetuning.tasks import Task, get_task
+from switch_jax.data.finetuning.tasks import get_task
 from switch_jax.data.mixture import find_sources, has_plain_text
 from switch_jax.data.peek import examples_text
 from switch_jax.data.readers import open_batches, open_epoch_by_source, read_task_examples

@@ -21,13 +21,14 @@ from etils import epath
 
 from switch_jax.config import DataConfig, parse_json
 from switch_jax.data.finetuning.layouts import is_task_file
+from switch_jax.data.finetuning.task import custom_task
 from switch_jax.data.finetuning.task_mixtures import MIXTURES, find_task_or_mixture
 from switch_jax.data.finetuning.task_source import (
     TaskSource,
     find_task_source,
     missing_tasks_error,
 )
-from switch_jax.data.finetuning.tasks import TASKS, custom_task
+from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.data.sources.python_text import PYTHON_TEXTS, PythonTextSource
 from switch_jax.data.sources.source import (
     SPLITS,

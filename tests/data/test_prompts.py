@@ -7,9 +7,10 @@ import json
 import pytest
 
 from switch_jax.data.finetuning.prompts import UNKNOWN, Example
+from switch_jax.data.finetuning.task import Rows
 from switch_jax.data.finetuning.task_mixtures import MIXTURES, TaskMixture, find_task_or_mixture
 from switch_jax.data.finetuning.task_records import LABEL
-from switch_jax.data.finetuning.tasks import TASKS, Rows
+from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.data.sources.bad_records import UnusableRecord
 from switch_jax.errors import UserError
 from switch_jax.evaluation.task_metrics import METRICS

@@ -8,8 +8,9 @@ import pytest
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches, open_epoch_by_source, read_task_examples
 from switch_jax.data.catalog import source_name, sources_for_spec
+from switch_jax.data.finetuning.task import custom_task
 from switch_jax.data.finetuning.task_records import select_fields
-from switch_jax.data.finetuning.tasks import TASKS, custom_task
+from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.data.sources.bad_records import BadRecord, BadRecords, UnusableRecord
 from switch_jax.data.sources.record_files import read_records
 from switch_jax.errors import UserError

@@ -16,7 +16,8 @@ from switch_jax.cli.main import main
 from switch_jax.config.load import override_config
 from switch_jax.data import open_batches, open_vocabulary
 from switch_jax.data.batch import ALL_ROWS
-from switch_jax.data.finetuning.tasks import TASKS, custom_task
+from switch_jax.data.finetuning.task import custom_task
+from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
 from switch_jax.evaluation.metric_names import sort_key

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from switch_jax.data.finetuning.task import Task
 from switch_jax.data.finetuning.task_records import LABEL
-from switch_jax.data.finetuning.tasks import Task
 
 WORDS = ("red", "green", "blue", "left", "right", "old")
 

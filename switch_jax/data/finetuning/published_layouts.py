@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from switch_jax.data.finetuning.layouts import VERSION, Adapt, Layout, unchanged
-from switch_jax.data.finetuning.tasks import Task
+from switch_jax.data.finetuning.task import Task
 from switch_jax.data.sources.record_files import Fields
 
 TFDS, OWN_FILES, HUB = "TFDS", "files named after the splits", "Hugging Face hub"

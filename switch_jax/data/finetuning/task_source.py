@@ -12,8 +12,8 @@ from etils import epath
 
 from switch_jax.data.finetuning.prompts import Example
 from switch_jax.data.finetuning.published_layouts import layouts_of_task
+from switch_jax.data.finetuning.task import Rows, Task
 from switch_jax.data.finetuning.task_records import select_fields
-from switch_jax.data.finetuning.tasks import Rows, Task
 from switch_jax.data.sources.bad_records import BadRecord, BadRecords, UnusableRecord
 from switch_jax.data.sources.held_out import SMALL_BYTES, HeldOut, hold_out_of
 from switch_jax.data.sources.record_files import Record, file_format, read_records

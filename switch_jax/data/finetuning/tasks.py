@@ -14,10 +14,9 @@ maximal lengths in tokens:
 | arc, xsum                    | 512, 128        | our choice: an answer is a sentence             |
 """
 
-import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 from switch_jax.data.finetuning.prompts import (
     Format,
@@ -26,7 +25,6 @@ from switch_jax.data.finetuning.prompts import (
     format_dpr,
     format_multirc,
     format_open_question,
-    format_pair,
     format_record_task,
     format_squad,
     format_stsb,
@@ -36,87 +34,8 @@ from switch_jax.data.finetuning.prompts import (
     format_winogrande,
     format_wsc,
 )
+from switch_jax.data.finetuning.task import ALL_PARTS, Rows, Task, TaskPart, custom_task
 from switch_jax.data.finetuning.task_records import LABEL
-
-TaskPart = Literal["train", "validation", "test"]
-
-
-class Rows(NamedTuple):
-    """Rows `begin` to `end` of a split of a data set; None is the end of the split.
-
-    The class name and the fields are part of `Source.fingerprint`.
-    """
-
-    split: str
-    begin: int = 0
-    end: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A fine-tuning task: its data set, text and metrics.
-
-    Attributes:
-      name: such as "glue.cola": the benchmark and the task.
-      dataset: name in TFDS, with its config.
-      version: of the data set.
-      splits: rows of each part of the task; not every task has all three parts.
-      num_examples: for training, and the rate in a mixture; of ReCoRD one for every answer. None
-        if only the files determine it.
-      schema: the fields that `format` reads, with their names and types in TFDS: a type, `[type]`
-        for a list, or a dict of fields. A record may have more fields.
-      format: turns a record into examples; see `prompts`.
-      classes: names in the order of their labels; empty if records list them, or if answers are
-        texts or numbers.
-      metrics: names in `task_metrics.METRICS`; none if no part has labels.
-      reported_metric: the one that the paper reports; None: the mean of all.
-      inputs_length, targets_length: maximum in tokens, with the EOS.
-    """
-
-    name: str
-    dataset: str
-    version: str
-    splits: Mapping[TaskPart, Rows]
-    num_examples: int | None
-    schema: Mapping[str, Any]
-    format: Format
-    classes: tuple[str, ...]
-    metrics: tuple[str, ...]
-    reported_metric: str | None
-    inputs_length: int
-    targets_length: int
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the task is custom files of inputs and targets."""
-        return not self.dataset
-
-
-_ALL: dict[TaskPart, Rows] = {part: Rows(part) for part in get_args(TaskPart)}
-
-
-def get_task(name: str) -> Task:
-    """Returns the task `name` of TASKS; for any other name, a task of custom files."""
-    return TASKS[name] if name in TASKS else custom_task(name)
-
-
-def custom_task(name: str) -> Task:
-    """Returns a task whose records are inputs and targets already; `eval.metrics` scores it."""
-    return Task(
-        name=name,
-        dataset="",
-        version="",
-        splits=_ALL,
-        num_examples=None,
-        schema={"inputs": str, "targets": str | list},
-        format=format_pair,
-        classes=(),
-        metrics=("accuracy",),
-        reported_metric=None,
-        inputs_length=512,
-        targets_length=114,
-    )
-
 
 _LENGTHS = {
     "glue": (512, 84),
@@ -142,7 +61,7 @@ def _task(
     schema: Mapping[str, Any],
     classes: tuple[str, ...] = (),
     dataset: str | None = None,
-    splits: Mapping[TaskPart, Rows] = _ALL,
+    splits: Mapping[TaskPart, Rows] = ALL_PARTS,
     reported_metric: str | None = None,
 ) -> Task:
     benchmark, _, config = name.partition(".")
@@ -171,7 +90,7 @@ def _classification(
     metrics: str = "accuracy",
     prefix: str | None = None,
     dataset: str | None = None,
-    splits: Mapping[TaskPart, Rows] = _ALL,
+    splits: Mapping[TaskPart, Rows] = ALL_PARTS,
 ) -> Task:
     """Returns a task with class names as targets.
 
@@ -217,7 +136,7 @@ def _winogrande(size: str, num_examples: int) -> Task:
         format_winogrande,
         {"sentence": str, "option1": str, "option2": str, "label": LABEL},
         dataset="winogrande:1.2.0",
-        splits={**_ALL, "train": Rows(f"train_{size}")},
+        splits={**ALL_PARTS, "train": Rows(f"train_{size}")},
     )
 
 
@@ -403,3 +322,8 @@ _TASKS = (
     ),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _TASKS}
+
+
+def get_task(name: str) -> Task:
+    """Returns the task `name` of TASKS; for any other name, a task of custom files."""
+    return TASKS[name] if name in TASKS else custom_task(name)
