@@ -272,9 +272,10 @@ def test_sources_without_text_are_refused_and_nothing_is_left_behind(vocabulary,
         data = DataConfig(mixture=f"pairs:{tmp_path}/pairs.jsonl")
         build_token_store(data, vocabulary, tmp_path / "store", workers=1)
     (tmp_path / "store" / ".manifest.json.0123456789ab.partial").write_text("of a killed build")
-    build_token_store(
-        DataConfig(mixture=f"{tmp_path}/good.jsonl"), vocabulary, tmp_path / "store", workers=1
-    )
+    for split, content in {"train": good, "validation": ""}.items():
+        (tmp_path / f"{split}-good.jsonl").write_text(content)
+    data = DataConfig(mixture=f"{tmp_path}/{{split}}-good.jsonl")
+    build_token_store(data, vocabulary, tmp_path / "store", workers=1)
     assert "good has no text for validation" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == [
         *("good", "manifest.json", "vocabulary.model")
