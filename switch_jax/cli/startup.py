@@ -93,7 +93,7 @@ def start_jax(flags: "Launch | None" = None, facts: Mapping[str, Any] | None = N
     from switch_jax.distributed import connect
     from switch_jax.files import cache_root
 
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _accelerator_plugins():
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _has_accelerator_plugin():
         _keep_freed_memory()
     # The reductions over leading dimensions that jaxlib 0.10 hands to its CPU kernel library run
     # 50 times slower there than XLA's own; later versions mended that.
@@ -108,10 +108,10 @@ def start_jax(flags: "Launch | None" = None, facts: Mapping[str, Any] | None = N
     connect(flags, {**versions, **(facts or {})})
 
 
-def _accelerator_plugins() -> list[str]:
-    """Returns the names of the installed plugins with which JAX runs on GPUs or TPUs."""
-    plugins = [plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")]
-    return plugins + ["libtpu"] * (importlib.util.find_spec("libtpu") is not None)
+def _has_accelerator_plugin() -> bool:
+    """Whether a package is installed with which JAX runs on GPUs or TPUs."""
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return bool(plugins) or importlib.util.find_spec("libtpu") is not None
 
 
 def _keep_freed_memory() -> None:

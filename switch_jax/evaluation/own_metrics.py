@@ -57,14 +57,12 @@ def _accuracy(references: References, predictions: Sequence[str]) -> Scores:
 
 
 def _rouge(references: References, predictions: Sequence[str]) -> Scores:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise UserError('ROUGE needs rouge-score: pip install "switch_jax[metrics]".') from error
-    kinds = ("rouge1", "rouge2", "rougeLsum")
-    scorer = RougeScorer(kinds)
+    scorer = task_metrics.rouge_scorer()
     scored = [scorer.score_multi(list(texts), p) for texts, p in zip(references, predictions)]
-    return {kind: 100 * float(np.mean([s[kind].fmeasure for s in scored])) for kind in kinds}
+    return {
+        kind: 100 * float(np.mean([s[kind].fmeasure for s in scored]))
+        for kind in task_metrics.ROUGE
+    }
 
 
 def _bleu(references: References, predictions: Sequence[str]) -> Scores:
@@ -85,10 +83,7 @@ def _correlation(references: References, predictions: Sequence[str]) -> Scores:
 
 
 def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = task_metrics.parse_number(text)
     if not math.isfinite(number):
         raise UserError(
             f"eval.metrics=correlation needs targets that are numbers, and one is {text[:60]!r};"

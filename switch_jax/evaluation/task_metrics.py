@@ -23,7 +23,7 @@ from switch_jax.errors import UserError
 
 Scores = dict[str, float]
 _UNLABELLED = "Some examples have no answer to score against; take a split with labels."
-_ROUGE = ("rouge1", "rouge2", "rougeLsum")
+ROUGE = ("rouge1", "rouge2", "rougeLsum")
 _DETERMINERS = re.compile(
     "a|an|few|her|his|each|every|many|much|my|our|some|that|the|their|these|this|those|which|whose"
     "|your"
@@ -203,11 +203,7 @@ def rouge(answers: Sequence[str], predictions: Sequence[str]) -> Scores:
     sentences end at " . " or at the end of a line. Raises `UserError` if rouge-score is not
     installed.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise UserError('ROUGE needs rouge-score: pip install "switch_jax[metrics]".') from error
-    scorer = RougeScorer(_ROUGE)
+    scorer = rouge_scorer()
     texts = ([text.replace(" . ", " .\n") for text in pair] for pair in zip(answers, predictions))
     examples = [scorer.score(answer, prediction) for answer, prediction in texts]
     random = np.random.RandomState(0)
@@ -216,8 +212,17 @@ def rouge(answers: Sequence[str], predictions: Sequence[str]) -> Scores:
         N = len(values_N)
         return float(np.median([values_N[random.randint(0, N, N)].mean() for _ in range(1000)]))
 
-    by_kind = {kind: np.array([scores[kind].fmeasure for scores in examples]) for kind in _ROUGE}
+    by_kind = {kind: np.array([scores[kind].fmeasure for scores in examples]) for kind in ROUGE}
     return {kind: 100 * bootstrap(values_N) for kind, values_N in by_kind.items()}
+
+
+def rouge_scorer() -> Any:
+    """Returns rouge-score's scorer of `ROUGE`; raises `UserError` if it is not installed."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError('ROUGE needs rouge-score: pip install "switch_jax[metrics]".') from error
+    return RougeScorer(ROUGE)
 
 
 def bleu(answers: Sequence[str], predictions: Sequence[str]) -> Scores:
@@ -321,7 +326,7 @@ def _f1_of_class(answers_N: np.ndarray, predicted_N: np.ndarray, index: int) -> 
 def _correlation(
     name: str, statistic: Callable, answers: Sequence[float], predictions: Sequence[str]
 ) -> Scores:
-    predicted_N = np.array([_parse_number(text) for text in predictions])
+    predicted_N = np.array([parse_number(text) for text in predictions])
     invalid_N = ~np.isfinite(predicted_N)
     predicted_N[invalid_N] = -1
     constant = any(np.unique(numbers).size == 1 for numbers in (answers, predicted_N))
@@ -329,7 +334,7 @@ def _correlation(
     return {name: 100 * float(value)} | _count_invalid(invalid_N)
 
 
-def _parse_number(text: str) -> float:
+def parse_number(text: str) -> float:
     """Returns the number, or NaN if the text is not a number."""
     try:
         return float(text)

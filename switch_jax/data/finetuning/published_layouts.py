@@ -310,7 +310,6 @@ _PUBLISHED: Mapping[str, tuple[Layout, ...]] = {
             ("web_questions", ""),
             {"train": "webquestions.examples.train", "test": "webquestions.examples.test"},
             "json",
-            items="item",
             adapt=_answers_of_web_questions,
         ),
     ),

@@ -1,6 +1,5 @@
 """Sources of fine-tuning tasks, whose texts alternate between inputs and targets."""
 
-import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +14,7 @@ from switch_jax.data.finetuning.published_layouts import layouts_of_task
 from switch_jax.data.finetuning.task import Rows, Task
 from switch_jax.data.finetuning.task_records import select_fields
 from switch_jax.data.sources.bad_records import BadRecord, BadRecords, UnusableRecord
-from switch_jax.data.sources.held_out import SMALL_BYTES, HeldOut, hold_out_of
+from switch_jax.data.sources.held_out import SMALL_BYTES
 from switch_jax.data.sources.record_files import Record, file_format, read_records
 from switch_jax.data.sources.source import (
     SPLITS,
@@ -25,7 +24,6 @@ from switch_jax.data.sources.source import (
     Split,
     files_digest,
     missing_numbers,
-    single_document_note,
 )
 from switch_jax.errors import UserError
 
@@ -93,16 +91,9 @@ class TaskSource(Source):
             if not self._holds_out or self._held_out.is_in(split, example.inputs):
                 yield example
 
-    def notes(self) -> list[str]:
-        is_shared = self._holds_out and self._held_out.is_shared
-        return [single_document_note(self.name)] if is_shared else []
-
-    @functools.cached_property
-    def _held_out(self) -> HeldOut:
-        if self.size() > SMALL_BYTES:
-            return HeldOut()
-        examples = self._all_examples(self._task.splits["train"], BadRecords("skip"), True)
-        return hold_out_of(example.inputs for example in examples)
+    def _all_documents(self) -> Iterator[str]:
+        rows = self._task.splits["train"]
+        return (example.inputs for example in self._all_examples(rows, BadRecords("skip"), True))
 
     def _all_examples(self, rows: Rows, bad: BadRecords, training: bool) -> Iterator[Example]:
         """Yields the examples of all rows, those that are held out included."""

@@ -59,6 +59,7 @@ class Source(abc.ABC):
     fingerprint: str
     cache_key: str
     has_targets = False
+    _holds_out = False  # whether validation is a part of the training documents
 
     @abc.abstractmethod
     def shards(self, split: Split) -> tuple[Shard, ...]:
@@ -78,7 +79,19 @@ class Source(abc.ABC):
 
     def notes(self) -> list[str]:
         """Returns sentences on what a user may not expect of the source."""
+        if self._holds_out and self._held_out.is_shared:
+            return [
+                f"{self.name} has a single document: validation uses the text that training does."
+            ]
         return []
+
+    @functools.cached_property
+    def _held_out(self) -> HeldOut:
+        return HeldOut() if self.size() > SMALL_BYTES else hold_out_of(self._all_documents())
+
+    def _all_documents(self) -> Iterator[str]:
+        """Yields the texts by which training documents are held out, of a source that does so."""
+        return iter(())
 
     def size(self) -> int:
         """Returns the bytes of all files."""
@@ -158,19 +171,10 @@ class FileSource(Source):
                 if not self._holds_out or self._held_out.is_in(split, text):
                     yield text
 
-    @functools.cached_property
-    def _held_out(self) -> HeldOut:
-        if self.size() > SMALL_BYTES:
-            return HeldOut()
+    def _all_documents(self) -> Iterator[str]:
         bad = BadRecords("skip")
-        paths = [file.path for file in self._files["train"]]
-        return hold_out_of(
-            text for path in paths for text in read_texts(path, bad, self._text_format)
-        )
-
-    def notes(self) -> list[str]:
-        is_shared = self._holds_out and self._held_out.is_shared
-        return [single_document_note(self.name)] if is_shared else []
+        for file in self._files["train"]:
+            yield from read_texts(file.path, bad, self._text_format)
 
     def num_documents(self, split: Split) -> int | None:
         return self._counts.get(split)
@@ -179,11 +183,6 @@ class FileSource(Source):
         if self._holds_out and split == "validation":
             return []
         return missing_numbers(file.path for file in self._files[split])
-
-
-def single_document_note(name: str) -> str:
-    """Returns the sentence on a source whose training text is used for validation."""
-    return f"{name} has a single document: validation uses the text that training does."
 
 
 def files_digest(files: Iterable[Iterable[File]]) -> str:

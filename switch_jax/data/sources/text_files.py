@@ -13,7 +13,7 @@ from switch_jax.errors import UserError
 
 
 class TextFormat(NamedTuple):
-    """What a document of a file is: `data.text_field` and `data.documents`.
+    """Place of the documents in a file: `data.text_field` and `data.documents`.
 
     Attributes:
       field: of each record; plain text has none.
