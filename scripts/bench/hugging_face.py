@@ -23,6 +23,7 @@ import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import switch_jax
+from switch_jax.__main__ import keep_freed_memory
 from switch_jax.cli.startup import start_jax
 from switch_jax.config import override_config
 from switch_jax.data.batch import shift_right
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
+    keep_freed_memory()
     start_jax(None, {})
     print(render(measure(args.experts, args.repeats)))
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}")

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from switch_jax.__main__ import keep_freed_memory
 from switch_jax.cli.startup import start_jax
 from switch_jax.config import (
     Config,
@@ -335,6 +336,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = vars(parser.parse_args())
     as_json = arguments.pop("json")
+    keep_freed_memory()
     start_jax()
     result = measure(**arguments)
     print(json.dumps(result) if as_json else render(result))

@@ -1,7 +1,6 @@
 """Startup of a verb: its config, JAX with its compilation cache, and the other processes."""
 
 import argparse
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from switch_jax.distributed import Launch
 
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
-# Parameters of glibc's `mallopt`, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def load_config_argument(args: argparse.Namespace) -> "Config":
@@ -76,7 +73,7 @@ def start(args: argparse.Namespace, config: "Config | None" = None) -> None:
 
 
 def start_jax(flags: "Launch | None" = None, facts: Mapping[str, Any] | None = None) -> None:
-    """Sets the memory allocator, XLA's flags and compilation cache, then connects the processes.
+    """Sets XLA's flags and compilation cache, then connects the processes.
 
     Must be called before anything is computed. Compiled programs are kept in
     $JAX_COMPILATION_CACHE_DIR, by default in the cache of `switch_jax.files`, and reused by the
@@ -93,8 +90,6 @@ def start_jax(flags: "Launch | None" = None, facts: Mapping[str, Any] | None = N
     from switch_jax.distributed import connect
     from switch_jax.files import cache_root
 
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _has_accelerator_plugin():
-        _keep_freed_memory()
     # The reductions over leading dimensions that jaxlib 0.10 hands to its CPU kernel library run
     # 50 times slower there than XLA's own; later versions mended that.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -106,27 +101,6 @@ def start_jax(flags: "Launch | None" = None, facts: Mapping[str, Any] | None = N
     # Python too: the built-in text is that of its standard library.
     versions = {"Python": platform.python_version(), "jax": jax.__version__}
     connect(flags, {**versions, **(facts or {})})
-
-
-def _has_accelerator_plugin() -> bool:
-    """Whether a package is installed with which JAX runs on GPUs or TPUs."""
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return bool(plugins) or importlib.util.find_spec("libtpu") is not None
-
-
-def _keep_freed_memory() -> None:
-    """Makes glibc's allocator keep freed memory for the next allocation; for CPUs.
-
-    XLA's CPU programs allocate their buffers in each step. By default glibc gives large freed
-    blocks back to the kernel, which then clears their pages in the next step: a third of the step
-    time of `configs/switch_mini.py`. Must be called before JAX starts its threads, since each
-    thread keeps the heap that it has begun with. Other allocators are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)  # heaps of other threads than the first give memory back anyway
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def choose_attached_mesh(config: "Config") -> "Config":

@@ -30,9 +30,18 @@ from switch_jax.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
-# A program with 36 MB buffers; prints how many pages the kernel gives its last 20 runs.
+# A command line that computes with 36 MB buffers; prints how many pages the kernel gives the last
+# 20 runs. The thread stands for those of libraries, which may have a heap before JAX starts.
 PAGE_FAULTS = """
-import resource
+import contextlib, resource, sys, threading
+from switch_jax import __main__ as entry
+sys.argv = ["switch-jax", "--version"]
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None):
+    entry.main()
+barrier = threading.Barrier(5)
+for _ in range(4):
+    threading.Thread(target=lambda: (bytearray(10**5), barrier.wait()), daemon=True).start()
+barrier.wait()
 from switch_jax.cli.startup import start_jax
 start_jax()
 import jax, jax.numpy as jnp
