@@ -17,16 +17,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from switch_jax.config import Config, DataConfig, ModelConfig
 from switch_jax.data import Batch, build_token_store, open_batches, open_vocabulary, padded_batch
+from switch_jax.data.objectives import Objective, open_objective
 from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.sources.source import SPLITS
-from switch_jax.data.span_corruption import corrupt_spans, span_lengths
 from switch_jax.data.token_store.store import TokenStore
 
 ROWS, SOURCES, SHARDS = 64, 107, 8
@@ -49,17 +49,16 @@ def documents() -> list[str]:
     return [text[i : i + 2200] for text in whole for i in range(0, len(text), 2200)]
 
 
-def grain_batches(folder: Path, config: Config, sentinels: Sequence[int]) -> Iterator[Batch]:
-    """Returns the rows of a store from ArrayRecord, read by Grain and corrupted in the same way."""
+def grain_batches(folder: Path, config: Config, objective: Objective) -> Iterator[Batch]:
+    """Returns the rows of a store from ArrayRecord, read by Grain, with noise of the same kind."""
     import grain
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     def batch(rows: list[bytes], numbers: np.random.Generator) -> Batch:
         tokens = np.stack([np.frombuffer(row, np.uint16) for row in rows])
         examples = numbers.integers(0, 2**62, len(rows))
-        eos_id = config.model.eos_id
-        corrupted = corrupt_spans(tokens, config.data.seed, examples, sentinels, eos_id)
-        return padded_batch(*corrupted, config)
+        [(_, inputs, targets)] = objective.apply(tokens, examples, examples)
+        return padded_batch(inputs, targets, config)
 
     rows = grain.MapDataset.source(ArrayRecordDataSource(sorted(map(str, folder.iterdir()))))
     rows = rows.seed(config.data.seed).shuffle().repeat()
@@ -106,7 +105,8 @@ def readers(folder: Path) -> dict[str, Callable[[], Iterator[Batch]]]:
     print(f"data pack: {packed / seconds:,.0f} tokens/s by one worker", file=sys.stderr)
     build_token_store(DataConfig(mixture=many), vocabulary, folder / "many", workers=1)
     settings = config(mixture=one, data_dir=str(folder / "one"))
-    length = span_lengths(settings.data.inputs_length, settings.data.targets_length).tokens
+    objective = open_objective(settings, vocabulary)
+    length = objective.text_length(settings.data.inputs_length, settings.data.targets_length)
     write_array_records(folder / "records", TokenStore(folder / "one"), "one", length)
 
     def store(mixture: str, name: str, **more) -> Callable[[], Iterator[Batch]]:
@@ -121,7 +121,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Iterator[Batch]]]:
     return {
         "packed records": store(one, "one"),
         "the same rows from ArrayRecord, by Grain": functools.partial(
-            grain_batches, folder / "records", settings, vocabulary.sentinels
+            grain_batches, folder / "records", settings, objective
         ),
         "packed records, documents apart (`data.pack=True`)": store(one, "one", pack=True),
         f"packed records, {SOURCES} sources": store(many, "many"),

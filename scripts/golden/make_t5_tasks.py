@@ -2,7 +2,7 @@
 
     python scripts/golden/make_t5_tasks.py tests/golden preprocessors.py
 
-in the environment of scripts/golden/make_t5_span_corruption.py. `preprocessors.py` is
+in the environment of scripts/golden/make_t5_denoising.py. `preprocessors.py` is
 t5_cbqa/preprocessors.py of t5_closed_book_qa in github.com/google-research/google-research, which
 no package contains; the golden file was made with commit 0c1bbe5fc971a1de1a427debc814e66ab4f1e7fa.
 Two runs give equal bytes. Nothing is downloaded: the records are made up, and have all fields of

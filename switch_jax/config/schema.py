@@ -160,6 +160,8 @@ class DataConfig:
     on_bad_record: Literal["skip", "error"] = "skip"  # both report file and line
     on_missing_task: Literal["error", "skip"] = "error"  # of a mixture of fine-tuning tasks
     vocabulary: str | None = None  # SentencePiece model, or bytes; None: trained on the mixture
+    # What the decoder predicts of text without targets (data/objectives.py).
+    objective: Literal["span_corruption", "iid_denoising", "prefix_lm", "ul2"] = "span_corruption"
     inputs_length: int = 512
     targets_length: int = 114
     batch_size: int = 2048  # sequences of the global batch

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from switch_jax.config import Config
 from switch_jax.data.batch import ALL_ROWS, Batch, ProcessRows, add_padding_rows, shift_right
 from switch_jax.data.finetuning.task_source import TaskSource, examples_to_json
 from switch_jax.data.mixture import empty_split_note, find_sources, mixture_rates
+from switch_jax.data.objectives import open_objective
 from switch_jax.data.seqio_blocks import BLOCK_SIZE, BlockReader
+from switch_jax.data.seqio_denoising import add_noise
 from switch_jax.data.seqio_import import seqio, tf
 from switch_jax.data.seqio_preprocessors import (
     concatenate_documents,
-    corrupt_example,
     exchange_padding,
     select_random_chunk,
     split_into_rows,
@@ -34,10 +35,9 @@ from switch_jax.data.seqio_preprocessors import (
 from switch_jax.data.seqio_vocabulary import seqio_vocabulary
 from switch_jax.data.sources.bad_records import MISSING, BadRecords, ReportedBadRecords
 from switch_jax.data.sources.source import Source, Split
-from switch_jax.data.span_corruption import span_lengths
 from switch_jax.data.token_store.manifest import is_store
 from switch_jax.data.vocabulary import Vocabulary, unknown_note
-from switch_jax.data.vocabulary_builder import check_sentinels, open_vocabulary
+from switch_jax.data.vocabulary_builder import open_vocabulary
 from switch_jax.errors import UserError
 
 # Totals, divided among the sources of a mixture.
@@ -124,8 +124,7 @@ def _open_sources(config: Config) -> tuple[list[Source], Vocabulary]:
         )
     sources, vocabulary = find_sources(data), open_vocabulary(config)
     if not all(source.has_targets for source in sources):
-        span_lengths(data.inputs_length, data.targets_length)
-        check_sentinels(data, vocabulary)
+        open_objective(config, vocabulary).text_length(data.inputs_length, data.targets_length)
     return sources, vocabulary
 
 
@@ -162,7 +161,11 @@ class SeqioIterator:
         self._unknown = -1 if vocabulary.unk is None else vocabulary.unk
         self._bad_records = ReportedBadRecords(data.on_bad_record)
         contents = [(source.name, source.fingerprint, rates[source.name]) for source in sources]
-        shape = (data.inputs_length, data.targets_length, self._num_rows, data.pack)
+        shape: tuple[Any, ...] = (
+            *(data.inputs_length, data.targets_length, self._num_rows, data.pack),
+            # Positions from before there were other objectives hold.
+            *([data.objective] if data.objective != "span_corruption" else []),
+        )
         identity = repr((contents, vocabulary.fingerprint, shape, data.seed, split)).encode()
         self._identity = hashlib.blake2b(identity, digest_size=16).hexdigest()
         for source in sources:
@@ -297,14 +300,9 @@ def _task(
 
     seqio takes every 0 for padding. So 0 and the id of padding are exchanged in its rows.
     """
-    data, ids = config.data, config.model
+    ids = config.model
     feature = seqio.Feature(seqio_vocabulary(vocabulary, ids.eos_id), add_eos=True)
-    corruption = [
-        select_random_chunk,
-        *([] if data.pack else [concatenate_documents]),
-        split_into_rows,
-        functools.partial(corrupt_example, sentinels=vocabulary.sentinels),
-    ]
+    noise = [] if source.has_targets else _noise_preprocessors(config, vocabulary)
     return seqio.Task(
         name,
         source=source,
@@ -312,13 +310,25 @@ def _task(
             seqio.preprocessors.tokenize,
             # Random choices after this point differ between epochs.
             seqio.CacheDatasetPlaceholder(),
-            *([] if source.has_targets else corruption),
+            *noise,
             seqio.preprocessors.append_eos_after_trim,
             *([functools.partial(exchange_padding, pad_id=ids.pad_id)] if ids.pad_id else []),
         ],
         output_features={"inputs": feature, "targets": feature},
         shuffle_buffer_size=buffered_rows,
     )
+
+
+def _noise_preprocessors(config: Config, vocabulary: Vocabulary) -> list[Callable[..., Any]]:
+    """Returns the preprocessors from documents to inputs and targets under `data.objective`."""
+    data, objective = config.data, open_objective(config, vocabulary)
+    length = objective.text_length(data.inputs_length, data.targets_length)
+    return [
+        select_random_chunk,
+        *([] if data.pack else [concatenate_documents]),
+        functools.partial(split_into_rows, length=length),
+        functools.partial(add_noise, objective=objective, sentinels=vocabulary.sentinels),
+    ]
 
 
 def _exchange(tokens: np.ndarray, a: int, b: int) -> np.ndarray:

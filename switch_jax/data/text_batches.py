@@ -1,4 +1,4 @@
-"""Span-corrupted batches of a whole text file, in order."""
+"""Batches of a whole text file under `data.objective`, in order."""
 
 from pathlib import Path
 
@@ -6,16 +6,15 @@ import numpy as np
 
 from switch_jax.config import Config
 from switch_jax.data.batch import ALL_ROWS, Batch, ProcessRows, add_padding_rows, padded_batch
-from switch_jax.data.span_corruption import corrupt_spans, span_lengths
+from switch_jax.data.objectives import open_objective
 from switch_jax.data.vocabulary import Vocabulary
-from switch_jax.data.vocabulary_builder import check_sentinels
 from switch_jax.errors import UserError
 
 
 def text_file_batches(
     path: Path, vocabulary: Vocabulary, config: Config, process_rows: ProcessRows = ALL_ROWS
 ) -> list[Batch]:
-    """Returns one process's rows of the batches of a UTF-8 text file, span-corrupted.
+    """Returns one process's rows of the batches of a UTF-8 text file, with noise.
 
     The text is cut into pieces that fill a row each; the remainder is a shorter row, and rows of
     padding fill the last batch. Rows are never packed, whatever `data.pack` is: every piece but the
@@ -27,20 +26,21 @@ def text_file_batches(
     data, tokens = config.data, np.array(vocabulary.encode(read_text_file(path)), np.int64)
     if not len(tokens):
         raise UserError(f"{path} is empty; name a file with text.")
-    length = span_lengths(data.inputs_length, data.targets_length).tokens
-    check_sentinels(data, vocabulary)
+    objective = open_objective(config, vocabulary)
+    length = objective.text_length(data.inputs_length, data.targets_length)
     full_rows = len(tokens) // length
     end = full_rows * length
     full, rest = tokens[:end].reshape(full_rows, length), tokens[None, end:]
-    parts = []
-    for first, pieces in ((0, full), (full_rows, rest)):
-        if pieces.size:
-            examples = first + np.arange(len(pieces))
-            corrupted = corrupt_spans(
-                pieces, data.seed, examples, vocabulary.sentinels, config.model.eos_id
-            )
-            parts.append(padded_batch(*corrupted, config))
-    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    groups = []  # of texts whose inputs, and whose targets, are equally long
+    for first, texts in ((0, full), (full_rows, rest)):
+        if texts.size:
+            numbers = first + np.arange(len(texts))
+            for group, inputs, targets in objective.apply(texts, numbers, numbers):
+                groups.append((numbers[group], padded_batch(inputs, targets, config)))
+    order = np.argsort(np.concatenate([numbers for numbers, _ in groups]))
+    rows = {
+        name: np.concatenate([batch[name] for _, batch in groups])[order] for name in groups[0][1]
+    }
     count, B = len(rows["encoder_input_tokens"]), data.batch_size
     padded = add_padding_rows(rows, -count % B, config.model)
     indices = process_rows.indices(B)

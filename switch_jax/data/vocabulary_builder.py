@@ -13,7 +13,6 @@ from switch_jax.config import Config, DataConfig, is_config_spec
 from switch_jax.data.mixture import find_sources, mixture_rates
 from switch_jax.data.sources.bad_records import BadRecords
 from switch_jax.data.sources.source import Source
-from switch_jax.data.span_corruption import noise_and_spans, span_lengths
 from switch_jax.data.vocabulary import (
     BYT5,
     BYTES,
@@ -66,19 +65,6 @@ def _vocabulary_path(config: Config) -> str | Path:
     if packed is not None and packed.is_file():
         return packed
     return inherited[0] if inherited else _trained_vocabulary(data, config.model.vocab_size)
-
-
-def check_sentinels(data: DataConfig, vocabulary: Vocabulary) -> None:
-    """Raises `UserError` if a row has more spans than the vocabulary has sentinels."""
-    length = span_lengths(data.inputs_length, data.targets_length).tokens
-    spans = noise_and_spans(max(length, 2))[1]
-    if spans > len(vocabulary.sentinels):
-        raise UserError(
-            f"A row of data.inputs_length={data.inputs_length} has {spans} spans, and"
-            f" {vocabulary.name!r} has {len(vocabulary.sentinels)} sentinels to mark them; set it"
-            " lower, or take a vocabulary with more pieces such as <extra_id_0>, or, where there"
-            " are none, a model.vocab_size with room for 100 sentinels behind the pieces."
-        )
 
 
 def train_vocabulary(texts: Iterable[str], path: Path, size: int, coverage: float = 0.9995) -> None:

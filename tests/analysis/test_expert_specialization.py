@@ -27,7 +27,6 @@ from switch_jax.config import Config
 from switch_jax.config.load import load_config, override_config
 from switch_jax.data import open_batches
 from switch_jax.data.sources.python_text import python_documents
-from switch_jax.data.span_corruption import span_lengths
 from switch_jax.data.text_batches import text_file_batches
 from switch_jax.data.vocabulary import EOS, read_vocabulary
 from switch_jax.data.vocabulary_builder import train_vocabulary
@@ -38,6 +37,7 @@ from switch_jax.training.state import save_state
 from switch_jax.training.step import TrainProgram
 from tests.support import runs
 from tests.support.configs import make_batch, share, tiny
+from tests.support.objectives import text_length
 
 TEXT = "The import statement finds a module and binds it to a name in the local scope. " * 12
 
@@ -283,7 +283,7 @@ def test_json_is_one_object_and_a_text_can_be_given(config, tmp_path, capsys):
         assert layer["mutual_information_by_chance"] < 0.9 * layer["expert_entropy"]
     decoder = analysis["layers"][1]
     starts = [t for e in decoder["experts"] for t in e["tokens"] if t["token"] == "<start>"]
-    rows = math.ceil(len(read_vocabulary(made.vocabulary).encode(TEXT)) / span_lengths(32, 11)[0])
+    rows = math.ceil(len(read_vocabulary(made.vocabulary).encode(TEXT)) / text_length(32, 11))
     assert [t["count"] for t in starts] == [rows]
 
 

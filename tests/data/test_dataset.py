@@ -1,10 +1,13 @@
 """Rows of a token store: every token once an epoch, the same rows on any number of processes."""
 
+import functools
+import itertools
+
 import numpy as np
 import pytest
 
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
-from switch_jax.data import open_batches, open_vocabulary
+from switch_jax.data import open_batches, open_epoch_by_source, open_vocabulary
 from switch_jax.data.batch import (
     FEATURES,
     PACKED_FEATURES,
@@ -12,16 +15,17 @@ from switch_jax.data.batch import (
     SyntheticIterator,
     feature_shapes,
 )
+from switch_jax.data.objectives import open_objective
 from switch_jax.data.peek import examples_text
 from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.sources.source import SPLITS
-from switch_jax.data.span_corruption import corrupted_lengths, span_lengths
 from switch_jax.data.token_store.open_store import open_store
 from switch_jax.data.token_store.sequence_packing import cached_row_plan, plan_rows
 from switch_jax.data.vocabulary import EOS
 from switch_jax.errors import UserError
 from tests.support import runs
 from tests.support.configs import share, tiny
+from tests.support.objectives import objective, restored, text_length
 
 SIZE = 900
 
@@ -139,7 +143,7 @@ def test_synthetic_batches_have_no_padding_and_two_segments():
 
 def test_an_epoch_has_every_chunk_once_in_another_order():
     tokens = all_tokens(stored_tokens())
-    length = span_lengths(64, 20).tokens
+    length = text_length(64, 20)
     chunks = len(tokens) // length
     it = open_batches(config(batch_size=chunks), "train")
     expected = sorted(map(tuple, tokens[: chunks * length].reshape(chunks, length).tolist()))
@@ -149,7 +153,7 @@ def test_an_epoch_has_every_chunk_once_in_another_order():
 
 
 def test_epochs_corrupt_other_spans():
-    chunks = len(stored_tokens()) // span_lengths(64, 20).tokens
+    chunks = len(stored_tokens()) // text_length(64, 20)
     it = open_batches(config(batch_size=chunks), "train")
     first, second = (set(map(tuple, next(it)["encoder_input_tokens"].tolist())) for _ in range(2))
     assert len(first & second) < 0.05 * chunks
@@ -206,14 +210,14 @@ def test_packed_rows_have_every_token_and_separate_documents(targets_length):
     opened, tokens, length = (
         stored_tokens(),
         all_tokens(stored_tokens()),
-        span_lengths(64, 20).tokens,
+        text_length(64, 20),
     )
     pieces = [
         tuple(tokens[i : min(i + length, end)].tolist())
         for begin, end in zip(opened.offsets, opened.offsets[1:])
         for i in range(begin, end, length)
     ]
-    plan = plan_rows(opened.offsets, 64, targets_length)
+    plan = plan_rows(opened.offsets, 64, targets_length, objective(), 0)
     rows = len(plan.row_offsets) - 1
     assert rows < len(pieces)
     batch = next(
@@ -238,9 +242,65 @@ def test_packed_rows_have_every_token_and_separate_documents(targets_length):
     assert batch["encoder_segment_ids"].max() > 2
 
 
+def readable(config, batch):
+    """Yields inputs and targets of the texts of a batch, without padding."""
+    packed = config.data.pack
+    for row in range(len(batch["encoder_input_tokens"])):
+        sides = []
+        for stack, tokens in (("encoder", "input"), ("decoder", "target")):
+            ids = batch[f"{stack}_{tokens}_tokens"][row]
+            segments = batch[f"{stack}_segment_ids"][row] if packed else (ids > 0).astype(int)
+            sides.append([ids[segments == s].tolist() for s in range(1, segments.max() + 1)])
+        yield from zip(*sides, strict=True)
+
+
+OTHERS = {"iid_denoising": (64, 60), "prefix_lm": (64, 64), "ul2": (64, 50)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("pack", [False, True])
+def test_other_objectives_have_every_token_once_an_epoch(name, pack):
+    inputs, targets = OTHERS[name]
+    c = config(objective=name, inputs_length=inputs, targets_length=targets, pack=pack)
+    chosen = open_objective(c, open_vocabulary(c))
+    length, stored = chosen.text_length(inputs, targets), all_tokens(stored_tokens())
+    if pack:
+        offsets = stored_tokens().offsets
+        pieces = [
+            stored[i : min(i + length, end)].tolist()
+            for begin, end in itertools.pairwise(offsets)
+            for i in range(begin, end, length)
+        ]
+    else:
+        pieces = [stored[i : i + length].tolist() for i in range(0, len(stored) - length, length)]
+    epoch = list(open_epoch_by_source(c, "train")["text"])
+    first = open_vocabulary(c).sentinels[0]
+    texts, places = [], set()
+    for inputs_ids, targets_ids in (pair for batch in epoch for pair in readable(c, batch)):
+        mode = next((m for m in filter(None, chosen.modes) if m == inputs_ids[: len(m)]), [])
+        assert bool(mode) == (name == "ul2")
+        sides = inputs_ids[len(mode) : -1], targets_ids[:-1]
+        texts.append(restored(*sides, is_sentinel=lambda token: token > first - 100))
+        places.add(tuple(map(len, sides)))
+    assert sorted(texts) == sorted(pieces)
+    assert len(places) > 10
+    if pack and name != "iid_denoising":  # rows are full, though sizes are random
+        rows = np.concatenate([b["encoder_segment_ids"] for b in epoch])
+        assert (rows > 0).mean() > (0.6 if name == "ul2" else 0.45)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_another_objective_is_another_position(tmp_path, pack):
+    shape = dict(inputs_length=64, targets_length=64, pack=pack)
+    open_batches(config(**shape), "train").save(tmp_path)
+    for name in OTHERS:
+        with pytest.raises(UserError, match="belongs to other text"):
+            open_batches(config(**shape, objective=name), "train").restore(tmp_path)
+
+
 def test_longer_targets_are_padding_without_weight():
     batch = next(open_batches(config(targets_length=33), "train"))
-    needed = span_lengths(64, 33).targets
+    needed = objective().largest(text_length(64, 33)).targets
     assert (batch["decoder_loss_weights"] == (np.arange(33) < needed)).all()
     assert not batch["decoder_target_tokens"][:, needed:].any()
 
@@ -270,7 +330,7 @@ def test_a_split_shorter_than_a_row_is_one_short_row(tmp_path, texts):
         batch_size=2,
     )
     batch = next(open_batches(long, "validation"))
-    lengths = corrupted_lengths(len(vocabulary.encode(short)))
+    lengths = objective().largest(len(vocabulary.encode(short)))
     assert ((batch["encoder_input_tokens"] > 0).sum(1) == lengths.inputs).all()
     assert (batch["decoder_loss_weights"].sum(1) == lengths.targets).all()
     assert (batch["encoder_input_tokens"][0] != batch["encoder_input_tokens"][1]).any()
@@ -299,7 +359,8 @@ def test_peek_shows_text_padding_and_speed(pack, monkeypatch):
 
 def test_a_damaged_plan_in_the_cache_is_refused_by_its_path(tmp_path, monkeypatch):
     monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path))
-    arguments = ("key", plan_rows, np.array([0, 90, 200]), 64, 20)
+    plan = functools.partial(plan_rows, objective=objective(), first_number=0)
+    arguments = ("key", plan, np.array([0, 90, 200]), 64, 20)
     assert cached_row_plan(*arguments).lengths.sum() == 200
     [path] = (tmp_path / "plans").glob("*.npz")
     content = bytearray(path.read_bytes())

@@ -8,12 +8,14 @@ import pytest
 from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches, open_epoch_by_source, open_vocabulary
 from switch_jax.data.batch import ALL_ROWS, feature_shapes
+from switch_jax.data.denoising import IidDenoising, PrefixLM, SpanCorruption
+from switch_jax.data.objectives import OBJECTIVES, WeightedDenoiser, open_objective
 from switch_jax.data.sources.python_text import python_documents
-from switch_jax.data.span_corruption import noise_and_spans, span_lengths
 from switch_jax.data.vocabulary import EOS
 from switch_jax.errors import UserError
 from tests.support import runs
 from tests.support.configs import share
+from tests.support.objectives import Pieces, objective, text_length
 from tests.support.paths import GOLDEN
 
 SIZE = 900
@@ -21,7 +23,7 @@ SIZE = 900
 seqio = pytest.importorskip("seqio")
 tf = pytest.importorskip("tensorflow")
 
-GOLDEN = np.load(GOLDEN / "t5_span_corruption.npz")
+GOLDEN = np.load(GOLDEN / "t5_denoising.npz")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,25 +65,37 @@ def as_dataset(documents):
 
 
 def test_noise_masks_equal_t5_bit_for_bit():
-    from switch_jax.data.seqio_preprocessors import noise_mask
+    from switch_jax.data.seqio_denoising import noise_mask
 
     masks = golden("spans/masks")
     assert len(masks) > 50
     for mask, seeds in zip(masks, GOLDEN["spans/mask_seeds"]):
-        assert (noise_mask(tf.constant(len(mask)), tf.constant(seeds)).numpy() == mask).all()
+        ours = noise_mask(SpanCorruption(), tf.constant(len(mask)), tf.constant(seeds))
+        assert (ours.numpy() == mask).all()
 
 
-@pytest.mark.parametrize("case, seed", [("spans", 0), ("chain", 7)])
-def test_corruption_equals_t5_token_for_token(case, seed):
-    from switch_jax.data.seqio_preprocessors import corrupt_example
+@pytest.mark.parametrize(
+    "case, source, seed, denoiser",
+    [
+        ("spans", "spans/tokens", 0, SpanCorruption()),
+        ("chain", "chain/segments", 7, SpanCorruption()),
+        ("iid", "spans/tokens", 0, IidDenoising()),
+        ("prefix", "spans/tokens", 0, PrefixLM()),
+        ("prefix_quarter", "spans/tokens", 0, PrefixLM(0.25)),
+    ],
+)
+def test_noise_equals_t5_token_for_token(monkeypatch, case, source, seed, denoiser):
+    from switch_jax.data.seqio_denoising import add_noise
 
+    monkeypatch.setitem(OBJECTIVES, "one", (WeightedDenoiser(1.0, denoiser),))
     sentinels = tuple(range(32_099, 0, -1))
+    texts = golden(source)
     with seqio.map_seed_manager(seed):
-        source = golden("spans/tokens" if case == "spans" else "chain/segments")
-        examples = list(corrupt_example(as_dataset(source), sentinels=sentinels))
-    assert len(examples) == len(source) > 50
+        one = objective("one", vocabulary=Pieces(sentinels))
+        examples = list(add_noise(as_dataset(texts), objective=one, sentinels=sentinels))
+    assert len(examples) == len(texts) > 50
     for example, inputs, targets in zip(
-        examples, golden(f"{case}/inputs"), golden(f"{case}/targets")
+        examples, golden(f"{case}/inputs"), golden(f"{case}/targets"), strict=True
     ):
         assert example["inputs"].numpy().tolist() == inputs.tolist()
         assert example["targets"].numpy().tolist() == targets.tolist()
@@ -98,8 +112,7 @@ def test_rows_equal_t5():
     assert max(map(len, documents)) > 65_536 and min(map(len, documents)) == 0
     with seqio.map_seed_manager(3):
         chunks = select_random_chunk(as_dataset(documents))
-    lengths = {"inputs": 512, "targets": 114}
-    pieces = list(split_into_rows(concatenate_documents(chunks), lengths))
+    pieces = list(split_into_rows(concatenate_documents(chunks), text_length(512, 114)))
     expected = golden("chain/segments")
     assert len(pieces) == len(expected)
     for piece, row in zip(pieces, expected):
@@ -128,8 +141,8 @@ def test_batches_have_the_features_of_the_token_store(pack):
 def test_corruption_has_the_distribution_of_the_token_store():
     """Full rows have the same counts; the length of each kept or noise span has the same mean."""
     first = open_vocabulary(config()).sentinel(0)
-    lengths = span_lengths(64, 20)
-    noise, count = noise_and_spans(lengths.tokens)
+    length = text_length(64, 20)
+    lengths, (noise, count) = objective().largest(length), SpanCorruption().counts(length)
     sizes = {}
     for reader in ("seqio", "store"):
         batches = take(open_batches(config(reader=reader, batch_size=64, seed=1), "train"), 12)
@@ -148,6 +161,29 @@ def test_corruption_has_the_distribution_of_the_token_store():
         error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
         assert (np.abs(a.mean(0) - b.mean(0)) < 5 * error).all()
         assert (np.abs(a.std(0) / b.std(0) - 1) < 0.2).all()
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("name", ["iid_denoising", "prefix_lm", "ul2"])
+def test_other_objectives_have_the_distribution_of_the_token_store(name, pack):
+    c = config(objective=name, targets_length=64, batch_size=64, seed=1, pack=pack)
+    modes = open_objective(c, open_vocabulary(c)).modes
+    rows, shares = {}, {}
+    for reader in ("seqio", "store"):
+        settings = Config(model=c.model, data=DataConfig(**{**vars(c.data), "reader": reader}))
+        batches = take(open_batches(settings, "train"), 12)
+        inputs = np.concatenate([b["encoder_input_tokens"] for b in batches])
+        targets = np.concatenate([b["decoder_target_tokens"] for b in batches])
+        rows[reader] = np.stack([(inputs > 0).sum(1), (targets > 0).sum(1)], axis=1)
+        begins = np.array([[m == row[: len(m)].tolist() for m in modes] for row in inputs])
+        shares[reader] = begins.mean(0)
+    a, b = rows["seqio"], rows["store"]
+    # Shuffled rows of twenty documents, packed in two ways.
+    allowed = 0.15 * b.mean(0) if pack else 5 * np.sqrt(a.var(0) / len(a) + b.var(0) / len(b)) + 0.3
+    assert (np.abs(a.mean(0) - b.mean(0)) < allowed).all()
+    if name == "ul2":
+        assert (np.abs(shares["seqio"] - shares["store"]) < 0.09).all()
+        assert shares["store"].min() > 0.1
 
 
 @pytest.mark.parametrize("pack", [False, True])

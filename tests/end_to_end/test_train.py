@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from switch_jax.checkpoint import Workdir
+from switch_jax.cli import main
 from switch_jax.errors import UserError
 from tests.support import runs
 
@@ -94,3 +95,32 @@ def test_a_workdir_of_another_model_is_refused(config, finished, change):
     )
     assert key in err and value in err and "--workdir" in err and err.count("\n") == 1
     assert (finished / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "objective, reader, router",
+    [
+        ("iid_denoising", "store", {"router": "switch"}),
+        ("prefix_lm", "store", {"router": "hash", "jitter": 0}),
+        ("ul2", "store", {"router": "top_k", "top_k": 2}),
+        ("ul2", "seqio", {"router": "switch"}),
+    ],
+)
+def test_a_run_of_any_objective_learns_and_continues(config, tmp_path, objective, reader, router):
+    command = ["train", "--config", str(config), "--workdir", str(tmp_path / "run")]
+    command += ["--config.data.objective", objective, "--config.data.targets_length=36"]
+    command += [f"--config.moe.{key}={value}" for key, value in router.items()]
+    command += ["--config.data.pack=True"]
+    command += ["--config.model.dropout_rate=0.0", "--config.train.eval_every=20"]
+    if reader == "seqio":
+        text = config.parent / "text-{split}.jsonl"
+        command += ["--config.data.reader=seqio", f"--config.data.mixture={text}"]
+        command += ["--config.data.data_dir=None"]
+        command += [f"--config.data.vocabulary={config.parent / 'tiny.model'}"]
+    assert main([*command, "--config.train.steps=15"]) == 0
+    assert main([*command, "--config.train.steps=60"]) == 0
+    lines = metrics(tmp_path / "run")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 60
+    assert sum(losses[-10:]) < sum(losses[:10]) - 5
+    assert any(key.endswith("neg_log_perplexity") for line in lines for key in line)

@@ -1,12 +1,13 @@
 """Rows of a token store: each training row is a function of its number.
 
     row number → source (by the mixture's rates) → row of the source → epoch and position in it
-               → pieces of documents → span corruption → [B, S] and [B, T] arrays
+               → pieces of documents → the objective's noise → [B, S] and [B, T] arrays
 
 Each step is arithmetic on the number. So a batch depends only on `data.seed` and the step: any
 process can make any rows of it, and a run resumes without replaying earlier batches.
 """
 
+import functools
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,13 +28,13 @@ from switch_jax.data.batch import (
 from switch_jax.data.counter_rng import derived_seed, permute
 from switch_jax.data.finetuning.tasks import get_task
 from switch_jax.data.mixture import empty_split_note, mixture_rates, select_sources
+from switch_jax.data.objectives import Objective, open_objective
 from switch_jax.data.sources.source import Split
-from switch_jax.data.span_corruption import corrupt_spans, span_lengths
 from switch_jax.data.token_store.open_store import open_store
 from switch_jax.data.token_store.sequence_packing import cached_row_plan, plan_pairs, plan_rows
 from switch_jax.data.token_store.store import TokenStore
 from switch_jax.data.vocabulary import Vocabulary, unknown_note
-from switch_jax.data.vocabulary_builder import check_sentinels, open_vocabulary
+from switch_jax.data.vocabulary_builder import open_vocabulary
 from switch_jax.errors import UserError
 
 _ROUND = 2**20  # rows, of which every source has exactly its share
@@ -87,21 +88,24 @@ def read_task_examples(config: Config) -> dict[str, list[dict[str, Any]]]:
 
 
 def _open_checked(config: Config) -> tuple[TokenStore, Vocabulary]:
-    """Returns the store and the vocabulary; raises `UserError` if the vocabulary is too small."""
-    vocabulary = open_vocabulary(config)
-    store = open_store(config.data, vocabulary)
+    """Returns the store and the vocabulary; raises `UserError` if a row has no place for text."""
+    vocabulary, data = open_vocabulary(config), config.data
+    store = open_store(data, vocabulary)
     if not all(map(store.has_targets, store.num_documents())):
-        check_sentinels(config.data, vocabulary)
+        open_objective(config, vocabulary).text_length(data.inputs_length, data.targets_length)
     return store, vocabulary
 
 
 class StoreIterator(RowIterator):
-    """Span-corrupted rows of a store; in every epoch each row of a source once, reshuffled.
+    """Rows of a store under `data.objective`; in every epoch each row once, reshuffled.
 
     Without packing, documents are concatenated and cut into pieces that fill a row each, as in T5;
     the last, incomplete piece is left out. With packing, each document is cut if it is too long for
-    a row, each piece is corrupted separately, and pieces share rows as segments. Pairs of inputs
-    and targets become rows or segments without corruption.
+    a row, each piece takes noise separately, and pieces share rows as segments. Pairs of inputs
+    and targets become rows or segments without noise.
+
+    With packing, the numbers of noise tokens of a piece are the same in every epoch, so that rows
+    can be planned; their places differ.
 
     Args:
       rates: of each source, its share of the rows, by name.
@@ -120,12 +124,14 @@ class StoreIterator(RowIterator):
     ):
         data = config.data
         contents = [(name, rate, store.fingerprint(name, split)) for name, rate in rates.items()]
-        shape = (data.inputs_length, data.targets_length, data.pack, data.seed)
+        shape: tuple[Any, ...] = (data.inputs_length, data.targets_length, data.pack, data.seed)
+        if data.objective != "span_corruption":  # positions from before there were others hold
+            shape += (data.objective,)
         digest = hashlib.blake2b(repr((contents, shape)).encode(), digest_size=16)
         super().__init__(data.batch_size, process_rows, digest.hexdigest())
         self._config, self._data = config, data
-        self._sentinels = vocabulary.sentinels
-        self._sources = [_SourceRows(config, store, name, split) for name in rates]
+        self._objective = open_objective(config, vocabulary)
+        self._sources = [_SourceRows(config, store, name, split, self._objective) for name in rates]
         self._quotas = _quotas(np.array(list(rates.values())))
 
     def first_epoch(self) -> Iterator[Batch]:
@@ -224,12 +230,9 @@ class StoreIterator(RowIterator):
             for i in np.unique(sources):
                 mask = sources == i
                 tokens[mask] = self._sources[i].tokens.take(starts[mask], int(length))
-            examples = pieces.example[indices]
-            eos_id = self._config.model.eos_id
-            yield (
-                indices,
-                *corrupt_spans(tokens, self._data.seed, examples, self._sentinels, eos_id),
-            )
+            numbers, examples = pieces.number[indices], pieces.example[indices]
+            for group, inputs, targets in self._objective.apply(tokens, numbers, examples):
+                yield indices[group], inputs, targets
 
 
 def _quotas(rates: np.ndarray) -> np.ndarray:
@@ -248,7 +251,8 @@ class _Pieces(NamedTuple):
     source: np.ndarray  # index of the source
     start: np.ndarray  # first token, within the source's tokens; of a pair, its number
     length: np.ndarray  # tokens
-    example: np.ndarray  # uint64 number for the random spans; differs between epochs
+    number: np.ndarray  # uint64 number for the numbers of noise tokens
+    example: np.ndarray  # uint64 number for the places of the noise; differs between epochs
 
 
 class _SourceRows:
@@ -260,7 +264,9 @@ class _SourceRows:
       rows_per_epoch: number of rows after which the source repeats.
     """
 
-    def __init__(self, config: Config, store: TokenStore, name: str, split: Split):
+    def __init__(
+        self, config: Config, store: TokenStore, name: str, split: Split, objective: Objective
+    ):
         data = config.data
         self._eos_id = config.model.eos_id
         self._seed = derived_seed(data.seed, name)
@@ -280,14 +286,18 @@ class _SourceRows:
         self._plan = None
         if data.pack:
             key = f"{store.fingerprint(name, split)}-{data.inputs_length}-{data.targets_length}"
-            plan = plan_pairs if self.has_targets else plan_rows
+            plan = plan_pairs
+            if not self.has_targets:
+                plan = functools.partial(plan_rows, objective=objective, first_number=self._seed)
+                if objective.has_random_sizes:
+                    key += f"-{data.objective}-{self._seed:x}"
             self._plan = cached_row_plan(key, plan, self.tokens.offsets, *self._lengths)
             self.rows_per_epoch = len(self._plan.row_offsets) - 1
         elif self.has_targets:
             self._piece_length, self.rows_per_epoch = 1, len(self.tokens.offsets) // 2
         else:
             # A split shorter than a row is one short row.
-            self._piece_length = min(span_lengths(*self._lengths).tokens, len(self.tokens))
+            self._piece_length = min(objective.text_length(*self._lengths), len(self.tokens))
             self.rows_per_epoch = len(self.tokens) // self._piece_length
 
     def pair(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -312,16 +322,20 @@ class _SourceRows:
         if plan is None:
             row, segment = np.arange(len(rows)), np.ones(len(rows), np.int64)
             start, length = rows * self._piece_length, np.full(len(rows), self._piece_length)
-            number = epochs * self.rows_per_epoch + rows
+            example = number = self._numbered(epochs * self.rows_per_epoch + rows)
         else:
             counts = plan.row_offsets[rows + 1] - plan.row_offsets[rows]
             row = np.repeat(np.arange(len(rows)), counts)
             segment = np.concatenate([np.arange(1, n + 1) for n in counts])
             members = plan.members[plan.row_offsets[rows][row] + segment - 1]
             start, length = plan.starts[members], plan.lengths[members]
-            number = epochs[row] * len(plan.starts) + members
-        example = number.astype(np.uint64) + np.uint64(self._seed)  # may wrap around
-        return _Pieces(row, segment, np.empty(0), start, length, example)
+            number = self._numbered(members)
+            example = self._numbered(epochs[row] * len(plan.starts) + members)
+        return _Pieces(row, segment, np.empty(0), start, length, number, example)
+
+    def _numbered(self, index: np.ndarray) -> np.ndarray:
+        """Returns uint64 numbers that differ between sources."""
+        return index.astype(np.uint64) + np.uint64(self._seed)  # may wrap around
 
 
 def _place_segments(

@@ -1,6 +1,7 @@
 """Sequence packing: which pieces of documents share a row.
 
-The lengths after corruption are known beforehand, so the plan is made once and kept in the cache.
+The lengths of inputs and targets are known beforehand, so the plan is made once and kept in the
+cache.
 """
 
 import itertools
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from switch_jax.data.span_corruption import corrupted_lengths, span_lengths
+from switch_jax.data.objectives import Objective
 from switch_jax.errors import UserError
 from switch_jax.files import build_once, cache_root
 
@@ -53,23 +54,30 @@ def cached_row_plan(
         raise UserError(f"{path} is damaged ({error}); delete it, and it is made again.") from error
 
 
-def plan_rows(offsets: np.ndarray, inputs_length: int, targets_length: int) -> RowPlan:
-    """Plans rows of span-corrupted text: first fit, in the order of the documents.
+def plan_rows(
+    offsets: np.ndarray,
+    inputs_length: int,
+    targets_length: int,
+    objective: Objective,
+    first_number: int,
+) -> RowPlan:
+    """Plans rows of text: first fit, in the order of the documents.
 
-    Documents are cut into pieces that fit a row after corruption.
+    Documents are cut into pieces that fit a row under the objective.
 
     Args:
       offsets: [documents + 1] int64 begins and ends of the documents in the split's tokens.
       inputs_length, targets_length: tokens of a row.
+      first_number: piece i has the number first_number + i, modulo 2^64, in `Objective.sizes`.
     """
-    longest = span_lengths(inputs_length, targets_length).tokens
+    longest = objective.text_length(inputs_length, targets_length)
     pieces = [np.arange(begin, end, longest) for begin, end in itertools.pairwise(offsets)]
     starts = np.concatenate([np.zeros(0, np.int64), *pieces])
     ends = np.repeat(offsets[1:], [len(p) for p in pieces])
     lengths = np.minimum(ends - starts, longest)
-    sizes = {int(length): corrupted_lengths(int(length)) for length in np.unique(lengths)}
-    corrupted = [(sizes[int(n)].inputs, sizes[int(n)].targets) for n in lengths]
-    return RowPlan(starts, lengths, *_first_fit(corrupted, inputs_length, targets_length))
+    numbers = np.arange(len(lengths), dtype=np.uint64) + np.uint64(first_number)
+    sizes = objective.sizes(lengths, numbers).tolist()
+    return RowPlan(starts, lengths, *_first_fit(sizes, inputs_length, targets_length))
 
 
 def plan_pairs(offsets: np.ndarray, inputs_length: int, targets_length: int) -> RowPlan:
@@ -84,12 +92,12 @@ def plan_pairs(offsets: np.ndarray, inputs_length: int, targets_length: int) -> 
     lengths = np.diff(offsets).reshape(-1, 2) + 1  # with an EOS
     sizes = np.minimum(lengths, [inputs_length, targets_length])
     numbers = np.arange(len(sizes))
-    rows = _first_fit([(int(x), int(y)) for x, y in sizes], inputs_length, targets_length)
+    rows = _first_fit(sizes.tolist(), inputs_length, targets_length)
     return RowPlan(numbers, np.ones_like(numbers), *rows)
 
 
 def _first_fit(
-    sizes: list[tuple[int, int]], inputs_length: int, targets_length: int
+    sizes: list[list[int]], inputs_length: int, targets_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns `members` and `row_offsets` of a plan.
 

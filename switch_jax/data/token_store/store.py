@@ -12,7 +12,7 @@ A store is a folder with a vocabulary and, for each source and split, shards of 
     glue/cola/train/…              tasks: documents are inputs and targets in turn
     glue/cola/validation/examples.jsonl    their text, and the answers for the metrics
 
-A store contains plain documents. Concatenating, cutting, span corruption and packing into rows are
+A store contains plain documents. Concatenating, cutting, noise and packing into rows are
 functions of the row number (`dataset`), so one store serves all lengths, seeds and mixtures.
 Reading it needs no TensorFlow.
 """

@@ -1,9 +1,9 @@
-"""Writes tests/golden/t5_span_corruption.npz: outputs of T5's code for known seeds.
+"""Writes tests/golden/t5_denoising.npz: outputs of T5's code for known seeds.
 
     pip install seqio==0.0.20 tensorflow==2.21.0 tensorflow-datasets==4.9.10 \
         tensorflow-text==2.21.1 babel gin-config rouge-score sacrebleu scikit-learn
     pip install --no-deps t5==0.9.4
-    python scripts/golden/make_t5_span_corruption.py tests/golden
+    python scripts/golden/make_t5_denoising.py tests/golden
 
 in an environment of its own: with its dependencies, t5 replaces seqio by an older one. The
 file there was made with these versions and numpy 2.4.6, on a CPU. Two runs give equal bytes.
@@ -21,6 +21,8 @@ vocabulary has 32100 ids; 32099 is the first sentinel.
       seeds [N, 2]          its seeds
       mask_seeds [N, 2, 2]  the noise mask's: the first two of stateless_split(seed, 6)
       tokens, masks, inputs, targets    rows
+    iid/…, prefix/…, prefix_quarter/…   inputs and targets of the same texts under the same seeds
+                            with i.i.d. noise, and with prefixes at noise densities 0.5 and 0.25
     chunks/…                C texts 0, 1, 2, … through `select_random_chunk`:
       seeds [C, 2], taken [C, 4]  length, max_length; start and size of what it took
     chain/…                 `span_corruption` for 512 inputs, under map_seed_manager(3):
@@ -50,6 +52,12 @@ SIZES = {"inputs": 512, "targets": 114}
 FEATURES = dict.fromkeys(SIZES, seqio.Feature(seqio.PassThroughVocabulary(32_100)))
 SENTINELS = (t5.noise_span_to_unique_sentinel, t5.nonnoise_span_to_unique_sentinel)
 DENOISE = (FEATURES, 0.15, t5.random_spans_noise_mask, *SENTINELS)
+PREFIX = (t5.random_prefix_noise_mask, t5.drop_nonnoise_tokens, t5.drop_noise_tokens)
+OTHERS = {
+    "iid": (FEATURES, 0.15, t5.iid_noise_mask, *SENTINELS),
+    "prefix": (FEATURES, 0.5, *PREFIX),
+    "prefix_quarter": (FEATURES, 0.25, *PREFIX),
+}
 
 
 def dataset(rows: list[np.ndarray]) -> tf.data.Dataset:
@@ -81,6 +89,15 @@ def spans() -> dict[str, np.ndarray]:
     return {"spans/seeds": seeds, "spans/mask_seeds": pairs, **rows}
 
 
+def others() -> dict[str, np.ndarray]:
+    rows = {}
+    for name, arguments in OTHERS.items():
+        tokens = [np.arange(3, 3 + length, dtype=np.int32) for length in TEXTS]
+        with seqio.map_seed_manager(0):
+            rows |= flat(name, **columns(t5.denoise(dataset(tokens), *arguments)))
+    return rows
+
+
 def chunks() -> dict[str, np.ndarray]:
     seeds, taken = np.random.default_rng(0).integers(0, 2**32, (len(CHUNKS), 2)), []
     for (length, longest), seed in zip(CHUNKS, seeds):
@@ -102,9 +119,17 @@ def chain() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "tests/golden", "t5_span_corruption.npz")
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "tests/golden", "t5_denoising.npz")
     helper = [(n, *t5.random_spans_helper(n, 0.15, 3.0, 1, 1)) for n in INPUTS]
     masks = [t5.random_spans_noise_mask(n, 0.15, [[0, 1], [2, 3]]) for n in range(1, 3001)]
     counts = [(m.sum(), (m[1:] > m[:-1]).sum()) for m in (mask.numpy() for mask in masks)]
-    np.savez_compressed(path, span_counts=counts, helper=helper, **spans(), **chunks(), **chain())
+    np.savez_compressed(
+        path,
+        span_counts=counts,
+        helper=helper,
+        **spans(),
+        **others(),
+        **chunks(),
+        **chain(),
+    )
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
