@@ -27,7 +27,7 @@ ORDER = (
 LEVEL = {wing: level for level, wings in enumerate(ORDER) for wing in wings}
 # Of the extras in setup.cfg.
 OPTIONAL = (
-    *("google_crc32c", "importlib_resources", "matplotlib", "pyarrow", "rouge_score"),
+    *("datasets", "google_crc32c", "importlib_resources", "matplotlib", "pyarrow", "rouge_score"),
     *("safetensors", "seqio", "tensorflow_datasets", "zstandard"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)

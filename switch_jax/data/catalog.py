@@ -8,7 +8,8 @@ c4/en:2.2.0, lm1b               a TFDS data set in `data.data_dir` whose example
 glue, squad, arc.easy           fine-tuning tasks in `data.data_dir`: see `finetuning.tasks`
 /books/{split}-*.jsonl.gz       files; `{split}` stands for train and validation
 /books                          a folder: all files in it, and below, that can be read
-pairs:/mine/{split}.jsonl       files whose records have `inputs` and `targets`
+hf:allenai/c4/en                a data set of the Hugging Face hub, or a folder: see `sources.hub`
+pairs:/mine/{split}.jsonl       files whose records have `inputs` and `targets`; `pairs:hf:…` too
 """
 
 import os
@@ -25,10 +26,20 @@ from switch_jax.data.finetuning.task import custom_task
 from switch_jax.data.finetuning.task_mixtures import MIXTURES, find_task_or_mixture
 from switch_jax.data.finetuning.task_source import (
     TaskSource,
+    find_task_in_hub,
     find_task_source,
     missing_tasks_error,
 )
 from switch_jax.data.finetuning.tasks import TASKS
+from switch_jax.data.sources.hub import (
+    HUB,
+    STREAM,
+    StreamedSource,
+    hub_files,
+    hub_name,
+    is_hub_spec,
+    training_splits,
+)
 from switch_jax.data.sources.python_text import PYTHON_TEXTS, PythonTextSource
 from switch_jax.data.sources.source import (
     SPLITS,
@@ -65,6 +76,8 @@ def source_name(spec: str) -> str:
     """
     if spec.startswith(_PAIRS):
         return f"{_PAIRS_GROUP}.{source_name(spec.removeprefix(_PAIRS))}"
+    if is_hub_spec(spec):
+        return hub_name(spec)
     if not is_file_pattern(spec):
         return spec.partition(":")[0]
     for part in reversed(spec.split("/")):
@@ -86,11 +99,17 @@ def sources_for_spec(spec: str, data: DataConfig) -> list[Source]:
     data_dir, text_format = data.data_dir, TextFormat(data.text_field, data.documents)
     if spec in PYTHON_TEXTS:
         return [PythonTextSource(spec)]
+    if is_hub_spec(spec.removeprefix(_PAIRS)):
+        return [_hub_source(spec, text_format)]
     if spec.startswith(_PAIRS):
-        files = _named_files(spec, is_task_file, ".jsonl, .tsv, .csv, .parquet or .tfrecord")
+        files = _named_files(
+            spec, is_task_file, ".jsonl, .tsv, .csv, .parquet, .arrow or .tfrecord"
+        )
         return [TaskSource(custom_task(source_name(spec)), files)]
     if is_file_pattern(spec):
-        known = ".txt, .json, .jsonl, .csv, .tsv (also with .gz or .zst), .parquet or .tfrecord"
+        known = (
+            ".txt, .json, .jsonl, .csv, .tsv (also with .gz or .zst), .parquet, .arrow or .tfrecord"
+        )
         files = _named_files(spec, is_text_file, known)
         return [FileSource(source_name(spec), files, {}, text_format)]
     name, _, version = spec.partition(":")
@@ -115,6 +134,8 @@ def sources_for_spec(spec: str, data: DataConfig) -> list[Source]:
         candidates = [
             _mc4(root, code, version) for code in ([language] if language else MC4_LANGUAGES)
         ]
+    elif tasks and data_dir == HUB:
+        return [find_task_in_hub(TASKS[task]) for task in tasks]
     elif tasks:
         return [*_task_sources(root, tasks, data.on_missing_task)]
     elif name == "c4":
@@ -144,6 +165,19 @@ def _task_sources(
     return sources
 
 
+def _hub_source(spec: str, text_format: TextFormat) -> Source:
+    """Returns the source of a part of a mixture that names a data set of the hub."""
+    hub_spec = spec.removeprefix(_PAIRS)
+    if hub_spec == spec and spec.startswith(STREAM):
+        return StreamedSource(spec, text_format)
+    if hub_spec.startswith(STREAM):
+        raise UserError(f"data.mixture={spec}: pairs are not streamed; write pairs:hf: instead.")
+    files = training_splits(hub_spec, hub_files(hub_spec))
+    if hub_spec != spec:
+        return TaskSource(custom_task(source_name(spec)), files)
+    return FileSource(source_name(spec), files, {}, text_format)
+
+
 def needs_folder(spec: str) -> bool:
     """Whether a part of a mixture is read from `data.data_dir`."""
     return spec not in PYTHON_TEXTS and not is_file_pattern(spec)
@@ -171,8 +205,8 @@ def _task_names(name: str) -> tuple[str, ...]:
 
 
 def is_file_pattern(spec: str) -> bool:
-    """Whether a part of a mixture names files."""
-    prefixes = (_PAIRS, "/", "./", "../", "~")
+    """Whether a part of a mixture names files, or a data set of the hub."""
+    prefixes = (_PAIRS, HUB, STREAM, "/", "./", "../", "~")
     return spec.startswith(prefixes) or "*" in spec or is_text_file(spec)
 
 

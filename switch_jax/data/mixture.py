@@ -27,6 +27,7 @@ from switch_jax.data.catalog import (
     needs_folder,
     sources_for_spec,
 )
+from switch_jax.data.sources.hub import HUB
 from switch_jax.data.sources.source import Source, Split
 from switch_jax.errors import UserError
 from switch_jax.files import expand_user
@@ -81,7 +82,7 @@ def find_sources(data: DataConfig) -> list[Source]:
             f"data.data_dir={data.data_dir!r} is no packed text, and data.mixture={data.mixture}"
             " reads nothing else there; name what is there in data.mixture, or leave data_dir out."
         )
-    if data.data_dir is not None and not epath.Path(data.data_dir).is_dir():
+    if data.data_dir not in (None, HUB) and not epath.Path(data.data_dir).is_dir():
         raise UserError(
             f"data.data_dir={data.data_dir!r} does not exist; name the folder or bucket that has"
             " the text, or what `switch-jax data pack` wrote."

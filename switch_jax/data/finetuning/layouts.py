@@ -52,7 +52,7 @@ class Layout:
                 path = newest_version(root / folder.removesuffix(VERSION))
             else:
                 path = root / folder
-            if path is not None and (files := self._find_in(path, self._stem(split))):
+            if path is not None and (files := self._find_in(path, self.stem(split))):
                 return files
         return []
 
@@ -71,9 +71,10 @@ class Layout:
 
     def example(self, split: str) -> str:
         """Returns the pattern of the files of a split, relative to `data.data_dir`."""
-        return os.path.join(self.folders[0], f"{self._stem(split)}.{self.suffix or '*'}")
+        return os.path.join(self.folders[0], f"{self.stem(split)}.{self.suffix or '*'}")
 
-    def _stem(self, split: str) -> str:
+    def stem(self, split: str) -> str:
+        """Returns what the files of a split are named after."""
         return self.stems.get(split, split)
 
     def _find_in(self, folder: epath.Path, stem: str) -> list[File]:

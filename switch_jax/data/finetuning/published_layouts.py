@@ -12,6 +12,24 @@ from switch_jax.data.finetuning.layouts import VERSION, Adapt, Layout, unchanged
 from switch_jax.data.finetuning.task import Task
 from switch_jax.data.sources.record_files import Fields
 
+# On the hub, of the data sets.
+_ORGANISATIONS = {
+    "ai2_arc": "allenai",
+    "anli": "facebook",
+    "cnn_dailymail": "abisee",
+    "definite_pronoun_resolution": "community-datasets",
+    "glue": "nyu-mll",
+    "nq_open": "google-research-datasets",
+    "squad": "rajpurkar",
+    "super_glue": "aps",
+    "trivia_qa": "mandarjoshi",
+    "web_questions": "stanfordnlp",
+    "winogrande": "allenai",
+    "wmt15": "wmt",
+    "wmt16": "wmt",
+    "wmt_t2t": "wmt",
+    "xsum": "EdinburghNLP",
+}
 TFDS, OWN_FILES, HUB = "TFDS", "files named after the splits", "Hugging Face hub"
 _NO_STEMS: Mapping[str, str] = MappingProxyType({})
 
@@ -25,6 +43,18 @@ def layouts_of_task(task: Task) -> tuple[Layout, ...]:
         Layout(OWN_FILES, (task.dataset,)),
         *_PUBLISHED.get(task.name, ()),
     )
+
+
+def hub_configuration(task: Task) -> tuple[str, Layout]:
+    """Returns the configuration on the hub that has a task, such as nyu-mll/glue/cola.
+
+    The stems of the layout are the splits there.
+    """
+    own = Layout(HUB, (task.dataset,))
+    layout = next((one for one in _PUBLISHED.get(task.name, ()) if one.name == HUB), own)
+    name, _, config = layout.folders[0].partition("/")
+    path = f"{_ORGANISATIONS[name]}/{name}"
+    return (path if config in ("", "data") else f"{path}/{config}"), layout
 
 
 # Records -----------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ from typing import Any
 from etils import epath
 
 from switch_jax.data.finetuning.prompts import Example
-from switch_jax.data.finetuning.published_layouts import layouts_of_task
+from switch_jax.data.finetuning.published_layouts import hub_configuration, layouts_of_task
 from switch_jax.data.finetuning.task import Rows, Task
 from switch_jax.data.finetuning.task_records import select_fields
 from switch_jax.data.sources.bad_records import BadRecord, BadRecords, UnusableRecord
 from switch_jax.data.sources.held_out import SMALL_BYTES
+from switch_jax.data.sources.hub import HUB, hub_files
 from switch_jax.data.sources.record_files import Record, file_format, read_records
 from switch_jax.data.sources.source import (
     SPLITS,
@@ -165,6 +166,20 @@ def find_task_source(root: epath.Path, task: Task) -> TaskSource | None:
                 )
         return TaskSource(task, files, layout.read)
     return None
+
+
+def find_task_in_hub(task: Task) -> TaskSource:
+    """Returns the source of a task in the hub's data set; raises `UserError`."""
+    spec, layout = hub_configuration(task)
+    found = hub_files(f"{HUB}{spec}")
+    splits = [task.splits[part].split for part in SPLITS if part in task.splits]
+    lacking = [layout.stem(split) for split in splits if layout.stem(split) not in found]
+    if lacking:
+        raise UserError(
+            f"{HUB}{spec}, for {task.name}, has the splits {', '.join(found)}, and no"
+            f" {', '.join(lacking)}; set data.data_dir to a folder that has the task."
+        )
+    return TaskSource(task, {split: found[layout.stem(split)] for split in splits}, layout.read)
 
 
 def missing_tasks_error(root: epath.Path, missing: Sequence[Task]) -> UserError:

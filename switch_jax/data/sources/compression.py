@@ -48,12 +48,12 @@ def open_stream(file: Any, suffix: str | None, path: str) -> io.BufferedReader:
     return io.BufferedReader(_ChunkStream(chunks), _BLOCK_BYTES)
 
 
-def import_package(name: str, path: str) -> Any:
-    """Imports a package that reading `path` needs; raises `UserError` if it is not installed."""
+def import_package(name: str, path: str, extra: str = "data") -> Any:
+    """Imports a package of an extra that reading `path` needs; raises `UserError` without it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f'{path} needs {name}: pip install "switch_jax[data]".') from error
+        raise UserError(f'{path} needs {name}: pip install "switch_jax[{extra}]".') from error
 
 
 class _ChunkStream(io.RawIOBase):

@@ -1,4 +1,4 @@
-"""Records of JSON lines, plain text, tables, TFRecords and Parquet, on a disk or in a bucket.
+"""Records of JSON, plain text, tables, TFRecords, Parquet and Arrow, on a disk or in a bucket.
 
 | name                                      | a record                                             |
 |-------------------------------------------|------------------------------------------------------|
@@ -7,24 +7,25 @@
 | `….txt`                                   | a paragraph, up to a blank line, or a line: `text`   |
 | `….tsv`, `….csv`                          | a line; the first one has the names of the fields    |
 | `….tfrecord`, `….tfrecord-00000-of-00004` | a tf.train.Example: lists of texts or numbers        |
-| `….parquet`                               | a row                                                |
+| `….parquet`, `….arrow`                    | a row                                                |
 
-All but Parquet may be compressed: `.gz`, `.bz2`, `.xz` or `.zst` behind the name. Files stream:
-memory is bounded by `MAX_RECORD_BYTES`, however long a file or a record is.
+All but the last two may be compressed: `.gz`, `.bz2`, `.xz` or `.zst` behind the name. Files
+stream: memory is bounded by `MAX_RECORD_BYTES`, however long a file or a record is.
 """
 
 import codecs
 import csv
 import io
 import json
+import os
 import re
-import types
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
+from switch_jax.data.sources.arrow_files import read_arrow, read_parquet
 from switch_jax.data.sources.bad_records import (
     DAMAGED,
     MISSING,
@@ -35,7 +36,7 @@ from switch_jax.data.sources.bad_records import (
     UNEVEN,
     BadRecord,
 )
-from switch_jax.data.sources.compression import DamagedFile, import_package, open_stream
+from switch_jax.data.sources.compression import DamagedFile, open_stream
 from switch_jax.data.sources.json_items import ARRAY_ITEMS, is_json_array, read_json_items
 from switch_jax.data.sources.plain_text import is_utf8, read_lines, read_paragraphs
 from switch_jax.data.sources.tfrecord import MAX_RECORD_BYTES, parse_example, read_tfrecords
@@ -49,10 +50,10 @@ PlainDocuments = Literal["paragraphs", "lines"]
 RecordReader = Callable[[Any, str, str | None], Iterator[tuple[int, Fields | str | None]]]
 
 _NAME = re.compile(
-    r"\.(json|jsonl|ndjson|txt|tsv|csv|tfrecords?|parquet(?!.*\.))(?:-\d+-of-\d+)?(\.gz|\.bz2|\.xz|\.zst)?$"
+    r"\.(json|jsonl|ndjson|txt|tsv|csv|tfrecords?|(?:parquet|arrow)(?!.*\.))(?:-\d+-of-\d+)?(\.gz|\.bz2|\.xz|\.zst)?$"
 )
+_DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "features.json", "state.json")
 _BLOCK_BYTES = 2**16  # read at once
-_BATCH_ROWS = 64  # of Parquet, decoded at once
 
 csv.field_size_limit(MAX_RECORD_BYTES)  # csv's default is 128 KiB
 
@@ -70,9 +71,12 @@ class Record(NamedTuple):
 
 
 def file_format(path: str) -> str | None:
-    """Returns the format of a file by its name, such as "jsonl"; None for any other name."""
+    """Returns the format of a file by its name, such as "jsonl"; None for any other name.
+
+    Files in which TFDS and `datasets` describe their data are no files of data.
+    """
     match = _NAME.search(path)
-    return None if match is None else match[1]
+    return None if match is None or os.path.basename(path) in _DESCRIPTIONS else match[1]
 
 
 def read_records(
@@ -106,7 +110,9 @@ def read_records(
     number = 0
     try:
         with epath.Path(path).open("rb") as file:
-            stream = file if read is _read_parquet else open_stream(file, match[2], path)
+            stream = (
+                file if read in (read_parquet, read_arrow) else open_stream(file, match[2], path)
+            )
             if match[1] == "json" and (items or is_json_array(stream)):
                 unit, read = "item", partial(read_json_items, items=items or ARRAY_ITEMS)
             for number, record in read(stream, path, field):
@@ -215,53 +221,12 @@ def _parse_features(example: bytes, field: str | None) -> Fields | str:
     return {name: values[0] for name, values in features.items() if len(values) == 1}
 
 
-def _read_parquet(
-    file: Any, path: str, field: str | None
-) -> Iterator[tuple[int, Fields | str | None]]:
-    """A row group is read up to a damaged batch of rows; the next row group follows."""
-    pyarrow = import_package("pyarrow", path)
-    damage = (pyarrow.ArrowException, OSError, ValueError)
-    # TensorFlow's files for buckets lack `closed`.
-    handle = types.SimpleNamespace(
-        read=file.read, seek=file.seek, tell=file.tell, close=lambda: None, closed=False
-    )
-    try:
-        # Without a buffer, pyarrow would hold a column of a row group, perhaps of the whole file.
-        table = import_package("pyarrow.parquet", path).ParquetFile(
-            handle, buffer_size=_BLOCK_BYTES, pre_buffer=False, page_checksum_verification=True
-        )
-    except damage:
-        raise DamagedFile from None
-    columns = None if field is None else [field]
-    end = 0  # of the row group
-    for group in range(table.num_row_groups):
-        number, end = end, end + table.metadata.row_group(group).num_rows
-        try:
-            for batch in table.iter_batches(_BATCH_ROWS, [group], columns):
-                for row in _read_rows(batch):
-                    number += 1
-                    yield number, row
-        except damage:
-            yield number + 1, DAMAGED
-
-
-def _read_rows(batch: Any) -> Iterator[Fields | str]:
-    """Yields the rows of a pyarrow.RecordBatch, or `NOT_UTF8`."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for i in range(batch.num_rows):
-            try:
-                yield from batch.slice(i, 1).to_pylist()
-            except UnicodeDecodeError:
-                yield NOT_UTF8
-
-
 # Format → the unit of its records, and their reader.
 _READERS: dict[str, tuple[str, RecordReader]] = {
     **dict.fromkeys(("json", "jsonl", "ndjson"), ("line", _read_json_lines)),
     "txt": ("line", read_paragraphs),
     **dict.fromkeys(("tsv", "csv"), ("record", _read_table)),
     **dict.fromkeys(("tfrecord", "tfrecords"), ("record", _read_examples)),
-    "parquet": ("row", _read_parquet),
+    "parquet": ("row", read_parquet),
+    "arrow": ("row", read_arrow),
 }

@@ -217,7 +217,7 @@ def glob_files(pattern: str) -> list[File]:
     A file that exists, such as `/text[1].txt`, and folders that exist are no patterns.
     """
     if os.path.isfile(pattern):
-        return _files([epath.Path(pattern)])
+        return find_files([epath.Path(pattern)])
     parts = pattern.split("/")
     fixed = 0
     while fixed < len(parts) - 1 and (
@@ -230,7 +230,7 @@ def glob_files(pattern: str) -> list[File]:
 
 def files_in(folder: epath.Path, pattern: str) -> list[File]:
     """Returns the files below a folder that match a pattern, sorted by path."""
-    return _files(_paths_in(folder, pattern)) if folder.is_dir() else []
+    return find_files(_paths_in(folder, pattern)) if folder.is_dir() else []
 
 
 def files_below(folder: epath.Path) -> list[File]:
@@ -240,7 +240,7 @@ def files_below(folder: epath.Path) -> list[File]:
         entries = [entry for entry in folders.pop().iterdir() if not entry.name.startswith(".")]
         folders += [entry for entry in entries if entry.is_dir()]
         paths += entries
-    return _files(paths)
+    return find_files(paths)
 
 
 def newest_version(folder: epath.Path, version: str = "") -> epath.Path | None:
@@ -253,12 +253,13 @@ def newest_version(folder: epath.Path, version: str = "") -> epath.Path | None:
     return max(versions, default=None, key=lambda path: [*map(int, re.findall(r"\d+", path.name))])
 
 
-def _paths_in(folder: epath.Path, pattern: str) -> list[epath.Path]:
-    # `epath` would read the folder's own path as a part of the pattern.
-    return [*epath.Path(glob.escape(os.fspath(folder))).glob(pattern)]
-
-
-def _files(paths: Iterable[epath.Path]) -> list[File]:
+def find_files(paths: Iterable[epath.Path]) -> list[File]:
+    """Returns those of the paths that are files, sorted by path."""
     found = [path for path in sorted(paths) if path.exists() and not path.is_dir()]
     stats = [(path, path.stat()) for path in found]
     return [File(os.fspath(path), stat.length, stat.mtime) for path, stat in stats]
+
+
+def _paths_in(folder: epath.Path, pattern: str) -> list[epath.Path]:
+    # `epath` would read the folder's own path as a part of the pattern.
+    return [*epath.Path(glob.escape(os.fspath(folder))).glob(pattern)]

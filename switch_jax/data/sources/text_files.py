@@ -42,27 +42,31 @@ def read_texts(path: str, bad: BadRecords, text_format: TextFormat = USUAL_FORMA
     if not is_text_file(path):
         raise UserError(
             f"{path} has no known format; use .json, .jsonl, .ndjson, .csv, .tsv, .txt or"
-            " .tfrecord, each also with .gz, .bz2, .xz or .zst, or .parquet."
+            " .tfrecord, each also with .gz, .bz2, .xz or .zst, or .parquet or .arrow."
         )
     is_plain = file_format(path) == "txt"  # in parts already, which may be blank
     field = "text" if is_plain else text_format.field
     for record in read_records(path, field=field, documents=text_format.documents):
-        text = record if isinstance(record, BadRecord) else _text_of(record, field, is_plain)
-        if isinstance(text, BadRecord):
-            bad.add(*text)
+        if isinstance(record, BadRecord):
+            bad.add(*record)
         else:
-            yield from split_text(text)
+            yield from text_of_record(record, field, bad, is_plain)
 
 
-def _text_of(record: Record, field: str, may_be_blank: bool) -> str | BadRecord:
+def text_of_record(
+    record: Record, field: str, bad: BadRecords, may_be_blank: bool = False
+) -> Iterator[str]:
+    """Yields the text of a record, a long one in parts; adds a record without text to `bad`."""
     text = record.fields.get(field)
     if isinstance(text, bytes):  # of Parquet
         try:
             text = text.decode()
         except UnicodeDecodeError:
-            return BadRecord(NOT_UTF8, record.place)
+            bad.add(NOT_UTF8, record.place)
+            return
     if not isinstance(text, str):
-        return BadRecord(NO_TEXT, record.place)
-    if not may_be_blank and (not text or text.isspace()):
-        return BadRecord(EMPTY, record.place)
-    return text
+        bad.add(NO_TEXT, record.place)
+    elif not may_be_blank and (not text or text.isspace()):
+        bad.add(EMPTY, record.place)
+    else:
+        yield from split_text(text)
