@@ -1,52 +1,38 @@
 """Every fine-tuning task, from files to metrics and predictions."""
 
-import itertools
 import json
 
 import numpy as np
 import pytest
 
 from switch_jax.cli.main import main
-from switch_jax.config import load_config
-from switch_jax.data import open_batches, read_task_examples
 from switch_jax.data.finetuning.task_mixtures import find_task_or_mixture
 from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.sources.source import SPLITS
 from switch_jax.data.vocabulary_builder import train_vocabulary
-from tests.support import published_files, tasks
+from tests.support import published_files
 from tests.support.paths import CONFIGS
 
 FINETUNE = CONFIGS / "finetune.py"
 
 WITHOUT_VALIDATION = {"glue.mnli", "super_glue.dpr"}
-PUBLISHED = ("glue.", "super_glue.", "squad", "arc.")
 UNLABELLED = {"glue.ax", "super_glue.axb", "super_glue.axg"}  # have predictions, but no metrics
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Folder with all tasks: GLUE, SuperGLUE, SQuAD and ARC as published, others as JSON lines."""
+    """Folder with all tasks, in the files of their authors, or of the hub where those have none."""
     root = tmp_path_factory.mktemp("tasks")
     rng = np.random.default_rng(0)
-    published = [name for name in published_files.ARCHIVES if name.startswith(PUBLISHED)]
-    for name in published:
-        published_files.write_archive(root, name)
-    for task in TASKS.values():
-        if task.name in published:
+    for name, task in TASKS.items():
+        if name.startswith("closed_book."):
             continue
-        folder = root / task.dataset
-        folder.mkdir(parents=True, exist_ok=True)
-        for rows in task.splits.values():
-            if rows.begin or rows.end:  # closed-book tasks, written below
-                continue
-            lines = [json.dumps(tasks.random_record(task, rng)) + "\n" for _ in range(8)]
-            (folder / f"{rows.split}.jsonl").write_text("".join(lines))
-    for name in ("natural_questions", "web_questions", "trivia_qa"):
-        task = TASKS[f"closed_book.{name}"]
-        lines = [json.dumps(tasks.random_record(task, rng)) + "\n" for _ in range(50)]
-        rows = itertools.islice(itertools.cycle(lines), task.num_examples + 4)
-        (root / task.dataset / "train.jsonl").write_text("".join(rows))
+        if name in published_files.ARCHIVES:
+            published_files.write_archive(root, name)
+        else:
+            published_files.write_hub_repository(root, task, rng)
+    published_files.write_closed_book_archives(root)
     return root
 
 
@@ -75,7 +61,9 @@ SMALL = [
     [
         ("glue", "generate"),
         ("superglue", "rank"),
-        *((name, "generate") for name in ("squad", "arc", "cnn_dailymail", "closed_book_qa")),
+        ("winogrande", "rank"),
+        *((name, "generate") for name in ("squad", "arc", "anli", "closed_book_qa")),
+        *((name, "generate") for name in ("cnn_dailymail", "xsum", "wmt_ende", "wmt_enro")),
     ],
 )
 def test_tasks_run_from_files_to_metrics(data_dir, vocabulary, tmp_path, monkeypatch, task, method):
@@ -102,21 +90,6 @@ def test_tasks_run_from_files_to_metrics(data_dir, vocabulary, tmp_path, monkeyp
             assert evaluated.get(f"{name}/invalid", 0) == 0
     assert "average" in evaluated
     assert not {f"{name}/score" for name in WITHOUT_VALIDATION} & set(evaluated)
-
-
-@pytest.mark.parametrize("task", ["winogrande", "anli", "xsum"])
-def test_tasks_read_their_examples_from_files(data_dir, vocabulary, tmp_path, monkeypatch, task):
-    """These tasks train as the ones above, with the same kinds of prompts and metrics."""
-    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
-    settings = {"data.data_dir": str(data_dir), "data.vocabulary": str(vocabulary)}
-    settings |= dict(item.removeprefix("--config.").split("=") for item in SMALL)
-    config = load_config(f"{FINETUNE}:task={task}", settings)
-    batch = next(open_batches(config, "train"))
-    assert batch["decoder_loss_weights"].sum() > 8
-    task_mixture = find_task_or_mixture(config.data.mixture)
-    examples = read_task_examples(config)
-    assert examples.keys() == set(task_mixture.rates)
-    assert all(len(found) >= 4 and found[0]["answer"] for found in examples.values())
 
 
 def test_splits_are_train_validation_and_test():

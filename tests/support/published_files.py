@@ -2,6 +2,10 @@
 
 import json
 
+from switch_jax.data.finetuning.published_layouts import hub_configuration
+from switch_jax.data.finetuning.tasks import TASKS
+from tests.support.tasks import random_record, write_parquet
+
 GLUE = {
     # No header; the mark of a sentence that is not acceptable; a quotation mark that is not closed.
     "glue.cola": {
@@ -278,7 +282,40 @@ ARCHIVES = {**GLUE, **SUPER_GLUE, **OTHERS}
 
 def write_archive(root, name):
     """Writes the files of a task as its authors publish them."""
-    for path, text in ARCHIVES[name].items():
+    _write(root, ARCHIVES[name])
+
+
+def write_closed_book_archives(root):
+    """Writes the closed-book questions, with 4 training examples past those that T5 trains on."""
+    rows = {
+        name: TASKS[f"closed_book.{name}"].num_examples + 4
+        for name in ("natural_questions", "web_questions", "trivia_qa")
+    }
+    question = _lines({"question": "who", "answer": ["Ada", "A. L."]})
+    files = {
+        "NQ-open.train.jsonl": question * rows["natural_questions"],
+        "NQ-open.dev.jsonl": question,
+        "webquestions.examples.train.json": json.dumps(_questions(rows["web_questions"])),
+        "webquestions.examples.test.json": json.dumps(_questions(2)),
+        "triviaqa-unfiltered/unfiltered-web-train.json": _trivia(rows["trivia_qa"]),
+        "triviaqa-unfiltered/unfiltered-web-dev.json": _trivia(2),
+    }
+    _write(root, files)
+
+
+def write_hub_repository(root, task, rng):
+    """Writes the Parquet files of a task as they are in a repository of the hub."""
+    _, layout = hub_configuration(task)
+    for rows in task.splits.values():
+        records = [random_record(task, rng) for _ in range(8)]
+        if task.name.startswith("wmt"):
+            records = [{"translation": record} for record in records]
+        file = f"{layout.stem(rows.split)}-00000-of-00001.parquet"
+        write_parquet(root / layout.folders[0] / file, records)
+
+
+def _write(root, files):
+    for path, text in files.items():
         file = root / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
