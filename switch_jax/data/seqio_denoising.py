@@ -47,18 +47,7 @@ def noise_mask(denoiser: Denoiser, length: tf.Tensor, seeds: tf.Tensor) -> tf.Te
       seeds: [2, 2]; span corruption uses the first for the noise runs and the second for the
         kept runs, the other denoisers the first.
     """
-    match denoiser:
-        case SpanCorruption():
-            return _span_mask(denoiser, length, seeds)
-        case IidDenoising():
-            return tf.random.stateless_uniform([length], seeds[0]) < denoiser.noise_density
-        case PrefixLM():
-            longest = length - 1
-            shortest = (1 - 2 * denoiser.noise_density) * tf.cast(longest, tf.float32)
-            shortest = tf.minimum(longest, tf.maximum(1, tf.cast(tf.round(shortest), tf.int32)))
-            kept = tf.random.stateless_uniform([], seeds[0], shortest, length, tf.int32)
-            return tf.range(length) >= kept
-    raise TypeError(f"no TensorFlow for {denoiser}")
+    return _MASKS[type(denoiser)](denoiser, length, seeds)
 
 
 def _span_mask(denoiser: SpanCorruption, length: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
@@ -71,6 +60,25 @@ def _span_mask(denoiser: SpanCorruption, length: tf.Tensor, seeds: tf.Tensor) ->
     noise_lengths = _partition(noise, runs, seeds[0])
     all_lengths = tf.reshape(tf.stack([kept_lengths, noise_lengths], axis=1), [-1])
     return tf.repeat(tf.range(2 * runs) % 2 == 1, all_lengths)[:length]
+
+
+def _iid_mask(denoiser: IidDenoising, length: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+    return tf.random.stateless_uniform([length], seeds[0]) < denoiser.noise_density
+
+
+def _prefix_mask(denoiser: PrefixLM, length: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+    longest = length - 1
+    shortest = (1 - 2 * denoiser.noise_density) * tf.cast(longest, tf.float32)
+    shortest = tf.minimum(longest, tf.maximum(1, tf.cast(tf.round(shortest), tf.int32)))
+    kept = tf.random.stateless_uniform([], seeds[0], shortest, length, tf.int32)
+    return tf.range(length) >= kept
+
+
+_MASKS: dict[type, Callable[..., tf.Tensor]] = {
+    SpanCorruption: _span_mask,
+    IidDenoising: _iid_mask,
+    PrefixLM: _prefix_mask,
+}
 
 
 def _partition(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
