@@ -15,6 +15,7 @@ from switch_jax.cli.arguments import Parser, add_verbose
 from switch_jax.cli.commands import (
     bench,
     compile,
+    config,
     convert,
     data,
     eval,
@@ -31,7 +32,7 @@ from switch_jax.files import explain_os_error
 
 # In the order of `--help`.
 _COMMANDS: tuple[Any, ...] = (
-    *(train, eval, experts, generate, export, inspect, compile),
+    *(train, eval, experts, generate, export, config, inspect, compile),
     *(bench, plot, sweep, data, convert),
 )
 _WRONG_SETTING = re.compile(

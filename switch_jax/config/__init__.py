@@ -2,6 +2,7 @@
 
 from switch_jax.config.expert_capacity import expert_capacity, rows_per_group
 from switch_jax.config.json_files import parse_json, read_json
+from switch_jax.config.key_descriptions import describe_groups, describe_keys
 from switch_jax.config.load import (
     config_differences,
     config_from_dict,
@@ -54,6 +55,8 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "defaults",
+    "describe_groups",
+    "describe_keys",
     "expert_capacity",
     "flatten_config",
     "is_config_spec",
