@@ -27,8 +27,9 @@ ORDER = (
 LEVEL = {wing: level for level, wings in enumerate(ORDER) for wing in wings}
 # Of the extras in setup.cfg.
 OPTIONAL = (
-    *("datasets", "google_crc32c", "importlib_resources", "matplotlib", "pyarrow", "rouge_score"),
-    *("safetensors", "seqio", "tensorflow_datasets", "zstandard"),
+    *("datasets", "google_crc32c", "importlib_resources", "matplotlib", "mlflow", "pyarrow"),
+    *("rouge_score", "safetensors", "seqio", "tensorflow_datasets", "trackio", "wandb"),
+    "zstandard",
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 

@@ -24,8 +24,12 @@ def key_page() -> str:
     """Returns the page in Markdown: a table for each group of keys."""
     tables: dict[str, list[str]] = {}
     for key, one in describe_keys().items():
-        text = one.text.replace("|", "\\|")
-        row = f"| `{key}` | {one.values} | `{one.default}` | {text} |"
+        default = "''" if one.default == "" else one.default
+        row = " | ".join(
+            str(cell).replace("|", "\\|")
+            for cell in (f"`{key}`", one.values, f"`{default}`", one.text)
+        )
+        row = f"| {row} |"
         tables.setdefault(key.rpartition(".")[0], []).append(row)
     parts = [_HEAD]
     for group, rows in tables.items():

@@ -1,4 +1,4 @@
-"""Metrics of a run, in metrics.jsonl and TensorBoard: writing them, and reading metrics.jsonl.
+"""Metrics of a run in metrics.jsonl: writing and reading them.
 
 A line of metrics.jsonl is a JSON object: `step`, `split`, `time`, and metrics that are numbers or
 null. A line that is anything else is damaged: it is left out and reported. So is a line whose step
@@ -10,12 +10,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.files import write_atomically
@@ -25,18 +22,30 @@ _SPLITS = ("train", "eval")
 _TAIL_BYTES = 2**18  # read at the end of metrics.jsonl; a line of metrics is much shorter
 
 
+# Receives the step, finite values by name such as `train/loss`, and files of the step.
+Listener = Callable[[int, Mapping[str, float], Sequence[Path]], None]
+
+
 class MetricsWriter:
-    """Appends metrics to metrics.jsonl and TensorBoard, one line per step and split.
+    """Appends metrics to metrics.jsonl, one line per step and split.
 
     Args:
       workdir: the run's folder.
       first_step: number of steps done before; lines of later steps are removed. A file with
         damaged lines is kept as metrics.damaged.jsonl.
       active: False in all processes but one, which then write nothing.
+      listener: is called after each line.
     """
 
-    def __init__(self, workdir: Workdir, first_step: int, *, active: bool = True):
-        self._active = active
+    def __init__(
+        self,
+        workdir: Workdir,
+        first_step: int,
+        *,
+        active: bool = True,
+        listener: Listener | None = None,
+    ):
+        self._active, self._listener = active, listener
         if not active:
             return
         self._path = workdir.metrics_file
@@ -50,29 +59,23 @@ class MetricsWriter:
             content = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(self._path, content.encode())
         self._file = self._path.open("a")
-        # Not by a SummaryWriter: its thread ends where the disk is full, and then waits for ever.
-        workdir.tensorboard.mkdir(exist_ok=True)
-        self._tensorboard = EventsWriter(str(workdir.tensorboard / "events"))
-        purge = SessionLog(status=SessionLog.START)  # what was logged from this step on is void
-        self._tensorboard.write_event(Event(step=first_step + 1, session_log=purge))
 
-    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+    def write(
+        self, step: int, split: str, metrics: Mapping[str, float], files: Sequence[Path] = ()
+    ) -> None:
         """Writes the metrics of a step.
 
-        For a value that is not finite, metrics.jsonl has null and TensorBoard has none.
+        For a value that is not finite, metrics.jsonl has null and the listener gets none.
         """
         if not self._active:
             return
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        now = time.time()
-        line = {"step": step, "split": split, "time": now, **values}
+        line = {"step": step, "split": split, "time": time.time(), **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if value is not None:
-                summary = scalar(f"{split}/{name}", value)
-                self._tensorboard.write_event(Event(wall_time=now, step=step, summary=summary))
-        self._tensorboard.flush()
+        if self._listener is not None:
+            finite = {f"{split}/{name}": v for name, v in values.items() if v is not None}
+            self._listener(step, finite, files)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -80,7 +83,6 @@ class MetricsWriter:
     def __exit__(self, *error: object) -> None:
         if self._active:
             self._file.close()
-            self._tensorboard.close()
 
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ vocabulary.model          the run's vocabulary
 metrics.jsonl             metrics, one JSON object per line; metrics.damaged.jsonl: as it was before
                           a start removed damaged lines
 tensorboard/              the same metrics
+trackers.json             ids of the run's records with other trackers (`train.trackers`)
 checkpoints/STEP/         parameters, optimizer state, data position
 figures/*.png             figures of the metrics
 experts/experts.*         expert specialisation report, as HTML and JSON
@@ -46,6 +47,7 @@ class Workdir:
         self.vocabulary = self.path / "vocabulary.model"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.trackers_file = self.path / "trackers.json"
         self.checkpoints = self.path / "checkpoints"
         self.figures = self.path / "figures"
         self.experts = self.path / "experts"

@@ -14,6 +14,7 @@ from switch_jax.config.load import (
     parse_arg,
     read_config_file,
 )
+from switch_jax.config.own_code import is_own_code, load_own_code
 from switch_jax.config.parameter_patterns import InitRule, parse_init_rules
 from switch_jax.config.presets import call_config_function, is_config_spec, split_config_spec
 from switch_jax.config.schema import (
@@ -60,8 +61,10 @@ __all__ = [
     "expert_capacity",
     "flatten_config",
     "is_config_spec",
+    "is_own_code",
     "key_roles",
     "load_config",
+    "load_own_code",
     "override_config",
     "parse_arg",
     "parse_init_rules",

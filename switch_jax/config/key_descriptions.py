@@ -26,12 +26,6 @@ class KeyDescription(NamedTuple):
     default: Any
     text: str
 
-    @property
-    def summary(self) -> str:
-        """The first sentence of the text, and the values to choose from."""
-        sentence = self.text.partition(". ")[0].rstrip(".")
-        return f"{sentence}; one of {self.values}" if "," in self.values else sentence
-
 
 @functools.cache
 def describe_keys() -> dict[str, KeyDescription]:
@@ -50,6 +44,7 @@ def describe_keys() -> dict[str, KeyDescription]:
     return described
 
 
+@functools.cache
 def describe_groups() -> dict[str, str]:
     """Returns the first sentence about every group of keys, by its name."""
     groups = {one.name: type(getattr(Config(), one.name)) for one in dataclasses.fields(Config)}

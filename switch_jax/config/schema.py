@@ -51,12 +51,12 @@ class ModelConfig:
     # What the backward pass computes again: only what is cheap (casts, norms, activations), all but
     # matmuls, or all.
     remat: Literal["none", "dots", "full"] = _key("none", "none", "training")
-    # Implementation. einsum: scores are arrays in memory. fused: kernels, which are for TPUs
+    # einsum: scores are arrays in memory. fused: kernels, which are for TPUs
     # (elsewhere they are interpreted, for tests). auto: fused on TPUs, else einsum.
     attention: Literal["auto", "einsum", "fused"] = _key("auto", "none", "training")
     relative_buckets: int = 32  # relative positions that attention tells apart
     relative_max_distance: int = 128  # longer distances share a bucket
-    # s of paper §2.4; 1.0 is the usual Transformer initialisation.
+    # Scale of the initial weights, s of paper §2.4; 1.0 is the usual one.
     init_scale: float = _key(0.1, role="training")
     # The ids are those of the vocabulary and of the checkpoint; T5's are 0, 1 and 0.
     pad_id: int = 0  # of padding
@@ -72,9 +72,9 @@ class MoEConfig:
     every: int = 2  # every n-th layer has experts
     first: int | None = None  # experts only in the first n layers of a stack; None: in all
     last: int | None = None  # experts only in the last n layers of a stack; None: in all
-    stacks: Literal["both", "encoder", "decoder"] = "both"  # that have experts
-    # That consists of experts; attention: they project queries, and shared keys and values (paper,
-    # Appendix A).
+    stacks: Literal["both", "encoder", "decoder"] = "both"  # stacks that have experts
+    # Sublayer that consists of experts; attention: they project queries, and shared keys and values
+    # (paper, Appendix A).
     sublayer: Literal["ff", "attention", "both"] = "ff"
     shared_d_ff: int = 0  # width of a feed-forward expert that receives every token; 0: none
     # Algorithm that assigns tokens to experts; docs/routing.md describes all.
@@ -93,16 +93,15 @@ class MoEConfig:
     input_dropout_rate: float = _key(0.0, role="training")  # exploration: of the router's input
     # Exploration: experts are sampled from softmax(logits / temperature); 0: argmax.
     sampling_temperature: float = _key(0.0, role="training")
-    router_dtype: Literal["float32", "bfloat16"] = _key(
-        "float32", role="training"
-    )  # of its computations
+    # Of the router's logits and gates.
+    router_dtype: Literal["float32", "bfloat16"] = _key("float32", role="training")
     # Standard deviation of the router's initial weights. Its inputs have RMS 1, so that initial
     # logits have router_init_std · sqrt(d_model): far below 1, all gates begin near 1 / E. 0.02 did
     # slightly better than the sqrt(0.1 / d_model) of other weights in flaxformer's Switch configs.
     router_init_std: float = _key(0.02, role="training")
     # Slots of an expert / its equal share of the tokens; None: dropless.
     capacity_factor: float | None = _key(1.25, role="training")
-    eval_capacity_factor: float | None = _key(2.0, role="evaluation")  # the same, in evaluation
+    eval_capacity_factor: float | None = _key(2.0, role="evaluation")  # in evaluation
     # Slots per expert and group, instead of both factors (Hugging Face: 64 per sequence).
     expert_capacity: int | None = _key(None, role="evaluation")
     # Of the number of slots; floor: Mesh TensorFlow's.
@@ -153,25 +152,27 @@ class DataConfig:
 
     # Sources of text or tasks, separated by commas, with or without rates (docs/data.md).
     mixture: str = _key("python_docs", change="checkpoint")
-    # Origin of the batches. store: a token store written by `data pack`, or packed into the cache
-    # on first use. seqio: text, tokenised while training. synthetic: random tokens.
+    # store: a token store written by `data pack`, or packed into the cache on first use; seqio:
+    # text, tokenised while training; synthetic: random tokens.
     reader: Literal["store", "seqio", "synthetic"] = _key("store", change="checkpoint")
-    data_dir: str | None = None  # folder or bucket of the sources or of the token store
-    text_field: str = "text"  # field or column of one's own files of text
+    data_dir: str | None = None  # folder or bucket of sources or of a token store, or hf: for tasks
+    text_field: str = "text"  # field or column that has the text of one's own files
     documents: Literal["paragraphs", "lines"] = "paragraphs"  # what a document of a .txt file is
     rate_exponent: float = 1.0  # a source without a rate has rate (documents)^rate_exponent
     counts: str | None = None  # JSON file of documents by source, for sources without counts
-    # Of records that cannot be read; both report file and line.
+    # Action at a record that cannot be read; both report file and line.
     on_bad_record: Literal["skip", "error"] = "skip"
-    on_missing_task: Literal["error", "skip"] = "error"  # of a mixture of fine-tuning tasks
-    vocabulary: str | None = None  # SentencePiece model, or bytes; None: trained on the mixture
+    on_missing_task: Literal["error", "skip"] = "error"  # action where a task has no files
+    # SentencePiece model, tokenizer.json, bytes or byt5; None: that of the token store, else of
+    # init_from or the teacher, else one that is trained on the mixture.
+    vocabulary: str | None = None
     # What the decoder predicts of text without targets (docs/data.md).
     objective: Literal["span_corruption", "iid_denoising", "prefix_lm", "ul2"] = "span_corruption"
     inputs_length: int = 512  # tokens of a row of the encoder
     targets_length: int = 114  # tokens of a row of the decoder
     batch_size: int = 2048  # sequences of the global batch
     pack: bool = False  # several examples per row, as separate segments
-    seed: int = 0  # of the order of training rows; validation rows do not depend on it
+    seed: int = 0  # of the order of training rows and of their noise; validation has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,7 @@ class OptimizerConfig:
 
     # Update rule; adafactor is T5X's.
     name: Literal["adafactor", "adamw", "lion", "sgd"] = _key("adafactor", change="checkpoint")
-    learning_rate: float = 1.0  # highest one; of rsqrt, what is divided by the root of the step
+    learning_rate: float = 1.0  # highest value of the schedule; rsqrt divides it by a root
     # After the warm-up; rsqrt: learning_rate / sqrt(max(step, warmup_steps)).
     schedule: Literal["rsqrt", "constant", "linear", "cosine"] = "rsqrt"
     warmup_steps: int = 10_000  # steps of a rising rate; of rsqrt, of a constant one
@@ -206,7 +207,7 @@ class TrainConfig:
     label_smoothing: float = 0.0  # share of a target's probability given to all pieces alike
     log_every: int = _key(100, change="none")  # steps between two lines of metrics
     eval_every: int = 1000  # steps between two evaluations
-    eval_batches: int = 20  # of validation text, in each evaluation
+    eval_batches: int = 20  # batches of validation text in each evaluation
     checkpoint_every: int = _key(5000, change="none")  # steps between two checkpoints
     keep_checkpoints: int = _key(3, change="none")  # number of newest checkpoints that are kept
     keep_best: str | None = None  # the best one by this evaluation metric is kept, too
@@ -215,6 +216,9 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     # FIRST:LAST: steps that are traced, for TensorBoard and Perfetto, in WORKDIR/profile.
     profile_steps: str | None = _key(None, change="none")
+    # What receives the metrics besides metrics.jsonl, separated by commas: tensorboard, wandb,
+    # mlflow, trackio or FILE.py:CLASS.
+    trackers: str = _key("tensorboard", change="none")
     # Steps after which an expert without tokens is reported, or a router that is nearly uniform.
     idle_expert_steps: int = 1000
 
@@ -279,7 +283,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = field(default=MeshConfig(), metadata={"change": "none"})
     init_from: str | None = None  # checkpoint of the initial parameters; None: random ones
-    # Origin of the model's keys. checkpoint: keys of `model` and `moe` that the parameters were
+    # checkpoint: keys of `model` and `moe` that the parameters were
     # trained for (role `function`) are those of init_from where the config has their defaults.
     init_model: Literal["config", "checkpoint"] = _key("config", change="none")
     # Which parameter is read from which: PATTERN -> NAME; … (docs/finetune.md).

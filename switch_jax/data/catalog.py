@@ -12,6 +12,7 @@ hf:allenai/c4/en                a data set of the Hugging Face hub, or a folder:
 pairs:/mine/{split}.jsonl       files whose records have `inputs` and `targets`; `pairs:hf:…` too
 """
 
+import functools
 import os
 import re
 import sys
@@ -22,13 +23,13 @@ from etils import epath
 
 from switch_jax.config import DataConfig, parse_json
 from switch_jax.data.finetuning.layouts import is_task_file
-from switch_jax.data.finetuning.task import custom_task
+from switch_jax.data.finetuning.task import Task, custom_task
 from switch_jax.data.finetuning.task_mixtures import MIXTURES, find_task_or_mixture
 from switch_jax.data.finetuning.task_source import (
+    MissingTask,
     TaskSource,
     find_task_in_hub,
     find_task_source,
-    missing_tasks_error,
 )
 from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.data.sources.hub import (
@@ -135,9 +136,10 @@ def sources_for_spec(spec: str, data: DataConfig) -> list[Source]:
             _mc4(root, code, version) for code in ([language] if language else MC4_LANGUAGES)
         ]
     elif tasks and data_dir == HUB:
-        return [find_task_in_hub(TASKS[task]) for task in tasks]
+        return _task_sources(find_task_in_hub, "the hub", tasks, data.on_missing_task)
     elif tasks:
-        return [*_task_sources(root, tasks, data.on_missing_task)]
+        find = functools.partial(find_task_source, root)
+        return _task_sources(find, repr(data_dir), tasks, data.on_missing_task)
     elif name == "c4":
         candidates = [_tfds(root, "c4/en", version, "c4", _SPLITS) or _c4_json(root, version)]
     else:
@@ -152,16 +154,32 @@ def sources_for_spec(spec: str, data: DataConfig) -> list[Source]:
 
 
 def _task_sources(
-    root: epath.Path, names: Iterable[str], on_missing: Literal["error", "skip"]
-) -> list[TaskSource]:
-    found = {name: find_task_source(root, TASKS[name]) for name in names}
-    sources = [source for source in found.values() if source is not None]
-    missing = [TASKS[name] for name, source in found.items() if source is None]
+    find: Callable[[Task], TaskSource],
+    place: str,
+    names: Iterable[str],
+    on_missing: Literal["error", "skip"],
+) -> list[Source]:
+    """Returns the sources of tasks.
+
+    Args:
+      find: raises `MissingTask` for a task that has no files.
+      place: where it searches, in words.
+    """
+    sources: list[Source] = []
+    missing: list[MissingTask] = []
+    for name in names:
+        try:
+            sources.append(find(TASKS[name]))
+        except MissingTask as error:
+            missing.append(error)
+    left_out = ", ".join(error.task for error in missing)
     if missing and (on_missing == "error" or not sources):
-        raise missing_tasks_error(root, missing)
+        raise UserError(
+            f"{left_out}: not in {place}; for {missing[0].task}, {missing[0]}, or set"
+            " data.on_missing_task=skip to leave out what is missing."
+        )
     if missing:
-        left_out = ", ".join(task.name for task in missing)
-        print(f"Left out, since {os.fspath(root)!r} lacks them: {left_out}.", file=sys.stderr)
+        print(f"Left out, since {place} lacks them: {left_out}.", file=sys.stderr)
     return sources
 
 
@@ -185,8 +203,7 @@ def needs_folder(spec: str) -> bool:
 
 def is_task_spec(spec: str) -> bool:
     """Whether a part of a mixture stands for inputs and targets, and not for text."""
-    name = source_name(spec)
-    return name.startswith(f"{_PAIRS_GROUP}.") or bool(_task_names(name))
+    return spec.startswith(_PAIRS) or (not is_file_pattern(spec) and bool(_task_names(spec)))
 
 
 def group_members(spec: str, names: Iterable[str]) -> list[str]:

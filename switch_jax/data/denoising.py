@@ -9,7 +9,8 @@
 
 The numbers of noise tokens and of runs of noise (`Noise`) determine the lengths of inputs and
 targets. Given these numbers, all placements of the noise are equally likely. So a plan of packed
-rows needs the numbers only, and every epoch can place the noise differently.
+rows needs the numbers only, and every epoch can place the noise differently. (A prefix has one
+place.)
 
 Run i has sentinel i of the vocabulary, in the inputs and in the targets.
 """
@@ -66,7 +67,7 @@ class Denoiser(Protocol):
 class SpanCorruption:
     """T5's span corruption: the numbers of noise tokens and runs depend on the length alone.
 
-    A text begins with a kept run and ends with noise.
+    A text begins with a kept run and ends with noise; of a single token nothing is noise.
     """
 
     noise_density: float = 0.15

@@ -49,7 +49,8 @@ def parse_mixture(mixture: str) -> list[MixturePart]:
             part = MixturePart("=".join(spec).strip(), float(text))
         except ValueError:  # no rate, or an `=` within a path
             part = MixturePart(item, None)
-        parts.append(part._replace(spec=re.sub(r"\\([,=])", r"\1", part.spec)))
+        path = re.sub(r"\\([,=])", r"\1", part.spec)
+        parts.append(part._replace(spec=re.sub(r"(?<=[^/:])/+$", "", path)))
     rates = [part.rate for part in parts if part.rate is not None]
     if not parts or not all(part.spec for part in parts):
         raise UserError(f"data.mixture={mixture!r} names no source; name one, as python_docs.")
@@ -66,7 +67,7 @@ def parse_mixture(mixture: str) -> list[MixturePart]:
 
 
 def has_plain_text(mixture: str) -> bool:
-    """Whether `data.mixture` has a source of text, for span corruption, and not only tasks."""
+    """Whether `data.mixture` has a source of text, for `data.objective`, and not only tasks."""
     return not all(is_task_spec(part.spec) for part in parse_mixture(mixture))
 
 

@@ -13,13 +13,12 @@
 Values are in per cent, those of a function as it returns them.
 """
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from switch_jax.config import is_own_code, load_own_code
 from switch_jax.errors import UserError
 from switch_jax.evaluation import task_metrics
 from switch_jax.evaluation.task_metrics import Scores
@@ -39,7 +38,7 @@ def compute_own_metrics(metrics: str, references: References, predictions: Seque
     """
     scores: Scores = {}
     for name in filter(None, map(str.strip, metrics.split(","))):
-        compute = _own_function(name) if ".py:" in name else _METRICS.get(name)
+        compute = _own_function(name) if is_own_code(name) else _METRICS.get(name)
         if compute is None:
             raise UserError(
                 f"eval.metrics={metrics!r}: there is no metric {name!r}; use"
@@ -94,18 +93,8 @@ def _number(text: str) -> float:
 
 def _own_function(name: str) -> Callable[[References, Sequence[str]], Scores]:
     """Returns the function of FILE.py:FUNCTION, whose value is checked."""
-    path, function_name = name.rsplit(":", 1)
-    spec = importlib.util.spec_from_file_location("own_metrics_file", path)
-    if spec is None or spec.loader is None or not os.path.isfile(path):
-        raise UserError(f"eval.metrics: there is no file {path!r}; name a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"eval.metrics: {path} fails ({error!r}); correct it.") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"eval.metrics: {path} has no function {function_name!r}; add it.")
+    function = load_own_code("eval.metrics", name)
+    function_name = name.rpartition(":")[2]
 
     def compute(references: References, predictions: Sequence[str]) -> Scores:
         try:

@@ -37,14 +37,15 @@ def complete_texts(
       max_length: maximum number of generated tokens.
       options: of decoding; greedy by default.
       fill_blanks: False: a `___` is part of the text, as in a question to a model for tasks. None:
-        blanks are filled if `data.mixture` of the model's config has text, which is pretrained on
-        by filling blanks, and not if it has tasks only.
+        blanks are filled if the model was pretrained on filling them: if `data.mixture` of its
+        config has text, and `data.objective` is not prefix_lm.
 
     Raises `UserError` for a text with more blanks than there are sentinels.
     """
     options = SamplingOptions() if options is None else options
     if fill_blanks is None:
-        fill_blanks = has_plain_text(model.config.data.mixture)
+        data = model.config.data
+        fill_blanks = has_plain_text(data.mixture) and data.objective != "prefix_lm"
     if fill_blanks:
         texts = [_number_blanks(text, len(vocabulary.sentinels)) for text in texts]
     ids = model.config.model

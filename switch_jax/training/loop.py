@@ -1,5 +1,6 @@
 """Training loop: trains, logs, evaluates and saves checkpoints."""
 
+import contextlib
 import signal
 
 import jax
@@ -7,7 +8,7 @@ import jax
 from switch_jax.checkpoint import MetricsWriter, Workdir
 from switch_jax.config import Config, MeshConfig
 from switch_jax.data import Batch
-from switch_jax.distributed import raise_if_any_failed, stop_requests
+from switch_jax.distributed import fail_together, raise_if_any_failed, stop_requests
 from switch_jax.evaluation import evaluate, scores_table
 from switch_jax.model import mfu
 from switch_jax.training.finite_guard import FiniteGuard
@@ -20,6 +21,7 @@ from switch_jax.training.progress import ProgressDisplay, evaluation_summary, tr
 from switch_jax.training.start import StartedRun, start_run
 from switch_jax.training.state import save_state
 from switch_jax.training.throughput import ThroughputMeter
+from switch_jax.training.trackers import Trackers
 
 
 def train(
@@ -66,13 +68,25 @@ def _train_steps(
     device_kind = devices.flat[0].device_kind
     teacher = None if program.teacher is None else program.teacher.config
     meter = ThroughputMeter(lambda s: mfu(config, s, device_kind, devices.size, teacher), goodput)
-    writer = MetricsWriter(workdir, start_step, active=first_process)
+    with fail_together():
+        trackers = Trackers(config, workdir, start_step) if first_process else None
+    writer = MetricsWriter(
+        workdir,
+        start_step,
+        active=first_process,
+        listener=None if trackers is None else trackers.log,
+    )
     idle_experts, flat_routers = IdleExperts(config), FlatRouters(config)
     profiler = StepProfiler(settings.profile_steps, workdir.profile)
     display = ProgressDisplay(
         settings.steps, start_step, status="compiling …", active=first_process
     )
-    with display, writer, stop_requests() as stop_request:
+    with (
+        contextlib.nullcontext() if trackers is None else contextlib.closing(trackers),
+        display,
+        writer,
+        stop_requests() as stop_request,
+    ):
         if start_step:
             display.print_line(f"continuing from step {start_step}")
         if devices.size < jax.device_count():
@@ -121,8 +135,9 @@ def _train_steps(
             if evaluating:
                 with goodput.measure("evaluating"):
                     evaluated = evaluate(program.sharded, state.params, run.validation)
-                    evaluated |= run.scorer(state.params, workdir.predictions / str(step))
-                writer.write(step, "eval", evaluated)
+                    predictions = workdir.predictions / str(step)
+                    evaluated |= run.scorer(state.params, predictions)
+                writer.write(step, "eval", evaluated, sorted(predictions.glob("*.jsonl")))
                 display.print_line(f"step {step}  {evaluation_summary(evaluated)}")
                 meter.restart(step, metrics)
             if saving:

@@ -27,6 +27,7 @@ from switch_jax.training.initial_state import initial_state_notes, make_initial_
 from switch_jax.training.memory import check_memory
 from switch_jax.training.state import TrainState, restore_state
 from switch_jax.training.step import TrainProgram
+from switch_jax.training.trackers import find_trackers
 
 
 class StartedRun(NamedTuple):
@@ -64,6 +65,7 @@ def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Itera
         with fail_together():
             workdir.check(config)
             check_distillation(config)
+            find_trackers(config)
             if config.init_from is not None and not workdir.checkpoints.exists():
                 notes = initial_state_notes(config)  # before text is packed
                 if first_process and notes:

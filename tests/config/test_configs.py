@@ -377,6 +377,7 @@ def test_change_effects_are_those_of_the_contract():
     fixed += ("data.mixture", "data.reader")
     neutral = ("mesh.", "train.accumulate", "train.profile_steps", "model.remat", "model.attention")
     neutral += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "init_model")
+    neutral += ("train.trackers",)
     for key in keys:
         expected = "checkpoint" if key.startswith(fixed) else "results"
         assert change_effect(key) == ("none" if key.startswith(neutral) else expected), key

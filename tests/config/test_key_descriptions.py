@@ -16,7 +16,7 @@ def test_every_key_is_described():
     assert described["moe.stacks"].values == "both, encoder, decoder"
     assert described["moe.capacity_factor"].values == "float or None"
     assert described["data.seed"].text.startswith("of the order of training rows")
-    assert described["init_model"].text.startswith("Origin of the model's keys. checkpoint: ")
+    assert described["init_model"].text.startswith("checkpoint: keys of `model` and `moe` that")
     raw = defaults().to_dict()
     for key, one in described.items():
         group, _, name = key.rpartition(".")
@@ -44,7 +44,10 @@ def test_the_command_shows_what_differs(capsys):
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {key.rpartition(".")[2] for key in printed["changed"]} == starred
-    assert printed["config"]["train"]["steps"] == 7 and printed["changed"]["train.steps"] == 550_000
+    assert (
+        printed["config"]["train"]["steps"] == 7
+        and printed["keys"]["train.steps"]["default"] == 550_000
+    )
     assert printed["keys"]["moe.every"]["text"] == "every n-th layer has experts"
 
 

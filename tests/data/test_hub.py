@@ -11,6 +11,7 @@ from switch_jax.config.schema import Config, DataConfig, ModelConfig
 from switch_jax.data import open_batches
 from switch_jax.data.catalog import sources_for_spec
 from switch_jax.data.finetuning.tasks import TASKS
+from switch_jax.data.mixture import has_plain_text
 from switch_jax.data.sources.bad_records import BadRecords
 from switch_jax.data.sources.record_files import read_records
 from switch_jax.data.sources.source import SPLITS
@@ -145,13 +146,26 @@ def test_arrow_files(tmp_path, form):
     assert texts_of(path)["validation"]
     # Truncated, also at the end of a batch.
     content, whole = path.read_bytes(), len(TEXTS["train"])
-    for end in (len(content) - 1, len(content) - 8, len(content) // 2, 10):
+    for end in (*range(len(content) // 2, len(content)), 10, 3, 0):
         path.write_bytes(content[:end])
         bad = BadRecords("skip")
         read = list(read_texts(str(path), bad))
         assert read == TEXTS["train"][: len(read)] and len(read) <= whole
         [(reason, count)] = bad.counts.items()
         assert count == 1 and "damaged" in reason, end
+
+
+def test_odd_columns_of_arrow_files(tmp_path):
+    later = pyarrow.array([2**62, 0], pyarrow.timestamp("s"))
+    columns = [pyarrow.array(["a", "b"]), pyarrow.array(["c", "d"]), later]
+    rows = pyarrow.Table.from_arrays(columns, names=["text", "text", "time"])
+    for number, table in enumerate((rows, rows.select([0, 2]))):
+        path = tmp_path / f"{number}.arrow"
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+        assert list(read_texts(str(path), BadRecords("error"))) == ["a", "b"]
+    first, second = read_records(str(path))
+    assert "damaged" in first[0] and second.fields["text"] == "b"
 
 
 def test_arrow_text_that_is_not_utf8(tmp_path):
@@ -186,6 +200,7 @@ def test_streamed_folders_have_the_same_documents(tmp_path):
     assert sum(bad.counts.values()) == 100
     data = DataConfig(
         mixture=spec,
+        reader="seqio",
         vocabulary="bytes",
         inputs_length=64,
         targets_length=20,
@@ -243,7 +258,10 @@ def test_pairs_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     "spec, sentence",
     [
-        ("hf:nobody/nothing", r"hf:nobody/nothing cannot be loaded \(.*nobody/nothing.*\)\."),
+        (
+            "hf:nobody/nothing",
+            r"hf:nobody/nothing cannot be loaded \(.*\); check its name",
+        ),
         ("hf:/no/such/folder", r"cannot be loaded \(.*No such file"),
         ("hf-stream:{saved}", "write hf: before it"),
         ("hf-stream:{lines}", r"has no split validation; use hf:/"),
@@ -259,6 +277,72 @@ def test_what_cannot_be_read_is_told(tmp_path, spec, sentence):
     paths = {name: tmp_path / name for name in ("saved", "lines", "untrained")}
     with pytest.raises(UserError, match=sentence):
         sources_for_spec(spec.format(**paths), DataConfig())
+
+
+@pytest.mark.parametrize("spec", ["hf:", "hf-stream:", "hf:/", "pairs:hf:"])
+def test_a_spec_without_a_name_is_told(spec):
+    with pytest.raises(UserError, match=r"names no data set; write hf:NAME"):
+        sources_for_spec(spec, DataConfig())
+
+
+def test_the_cause_of_an_error_is_told(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{broken\n')
+    with pytest.raises(UserError, match=r"generating the dataset: .*JSON"):
+        sources_for_spec(f"hf:{tmp_path}", DataConfig())
+    with pytest.raises(UserError, match="is a file; name it without hf:"):
+        sources_for_spec(f"hf:{tmp_path}/train.jsonl", DataConfig())
+
+
+def test_an_error_within_a_stream_is_a_sentence(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{broken\n')
+    (tmp_path / "validation.jsonl").write_text('{"text": "one"}\n')
+    [source] = sources_for_spec(f"hf-stream:{tmp_path}", DataConfig())
+    [shard] = source.shards("train")
+    with pytest.raises(UserError, match=r"shard 0 cannot be read behind row \d .*JSON"):
+        list(source.texts("train", shard, BadRecords("skip")))
+
+
+def test_streams_are_not_packed_on_first_use(tmp_path):
+    for split, texts in TEXTS.items():
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    data = DataConfig(mixture=f"hf-stream:{tmp_path}", vocabulary="bytes")
+    with pytest.raises(UserError, match=r"is read as it streams; set data\.reader=seqio"):
+        open_batches(Config(model=ModelConfig(vocab_size=384), data=data), "train")
+
+
+def test_the_field_and_the_folder_are_part_of_the_cache(tmp_path):
+    lines = [json.dumps({"text": "aaaa", "body": "bbbb", "n": n}) for n in range(50)]
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split in SPLITS:
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    settings = dict(vocabulary="bytes", inputs_length=16, targets_length=10, batch_size=2)
+    for mixture in (f"{folder}/{{split}}.jsonl", f"hf:{folder}", f"hf:{folder}/"):
+        for field, letter in (("text", "a"), ("body", "b")):
+            data = DataConfig(mixture=mixture, text_field=field, **settings)
+            batch = next(
+                open_batches(Config(model=ModelConfig(vocab_size=384), data=data), "train")
+            )
+            tokens = batch["encoder_input_tokens"]
+            assert set(np.unique(tokens[tokens < 259])) <= {0, 1, ord(letter) + 3}
+
+
+def test_tasks_that_the_hub_lacks_are_left_out(cache, capsys):
+    data = datasets.DatasetDict({s: datasets.Dataset.from_dict(c) for s, c in COLA.items()})
+    write_cache(cache, "nyu-mll/glue", "cola", data)
+    with pytest.raises(UserError, match=r"^glue.sst2, .*: not in the hub; for glue.sst2, hf:nyu"):
+        sources_for_spec("glue", DataConfig(data_dir="hf:"))
+    found = sources_for_spec("glue", DataConfig(data_dir="hf:", on_missing_task="skip"))
+    assert [source.name for source in found] == ["glue.cola"]
+    assert "Left out, since the hub lacks them: glue.sst2, " in capsys.readouterr().err
+
+
+def test_text_with_the_name_of_a_task_is_text():
+    for mixture in ("hf:rajpurkar/squad", "hf:squad", "/text/glue", "./squad.jsonl"):
+        assert has_plain_text(mixture)
+    for mixture in ("squad", "glue", "pairs:hf:squad", "pairs:/x/a.jsonl"):
+        assert not has_plain_text(mixture)
 
 
 def test_the_library_is_named_where_it_is_missing(monkeypatch):

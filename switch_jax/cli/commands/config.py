@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_config_argument(args)
     keys, values = describe_keys(), flatten_config(config)
-    changed = {key: one.default for key, one in keys.items() if values[key] != one.default}
+    changed = [key for key, one in keys.items() if values[key] != one.default]
     if args.json:
         descriptions = {key: one._asdict() for key, one in keys.items()}
         merged = config_to_dict(config)
@@ -42,4 +42,4 @@ def run(args: argparse.Namespace) -> None:
         star, value = "*" if key in changed else " ", str(values[key])
         if key in changed:
             value += f" (default {one.default})"
-        print(f"{star} {name:{width}}  {value:24}  {one.summary}")
+        print(f"{star} {name:{width}}  {value:24}  {one.text}")

@@ -30,7 +30,7 @@ _ORGANISATIONS = {
     "wmt_t2t": "wmt",
     "xsum": "EdinburghNLP",
 }
-TFDS, OWN_FILES, HUB = "TFDS", "files named after the splits", "Hugging Face hub"
+TFDS, OWN_FILES, HUB_FILES = "TFDS", "files named after the splits", "Hugging Face hub"
 _NO_STEMS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -50,8 +50,8 @@ def hub_configuration(task: Task) -> tuple[str, Layout]:
 
     The stems of the layout are the splits there.
     """
-    own = Layout(HUB, (task.dataset,))
-    layout = next((one for one in _PUBLISHED.get(task.name, ()) if one.name == HUB), own)
+    own = Layout(HUB_FILES, (task.dataset,))
+    layout = next((one for one in _PUBLISHED.get(task.name, ()) if one.name == HUB_FILES), own)
     name, _, config = layout.folders[0].partition("/")
     path = f"{_ORGANISATIONS[name]}/{name}"
     return (path if config in ("", "data") else f"{path}/{config}"), layout
@@ -195,7 +195,7 @@ def _hub(
 
     The first folder is that of the repository, the others those of other revisions.
     """
-    return Layout(HUB, tuple(folders), stems, adapt=adapt)
+    return Layout(HUB_FILES, tuple(folders), stems, adapt=adapt)
 
 
 def _glue(

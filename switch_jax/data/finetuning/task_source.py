@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -138,12 +138,21 @@ def examples_to_json(examples: Iterable[Example]) -> Iterator[str]:
     return (json.dumps(example._asdict()) for example in examples)
 
 
-def find_task_source(root: epath.Path, task: Task) -> TaskSource | None:
-    """Returns the source of a task whose files are below `root`; None if there are none.
+class MissingTask(Exception):
+    """A task has no files; the text says what to do."""
+
+    def __init__(self, task: Task, remedy: str):
+        super().__init__(remedy)
+        self.task = task.name
+
+
+def find_task_source(root: epath.Path, task: Task) -> TaskSource:
+    """Returns the source of a task whose files are below `root`.
 
     The files are in one of `layouts_of_task(task)`, the first of which any is found.
 
-    Raises `UserError` if a split is missing, or is there in two formats.
+    Raises `MissingTask` if there are none, and `UserError` if a split is missing, or is there in
+    two formats.
     """
     splits = [task.splits[part].split for part in SPLITS if part in task.splits]
     for layout in layouts_of_task(task):
@@ -165,13 +174,20 @@ def find_task_source(root: epath.Path, task: Task) -> TaskSource | None:
                     " one of them."
                 )
         return TaskSource(task, files, layout.read)
-    return None
+    paths = [f"{layout.example(splits[0])} ({layout.name})" for layout in layouts_of_task(task)]
+    raise MissingTask(task, f"put {' or '.join(paths)} there")
 
 
 def find_task_in_hub(task: Task) -> TaskSource:
-    """Returns the source of a task in the hub's data set; raises `UserError`."""
+    """Returns the source of a task in the hub's data set.
+
+    Raises `MissingTask` if the data set cannot be loaded, and `UserError` if it lacks a split.
+    """
     spec, layout = hub_configuration(task)
-    found = hub_files(f"{HUB}{spec}")
+    try:
+        found = hub_files(f"{HUB}{spec}")
+    except UserError as error:
+        raise MissingTask(task, str(error).rstrip(".")) from error
     splits = [task.splits[part].split for part in SPLITS if part in task.splits]
     lacking = [layout.stem(split) for split in splits if layout.stem(split) not in found]
     if lacking:
@@ -180,18 +196,6 @@ def find_task_in_hub(task: Task) -> TaskSource:
             f" {', '.join(lacking)}; set data.data_dir to a folder that has the task."
         )
     return TaskSource(task, {split: found[layout.stem(split)] for split in splits}, layout.read)
-
-
-def missing_tasks_error(root: epath.Path, missing: Sequence[Task]) -> UserError:
-    """Returns the error for tasks without files, with all layouts of the first one."""
-    task = missing[0]
-    split = next(task.splits[part].split for part in SPLITS if part in task.splits)
-    paths = [f"{layout.example(split)} ({layout.name})" for layout in layouts_of_task(task)]
-    names = ", ".join(other.name for other in missing)
-    return UserError(
-        f"{names}: not in {os.fspath(root)!r}; for {task.name}, put {' or '.join(paths)} there,"
-        " or set data.on_missing_task=skip to leave out what is missing."
-    )
 
 
 def _first_path(files: Mapping[str, list[File]]) -> str:

@@ -11,6 +11,7 @@ from switch_jax.data.sources.compression import DamagedFile, import_package
 _BLOCK_BYTES = 2**16  # read at once
 _BATCH_ROWS = 64  # decoded at once
 _FILE_FORMAT = b"ARROW1"  # begins Arrow's file format; its stream format has no such bytes
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_parquet(
@@ -57,18 +58,18 @@ def read_arrow(
     pyarrow = import_package("pyarrow", path)
     ipc = import_package("pyarrow.ipc", path)
     is_stream = file.read(len(_FILE_FORMAT)) != _FILE_FORMAT
-    file.seek(-4, io.SEEK_END)
-    has_end = not is_stream or not any(file.read(4))
+    end = file.seek(0, io.SEEK_END)
+    file.seek(max(0, end - len(_STREAM_END)))
+    has_end = not is_stream or file.read() == _STREAM_END
     file.seek(0)
     try:
         reader = ipc.open_stream(_handle(file)) if is_stream else ipc.open_file(_handle(file))
         batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
         number = 0
         for batch in batches:
+            names = batch.schema.names
             chosen = (
-                batch
-                if field is None
-                else batch.select([field] if field in batch.schema.names else [])
+                batch if field is None else batch.select([*map(names.index, {field} & {*names})])
             )
             for start in range(0, batch.num_rows, _BATCH_ROWS):
                 for row in _rows(chosen.slice(start, _BATCH_ROWS)):
@@ -88,12 +89,14 @@ def _handle(file: Any) -> Any:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Yields the rows of a pyarrow.RecordBatch, or `NOT_UTF8`."""
+    """Yields the rows of a pyarrow.RecordBatch, or the kind of a bad record."""
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, OverflowError):
         for i in range(batch.num_rows):
             try:
                 yield from batch.slice(i, 1).to_pylist()
             except UnicodeDecodeError:
                 yield NOT_UTF8
+            except OverflowError:  # a time that Python has no value for
+                yield DAMAGED

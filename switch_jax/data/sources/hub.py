@@ -9,7 +9,6 @@ What is in the cache or in a folder is read from its Arrow files, as other files
 
 import contextlib
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -20,7 +19,15 @@ from etils import epath
 from switch_jax.data.sources.bad_records import BadRecords
 from switch_jax.data.sources.compression import import_package
 from switch_jax.data.sources.record_files import Record
-from switch_jax.data.sources.source import File, Shard, Source, Split, find_files
+from switch_jax.data.sources.source import (
+    File,
+    Shard,
+    Source,
+    Split,
+    files_below,
+    files_digest,
+    find_files,
+)
 from switch_jax.data.sources.text_files import TextFormat, text_of_record
 from switch_jax.errors import UserError
 
@@ -74,26 +81,19 @@ class StreamedSource(Source):
     out, all of them would be read.
     """
 
+    streams = True
+
     def __init__(self, spec: str, text_format: TextFormat):
         self.name, self.spec = hub_name(spec), spec
         self._field = text_format.field
-        shards = {
-            split: data.num_shards for split, data in training_splits(spec, self._splits).items()
-        }
-        if "validation" not in shards:
+        splits = training_splits(spec, _open_stream(spec))
+        if "validation" not in splits:
             raise UserError(f"{spec} has no split validation; use {HUB}{spec.partition(':')[2]}.")
-        self._num_shards = shards
-        identity = repr((spec, self._field, sorted(shards.items()))).encode()
-        self.fingerprint = hashlib.blake2b(identity, digest_size=16).hexdigest()
-        self.cache_key = self.fingerprint
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns the attributes without open connections; another process opens its own."""
-        return {key: value for key, value in vars(self).items() if key != "_splits"}
-
-    @functools.cached_property
-    def _splits(self) -> dict[str, Any]:
-        return _load(self.spec, streaming=True)
+        self._num_shards = {split: data.num_shards for split, data in splits.items()}
+        folder = _local_folder(spec)
+        files = [] if folder is None else [files_below(epath.Path(folder))]
+        identity = (spec, self._field, sorted(self._num_shards.items()))
+        self.fingerprint = self.cache_key = files_digest(files, *identity)
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         return tuple(
@@ -102,35 +102,67 @@ class StreamedSource(Source):
         )
 
     def texts(self, split: Split, shard: Shard, bad: BadRecords) -> Iterator[str]:
-        number = self.shards(split).index(shard)
-        data = self._splits[split].shard(self._num_shards[split], number)
-        for row, fields in enumerate(data, start=1):
-            yield from text_of_record(
-                Record(f"{shard.paths[0]}, row {row}", fields), self._field, bad
-            )
+        [place], number = shard.paths, self.shards(split).index(shard)
+        row = 0
+        try:
+            data = _open_stream(self.spec)[split].shard(self._num_shards[split], number)
+            for row, fields in enumerate(data, start=1):
+                yield from text_of_record(Record(f"{place}, row {row}", fields), self._field, bad)
+        except UserError:
+            raise
+        except Exception as error:  # of networks, servers and files: any
+            raise UserError(
+                f"{place} cannot be read behind row {row} ({_reason(error)}); the same command"
+                " goes on from the last checkpoint or finished shard."
+            ) from error
+
+
+@functools.cache
+def _open_stream(spec: str) -> dict[str, Any]:
+    """Returns the streamed data set of each split; asks the server once in a process."""
+    return _load(spec, streaming=True)
+
+
+def _local_folder(spec: str) -> str | None:
+    """Returns the folder that a spec names; None where it names a repository."""
+    path = spec.partition(":")[2]
+    is_local = path.startswith(_LOCAL) or path in (".", "..")
+    return os.path.expanduser(path) if is_local else None
 
 
 def _load(spec: str, streaming: bool) -> dict[str, Any]:
     """Returns the data set of each split."""
+    path, folder = spec.partition(":")[2].strip("/"), _local_folder(spec)
+    if not path:
+        raise UserError(
+            f"data.mixture: {spec} names no data set; write {HUB}NAME, {HUB}NAME/CONFIG or"
+            f" {HUB}/FOLDER."
+        )
+    if folder is not None and os.path.isfile(folder):
+        raise UserError(f"data.mixture: {spec} is a file; name it without {HUB}.")
     datasets = import_package("datasets", spec, extra="hub")
-    path = spec.partition(":")[2]
     try:
-        if not path.startswith(_LOCAL):
+        if folder is None:
             loaded = _load_repository(datasets, path, streaming)
+        elif not {"dataset_dict.json", "state.json"} & set(os.listdir(folder)):
+            loaded = datasets.load_dataset(folder, streaming=streaming)
+        elif streaming:
+            raise ValueError("what save_to_disk wrote is not streamed; write hf: before it")
         else:
-            folder = os.path.expanduser(path)
-            is_saved = {"dataset_dict.json", "state.json"} & set(os.listdir(folder))
-            if is_saved and streaming:
-                raise ValueError("what save_to_disk wrote is not streamed; write hf: before it")
-            loaded = (
-                datasets.load_from_disk(folder)
-                if is_saved
-                else datasets.load_dataset(folder, streaming=streaming)
-            )
+            loaded = datasets.load_from_disk(folder)
     except Exception as error:  # of networks, servers, files and configurations: any
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UserError(f"data.mixture: {spec} cannot be loaded ({reason}).") from error
+        raise UserError(
+            f"{spec} cannot be loaded ({_reason(error)}); check its name and configuration, or the"
+            " files of the folder."
+        ) from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the first line of an error, and that of what caused it."""
+    causes = [error, *([error.__cause__] if error.__cause__ else [])]
+    lines = [(str(one).strip() or repr(one)).split("\n")[0].rstrip(".") for one in causes]
+    return ": ".join(dict.fromkeys(lines))
 
 
 def _load_repository(datasets: Any, path: str, streaming: bool) -> Any:

@@ -52,7 +52,10 @@ RecordReader = Callable[[Any, str, str | None], Iterator[tuple[int, Fields | str
 _NAME = re.compile(
     r"\.(json|jsonl|ndjson|txt|tsv|csv|tfrecords?|(?:parquet|arrow)(?!.*\.))(?:-\d+-of-\d+)?(\.gz|\.bz2|\.xz|\.zst)?$"
 )
-_DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "features.json", "state.json")
+_DESCRIPTIONS = (
+    *("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "features.json"),
+    "state.json",
+)
 _BLOCK_BYTES = 2**16  # read at once
 
 csv.field_size_limit(MAX_RECORD_BYTES)  # csv's default is 128 KiB

@@ -48,10 +48,11 @@ class Source(abc.ABC):
       spec: the part of `data.mixture` that stands for the source.
       fingerprint: 32 hexadecimal digits, which change with the names and sizes of the files. Token
         stores keep it: they are valid as long as it is equal.
+      streams: whether the texts come over a network, and their number of bytes is unknown.
       cache_key: 32 hexadecimal digits, which change with the folders and modification times of the
         files, too.
       has_targets: True if texts alternate between inputs and targets, False if they are documents
-        for span corruption.
+        for `data.objective`.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Source(abc.ABC):
     fingerprint: str
     cache_key: str
     has_targets = False
+    streams = False
     _holds_out = False  # whether validation is a part of the training documents
 
     @abc.abstractmethod
@@ -148,7 +150,7 @@ class FileSource(Source):
             for file in self._files[split]:
                 digest.update(repr((split, os.path.basename(file.path), file.size)).encode())
         self.fingerprint = digest.hexdigest()
-        self.cache_key = files_digest(self._files.values())
+        self.cache_key = files_digest(self._files.values(), *changed)
 
     def shards(self, split: Split) -> tuple[Shard, ...]:
         shards: list[Shard] = []
@@ -185,9 +187,9 @@ class FileSource(Source):
         return missing_numbers(file.path for file in self._files[split])
 
 
-def files_digest(files: Iterable[Iterable[File]]) -> str:
-    """Returns 32 hexadecimal digits, which depend on all fields of the files."""
-    described = repr([list(group) for group in files])
+def files_digest(files: Iterable[Iterable[File]], *settings: object) -> str:
+    """Returns 32 hexadecimal digits, which depend on all fields of the files, and on settings."""
+    described = repr([*([*group] for group in files), *settings])
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 

@@ -105,7 +105,7 @@ class StoreIterator(RowIterator):
     and targets become rows or segments without noise.
 
     With packing, the numbers of noise tokens of a piece are the same in every epoch, so that rows
-    can be planned; their places differ.
+    can be planned. Their places differ, except those behind a prefix.
 
     Args:
       rates: of each source, its share of the rows, by name.

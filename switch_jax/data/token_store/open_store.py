@@ -43,6 +43,12 @@ def open_store(data: DataConfig, vocabulary: Vocabulary) -> TokenStore:
 def _cached_store(data: DataConfig, vocabulary: Vocabulary) -> Path:
     """Returns the folder of the store in the cache; builds it unless it exists."""
     sources = find_sources(data)
+    for source in sources:
+        if source.streams:
+            raise UserError(
+                f"{source.spec} is read as it streams; set data.reader=seqio, or pack it once with"
+                " `switch-jax data pack` and set data.data_dir to what that wrote."
+            )
     size = sum(source.size() for source in sources)
     if size > _MAX_AUTOMATIC:
         raise UserError(
