@@ -203,7 +203,9 @@ def needs_folder(spec: str) -> bool:
 
 def is_task_spec(spec: str) -> bool:
     """Whether a part of a mixture stands for inputs and targets, and not for text."""
-    return spec.startswith(_PAIRS) or (not is_file_pattern(spec) and bool(_task_names(spec)))
+    if is_file_pattern(spec):
+        return spec.startswith(_PAIRS)
+    return spec.startswith(f"{_PAIRS_GROUP}.") or bool(_task_names(source_name(spec)))
 
 
 def group_members(spec: str, names: Iterable[str]) -> list[str]:
