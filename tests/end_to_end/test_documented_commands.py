@@ -46,7 +46,9 @@ TRAIN = {
 }
 # Root folders of the pages' commands; here they are folders of the test.
 ROOTS = ("/data", "/text", "/books", "/mine", "/downloads")
-TOO_LONG = {".venv/bin/python scripts/docs/finetune_mini.py": "eleven minutes"}
+TOO_LONG = {
+    ".venv/bin/python scripts/docs/finetune_mini.py": "trains three models of the quickstart"
+}
 
 
 def commands(page):
