@@ -14,7 +14,7 @@ from switch_jax.config.schema import Config
 
 
 class KeyDescription(NamedTuple):
-    """What is known of a key, such as `moe.router`.
+    """Values, default and meaning of a key, such as `moe.router`.
 
     Attributes:
       values: type, or the values to choose from, separated by commas.

@@ -13,6 +13,7 @@ from switch_jax.data.finetuning.task import Task
 from switch_jax.data.finetuning.task_mixtures import MIXTURES
 from switch_jax.data.finetuning.tasks import get_task
 from switch_jax.data.mixture import find_sources, has_plain_text
+from switch_jax.data.objectives import uses_sentinels
 from switch_jax.data.peek import examples_text
 from switch_jax.data.readers import open_batches, open_epoch_by_source, read_task_examples
 from switch_jax.data.text_batches import read_text_file, text_file_batches
@@ -57,4 +58,5 @@ __all__ = [
     "store_table",
     "text_file_batches",
     "train_vocabulary",
+    "uses_sentinels",
 ]

@@ -34,6 +34,7 @@ from switch_jax.data.finetuning.task_source import (
 from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.data.sources.hub import (
     HUB,
+    LOCAL_PREFIXES,
     STREAM,
     StreamedSource,
     hub_files,
@@ -225,8 +226,8 @@ def _task_names(name: str) -> tuple[str, ...]:
 
 def is_file_pattern(spec: str) -> bool:
     """Whether a part of a mixture names files, or a data set of the hub."""
-    prefixes = (_PAIRS, HUB, STREAM, "/", "./", "../", "~")
-    return spec.startswith(prefixes) or "*" in spec or is_text_file(spec)
+    prefixes = (_PAIRS, *LOCAL_PREFIXES)
+    return spec.startswith(prefixes) or is_hub_spec(spec) or "*" in spec or is_text_file(spec)
 
 
 def _named_files(spec: str, is_known: Callable[[str], bool], known: str) -> dict[Split, list[File]]:

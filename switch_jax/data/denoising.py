@@ -75,18 +75,20 @@ class SpanCorruption:
     marks_runs = True
 
     def counts(self, length: int) -> tuple[int, int]:
-        """Returns the numbers of noise tokens and of noise runs of `length` ≥ 2 tokens."""
+        """Returns the numbers of noise tokens and of noise runs of `length` ≥ 1 tokens."""
+        if length == 1:
+            return 0, 0
         # In float32, as in T5: 190 tokens, and some other lengths, give one more than in float64.
         noise = round(np.float32(length) * np.float32(self.noise_density))
         noise = min(max(noise, 1), length - 1)
         return noise, min(max(round(noise / self.mean_span), 1), length - noise)
 
     def noise(self, length: int, seed: int, numbers: np.ndarray) -> Noise:
-        noise, runs = self.counts(length) if length > 1 else (0, 0)  # a single token is kept
+        noise, runs = self.counts(length)
         return Noise(*(np.full(len(numbers), n) for n in (noise, runs, max(runs, 1), 0)))
 
     def largest(self, length: int) -> Sizes:
-        noise, runs = self.counts(length) if length > 1 else (0, 0)
+        noise, runs = self.counts(length)
         return Sizes(length - noise + runs + 1, noise + max(runs, 1) + 1, max(runs, 1))
 
 
@@ -152,18 +154,15 @@ class PrefixLM:
 
     def shortest(self, length: int) -> int:
         """Returns the smallest number of tokens of the prefix."""
-        longest = np.float32(length - 1)
-        return min(
-            length - 1, max(1, int(np.rint(np.float32(1 - 2 * self.noise_density) * longest)))
-        )
+        share = np.float32(1 - 2 * self.noise_density) * np.float32(length - 1)  # as in T5
+        return min(length - 1, max(1, int(np.rint(share))))
 
     def noise(self, length: int, seed: int, numbers: np.ndarray) -> Noise:
         shortest = self.shortest(length)
         bits = random_bits(seed, numbers, 1, _PREFIX)[:, 0]
         kept = shortest + (bits % np.uint64(length - shortest)).astype(np.int64)
-        return Noise(
-            length - kept, np.ones_like(kept), np.minimum(kept, 1), 1 - np.minimum(kept, 1)
-        )
+        has_prefix = np.minimum(kept, 1)
+        return Noise(length - kept, np.ones_like(kept), has_prefix, 1 - has_prefix)
 
     def largest(self, length: int) -> Sizes:
         return Sizes(max(length, 2), length - self.shortest(length) + 1, 0)
@@ -204,9 +203,8 @@ def split_tokens(
         starts[:, 1:] &= ~omitted[:, :-1]
         if marks_runs:
             ids = np.array(sentinels)
-            run = (
-                np.minimum(np.cumsum(starts, axis=1), len(ids)) - 1
-            )  # -1, unused, before the first
+            # -1, unused, before the first
+            run = np.minimum(np.cumsum(starts, axis=1), len(ids)) - 1
             side = np.where(starts, ids[run], tokens)[~omitted | starts]
         else:
             side = tokens[~omitted]

@@ -53,6 +53,11 @@ OBJECTIVES = {
 }
 
 
+def uses_sentinels(name: str) -> bool:
+    """Whether sentinels stand for what the inputs of an objective omit."""
+    return any(part.denoiser.marks_runs for part in OBJECTIVES[name])
+
+
 class Objective:
     """Inputs and targets of texts under `data.objective`.
 
@@ -153,13 +158,11 @@ class Objective:
         """
         length, sentinels = tokens.shape[1], self._vocabulary.sentinels
         for rows, part, noise in self._noise(length, numbers):
-            kinds, kind_of = np.unique(np.stack(noise), axis=1, return_inverse=True)
-            for kind in range(kinds.shape[1]):
-                group = np.flatnonzero(kind_of == kind)
+            marks_runs = self.denoisers[part].denoiser.marks_runs
+            for group in _equal_groups(np.stack(noise)):
                 indices = rows[group]
-                group_noise = Noise(*kinds[:, kind])
+                group_noise = Noise(*(numbers_B[group[0]] for numbers_B in noise))
                 mask = noise_mask(length, group_noise, self._seed, examples[indices])
-                marks_runs = self.denoisers[part].denoiser.marks_runs
                 sides = split_tokens(tokens[indices], mask, marks_runs, sentinels, self._eos_id)
                 mode = np.tile(np.array(self.modes[part], np.int32), (len(group), 1))
                 yield indices, np.concatenate([mode, sides[0]], axis=1), sides[1]
@@ -177,6 +180,14 @@ class Objective:
             rows = np.flatnonzero(chosen == part)
             noise = self.denoisers[part].denoiser.noise(length, self._seed, numbers[rows])
             yield rows, int(part), noise
+
+
+def _equal_groups(columns: np.ndarray) -> list[np.ndarray]:
+    """Returns the indices of equal columns of [N, B], group by group."""
+    if (columns == columns[:, :1]).all():  # as under span corruption, without the time of a sort
+        return [np.arange(columns.shape[1])]
+    _, kind_of = np.unique(columns, axis=1, return_inverse=True)
+    return [np.flatnonzero(kind_of == kind) for kind in range(kind_of.max() + 1)]
 
 
 def open_objective(config: Config, vocabulary: Vocabulary) -> Objective:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from switch_jax.data import Vocabulary, has_plain_text
+from switch_jax.data import Vocabulary, has_plain_text, uses_sentinels
 from switch_jax.errors import UserError
 from switch_jax.inference.decoding import SamplingOptions
 from switch_jax.inference.generation import generate_with_scores
@@ -38,14 +38,14 @@ def complete_texts(
       options: of decoding; greedy by default.
       fill_blanks: False: a `___` is part of the text, as in a question to a model for tasks. None:
         blanks are filled if the model was pretrained on filling them: if `data.mixture` of its
-        config has text, and `data.objective` is not prefix_lm.
+        config has text, and `data.objective` uses sentinels.
 
     Raises `UserError` for a text with more blanks than there are sentinels.
     """
     options = SamplingOptions() if options is None else options
     if fill_blanks is None:
         data = model.config.data
-        fill_blanks = has_plain_text(data.mixture) and data.objective != "prefix_lm"
+        fill_blanks = has_plain_text(data.mixture) and uses_sentinels(data.objective)
     if fill_blanks:
         texts = [_number_blanks(text, len(vocabulary.sentinels)) for text in texts]
     ids = model.config.model

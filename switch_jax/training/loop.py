@@ -69,24 +69,14 @@ def _train_steps(
     teacher = None if program.teacher is None else program.teacher.config
     meter = ThroughputMeter(lambda s: mfu(config, s, device_kind, devices.size, teacher), goodput)
     with fail_together():
-        trackers = Trackers(config, workdir, start_step) if first_process else None
-    writer = MetricsWriter(
-        workdir,
-        start_step,
-        active=first_process,
-        listener=None if trackers is None else trackers.log,
-    )
+        trackers = Trackers(config, workdir, start_step, active=first_process)
+    writer = MetricsWriter(workdir, start_step, active=first_process, listener=trackers.log)
     idle_experts, flat_routers = IdleExperts(config), FlatRouters(config)
     profiler = StepProfiler(settings.profile_steps, workdir.profile)
     display = ProgressDisplay(
         settings.steps, start_step, status="compiling …", active=first_process
     )
-    with (
-        contextlib.nullcontext() if trackers is None else contextlib.closing(trackers),
-        display,
-        writer,
-        stop_requests() as stop_request,
-    ):
+    with contextlib.closing(trackers), display, writer, stop_requests() as stop_request:
         if start_step:
             display.print_line(f"continuing from step {start_step}")
         if devices.size < jax.device_count():

@@ -38,7 +38,7 @@ _MLFLOW_BATCH = 100  # values that MLflow takes at once
 
 
 class Tracker(Protocol):
-    """What a tracker does; only the first process has trackers.
+    """Receiver of metrics; only the first process has any.
 
     A class of one's own is called with WORKDIR (a path), the config (values by dotted key), and the
     number of steps done before.
@@ -57,14 +57,15 @@ class Trackers:
     Args:
       workdir: the run's folder, which exists.
       first_step: number of steps done before.
+      active: False in all processes but one, which then have no trackers.
 
     Raises `UserError` if a tracker cannot begin.
     """
 
-    def __init__(self, config: Config, workdir: Workdir, first_step: int):
+    def __init__(self, config: Config, workdir: Workdir, first_step: int, *, active: bool = True):
         self._trackers: dict[str, Tracker] = {}
         values = flatten_config(config)
-        for name, new in find_trackers(config).items():
+        for name, new in find_trackers(config).items() if active else ():
             try:
                 self._trackers[name] = new(workdir.path, values, first_step)
             except Exception as error:  # of services and of one's own code: any

@@ -18,6 +18,7 @@ from switch_jax.data.sources.source import SPLITS
 from switch_jax.data.sources.text_files import read_texts
 from switch_jax.errors import UserError
 from tests.support import runs
+from tests.support.sources import texts_of
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -64,18 +65,6 @@ def write_cache(cache, name, config, data):
         "splits": infos,
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
-
-
-def texts_of(spec, **data):
-    [source] = sources_for_spec(str(spec), DataConfig(**data))
-    return {
-        split: [
-            text
-            for shard in source.shards(split)
-            for text in source.texts(split, shard, BadRecords("error"))
-        ]
-        for split in SPLITS
-    }
 
 
 @pytest.mark.parametrize("reader", ["store", "seqio"])

@@ -10,27 +10,13 @@ import pytest
 
 from switch_jax.config import DataConfig
 from switch_jax.data.catalog import sources_for_spec
-from switch_jax.data.sources.bad_records import BadRecords
-from switch_jax.data.sources.source import SPLITS
 from switch_jax.data.token_store.build import build_token_store
 from switch_jax.data.vocabulary import read_vocabulary
 from switch_jax.errors import UserError
 from tests.support import tasks as miniature
+from tests.support.sources import texts_of
 
 TEXTS = [f"text {i}, «{'é' * i}» and a comma" for i in range(20)]
-
-
-def texts_of(spec, **data):
-    """The texts of each split of a source."""
-    [source] = sources_for_spec(str(spec), DataConfig(**data))
-    return {
-        split: [
-            text
-            for shard in source.shards(split)
-            for text in source.texts(split, shard, BadRecords("error"))
-        ]
-        for split in SPLITS
-    }
 
 
 def write_csv(path, texts, field="text"):

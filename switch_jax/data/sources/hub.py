@@ -32,7 +32,7 @@ from switch_jax.data.sources.text_files import TextFormat, text_of_record
 from switch_jax.errors import UserError
 
 HUB, STREAM = "hf:", "hf-stream:"
-_LOCAL = ("/", "./", "../", "~")
+LOCAL_PREFIXES = ("/", "./", "../", "~")
 _SHARD_SIZE = 2**20  # of a streamed shard, whose bytes are unknown
 
 
@@ -44,7 +44,7 @@ def is_hub_spec(spec: str) -> bool:
 def hub_name(spec: str) -> str:
     """Returns the name of the source: of repositories without the organisation."""
     path = spec.partition(":")[2].rstrip("/")
-    parts = [path.rpartition("/")[2]] if path.startswith(_LOCAL) else path.split("/")
+    parts = [path.rpartition("/")[2]] if path.startswith(LOCAL_PREFIXES) else path.split("/")
     words = re.findall(r"\w+", " ".join(parts[1:] or parts))
     return "_".join(words) or "hub"
 
@@ -126,7 +126,7 @@ def _open_stream(spec: str) -> dict[str, Any]:
 def _local_folder(spec: str) -> str | None:
     """Returns the folder that a spec names; None where it names a repository."""
     path = spec.partition(":")[2]
-    is_local = path.startswith(_LOCAL) or path in (".", "..")
+    is_local = path.startswith(LOCAL_PREFIXES) or path in (".", "..")
     return os.path.expanduser(path) if is_local else None
 
 

@@ -125,12 +125,12 @@ class StoreIterator(RowIterator):
         data = config.data
         contents = [(name, rate, store.fingerprint(name, split)) for name, rate in rates.items()]
         shape: tuple[Any, ...] = (data.inputs_length, data.targets_length, data.pack, data.seed)
-        if data.objective != "span_corruption":  # positions from before there were others hold
+        self._objective = open_objective(config, vocabulary)
+        if self._objective.has_random_sizes:  # positions from before there were others hold
             shape += (data.objective,)
         digest = hashlib.blake2b(repr((contents, shape)).encode(), digest_size=16)
         super().__init__(data.batch_size, process_rows, digest.hexdigest())
         self._config, self._data = config, data
-        self._objective = open_objective(config, vocabulary)
         self._sources = [_SourceRows(config, store, name, split, self._objective) for name in rates]
         self._quotas = _quotas(np.array(list(rates.values())))
 
