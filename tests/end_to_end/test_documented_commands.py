@@ -14,24 +14,13 @@ from switch_jax.cli import main
 from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.vocabulary_builder import train_vocabulary
 from tests.support import corpora, published_files
+from tests.support.configs import TINY_MODEL
 from tests.support.paths import ROOT
 
 pytest.importorskip("tensorflow_datasets")
 datasets = pytest.importorskip("datasets")
 
-MODEL = {
-    "model.vocab_size": 1024,
-    "model.d_model": 16,
-    "model.d_ff": 32,
-    "model.num_heads": 2,
-    "model.head_dim": 8,
-    "model.num_encoder_layers": 2,
-    "model.num_decoder_layers": 2,
-    "model.dtype": "float32",
-    "moe.num_experts": 4,
-    "moe.every": 2,
-    "moe.group_size": 32,
-}
+MODEL = {**TINY_MODEL, "model.vocab_size": 1024, "moe.every": 2, "moe.group_size": 32}
 TRAIN = {
     "data.inputs_length": 32,
     "data.targets_length": 14,

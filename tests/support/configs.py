@@ -7,8 +7,7 @@ import numpy as np
 from switch_jax.config import Config, config_from_dict, defaults
 from switch_jax.data.batch import ProcessRows, shift_right
 
-_TINY = {
-    "model.vocab_size": 32,
+TINY_MODEL = {
     "model.d_model": 16,
     "model.d_ff": 32,
     "model.num_heads": 2,
@@ -17,6 +16,10 @@ _TINY = {
     "model.num_decoder_layers": 2,
     "model.dtype": "float32",
     "moe.num_experts": 4,
+}
+_TINY = {
+    **TINY_MODEL,
+    "model.vocab_size": 32,
     "moe.min_capacity": 1,
     "moe.group_size": 16,
     "data.inputs_length": 16,
