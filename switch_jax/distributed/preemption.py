@@ -1,4 +1,4 @@
-"""Preemption: records the first SIGTERM or SIGINT; a second one has its default effect."""
+"""Preemption: records SIGTERM and SIGINT; a second SIGINT has its default effect."""
 
 import signal
 import threading
@@ -14,6 +14,9 @@ import numpy as np
 def record_signals() -> Iterator[list[signal.Signals]]:
     """Yields a list to which the first SIGTERM and the first SIGINT are added on arrival.
 
+    A second SIGINT has its default effect. Later SIGTERMs have none, because a scheduler may repeat
+    it, as Slurm does when it preempts a job; it ends what takes too long with SIGKILL.
+
     Outside the main thread no handler is installed, and the list stays empty.
     """
     received: list[signal.Signals] = []
@@ -24,11 +27,12 @@ def record_signals() -> Iterator[list[signal.Signals]]:
     def handle(number, frame):
         if number not in received:
             received.append(signal.Signals(number))
-        elif callable(earlier := previous[number]):
-            earlier(number, frame)
-        else:
-            signal.signal(number, earlier)
-            signal.raise_signal(number)
+        elif number == signal.SIGINT:
+            if callable(earlier := previous[number]):
+                earlier(number, frame)
+            else:
+                signal.signal(number, earlier)
+                signal.raise_signal(number)
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
