@@ -19,6 +19,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 name=switch-jax slices=1 image=python:3.12 restarts=10
 parse "cluster type zone" "slices name project image restarts" "$@"
+check_count slices 1
+check_count restarts 0
 source scripts/launch/cloud.sh
 need xpk "pip install xpk."
 

@@ -18,6 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 name=switch-jax
 parse "type slices zone" "name project runtime" "$@"
+check_count slices 1
 source scripts/launch/cloud.sh
 need gcloud "install the Google Cloud CLI."
 

@@ -11,7 +11,10 @@ export SWITCH_JAX_START_SECRET
 queue_again() {
   # Not by a signal to srun, which at SIGTERM kills its tasks.
   scancel --signal=TERM "$SLURM_JOB_ID"
-  timeout 480 tail --pid="$step" -f /dev/null
+  if timeout 480 tail --pid="$step" -f /dev/null; then
+    wait "$step"
+    case $? in 0 | 2 | 3) exit $? ;; esac # it ended just then, by itself: see docs/launch.md
+  fi
   scontrol requeue "$SLURM_JOB_ID"
 }
 

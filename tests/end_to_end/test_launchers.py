@@ -245,6 +245,18 @@ def test_a_missing_option_is_named_in_one_sentence(name, launch):
         ("gke_xpk", ["--config.data.data_dir=a\nb"], "no argument may have a line break"),
         ("tpu_vm", ["--config", "configs/none.py"], "configs/none.py does not exist"),
         ("slurm_gpu", ["--workdir", "gs://b/a"], "must be a folder"),
+        ("slurm_gpu", ["--nodes", "0"], "--nodes must be a whole number, at least 1, not '0'"),
+        ("slurm_gpu", ["--nodes", "two"], "--nodes must be a whole number, at least 1, not 'two'"),
+        ("slurm_gpu", ["--nodes", "2-4"], "at least 1, not '2-4'"),
+        ("slurm_gpu", ["--nodes", "a[$(false)]"], "at least 1, not 'a[$(false)]'"),
+        ("slurm_gpu", ["--gpus_per_node", "-1"], "--gpus_per_node must be a whole number, at lea"),
+        ("slurm_gpu", ["--gpus_per_node="], "--gpus_per_node must be a whole number, at least 0"),
+        ("slurm_gpu", ["--time", "0:19:59"], "--time must be at least 20 minutes"),
+        ("slurm_gpu", ["--time", "10"], "--time must be at least 20 minutes"),
+        ("slurm_gpu", ["--time", "soon"], "--time must be a limit such as 24:00:00"),
+        ("multislice", ["--slices", "x"], "--slices must be a whole number, at least 1, not 'x'"),
+        ("gke_xpk", ["--slices", "0"], "--slices must be a whole number, at least 1, not '0'"),
+        ("gke_xpk", ["--restarts", "1.5"], "--restarts must be a whole number, at least 0"),
         ("gpu_box", ["--workdir", "gs://b/a"], "must be a folder"),
         ("gpu_box", ["--nodes", "4"], "there is no --nodes"),
         ("gpu_box", ["--workdir"], "--workdir needs a value"),
@@ -256,6 +268,19 @@ def test_wrong_arguments_are_refused_in_one_sentence(name, arguments, sentence, 
     done = launch(name, ["--dry-run", *ARGUMENTS[name], *arguments])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert sentence in done.stderr
+
+
+@pytest.mark.parametrize("limit", ["20", "20:00", "0:20:00", "1-0", "1-0:0", "0-0:20:00"])
+def test_time_limits_of_every_form_are_passed_to_slurm(limit, dry_run):
+    assert f"--time={limit}" in dry_run("slurm_gpu", [*ARGUMENTS["slurm_gpu"], "--time", limit])[-1]
+
+
+@pytest.mark.parametrize(("gpus", "tasks", "extra"), [(0, 1, ""), (1, 1, " cuda"), (4, 4, " cuda")])
+def test_slurm_starts_a_process_for_each_gpu_or_else_for_each_node(gpus, tasks, extra, dry_run):
+    install, _, submit = dry_run("slurm_gpu", [*ARGUMENTS["slurm_gpu"], f"--gpus_per_node={gpus}"])
+    assert f"--ntasks-per-node={tasks}" in submit
+    assert [w for w in submit if "gpus" in w] == ([f"--gpus-per-node={gpus}"] if gpus else [])
+    assert install[2] == f"source scripts/venv.sh; install{extra}"
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -294,10 +319,12 @@ def test_the_secret_of_a_run_reaches_every_host_in_no_command_line(checkout, lau
     assert "--env-file=runs/switch_jax.env" in calls()[-1]
 
 
-def test_a_job_near_its_time_limit_saves_and_is_requeued(tmp_path):
+@pytest.mark.parametrize(("status", "requeued"), [(143, True), (137, True), (0, False), (3, False)])
+def test_a_job_near_its_time_limit_saves_and_is_requeued(status, requeued, tmp_path):
+    """Unless it has finished or failed just before: then its exit code is that of its step."""
     log = tmp_path / "log"
     programs = {
-        "srun": f"""trap 'echo saved >>{log}; exit 143' TERM
+        "srun": f"""trap 'echo saved >>{log}; exit {status}' TERM
             echo $$ >{tmp_path}/pid
             echo "${{#SWITCH_JAX_START_SECRET}} srun $*" >>{log}; while :; do sleep 0.02; done""",
         "scancel": f'echo "scancel $*" >>{log}; kill -TERM $(cat {tmp_path}/pid)',
@@ -312,10 +339,15 @@ def test_a_job_near_its_time_limit_saves_and_is_requeued(tmp_path):
     while not log.exists() and time.time() < deadline:
         time.sleep(0.01)
     job.send_signal(signal.SIGUSR1)
-    job.wait(20)
+    code = job.wait(20)
     srun, *rest = log.read_text().splitlines()
     assert srun.startswith("32 srun ") and srun.endswith(" train a b")
-    assert rest == ["scancel --signal=TERM 12", "saved", "scontrol requeue 12"]
+    assert rest == [
+        "scancel --signal=TERM 12",
+        "saved",
+        *(["scontrol requeue 12"] if requeued else []),
+    ]
+    assert requeued or code == status
 
 
 @pytest.mark.parametrize(("status", "expected"), [(0, 0), (2, 2), (143, 143)])
