@@ -4,7 +4,7 @@
 #   run COMMAND…                   prints a command and, without --dry-run, runs it
 #   succeeds COMMAND…              the same, quietly, for a question; under --dry-run the answer is no
 #   quoted WORD…                   prints words for a shell; quoted_twice, if systemd or Kubernetes starts it
-#   check_count OPTION MINIMUM     exits unless the value of an option is a whole number
+#   check_count OPTION MINIMUM     fails unless the value of an option is a whole number, at least MINIMUM
 #   need TOOL INSTALL              exits unless TOOL is there; INSTALL says how to get it
 #   fail SENTENCE                  a mistake of the user's: exit 2
 
@@ -65,8 +65,9 @@ parse() {
 }
 
 check_count() {
-  [[ ${!1} =~ ^(0|[1-9][0-9]{0,5})$ ]] && ((${!1} >= $2)) \
-    || fail "--$1 must be a whole number, at least $2, not '${!1}'."
+  if [[ ! ${!1} =~ ^(0|[1-9][0-9]{0,5})$ ]] || ((${!1} < $2)); then
+    fail "--$1 must be a whole number, at least $2, not '${!1}'."
+  fi
 }
 
 # The words as a shell reads them back.

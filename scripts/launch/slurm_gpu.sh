@@ -37,16 +37,19 @@ need sbatch "run this on a login node of a Slurm cluster."
 
 # One process per GPU: under Slurm, JAX gives each process the GPU whose number is its rank on the
 # node. So all processes must see all GPUs: no --gpus-per-task.
-gpus=() extra=''
+gpus=() tasks=1 extra=''
 if ((gpus_per_node > 0)); then
-  gpus=(--gpus-per-node="$gpus_per_node") extra=' cuda'
+  gpus=(--gpus-per-node="$gpus_per_node") tasks=$gpus_per_node extra=' cuda'
 fi
+job=(--job-name="$name" --dependency=singleton --nodes="$nodes" --ntasks-per-node="$tasks"
+  ${gpus[@]+"${gpus[@]}"} --exclusive --mem=0 --time="$time"
+  ${partition:+--partition="$partition"} ${account:+--account="$account"}
+  --requeue --signal=B:USR1@600 --output="${workdir//%/%%}/slurm-%j.log" --open-mode=append
+  scripts/launch/slurm_job.sh .venv/bin/switch-jax "${train[@]}")
+
+# Slurm would let a job that no nodes can run wait for ever.
+run sbatch --test-only "${job[@]}" \
+  || fail "Slurm has no such nodes for this job, as it says above; sinfo lists what there is."
 run bash -ec "source scripts/venv.sh; install$extra" "$launcher"
 run mkdir -p "$workdir"
-run sbatch --job-name="$name" --dependency=singleton --nodes="$nodes" \
-  --ntasks-per-node=$((gpus_per_node > 0 ? gpus_per_node : 1)) ${gpus[@]+"${gpus[@]}"} \
-  --exclusive --mem=0 --time="$time" \
-  ${partition:+--partition="$partition"} ${account:+--account="$account"} \
-  --requeue --signal=B:USR1@600 --output="${workdir//%/%%}/slurm-%j.log" --open-mode=append \
-  scripts/launch/slurm_job.sh .venv/bin/switch-jax "${train[@]}" \
-  || fail "Slurm has not taken the job; its message says why, and sinfo lists nodes and partitions."
+run sbatch "${job[@]}"

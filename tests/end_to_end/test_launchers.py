@@ -277,7 +277,9 @@ def test_time_limits_of_every_form_are_passed_to_slurm(limit, dry_run):
 
 @pytest.mark.parametrize(("gpus", "tasks", "extra"), [(0, 1, ""), (1, 1, " cuda"), (4, 4, " cuda")])
 def test_slurm_starts_a_process_for_each_gpu_or_else_for_each_node(gpus, tasks, extra, dry_run):
-    install, _, submit = dry_run("slurm_gpu", [*ARGUMENTS["slurm_gpu"], f"--gpus_per_node={gpus}"])
+    _, install, _, submit = dry_run(
+        "slurm_gpu", [*ARGUMENTS["slurm_gpu"], f"--gpus_per_node={gpus}"]
+    )
     assert f"--ntasks-per-node={tasks}" in submit
     assert [w for w in submit if "gpus" in w] == ([f"--gpus-per-node={gpus}"] if gpus else [])
     assert install[2] == f"source scripts/venv.sh; install{extra}"
