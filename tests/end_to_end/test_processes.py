@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import socket
@@ -22,20 +21,6 @@ from switch_jax.training.step import TrainProgram
 from tests.support import runs
 from tests.support import tasks as miniature
 from tests.support.paths import ODD_NAME
-
-# A tiny model with experts, because every process but the first compiles for itself.
-SMALL = {
-    "model.num_encoder_layers": 1,
-    "model.num_decoder_layers": 1,
-    "moe.every": 1,
-    "moe.stacks": "encoder",
-    "moe.jitter": 0.0,
-    "moe.balance_scope": "batch",  # loads are counted over all processes
-    "train.steps": 60,
-    "train.eval_batches": 1,
-    "train.eval_every": 1000,
-    "train.checkpoint_every": 20,
-}
 
 # `switch-jax` where process 1 cannot read checkpoint `step` and the other processes can.
 UNREADABLE = """
@@ -58,11 +43,6 @@ sys.exit(main(sys.argv[1:]))
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     return runs.write_config(folder, runs.make_store(folder))
-
-
-def xla_flags(count):
-    """Returns XLA_FLAGS of the tests with another number of devices."""
-    return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")
 
 
 def free_port(first=0, last=0):
@@ -101,7 +81,7 @@ def start(launches, command, script=None):
     """Starts a process with one device for each of `launches`."""
     program = ["-m", "switch_jax"] if script is None else ["-c", script]
     return [
-        runs.start(*command, *flags, program=program, XLA_FLAGS=xla_flags(1), **environment)
+        runs.start(*command, *flags, program=program, XLA_FLAGS=runs.xla_flags(1), **environment)
         for flags, environment in launches
     ]
 
@@ -115,20 +95,6 @@ def wait_for_exit(processes, seconds=300):
         for process in processes:
             process.kill()
     return [(p.returncode, *output) for p, output in zip(processes, outputs)]
-
-
-def losses(workdir):
-    """Returns the cross-entropy of training by step."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {m["step"]: m["cross_entropy"] for m in lines if m["split"] == "train"}
-
-
-def same_losses(losses, reference):
-    """Compares losses by step up to rounding: sums over devices have another order."""
-    assert losses
-    for step, value in losses.items():
-        assert value == pytest.approx(reference[step], abs=2e-5), step
-    return True
 
 
 def restores_on_any_mesh(workdir, step):
@@ -160,12 +126,12 @@ def test_losses_do_not_depend_on_the_number_of_processes(config, tmp_path):
     process continues their run. Two processes train from the start, and one of them is killed. All
     losses equal those of the first process.
     """
-    small = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    small = [f"--config.{key}={value}" for key, value in runs.SMALL.items()]
     command = ["train", "--config", config, *small]
     workdir, four_dir, two_dir = (tmp_path / name for name in ("one", ODD_NAME, "two"))
     one_process = [*command, "--config.mesh.data=2"]
-    runs.run(*one_process, "--workdir", workdir, XLA_FLAGS=xla_flags(2))
-    reference = losses(workdir)
+    runs.run(*one_process, "--workdir", workdir, XLA_FLAGS=runs.xla_flags(2))
+    reference = runs.losses(workdir)
 
     # Four processes, each with half of the experts of half of the model
     shutil.copytree(workdir, four_dir)
@@ -182,19 +148,20 @@ def test_losses_do_not_depend_on_the_number_of_processes(config, tmp_path):
     assert codes == (128 + signal.SIGTERM,) * 4, errs
     assert "continuing from step 20" in errs[0]
     assert outs[0].startswith("Stopped at step ") and not any(outs[1:])
-    four_losses = losses(four_dir)
+    four_losses = runs.losses(four_dir)
     stopped = max(four_losses)
     assert {p.name for p in (four_dir / "checkpoints").iterdir()} == {
         "20",
         "corrupt-40",
         str(stopped),
     }
-    assert same_losses(four_losses, reference)
+    assert runs.same_losses(four_losses, reference)
     assert restores_on_any_mesh(four_dir, stopped)
 
     last = f"--config.train.steps={stopped + 3}"
-    runs.run(*one_process, "--workdir", four_dir, last, XLA_FLAGS=xla_flags(2))
-    assert max(losses(four_dir)) == stopped + 3 and same_losses(losses(four_dir), reference)
+    runs.run(*one_process, "--workdir", four_dir, last, XLA_FLAGS=runs.xla_flags(2))
+    four_losses = runs.losses(four_dir)
+    assert max(four_losses) == stopped + 3 and runs.same_losses(four_losses, reference)
 
     two = start(
         launches_by_slurm(2),
@@ -204,7 +171,7 @@ def test_losses_do_not_depend_on_the_number_of_processes(config, tmp_path):
     two[1].kill()
     (code, _, err), _ = wait_for_exit(two, seconds=30)
     assert code not in (0, 128 + signal.SIGTERM), err
-    assert same_losses(losses(two_dir), reference)
+    assert runs.same_losses(runs.losses(two_dir), reference)
 
 
 def test_two_processes_write_the_predictions_of_one_process(config, tmp_path):
@@ -212,7 +179,7 @@ def test_two_processes_write_the_predictions_of_one_process(config, tmp_path):
     for split in ("train", "validation"):
         pairs = [{"inputs": "so " * i + str(i), "targets": "a" * (9 - i)} for i in range(5)]
         miniature.write_jsonl(tmp_path / f"{split}.jsonl", pairs)
-    changes = SMALL | {
+    changes = runs.SMALL | {
         "data.mixture": f"pairs:{tmp_path}/{{split}}.jsonl",
         "data.data_dir": "none",
         "data.vocabulary": "bytes",
@@ -225,7 +192,7 @@ def test_two_processes_write_the_predictions_of_one_process(config, tmp_path):
     }
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     command = ["train", "--config", config, *flags]
-    runs.run(*command, "--workdir", tmp_path / "one", XLA_FLAGS=xla_flags(2))
+    runs.run(*command, "--workdir", tmp_path / "one", XLA_FLAGS=runs.xla_flags(2))
     codes, outs, errs = zip(
         *wait_for_exit(start(launches_by_flags(2), [*command, "--workdir", tmp_path / "two"]))
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from switch_jax.checkpoint.checkpoint_reader import restore_params
 from switch_jax.checkpoint.metrics_log import read_metrics
@@ -43,6 +44,20 @@ def get_config(arg=""):
     return config
 """
 
+# Changes of it for several processes: every process but the first compiles for itself.
+SMALL = {
+    "model.num_encoder_layers": 1,
+    "model.num_decoder_layers": 1,
+    "moe.every": 1,
+    "moe.stacks": "encoder",
+    "moe.jitter": 0.0,
+    "moe.balance_scope": "batch",  # loads are counted over all processes
+    "train.steps": 60,
+    "train.eval_batches": 1,
+    "train.eval_every": 1000,
+    "train.checkpoint_every": 20,
+}
+
 
 def write_text(folder: Path, **splits: Sequence[str]) -> str:
     """Writes texts as JSON lines, a file per split; returns the `data.mixture` of source `text`."""
@@ -75,6 +90,11 @@ def write_config(folder: Path, store_folder: Path) -> Path:
     path = folder / "tiny.py"
     path.write_text(CONFIG.format(store=str(store_folder)))
     return path
+
+
+def xla_flags(count: int) -> str:
+    """Returns XLA_FLAGS of the tests with another number of devices."""
+    return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")
 
 
 def start(
@@ -112,6 +132,20 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Returns the cross-entropy of training by step."""
+    lines = read_metrics(Workdir(workdir))
+    return {m["step"]: m["cross_entropy"] for m in lines if m["split"] == "train"}
+
+
+def same_losses(losses: dict[int, float], reference: dict[int, float]) -> bool:
+    """Compares losses by step up to rounding: sums over devices have another order."""
+    assert losses
+    for step, value in losses.items():
+        assert value == pytest.approx(reference[step], abs=2e-5), step
+    return True
 
 
 def checkpoint_parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
