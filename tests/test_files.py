@@ -11,6 +11,7 @@ import pytest
 
 from switch_jax.errors import UserError
 from switch_jax.files import (
+    append_lines,
     build_once,
     cache_root,
     check_expansion,
@@ -294,3 +295,92 @@ def test_a_folder_for_which_there_is_no_room_is_named_as_it_was_asked_for(tmp_pa
     with pytest.raises(UserError, match=words), create_folder_atomically(path) as partial:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial / "file"))
     assert not list(tmp_path.iterdir())
+
+
+def append(path, made_with, *lines, multiple=1):
+    """Appends lines behind those that are there; returns the number of the latter."""
+    with append_lines(path, made_with, multiple) as (count, file):
+        file.write(b"".join(lines))
+        return count
+
+
+def interrupt(path, made_with, *lines):
+    """Appends lines as a writer that is stopped behind them."""
+    with pytest.raises(ZeroDivisionError), append_lines(path, made_with) as (_, file):
+        file.write(b"".join(lines))
+        raise ZeroDivisionError
+
+
+def test_lines_of_an_interrupted_writer_are_kept_in_whole_groups(tmp_path):
+    path = tmp_path / "a.jsonl"
+    interrupt(path, {"seed": 1}, b"1\n", b"2\n", b"3\n", b"4")
+    assert not path.exists()
+    assert append(path, {"seed": 1}, b"3\n", b"4\n", multiple=2) == 2
+    assert path.read_bytes() == b"1\n2\n3\n4\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    with pytest.raises(UserError, match=r"a\.jsonl exists; name a file that does not"):
+        append(path, {"seed": 1})
+
+
+def test_lines_made_with_other_values_are_not_continued(tmp_path):
+    path = tmp_path / "a.jsonl"
+    interrupt(path, {"seed": 1, "text": "x"}, b"1\n")
+    with pytest.raises(UserError, match="made with another value of seed; repeat that command"):
+        append(path, {"seed": 2, "text": "x"})
+    (tmp_path / "a.jsonl.partial" / "made_with.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged; delete it"):
+        append(path, {"seed": 1, "text": "x"})
+
+
+def test_a_writer_that_wrote_no_line_leaves_nothing(tmp_path):
+    interrupt(tmp_path / "a.jsonl", {"seed": 1})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.jsonl.partial").write_text("mine")
+    with pytest.raises(UserError, match=r"a\.jsonl\.partial is a file; move it"):
+        append(tmp_path / "a.jsonl", {"seed": 1})
+    assert (tmp_path / "a.jsonl.partial").read_text() == "mine"
+
+
+def test_lines_have_one_writer_at_a_time(tmp_path):
+    with append_lines(tmp_path / "a", {}) as (_, file):
+        file.write(b"1\n")
+        with pytest.raises(UserError, match="wait until it ends"):
+            append(tmp_path / "a", {})
+    assert (tmp_path / "a").read_bytes() == b"1\n"
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
+    with (
+        pytest.raises(UserError, match="exists"),
+        append_lines(tmp_path / "a", {}) as (_, file),
+    ):
+        file.write(b"1\n")
+        (tmp_path / "a").write_text("mine")
+    assert (tmp_path / "a").read_text() == "mine"
+
+
+# Appends lines of which the third exceeds the size that the system allows a file.
+_FULL = """
+import resource, sys
+from pathlib import Path
+from switch_jax.files import append_lines, explain_os_error
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (25, 25))
+try:
+    with append_lines(Path(sys.argv[1]), {}) as (_, file):
+        for _ in range(4):
+            file.write(b"123456789\\n")
+            file.flush()
+except OSError as error:
+    print(explain_os_error(error))
+"""
+
+
+def test_a_full_disk_is_a_sentence_and_loses_no_complete_line(tmp_path):
+    path = tmp_path / "a"
+    out = subprocess.run(
+        [sys.executable, "-c", _FULL, path], capture_output=True, text=True, check=True
+    ).stdout
+    assert "make room for it" in out
+    assert append(path, {}, b"rest\n") == 2
+    assert path.read_bytes() == b"123456789\n" * 2 + b"rest\n"

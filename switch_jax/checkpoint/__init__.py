@@ -1,6 +1,10 @@
 """Models on disk: WORKDIRs, checkpoints, and checkpoints of other programs."""
 
-from switch_jax.checkpoint.checkpoint_reader import find_checkpoint_together, restore_params
+from switch_jax.checkpoint.checkpoint_reader import (
+    checkpoint_identity,
+    find_checkpoint_together,
+    restore_params,
+)
 from switch_jax.checkpoint.checkpointer import Checkpointer
 from switch_jax.checkpoint.data_position import DataPosition
 from switch_jax.checkpoint.finite import check_parameters_finite
@@ -42,6 +46,7 @@ __all__ = [
     "Workdir",
     "check_parameters_finite",
     "check_special_ids",
+    "checkpoint_identity",
     "export_hugging_face",
     "find_checkpoint_together",
     "find_pretrained",

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from switch_jax.checkpoint.checksums import check_arrays, read_record
+from switch_jax.checkpoint.checksums import arrays_crc32, check_arrays, read_record
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.distributed import all_gather_int, fail_together
 from switch_jax.errors import UserError
@@ -79,6 +79,16 @@ def find_checkpoint_together(path: str | Path) -> tuple[Workdir, Path]:
     """
     workdir, folder = find_checkpoint(path)
     return workdir, folder.with_name(str(all_gather_int(int(folder.name))[0]))
+
+
+def checkpoint_identity(checkpoint: Path) -> dict[str, Any]:
+    """Returns JSON values that differ between checkpoints: the path, and a sum of the checksums.
+
+    Raises `UserError` where the checksums cannot be read.
+    """
+    with _reading(checkpoint):
+        crc32 = arrays_crc32(read_record(checkpoint))
+    return {"checkpoint": str(checkpoint.resolve()), "checkpoint_crc32": crc32}
 
 
 def parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:

@@ -138,6 +138,16 @@ def output_file(text: str) -> str:
     return text
 
 
+def new_file(text: str) -> str:
+    """Type of a file to write, which must not exist, in a folder that does."""
+    if os.path.lexists(path(text)):
+        raise argparse.ArgumentTypeError(f"{text} exists; name a file that does not, or remove it")
+    if not os.path.isdir(Path(text).absolute().parent):
+        raise argparse.ArgumentTypeError(f"the folder of {text} does not exist; make it")
+    _check_can_be_made(text)
+    return text
+
+
 def _check_can_be_made(text: str) -> None:
     """Refuses a path that is in a file, or in a folder where nothing may be written."""
     target = Path(text).expanduser().absolute()

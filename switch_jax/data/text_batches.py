@@ -52,7 +52,7 @@ def text_file_batches(
 def read_text_file(path: Path) -> str:
     """Returns the text of a UTF-8 file; raises `UserError` where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(
             f"Input file {str(path)!r} cannot be read ({error.strerror}); name a text file."

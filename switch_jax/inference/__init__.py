@@ -1,5 +1,7 @@
 """Text generation: decoding, KV cache, and export of serving programs."""
 
+from switch_jax.inference.answer_file import write_answers
+from switch_jax.inference.completion import Answer, complete_texts
 from switch_jax.inference.decoding import (
     SamplingOptions,
     SpecialIds,
@@ -8,12 +10,17 @@ from switch_jax.inference.decoding import (
     greedy_choice,
 )
 from switch_jax.inference.export import export_model
-from switch_jax.inference.fill_blanks import complete_texts
 from switch_jax.inference.generation import encode_inputs, generate, make_decode_step
 from switch_jax.inference.kv_cache import CACHE_SEQUENCE_AXIS
+from switch_jax.inference.prompt_file import PromptRecord, read_prompts
+from switch_jax.inference.prompts import Prompt, PromptCodec
 
 __all__ = [
     "CACHE_SEQUENCE_AXIS",
+    "Answer",
+    "Prompt",
+    "PromptCodec",
+    "PromptRecord",
     "SamplingOptions",
     "SpecialIds",
     "beam_search",
@@ -24,4 +31,6 @@ __all__ = [
     "generate",
     "greedy_choice",
     "make_decode_step",
+    "read_prompts",
+    "write_answers",
 ]

@@ -74,7 +74,7 @@ class SamplingOptions:
             ),
             (
                 not samples and self.num_return > self.beam_size,
-                f"num_return={self.num_return} is more than beam_size={self.beam_size}; make"
+                f"{self.num_return} results are more than beam_size={self.beam_size} has; make"
                 " beam_size larger, or set temperature above 0",
             ),
         ):
@@ -94,8 +94,8 @@ class Sequences(NamedTuple):
     """Decoded sequences; those of beam search by descending score.
 
     token_BxKxL: int32, up to and including the end token, then padding.
-    score_BxK: float32 log probability, of beam search divided by `length_penalty`; -inf where
-      there is no sequence.
+    score_BxK: float32 log probability of the tokens behind a forced prefix, of beam search divided
+      by `length_penalty`; -inf where there is no sequence.
     """
 
     token_BxKxL: jax.Array
@@ -143,6 +143,30 @@ class Sampler(NamedTuple):
         rank_N = categorical(key_N, sorted_NxV)
         token_N = jnp.take_along_axis(order_NxV, rank_N[:, None], -1)[:, 0]
         return token_N.astype(jnp.int32)
+
+
+def force_prefix(step: DecodeStep, prefix_NxP: jax.Array, pad: int) -> DecodeStep:
+    """Returns `step` with every sequence forced to begin with its prefix.
+
+    At the positions of a prefix, its token has log probability 0 and all others have -inf. So every
+    method of decoding takes it, and a score is the log probability of the tokens behind the prefix.
+
+    Args:
+      step: computes the logits of the next token.
+      prefix_NxP: int32 tokens, none of them the end token; padding behind each prefix.
+      pad: id of padding.
+    """
+    P = prefix_NxP.shape[1]
+
+    def forced_step(token_N, position, state):
+        logits_NxV, state = step(token_N, position, state)
+        prefix_N = prefix_NxP[:, jnp.minimum(position, P - 1)]
+        is_forced_N = (position < P) & (prefix_N != pad)
+        is_prefix_NxV = prefix_N[:, None] == jnp.arange(logits_NxV.shape[1])
+        forced_NxV = jnp.where(is_prefix_NxV, 0.0, -jnp.inf)
+        return jnp.where(is_forced_N[:, None], forced_NxV, logits_NxV), state
+
+    return forced_step
 
 
 def decode_loop(
@@ -193,7 +217,7 @@ def decode_loop(
 def length_penalty(length: jax.Array | int, alpha: jax.Array | float) -> jax.Array | float:
     """Returns ((5 + length) / 6)^alpha, the divisor of the log probability of `length` tokens.
 
-    Wu et al. (2016), eq. 14. As in T5X, the end token counts.
+    Wu et al. (2016), eq. 14. As in T5X, the end token counts; so does a forced prefix.
     """
     return ((5.0 + length) / 6.0) ** alpha
 

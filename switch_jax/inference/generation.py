@@ -4,10 +4,12 @@ Axis letters: B inputs · N sequences, those of an input side by side · K resul
 encoder positions · L decoder positions · D d_model · V vocabulary.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from switch_jax.config import Config
 from switch_jax.distributed import constrain, device_memory_bytes, no_mesh, num_batch_shards
@@ -20,6 +22,7 @@ from switch_jax.inference.decoding import (
     SpecialIds,
     beam_search,
     decode_loop,
+    force_prefix,
     greedy_choice,
 )
 from switch_jax.inference.kv_cache import (
@@ -73,15 +76,24 @@ def generate_with_scores(
     encoder_input_tokens: jax.typing.ArrayLike,
     max_length: int,
     options: SamplingOptions,
-    first_row: int = 0,
+    *,
+    row_numbers: Sequence[int] | np.ndarray | None = None,
+    prefix_tokens: np.ndarray | None = None,
 ) -> Sequences:
     """Generates as `generate`; returns tokens [B, num_return, max_length], scores [B, num_return].
 
-    Scores are log probabilities; those of beam search are divided by `length_penalty`.
+    Scores are log probabilities of the tokens behind the prefix; those of beam search are divided
+    by `length_penalty`.
 
-    A sampled token depends only on the model, its input and (seed, row number, result number,
-    position); `first_row` is the number of the first row. Expert layers drop no tokens, except in
-    encoders with expert-choice routing or `moe.expert_capacity`.
+    A sampled token depends only on the model, its input, its prefix and (seed, row number, result
+    number, position). Expert layers drop no tokens, except in encoders with expert-choice routing
+    or `moe.expert_capacity`.
+
+    Args:
+      model, encoder_input_tokens, max_length, options: see `generate`.
+      row_numbers: B numbers, for sampling; None: 0 to B-1.
+      prefix_tokens: [B, P] int32, with which the results begin, P at most `max_length`; padding
+        behind each prefix.
     """
     check_token_ids("encoder_input_tokens", encoder_input_tokens, model.config.model.vocab_size)
     source_BxS = jnp.asarray(encoder_input_tokens, jnp.int32)
@@ -97,16 +109,21 @@ def generate_with_scores(
             f"{len(source_BxS)} rows of inputs do not divide over the mesh's {shards} parts of a"
             " batch; fill them up with rows that are left out of the result."
         )
+    prefix_BxP = None
+    if prefix_tokens is not None and prefix_tokens.shape[1]:
+        check_token_ids("prefix_tokens", prefix_tokens, model.config.model.vocab_size)
+        prefix_BxP = jnp.asarray(prefix_tokens, jnp.int32)
     if options.temperature == 0:
         sequences = _greedy_or_beam_search(
-            model, source_BxS, options.length_penalty, max_length, options.beam_size
+            model, source_BxS, prefix_BxP, options.length_penalty, max_length, options.beam_size
         )
         return Sequences(*(x[:, : options.num_return] for x in sequences))
     return _sample(
         model,
         source_BxS,
+        prefix_BxP,
         jax.random.key(options.seed),
-        first_row,
+        jnp.arange(len(source_BxS)) if row_numbers is None else jnp.asarray(row_numbers),
         options.temperature,
         options.top_k or None,
         options.top_p if options.top_p < 1 else None,
@@ -135,13 +152,13 @@ def _check_cache_bytes(config: Config, num_sequences: int, max_length: int) -> N
 def _greedy_or_beam_search(
     model: SwitchTransformer,
     source_BxS: jax.Array,
+    prefix_BxP: jax.Array | None,
     alpha: float,
     max_length: int,
     num_beams: int,
 ) -> Sequences:
-    B = len(source_BxS)
-    step, cache = make_decode_step(model, *encode_inputs(model, source_BxS), max_length, num_beams)
-    special = _special_ids(model)
+    B, special = len(source_BxS), _special_ids(model)
+    step, cache = _first_step(model, source_BxS, prefix_BxP, max_length, num_beams)
     if num_beams == 1:
         tokens_and_scores = decode_loop(step, cache, greedy_choice, B, max_length, special)
         return Sequences(*(x[:, None] for x in tokens_and_scores))
@@ -152,8 +169,9 @@ def _greedy_or_beam_search(
 def _sample(
     model: SwitchTransformer,
     source_BxS: jax.Array,
+    prefix_BxP: jax.Array | None,
     key: jax.Array,
-    first_row: int,
+    row_B: jax.Array,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -166,14 +184,28 @@ def _sample(
         row_key = jax.random.fold_in(key, row)
         return jax.vmap(jax.random.fold_in, (None, 0))(row_key, jnp.arange(num_samples))
 
-    key_N = jax.vmap(row_keys)(first_row + jnp.arange(B)).reshape(-1)
-    sampler = Sampler(key_N, temperature, top_k, top_p)
-    encoded = encode_inputs(model, source_BxS)
-    step, cache = make_decode_step(model, *encoded, max_length, num_samples)
+    sampler = Sampler(jax.vmap(row_keys)(row_B).reshape(-1), temperature, top_k, top_p)
+    step, cache = _first_step(model, source_BxS, prefix_BxP, max_length, num_samples)
     tokens_and_scores = decode_loop(
         step, cache, sampler.sample, B * num_samples, max_length, _special_ids(model)
     )
     return Sequences(*(x.reshape(B, num_samples, *x.shape[1:]) for x in tokens_and_scores))
+
+
+def _first_step(
+    model: SwitchTransformer,
+    source_BxS: jax.Array,
+    prefix_BxP: jax.Array | None,
+    max_length: int,
+    num_sequences: int,
+) -> tuple[DecodeStep, list[KeysValues]]:
+    """Encodes the inputs; returns the decode step, and the cache before the first token."""
+    encoded = encode_inputs(model, source_BxS)
+    step, cache = make_decode_step(model, *encoded, max_length, num_sequences)
+    if prefix_BxP is not None:
+        prefix_NxP = jnp.repeat(prefix_BxP, num_sequences, 0)
+        step = force_prefix(step, prefix_NxP, model.config.model.pad_id)
+    return step, cache
 
 
 def _special_ids(model: SwitchTransformer) -> SpecialIds:

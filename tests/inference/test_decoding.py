@@ -260,7 +260,7 @@ def test_sampled_tokens_depend_on_key_and_position_only():
     [
         ({"beam_size": 4, "temperature": 1.0}, ["beam_size=4", "temperature=1.0", "one of them"]),
         ({"beam_size": 0}, ["beam_size=0"]),
-        ({"num_return": 2}, ["num_return=2", "beam_size=1"]),
+        ({"num_return": 2}, ["2 results", "beam_size=1"]),
         ({"num_return": 0}, ["num_return=0"]),
         ({"top_k": 3}, ["top_k", "temperature above 0"]),
         ({"top_p": 0.5}, ["top_p", "temperature above 0"]),

@@ -252,7 +252,7 @@ def test_generated_sequences_do_not_depend_on_batch_or_padding(varied_model, opt
     batch = generate_with_scores(varied_model, source, 6, options)
     for row in (0, 17):
         longer = np.pad(source[row : row + 1], ((0, 0), (0, 24)))
-        alone = generate_with_scores(varied_model, longer, 6, options, first_row=row)
+        alone = generate_with_scores(varied_model, longer, 6, options, row_numbers=[row])
         np.testing.assert_array_equal(alone.token_BxKxL[0], batch.token_BxKxL[row])
         np.testing.assert_allclose(alone.score_BxK[0], batch.score_BxK[row], atol=1e-5)
 

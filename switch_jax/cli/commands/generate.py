@@ -1,18 +1,24 @@
 """`switch-jax generate`: text from a checkpoint."""
 
 import argparse
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switch_jax.cli.arguments import add_checkpoint, number, path, whole_number
+from switch_jax.cli.arguments import add_checkpoint, new_file, number, path, whole_number
 from switch_jax.cli.startup import print_result, start
 from switch_jax.errors import UserError
 
 if TYPE_CHECKING:
     from switch_jax.checkpoint import Workdir
     from switch_jax.data import Vocabulary
+    from switch_jax.inference import PromptRecord
 
-HELP = "fill the blanks (___) of a text, or answer it"
+HELP = "fill the blanks (___) of texts, or answer them"
+
+_LOG_SECONDS = 30.0  # between lines of progress where stderr is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +27,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", help="a text, with or without blanks (___ or <extra_id_0> …)")
     text.add_argument(
-        "--input", type=path, metavar="FILE", help="a file with one such text per line"
+        "--input",
+        type=path,
+        metavar="FILE",
+        help="a file with one such text per line, or JSON lines (.jsonl) with text or inputs",
+    )
+    parser.add_argument(
+        "--output",
+        type=new_file,
+        metavar="FILE",
+        help="JSON lines to write, with scores; the same command continues them if interrupted",
+    )
+    parser.add_argument(
+        "--prefix", default="", metavar="TEXT", help="forced beginning of all answers"
+    )
+    parser.add_argument(
+        "--num_answers",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="answers to each text: the best beams, or samples (1)",
     )
     parser.add_argument(
         "--max_length",
         type=whole_number(1),
         default=128,
         metavar="N",
-        help="maximum number of generated tokens (128)",
+        help="maximum number of tokens of an answer (128)",
     )
     parser.add_argument(
         "--beam_size", type=whole_number(1), default=1, metavar="N", help="beam size (1: greedy)"
@@ -67,39 +92,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generates, and prints one result per text."""
-    from switch_jax.checkpoint import find_checkpoint_together, load
-    from switch_jax.data import read_text_file
-    from switch_jax.inference import SamplingOptions, complete_texts
+    """Generates; prints the answers, or writes them to a file."""
+    from switch_jax.checkpoint import checkpoint_identity, find_checkpoint_together, load
+    from switch_jax.inference import PromptCodec, SamplingOptions, complete_texts, write_answers
 
     options = SamplingOptions(
         beam_size=args.beam_size,
+        num_return=args.num_answers,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
     )
-    if args.input is None:
-        try:
-            args.text.encode()
-        except UnicodeEncodeError as error:  # bytes of the shell that Python could not decode
-            raise UserError("--text is not UTF-8; convert it, or set a UTF-8 locale.") from error
-        texts = [args.text]
-    else:  # only a line feed ends a text; other line separators belong to it
-        texts = read_text_file(Path(args.input)).removesuffix("\n").split("\n")
+    records = _read_records(args)
     start(args)
     workdir, folder = find_checkpoint_together(args.workdir)
     vocabulary = _model_vocabulary(workdir, args.vocabulary)
-    model = load(folder)
-    for text in complete_texts(
-        model,
-        vocabulary,
-        texts,
-        max_length=args.max_length,
-        options=options,
-        fill_blanks=args.fill_blanks,
-    ):
-        print_result(text)
+    codec = PromptCodec(workdir.config(), vocabulary, args.max_length, args.fill_blanks)
+    for record in records:  # a wrong one must not end the work of hours
+        codec.encode(record.prompt)
+    if args.output is None:
+        prompts = (record.prompt for record in records)
+        for answers in complete_texts(load(folder), codec, prompts, options):
+            for answer in answers:
+                print_result(answer.text)
+        return
+    output, load_model = Path(args.output), partial(load, folder)
+    identity = checkpoint_identity(folder)
+    _show_progress(
+        write_answers(output, records, codec, options, identity, load_model), len(records)
+    )
+    print_result(f"{output}: answers to {len(records):,} texts")
+
+
+def _read_records(args: argparse.Namespace) -> "list[PromptRecord]":
+    """Returns the prompts of `--text` or `--input`; raises `UserError`."""
+    from switch_jax.inference import Prompt, PromptRecord, read_prompts
+
+    for name, text in (("--text", args.text or ""), ("--prefix", args.prefix)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of the shell that Python could not decode
+            raise UserError(f"{name} is not UTF-8; convert it, or set a UTF-8 locale.") from error
+    if args.input is not None:
+        return read_prompts(Path(args.input), args.prefix)
+    return [PromptRecord(Prompt(args.text, args.prefix, "--text"), {"text": args.text})]
+
+
+def _show_progress(done_by_window: Iterator[int], total: int) -> None:
+    """Shows the number of texts that are answered, on stderr in process 0, until all are."""
+    import jax
+
+    from switch_jax.training import ProgressDisplay
+
+    done, next_line = next(done_by_window), time.monotonic() + _LOG_SECONDS
+    with ProgressDisplay(
+        total, done, status=f"{done:,} of {total:,} texts", active=jax.process_index() == 0
+    ) as display:
+        if done:
+            display.print_line(f"Continued behind {done:,} of {total:,} texts.")
+        for done in done_by_window:
+            is_due = time.monotonic() >= next_line
+            if is_due:
+                next_line = time.monotonic() + _LOG_SECONDS
+            display.update(done, "generating", f"{done:,} of {total:,} texts", line=is_due)
 
 
 def _model_vocabulary(workdir: "Workdir", file: str | None) -> "Vocabulary":
