@@ -148,6 +148,9 @@ def new_file(text: str) -> str:
     return text
 
 
+PATH_TYPES = (path, output_folder, new_folder, output_file, new_file)
+
+
 def _check_can_be_made(text: str) -> None:
     """Refuses a path that is in a file, or in a folder where nothing may be written."""
     target = Path(text).expanduser().absolute()

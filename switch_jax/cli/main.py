@@ -15,6 +15,7 @@ from switch_jax.cli.arguments import Parser, add_verbose
 from switch_jax.cli.commands import (
     bench,
     compile,
+    completion,
     config,
     convert,
     data,
@@ -33,7 +34,7 @@ from switch_jax.files import explain_os_error
 # In the order of `--help`.
 _COMMANDS: tuple[Any, ...] = (
     *(train, eval, experts, generate, export, config, inspect, compile),
-    *(bench, plot, sweep, data, convert),
+    *(bench, plot, sweep, data, convert, completion),
 )
 _WRONG_SETTING = re.compile(
     "^Unable to initialize backend|for environment 'JAX_|for JAX flag jax_"  # JAX's texts
@@ -72,8 +73,13 @@ def _is_one_of_several() -> bool:
 
 
 def _run(arguments: list[str]) -> int:
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for the completions of its command line
+        from switch_jax.cli.completion import complete
+
+        complete(parser)
     overrides, rest = _split_overrides(arguments)
-    args = _parser().parse_args(rest)
+    args = parser.parse_args(rest)
     args.overrides = overrides
     if overrides and not hasattr(args, "config"):
         raise UserError(

@@ -16,7 +16,12 @@ from switch_jax.config.load import (
 )
 from switch_jax.config.own_code import is_own_code, load_own_code
 from switch_jax.config.parameter_patterns import InitRule, parse_init_rules
-from switch_jax.config.presets import call_config_function, is_config_spec, split_config_spec
+from switch_jax.config.presets import (
+    call_config_function,
+    is_config_spec,
+    preset_names,
+    split_config_spec,
+)
 from switch_jax.config.schema import (
     MAX_FUSED_LENGTH,
     STACKS,
@@ -69,6 +74,7 @@ __all__ = [
     "parse_arg",
     "parse_init_rules",
     "parse_json",
+    "preset_names",
     "read_config_file",
     "read_json",
     "rows_per_group",

@@ -54,7 +54,7 @@ def append_lines(
             lines.replace(path)
         finally:
             if not lines.exists() or not lines.stat().st_size:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)  # NFS keeps the open lock
 
 
 def _check_is_new(path: Path) -> None:

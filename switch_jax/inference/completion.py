@@ -106,7 +106,7 @@ def _make_answer(
     score: float,
     options: SamplingOptions,
 ) -> Answer:
-    ends = np.flatnonzero(tokens_L == prompt.source[-1])
+    ends = np.flatnonzero(tokens_L == codec.eos_id)
     length = int(ends[0]) + 1 if len(ends) else len(tokens_L)
     text = codec.decode(prompt, tokens_L[:length].tolist())
     if options.beam_size == 1:

@@ -45,6 +45,7 @@ class PromptCodec:
 
     Attributes:
       fill_blanks: whether an answer is the input with its blanks filled.
+      eos_id: id of the end of a text.
       max_length: maximum number of tokens of an answer.
       vocabulary: the model's.
     """
@@ -60,7 +61,7 @@ class PromptCodec:
         self.vocabulary = vocabulary
         self.max_length = max_length
         self.fill_blanks = is_trained_on_blanks(config) if fill_blanks is None else fill_blanks
-        self._eos_id = config.model.eos_id
+        self.eos_id = config.model.eos_id
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Returns a prompt as tokens.
@@ -84,7 +85,7 @@ class PromptCodec:
                     " it."
                 )
             text = numbered
-        source = [*self.vocabulary.encode(text), self._eos_id]
+        source = [*self.vocabulary.encode(text), self.eos_id]
         return EncodedPrompt(text, source, self._encode_prefix(prompt))
 
     def decode(self, prompt: EncodedPrompt, tokens: Iterable[int]) -> str:

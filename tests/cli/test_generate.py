@@ -53,7 +53,7 @@ def test_a_killed_command_continues_and_writes_the_same_bytes(tmp_path):
     command = ("generate", "--workdir", "run", "--input", "in.jsonl", "--no-fill_blanks")
     command += ("--max_length", "12", "--prefix", "import", "--temperature", "1", "--num_answers=2")
     out, _ = runs.run(*command, "--output", "whole.jsonl", cwd=tmp_path)
-    assert out == f"whole.jsonl: answers to {len(texts)} texts\n"
+    assert out == f"whole.jsonl: {len(texts)} answered\n"
     whole = (tmp_path / "whole.jsonl").read_bytes()
     for text, line in zip(texts, whole.splitlines(), strict=True):
         answers = json.loads(line)

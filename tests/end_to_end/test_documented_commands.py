@@ -134,6 +134,7 @@ def test_commands_of_the_finetuning_page(folder):
         ]
         (folder / "mine" / f"{split}.jsonl").write_text("\n".join(pairs))
     Path("articles.txt").write_text("summarize: A short article.\n")
+    Path("articles.jsonl").write_text('{"text": "summarize: A short article."}\n')
     # The page shows how to fine-tune on GLUE before it says how to get its files.
     found = [command for command in commands("finetune.md") if command not in TOO_LONG]
     found.sort(key=lambda command: not command.startswith(("for ", "unzip ")))

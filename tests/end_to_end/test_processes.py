@@ -18,7 +18,7 @@ from switch_jax.data import open_batches
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.training.state import restore_state
 from switch_jax.training.step import TrainProgram
-from tests.support import runs
+from tests.support import goldens, runs
 from tests.support import tasks as miniature
 from tests.support.paths import ODD_NAME
 
@@ -202,6 +202,21 @@ def test_two_processes_write_the_predictions_of_one_process(config, tmp_path):
     assert one.read_text() == two.read_text()
     written = [json.loads(line)["prediction"] for line in one.read_text().splitlines()]
     assert len(written) == 5 and any(written)
+
+
+def test_one_process_writes_answers_and_all_refuse_what_it_refuses(tmp_path):
+    output = tmp_path / "out.jsonl"
+    command = ["generate", "--workdir", goldens.WORKDIR / "run", "--text", "import ___ as np"]
+    command += ["--max_length=4", "--output", output]
+    codes, outs, errs = zip(*wait_for_exit(start(launches_by_slurm(2), command)))
+    assert codes == (0, 0), errs
+    assert outs == (f"{output}: 1 answered\n", "")
+    assert json.loads(output.read_text())["text"] == "import ___ as np"
+    output.rename(tmp_path / "out.jsonl.partial")
+    codes, outs, errs = zip(*wait_for_exit(start(launches_by_slurm(2), command)))
+    assert codes == (2, 2) and outs == ("", "")
+    assert "out.jsonl.partial is a file; move it" in errs[0]
+    assert "Process 0 cannot go on; its own message says why." in errs[1]
 
 
 def test_every_started_process_names_the_missing_ones(config, tmp_path):

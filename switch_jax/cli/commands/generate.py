@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     _show_progress(
         write_answers(output, records, codec, options, identity, load_model), len(records)
     )
-    print_result(f"{output}: answers to {len(records):,} texts")
+    print_result(f"{output}: {len(records):,} answered")
 
 
 def _read_records(args: argparse.Namespace) -> "list[PromptRecord]":
