@@ -142,6 +142,12 @@ def test_answers_do_not_depend_on_the_other_texts(model, options):
     check()
 
 
+def test_equal_texts_have_samples_of_their_own(model):
+    prompts = [Prompt("a b")] * (WINDOW + 32)
+    answers = list(complete_texts(model, CODEC, prompts, OPTIONS["samples"]))
+    assert len({tuple(answer.text for answer in of_text) for of_text in answers}) > WINDOW + 24
+
+
 def test_texts_are_read_by_windows(model):
     read = []
 
