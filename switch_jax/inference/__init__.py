@@ -1,7 +1,7 @@
 """Text generation: decoding, KV cache, and export of serving programs."""
 
 from switch_jax.inference.answer_file import write_answers
-from switch_jax.inference.completion import Answer, complete_texts
+from switch_jax.inference.answers import Answer, answer_texts
 from switch_jax.inference.decoding import (
     SamplingOptions,
     SpecialIds,
@@ -23,8 +23,8 @@ __all__ = [
     "PromptRecord",
     "SamplingOptions",
     "SpecialIds",
+    "answer_texts",
     "beam_search",
-    "complete_texts",
     "decode_loop",
     "encode_inputs",
     "export_model",

@@ -14,7 +14,7 @@ import jax
 from switch_jax.distributed import all_gather_int, fail_together
 from switch_jax.errors import UserError
 from switch_jax.files import append_lines
-from switch_jax.inference.completion import WINDOW, Answer, complete_texts
+from switch_jax.inference.answers import WINDOW, Answer, answer_texts
 from switch_jax.inference.decoding import SamplingOptions
 from switch_jax.inference.prompt_file import PromptRecord
 from switch_jax.inference.prompts import PromptCodec
@@ -54,19 +54,21 @@ def write_answers(
                 f"{record.prompt.place} has a field {_ANSWERS!r}, which the output has for the"
                 " model's answers; rename it."
             )
+    decoding = dataclasses.asdict(options)
     made_with = {
         **checkpoint,
         "vocabulary": codec.vocabulary.fingerprint,
         "texts": _digest(records),
         "max_length": codec.max_length,
         "fill_blanks": codec.fill_blanks,
-        **dataclasses.asdict(options),
+        "num_answers": decoding.pop("num_return"),  # as the command line calls it
+        **decoding,
     }
     with _append_in_first_process(path, made_with) as (done, file):
         yield done
         model = load_model()
         rest = records[done:]
-        answers = complete_texts(model, codec, (r.prompt for r in rest), options, done)
+        answers = answer_texts(model, codec, (r.prompt for r in rest), options, done)
         pairs = zip(rest, answers)
         while window := list(islice(pairs, WINDOW)):
             if file is not None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from switch_jax.cli.main import main
-from switch_jax.inference.completion import WINDOW
+from switch_jax.inference.answers import WINDOW
 from tests.support import goldens, runs
 
 

@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generates; prints the answers, or writes them to a file."""
     from switch_jax.checkpoint import checkpoint_identity, find_checkpoint_together, load
-    from switch_jax.inference import PromptCodec, SamplingOptions, complete_texts, write_answers
+    from switch_jax.inference import PromptCodec, SamplingOptions, answer_texts, write_answers
 
     options = SamplingOptions(
         beam_size=args.beam_size,
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         codec.encode(record.prompt)
     if args.output is None:
         prompts = (record.prompt for record in records)
-        for answers in complete_texts(load(folder), codec, prompts, options):
+        for answers in answer_texts(load(folder), codec, prompts, options):
             for answer in answers:
                 print_result(answer.text)
         return

@@ -33,7 +33,7 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def complete_texts(
+def answer_texts(
     model: SwitchTransformer,
     codec: PromptCodec,
     prompts: Iterable[Prompt],
@@ -61,11 +61,11 @@ def complete_texts(
     options = SamplingOptions() if options is None else options
     prompts = iter(prompts)
     while window := [codec.encode(prompt) for prompt in islice(prompts, WINDOW)]:
-        yield from _complete_window(model, codec, window, options, first_row)
+        yield from _answer_window(model, codec, window, options, first_row)
         first_row += len(window)
 
 
-def _complete_window(
+def _answer_window(
     model: SwitchTransformer,
     codec: PromptCodec,
     window: Sequence[EncodedPrompt],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from switch_jax.data.vocabulary import EOS
 from switch_jax.errors import UserError
 from switch_jax.inference.answer_file import write_answers
-from switch_jax.inference.completion import WINDOW, complete_texts
+from switch_jax.inference.answers import WINDOW, answer_texts
 from switch_jax.inference.decoding import SamplingOptions
 from switch_jax.inference.prompt_file import PromptRecord
 from switch_jax.inference.prompts import Prompt, PromptCodec
@@ -65,7 +65,7 @@ def pad(ids: list[int], length: int) -> list[int]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_answers_have_their_prefix_their_score_and_their_order(model, options):
     prompts = random_prompts(60)
-    answers = list(complete_texts(model, CODEC, prompts, options))
+    answers = list(answer_texts(model, CODEC, prompts, options))
     assert [len(of_text) for of_text in answers] == [options.num_return] * len(prompts)
     source, target, is_scored, scores = [], [], [], []
     for prompt, of_text in zip(prompts, answers):
@@ -100,7 +100,7 @@ def test_answers_have_their_prefix_their_score_and_their_order(model, options):
 
 def test_greedy_answers_are_the_most_probable_words_behind_the_prefix(model):
     prompts = random_prompts(20, seed=1)
-    (ours,) = zip(*complete_texts(model, CODEC, prompts))
+    (ours,) = zip(*answer_texts(model, CODEC, prompts))
     source = np.array([pad([*WORDS.encode(p.text), EOS], 24) for p in prompts])
     tokens = [WORDS.encode(answer.text) + [EOS] * answer.ended for answer in ours]
     target = np.array([pad(ids, LENGTH) for ids in tokens])
@@ -125,14 +125,14 @@ def test_greedy_answers_are_the_most_probable_words_behind_the_prefix(model):
 def test_answers_do_not_depend_on_the_other_texts(model, options):
     """In other company, a text at the same place has the same answers."""
     prompts = random_prompts(2 * WINDOW + 40)
-    expected = list(complete_texts(model, CODEC, prompts, options))
+    expected = list(answer_texts(model, CODEC, prompts, options))
 
     @settings(max_examples=3)
     @given(seed=st.integers(1, 99), kept=st.sets(st.integers(0, len(prompts) - 1), min_size=40))
     def check(seed, kept):
         others = random_prompts(len(prompts), seed)
         company = [prompts[i] if i in kept else other for i, other in enumerate(others)]
-        for i, answers in enumerate(complete_texts(model, CODEC, company, options)):
+        for i, answers in enumerate(answer_texts(model, CODEC, company, options)):
             if i in kept:
                 assert [a.text for a in answers] == [a.text for a in expected[i]]
                 np.testing.assert_allclose(
@@ -144,7 +144,7 @@ def test_answers_do_not_depend_on_the_other_texts(model, options):
 
 def test_equal_texts_have_samples_of_their_own(model):
     prompts = [Prompt("a b")] * (WINDOW + 32)
-    answers = list(complete_texts(model, CODEC, prompts, OPTIONS["samples"]))
+    answers = list(answer_texts(model, CODEC, prompts, OPTIONS["samples"]))
     assert len({tuple(answer.text for answer in of_text) for of_text in answers}) > WINDOW + 24
 
 
@@ -156,7 +156,7 @@ def test_texts_are_read_by_windows(model):
             read.append(prompt)
             yield prompt
 
-    next(complete_texts(model, CODEC, lazy()))
+    next(answer_texts(model, CODEC, lazy()))
     assert len(read) == WINDOW
 
 
