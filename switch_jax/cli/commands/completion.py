@@ -2,7 +2,7 @@
 
 import argparse
 
-HELP = "print a script with which a shell completes verbs, flags, presets and config keys"
+HELP = "print a script for Tab completion in bash, zsh or fish"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
