@@ -15,7 +15,7 @@ from switch_jax.files import (
     build_once,
     cache_root,
     check_expansion,
-    create_folder_atomically,
+    create_folder,
     explain_os_error,
     folder_size,
     hold_lock,
@@ -150,7 +150,7 @@ def test_write_atomically_replaces_the_file_and_leaves_no_other(tmp_path):
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "parent" / "folder"
-    with create_folder_atomically(path) as partial:
+    with create_folder(path) as partial:
         (partial / "file").write_text("content")
         assert not path.exists()
     assert [p.name for p in path.parent.iterdir()] == ["folder"]
@@ -158,7 +158,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 
 
 def test_a_folder_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="no"), create_folder_atomically(tmp_path / "folder"):
+    with pytest.raises(ValueError, match="no"), create_folder(tmp_path / "folder"):
         raise ValueError("no")
     assert not list(tmp_path.iterdir())
 
@@ -166,7 +166,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path):
 def test_an_existing_or_impossible_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     for path, words in (("file", "exists; name a folder"), ("file/folder", "cannot be made")):
-        with pytest.raises(UserError, match=words), create_folder_atomically(tmp_path / path):
+        with pytest.raises(UserError, match=words), create_folder(tmp_path / path):
             pass
 
 
@@ -273,9 +273,9 @@ def test_what_a_killed_process_left_of_a_folder_is_removed_and_what_is_in_use_is
     left, others = tmp_path / ".run [1].0123456789ab.partial", tmp_path / ".x.0123456789ab.partial"
     for folder in (left, others):
         (folder / "checkpoints").mkdir(parents=True)
-    with create_folder_atomically(path) as partial:
+    with create_folder(path) as partial:
         assert not left.exists() and partial.exists()
-        with pytest.raises(ValueError, match="no"), create_folder_atomically(path):
+        with pytest.raises(ValueError, match="no"), create_folder(path):
             assert partial.exists()
             raise ValueError("no")
     assert path.is_dir() and others.is_dir()
@@ -292,7 +292,7 @@ def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path):
 def test_a_folder_for_which_there_is_no_room_is_named_as_it_was_asked_for(tmp_path):
     path = tmp_path / "folder"
     words = f"^{path}/file: No space left on device; make room"
-    with pytest.raises(UserError, match=words), create_folder_atomically(path) as partial:
+    with pytest.raises(UserError, match=words), create_folder(path) as partial:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial / "file"))
     assert not list(tmp_path.iterdir())
 

@@ -280,7 +280,7 @@ def analyse_experts(
     Raises `UserError` for a model without experts, and for a text or vocabulary that is unusable.
     """
     if not any(map(config.sparse_layers, STACKS)):
-        raise UserError(f"{workdir.path} has no experts; name the WORKDIR of a sparse model.")
+        raise UserError(f"{workdir.location} has no experts; name the WORKDIR of a sparse model.")
     sharded = ShardedModel(config, make_mesh(config))
     names = _token_names(workdir, config)
     batches = _batches(workdir, config, process_rows(sharded.mesh), text)
@@ -312,8 +312,8 @@ def _batches(workdir: Workdir, config: Config, rows: ProcessRows, text: Path | N
         return list(itertools.chain(*validation_batches(config, rows).values()))
     if not workdir.vocabulary.is_file():
         raise UserError(
-            f"{workdir.path} has no {workdir.vocabulary.name} to read a text with; leave --input"
-            " out."
+            f"{workdir.location} has no {workdir.vocabulary.name} to read a text with; leave"
+            " --input out."
         )
     vocabulary = read_vocabulary(workdir.vocabulary, config.model)
     return text_file_batches(text, vocabulary, config, rows)

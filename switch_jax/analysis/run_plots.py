@@ -12,6 +12,7 @@ from switch_jax.analysis.plotting import literal_text, new_figure
 from switch_jax.analysis.speedup import common_sources, compare_sources, comparison_to_json
 from switch_jax.checkpoint import Workdir, read_metrics
 from switch_jax.errors import UserError
+from switch_jax.files import is_bucket
 
 Runs = dict[str, list[dict]]  # name → lines of metrics.jsonl
 
@@ -44,9 +45,10 @@ def read_runs(workdirs: Sequence[Workdir]) -> Runs:
     for workdir in workdirs:
         lines = read_metrics(workdir)
         if not lines:
-            raise UserError(f"{workdir.path} has no metrics.jsonl yet; train it first.")
-        name = workdir.path.resolve().name
-        runs[str(workdir.path) if name in runs else name] = lines
+            raise UserError(f"{workdir.location} has no metrics.jsonl yet; train it first.")
+        location = workdir.location
+        name = (location if is_bucket(location) else location.resolve()).name
+        runs[str(location) if name in runs else name] = lines
     return runs
 
 

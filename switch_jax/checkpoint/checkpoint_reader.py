@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -15,23 +16,18 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from switch_jax.checkpoint.checksums import arrays_crc32, check_arrays, read_record
-from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.checkpoint.workdir import Workdir, is_step
 from switch_jax.distributed import all_gather_int, fail_together
 from switch_jax.errors import UserError
-from switch_jax.files import check_expansion, expand_user, folder_size, plain_path
-
-_MAX_STEP = 2**31 - 1
-
-
-def step_numbers(checkpoints: Path) -> list[int]:
-    """Returns the steps that have a folder, in increasing order; other names are ignored."""
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return sorted(int(name) for name in names if _is_step(name) and (checkpoints / name).is_dir())
-
-
-def _is_step(name: str) -> bool:
-    """Whether Orbax would give this name to a step: decimal, without zeros before it."""
-    return name.isdecimal() and str(int(name)) == name and int(name) <= _MAX_STEP
+from switch_jax.files import (
+    absolute_path,
+    as_path,
+    check_expansion,
+    folder_bytes,
+    folder_size,
+    is_bucket,
+    plain_path,
+)
 
 
 def own_reader(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
@@ -58,18 +54,19 @@ def find_checkpoint(path: str | Path) -> tuple[Workdir, Path]:
 
     Raises `UserError` where there is no checkpoint.
     """
-    path = expand_user(path).absolute()
+    path = absolute_path(as_path(path))
     if not path.exists():
         raise UserError(f"{path} does not exist; name a WORKDIR or one of its checkpoints.")
     is_run = (path / "config.json").exists()  # a WORKDIR may be called checkpoints/7
-    if path.parent.name == "checkpoints" and _is_step(path.name) and not is_run:
-        return Workdir(path.parent.parent), path
+    if path.parent.name == "checkpoints" and is_step(path.name) and not is_run:
+        workdir = Workdir(path.parent.parent)
+        return workdir, workdir.open_checkpoint(int(path.name))
     workdir = Workdir(path)
     workdir.config()
-    steps = step_numbers(workdir.checkpoints)
+    steps = workdir.steps()
     if not steps:
         raise UserError(f"{path} has no checkpoint yet; train it first.")
-    return workdir, workdir.checkpoints / str(steps[-1])
+    return workdir, workdir.open_checkpoint(steps[-1])
 
 
 def find_checkpoint_together(path: str | Path) -> tuple[Workdir, Path]:
@@ -78,7 +75,7 @@ def find_checkpoint_together(path: str | Path) -> tuple[Workdir, Path]:
     All processes must call it.
     """
     workdir, folder = find_checkpoint(path)
-    return workdir, folder.with_name(str(all_gather_int(int(folder.name))[0]))
+    return workdir, workdir.open_checkpoint(all_gather_int(int(folder.name))[0])
 
 
 def checkpoint_identity(checkpoint: Path) -> dict[str, Any]:
@@ -88,7 +85,8 @@ def checkpoint_identity(checkpoint: Path) -> dict[str, Any]:
     """
     with _reading(checkpoint):
         crc32 = arrays_crc32(read_record(checkpoint))
-    return {"checkpoint": str(checkpoint.resolve()), "checkpoint_crc32": crc32}
+    path = checkpoint if is_bucket(checkpoint) else checkpoint.resolve()
+    return {"checkpoint": os.fspath(path), "checkpoint_crc32": crc32}
 
 
 def parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -178,7 +176,7 @@ def _reading(checkpoint: Path) -> Iterator[int]:
     """
     try:
         with abandoning_reads():
-            yield folder_size(checkpoint)
+            yield (folder_bytes if is_bucket(checkpoint) else folder_size)(checkpoint)
     except UserError:
         raise
     except Exception as error:  # Orbax raises many types for damaged files

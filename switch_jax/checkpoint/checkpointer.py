@@ -24,7 +24,6 @@ from switch_jax.checkpoint.checkpoint_reader import (
     array_metadata,
     own_reader,
     reason,
-    step_numbers,
 )
 from switch_jax.checkpoint.checksums import (
     RECORD_ITEM,
@@ -36,10 +35,10 @@ from switch_jax.checkpoint.checksums import (
 from switch_jax.checkpoint.data_position import DataPosition, PositionArgs
 from switch_jax.checkpoint.finite import check_parameters_finite
 from switch_jax.checkpoint.saver_failures import watch_saver
-from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.checkpoint.workdir import Workdir, step_numbers
 from switch_jax.distributed import all_gather_int, barrier, raise_if_any_failed
 from switch_jax.errors import UserError
-from switch_jax.files import plain_path, write_atomically
+from switch_jax.files import absolute_path, plain_path, write_atomically
 
 _NO_STEP = -1
 
@@ -60,7 +59,7 @@ class Checkpointer:
         keep: int,
         sort_key: Callable[[Mapping[str, float]], float] | None = None,
     ):
-        self._folder = workdir.checkpoints.absolute()
+        self._folder = absolute_path(workdir.checkpoints)
         self._sort_key = sort_key
         policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(keep)]
         if sort_key is not None:

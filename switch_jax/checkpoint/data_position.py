@@ -6,13 +6,14 @@ data/checksums-N.json     CRC-32 of the files that process N wrote, and of the c
 
 import dataclasses
 import json
-import shutil
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Protocol
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 
 class DataPosition(Protocol):
@@ -29,27 +30,29 @@ class _PositionHandler(ocp.CheckpointHandler):
     """Orbax handler of a `DataPosition`.
 
     It is not asynchronous: the position is written before `Checkpointer.save` returns, because it
-    changes afterwards.
+    changes afterwards. The item writes and reads local files: the folder may be in a bucket.
     """
 
     def save(self, directory, args):
-        folder, process = Path(directory), jax.process_index()
-        own_files = folder / f"process-{process}"
-        own_files.mkdir(parents=True)
-        args.item.save(own_files)
+        folder, process = epath.Path(directory), jax.process_index()
         files = {}
-        for file in (path for path in own_files.rglob("*") if path.is_file()):
-            name = file.relative_to(own_files)
-            files[name.as_posix()] = _crc32(file)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            file.replace(folder / name)
-        shutil.rmtree(own_files)
+        with tempfile.TemporaryDirectory() as own_folder:
+            args.item.save(Path(own_folder))
+            for file in (path for path in Path(own_folder).rglob("*") if path.is_file()):
+                name = file.relative_to(own_folder).as_posix()
+                content = file.read_bytes()
+                files[name] = zlib.crc32(content)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
         if files:
-            content = json.dumps({"arrays": args.arrays_crc32, "files": files})
-            (folder / f"checksums-{process}.json").write_text(content)
+            record = json.dumps({"arrays": args.arrays_crc32, "files": files})
+            (folder / f"checksums-{process}.json").write_text(record)
 
     def restore(self, directory, args):
-        folder = Path(directory)
+        with tempfile.TemporaryDirectory() as copy:
+            self._restore(_copy_files(epath.Path(directory), Path(copy)), args)
+
+    def _restore(self, folder: Path, args: "PositionArgs") -> None:
         records = sorted(folder.glob("checksums-*.json"))
         if args.arrays_crc32 is not None and not records:
             raise ValueError("the data position has no checksums")
@@ -74,6 +77,17 @@ class PositionArgs(ocp.args.CheckpointArgs):
 
     item: DataPosition
     arrays_crc32: int | None
+
+
+def _copy_files(folder: epath.Path, copy: Path) -> Path:
+    """Copies all files of a folder, which may be in a bucket, and returns the copy."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            (copy / entry.name).mkdir()
+            _copy_files(entry, copy / entry.name)
+        else:
+            (copy / entry.name).write_bytes(entry.read_bytes())
+    return copy
 
 
 def _crc32(file: Path) -> int:

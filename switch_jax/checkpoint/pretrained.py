@@ -21,7 +21,7 @@ from switch_jax.checkpoint.checkpoint_reader import (
 from switch_jax.checkpoint.finite import check_parameters_finite
 from switch_jax.checkpoint.interop.detect_format import read_foreign
 from switch_jax.config import Config
-from switch_jax.files import expand_user
+from switch_jax.files import as_path, fetch, is_bucket
 from switch_jax.model import (
     SwitchTransformer,
     abstract_model,
@@ -76,7 +76,10 @@ def find_pretrained(path: str | Path, *, together: bool = False) -> PretrainedMo
 
     Raises `UserError` where there is no model.
     """
-    foreign = read_foreign(expand_user(path))
+    location = as_path(path)
+    if is_bucket(location) and not _is_own(location):
+        location = fetch(location)
+    foreign = None if is_bucket(location) else read_foreign(location)
     if foreign is not None:
         return PretrainedModel(
             foreign.config,
@@ -95,6 +98,12 @@ def find_pretrained(path: str | Path, *, together: bool = False) -> PretrainedMo
         workdir.vocabulary.read_bytes() if workdir.vocabulary.is_file() else None,
         functools.partial(restore_opt_state, folder),
     )
+
+
+def _is_own(location: Path) -> bool:
+    """Whether a folder in a bucket is a WORKDIR or one of its checkpoints."""
+    folders = (location / "checkpoints", location / "params", location / "optimizer")
+    return any(folder.is_dir() for folder in folders)
 
 
 def _restore_finite(

@@ -13,17 +13,24 @@ predictions/STEP/*.jsonl  the model's answers to the examples of fine-tuning tas
                           `switch-jax eval` evaluated a checkpoint
 profile/                  trace of some train steps (`train.profile_steps`)
 train.lock                locked while a process trains in the folder; names the process
+
+Of a WORKDIR in a bucket, each process has a local copy without the larger folders, which the
+process that trains uploads as it changes. Checkpoints in gs:// are written and read there by Orbax;
+those in s3:// are part of the copy.
 """
 
 import hashlib
 import importlib.metadata
 import json
+import os
 import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from switch_jax import __version__
 from switch_jax.config import (
@@ -35,20 +42,45 @@ from switch_jax.config import (
     read_json,
 )
 from switch_jax.errors import UserError
-from switch_jax.files import expand_user, hold_lock, path_within, write_atomically
+from switch_jax.files import (
+    COMMIT_FILE,
+    SyncedFolder,
+    as_path,
+    hold_lock,
+    is_bucket,
+    list_files,
+    path_within,
+    remove,
+    write_atomically,
+)
+
+_CHECKPOINTS = "checkpoints"
+_LEFT_IN_BUCKET = (_CHECKPOINTS, "tensorboard", "figures", "experts", "predictions", "profile")
+_MAX_STEP = 2**31 - 1
 
 
 class Workdir:
-    """Paths in a run's folder; creates nothing before `prepare`."""
+    """Paths in a run's folder; creates nothing there before `prepare`.
+
+    Attributes:
+      location: the folder, on a disk or in a bucket.
+      path: the folder on the local disk: `location`, or the copy of one in a bucket.
+    """
 
     def __init__(self, path: str | Path):
-        self.path = expand_user(path)
+        self.location = as_path(path)
+        self._copy = None
+        if is_bucket(self.location):
+            self._copy = SyncedFolder(self.location, _LEFT_IN_BUCKET)
+        self.path = self.location if self._copy is None else self._copy.folder
         self.config_file = self.path / "config.json"
         self.vocabulary = self.path / "vocabulary.model"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.trackers_file = self.path / "trackers.json"
-        self.checkpoints = self.path / "checkpoints"
+        # Orbax writes to gs:// and not to s3://.
+        in_bucket = os.fspath(self.location).startswith("gs://")
+        self.checkpoints = (self.location if in_bucket else self.path) / _CHECKPOINTS
         self.figures = self.path / "figures"
         self.experts = self.path / "experts"
         self.predictions = self.path / "predictions"
@@ -84,14 +116,14 @@ class Workdir:
         """Returns config.json, with a `config` that is an object."""
         if not self.config_file.is_file():
             raise UserError(
-                f"{self.path} is not a WORKDIR: it has no config.json; name the folder that was"
+                f"{self.location} is not a WORKDIR: it has no config.json; name the folder that was"
                 " given to `switch-jax train --workdir`."
             )
         content = read_json(self.config_file)
         if isinstance(content, dict) and "model_type" in content:
             raise UserError(
-                f"{self.path} is a folder of Hugging Face's; make a WORKDIR of it with"
-                f" `switch-jax convert from-hf {shlex.quote(str(self.path))} OUT`."
+                f"{self.location} is a folder of Hugging Face's; make a WORKDIR of it with"
+                f" `switch-jax convert from-hf {shlex.quote(str(self.location))} OUT`."
             )
         if not (isinstance(content, dict) and isinstance(content.get("config"), dict)):
             raise UserError(
@@ -101,7 +133,15 @@ class Workdir:
         return content
 
     def check(self, config: Config) -> None:
-        """Raises `UserError` where the folder holds a run of another model; writes nothing."""
+        """Raises `UserError` where the folder holds a run of another model; writes nothing.
+
+        So it does in several processes for a folder in s3://.
+        """
+        if jax.process_count() > 1 and self._copy is not None and self.checkpoints_are_copied:
+            raise UserError(
+                f"{self.location} takes the checkpoints of one process only; name a folder in gs://"
+                " or on a disk that all processes see."
+            )
         if self.config_file.exists():
             differences = [
                 text
@@ -110,30 +150,88 @@ class Workdir:
             ]
             if differences:
                 raise UserError(
-                    f"{self.path} holds a run of another model"
+                    f"{self.location} holds a run of another model"
                     f" ({'; '.join(differences)}); use another --workdir."
                 )
-        elif self.checkpoints.exists():
+        elif self.has_checkpoints():
             raise UserError(
-                f"{self.path} has checkpoints but no config.json; use another --workdir."
+                f"{self.location} has checkpoints but no config.json; use another --workdir."
             )
 
     def check_vocabulary(self, content: bytes) -> None:
         """Raises `UserError` where the folder holds a run of another vocabulary."""
         if self.vocabulary.exists() and content != self.vocabulary.read_bytes():
             raise UserError(
-                f"{self.path} was trained with another vocabulary; set"
+                f"{self.location} was trained with another vocabulary; set"
                 f" data.vocabulary={self.vocabulary}, or use another --workdir."
             )
+
+    def has_checkpoints(self) -> bool:
+        """Whether a run has begun to save checkpoints here."""
+        return (self.location / _CHECKPOINTS).exists()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, in increasing order."""
+        return step_numbers(self.location / _CHECKPOINTS)
+
+    def open_checkpoint(self, step: int) -> Path:
+        """Returns the folder of a checkpoint, from which it can be read."""
+        folder = self.checkpoints / str(step)
+        if self._copy is not None and self.checkpoints_are_copied and not folder.exists():
+            name = f"{_CHECKPOINTS}/{step}"
+            files = list_files(self.location / name)
+            self._copy.download([f"{name}/{file}" for file in files])
+        return folder
+
+    @property
+    def checkpoints_are_copied(self) -> bool:
+        """Whether the checkpoints of a WORKDIR in a bucket are read and written in the copy."""
+        return self.location != self.path and not is_bucket(self.checkpoints)
 
     def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and holds its lock: only one process may train in it at a time.
 
         Readers need no lock. Raises `UserError` where another process holds it.
         """
+        if self._copy is not None:
+            return self._hold_in_bucket(self._copy)
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-        return hold_lock(self.lock_file, f"trains in {self.path}")
+        return hold_lock(self.lock_file, f"trains in {self.location}")
+
+    @contextmanager
+    def _hold_in_bucket(self, copy: SyncedFolder) -> Iterator[None]:
+        task = f"trains in {self.location}"
+        with copy.held(self.lock_file.name, task, lambda: self._upload(copy)):
+            copy.download(list_files(self.location, _LEFT_IN_BUCKET))  # another process's changes
+            if self.checkpoints_are_copied:
+                complete = set(map(str, self.steps()))
+                files = list_files(self.location / _CHECKPOINTS)
+                partial = [name for name in files if name.partition("/")[0] not in complete]
+                remove(self.location / _CHECKPOINTS, partial)
+                copy.download([f"{_CHECKPOINTS}/{name}" for name in files.keys() - set(partial)])
+            yield
+
+    def upload(self) -> None:
+        """Uploads what has changed in the copy of a WORKDIR in a bucket.
+
+        Raises `UserError` where the bucket cannot be reached.
+        """
+        if self._copy is not None:
+            self._upload(self._copy)
+
+    def try_upload(self) -> None:
+        """Does the same as `upload`, but reports an error on stderr, and goes on."""
+        if self._copy is not None:
+            with self._copy.reporting_errors():
+                self._upload(self._copy)
+
+    def _upload(self, copy: SyncedFolder) -> None:
+        steps = step_numbers(self.checkpoints) if self.checkpoints_are_copied else []
+        copy.upload(
+            lambda name: "orbax-checkpoint-tmp" not in name,
+            complete=[f"{_CHECKPOINTS}/{step}" for step in steps],
+        )
 
     def prepare(self, config: Config, vocabulary: bytes | None, devices: str | None = None) -> None:
         """Creates the folder and writes config.json and vocabulary.model.
@@ -172,8 +270,28 @@ class Workdir:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be written ({error.strerror}); use another --workdir."
+                f"{self.location} cannot be written ({error.strerror}); use another --workdir."
             ) from error
+
+
+def step_numbers(checkpoints: Path) -> list[int]:
+    """Returns the steps that have a complete checkpoint, in increasing order.
+
+    Other names are ignored. On a disk, Orbax renames a checkpoint when it is complete; in a bucket
+    it has a commit file then.
+    """
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    folders = {int(name): checkpoints / name for name in names if is_step(name)}
+    return sorted(
+        step
+        for step, folder in folders.items()
+        if ((folder / COMMIT_FILE).exists() if is_bucket(checkpoints) else folder.is_dir())
+    )
+
+
+def is_step(name: str) -> bool:
+    """Whether Orbax would give this name to a step: decimal, without zeros before it."""
+    return name.isdecimal() and str(int(name)) == name and int(name) <= _MAX_STEP
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from switch_jax.errors import UserError
+from switch_jax.files import as_path, is_bucket
 
 _MAX_WHOLE = 2**31 - 1  # of an array's sizes and of step numbers
 
@@ -140,9 +141,10 @@ def output_file(text: str) -> str:
 
 def new_file(text: str) -> str:
     """Type of a file to write, which must not exist, in a folder that does."""
-    if os.path.lexists(path(text)):
+    exists = as_path(text).exists() if is_bucket(path(text)) else os.path.lexists(text)
+    if exists:
         raise argparse.ArgumentTypeError(f"{text} exists; name a file that does not, or remove it")
-    if not os.path.isdir(Path(text).absolute().parent):
+    if not is_bucket(text) and not os.path.isdir(Path(text).absolute().parent):
         raise argparse.ArgumentTypeError(f"the folder of {text} does not exist; make it")
     _check_can_be_made(text)
     return text
@@ -153,6 +155,9 @@ PATH_TYPES = (path, output_folder, new_folder, output_file, new_file)
 
 def _check_can_be_made(text: str) -> None:
     """Refuses a path that is in a file, or in a folder where nothing may be written."""
+    if is_bucket(text):  # of one that cannot be written, the upload tells
+        as_path(text)
+        return
     target = Path(text).expanduser().absolute()
     existing = next(parent for parent in (target, *target.parents) if os.path.lexists(parent))
     if existing != target and not existing.is_dir():

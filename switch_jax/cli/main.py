@@ -29,7 +29,7 @@ from switch_jax.cli.commands import (
     train,
 )
 from switch_jax.errors import UserError, printable
-from switch_jax.files import explain_os_error
+from switch_jax.files import explain_bucket_error, explain_os_error
 
 # In the order of `--help`.
 _COMMANDS: tuple[Any, ...] = (
@@ -101,7 +101,10 @@ def _report_failure(error: BaseException, *, verbose: bool) -> int | None:
     elif isinstance(error, UserError):
         code, sentence = error.exit_code, str(error)
     elif explained := (
-        explain_os_error(error) or _explain_setting(error) or _explain_memory(error)
+        explain_os_error(error)
+        or explain_bucket_error(error)
+        or _explain_setting(error)
+        or _explain_memory(error)
     ):
         code, sentence = UserError.exit_code, explained
     else:

@@ -61,13 +61,14 @@ def start(args: argparse.Namespace, config: "Config | None" = None) -> None:
     """
     from switch_jax.config import flatten_config
     from switch_jax.distributed import launch_from_flags
+    from switch_jax.files import absolute_path, as_path
 
     flags = None
     if hasattr(args, "process_id"):
         flags = launch_from_flags(args.coordinator, args.num_processes, args.process_id)
     facts = {"the verb": args.verb}
     if hasattr(args, "workdir"):
-        facts["--workdir"] = os.path.abspath(args.workdir)
+        facts["--workdir"] = os.fspath(absolute_path(as_path(args.workdir)))
     facts |= args.overrides if config is None else flatten_config(config)
     start_jax(flags, facts)
 

@@ -56,6 +56,7 @@ from switch_jax.data.sources.source import (
 )
 from switch_jax.data.sources.text_files import TextFormat, is_text_file
 from switch_jax.errors import UserError
+from switch_jax.files import as_path, is_bucket
 
 # mC4's 101 languages; six of them have a second code, for texts in Latin script.
 _CODES = """
@@ -233,6 +234,8 @@ def is_file_pattern(spec: str) -> bool:
 def _named_files(spec: str, is_known: Callable[[str], bool], known: str) -> dict[Split, list[File]]:
     """Returns the files of a pattern; raises `UserError` if none match or one has no known name."""
     pattern = os.path.expanduser(spec.removeprefix(_PAIRS))
+    if is_bucket(pattern):
+        as_path(pattern)  # tells a missing package
     if "**" in pattern:
         raise UserError(
             f"data.mixture={spec}: ** is not understood; write a * for every folder between."

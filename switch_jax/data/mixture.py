@@ -17,8 +17,6 @@ import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from etils import epath
-
 from switch_jax.config import DataConfig, read_json
 from switch_jax.data.catalog import (
     group_members,
@@ -30,7 +28,7 @@ from switch_jax.data.catalog import (
 from switch_jax.data.sources.hub import HUB
 from switch_jax.data.sources.source import Source, Split
 from switch_jax.errors import UserError
-from switch_jax.files import expand_user
+from switch_jax.files import as_path, fetch
 
 
 class MixturePart(NamedTuple):
@@ -83,7 +81,7 @@ def find_sources(data: DataConfig) -> list[Source]:
             f"data.data_dir={data.data_dir!r} is no packed text, and data.mixture={data.mixture}"
             " reads nothing else there; name what is there in data.mixture, or leave data_dir out."
         )
-    if data.data_dir not in (None, HUB) and not epath.Path(data.data_dir).is_dir():
+    if data.data_dir not in (None, HUB) and not as_path(data.data_dir).is_dir():
         raise UserError(
             f"data.data_dir={data.data_dir!r} does not exist; name the folder or bucket that has"
             " the text, or what `switch-jax data pack` wrote."
@@ -183,7 +181,7 @@ def _read_counts(path: str | None) -> dict[str, int]:
     """Returns the numbers of documents in the JSON file `data.counts`, by source."""
     if path is None:
         return {}
-    counts = read_json(expand_user(path))
+    counts = read_json(fetch(path))
     if not isinstance(counts, dict) or not all(type(n) is int and n > 0 for n in counts.values()):
         raise UserError(
             f"data.counts={path!r} is not an object of whole numbers above 0; name a JSON file such"

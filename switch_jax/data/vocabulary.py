@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import sentencepiece
-from etils import epath
 
 from switch_jax.config import ModelConfig
 from switch_jax.errors import UserError
+from switch_jax.files import as_path
 
 PAD, EOS, UNK = 0, 1, 2  # of vocabularies that are trained here, and of bytes; as T5's
 NUM_SENTINELS = 100  # behind the pieces of a vocabulary whose file has none
@@ -321,7 +321,7 @@ def read_vocabulary(
     """
     if str(path) in (BYTES, BYT5):
         return parse_vocabulary(str(path), str(path).encode(), model, max_size)
-    file = epath.Path(os.path.expanduser(path))
+    file = as_path(path)
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -26,7 +26,7 @@ from switch_jax.data.vocabulary import (
     read_vocabulary,
 )
 from switch_jax.errors import UserError
-from switch_jax.files import build_once, cache_root, expand_user, path_within
+from switch_jax.files import absolute_path, as_path, build_once, cache_root, path_within
 
 # Sizes of `model.vocab_size` whose vocabulary is smaller: T5 and mT5 pad their embeddings to a
 # multiple of 128, and their sentinels come before the padding.
@@ -61,7 +61,7 @@ def _vocabulary_path(config: Config) -> str | Path:
         )
         if path is not None and not is_config_spec(path)
     ]
-    packed = None if data.data_dir is None else Path(data.data_dir, VOCABULARY_FILE)
+    packed = None if data.data_dir is None else as_path(data.data_dir) / VOCABULARY_FILE
     if packed is not None and packed.is_file():
         return packed
     return inherited[0] if inherited else _trained_vocabulary(data, config.model.vocab_size)
@@ -156,7 +156,7 @@ def _checkpoint_vocabulary(key: str, name: str) -> Path:
 
     Raises `UserError` where there is none; `key` names the checkpoint in the config.
     """
-    path = expand_user(name).absolute()
+    path = absolute_path(as_path(name))
     if not path.exists():
         raise UserError(f"{key}={name} does not exist; set it to a WORKDIR or a checkpoint.")
     names = (VOCABULARY_FILE, *HUGGING_FACE_VOCABULARY_FILES)

@@ -94,7 +94,10 @@ def evaluate_checkpoint(workdir: Workdir, folder: Path, config: Config) -> dict[
     counted = itertools.chain(*batches.values()) if rows.first_in_group else []
     counts_V = sum_over_processes(_token_counts(counted, config))
     metrics["unigram_entropy"] = unigram_entropy(counts_V)
-    return metrics | task_scorer(params, workdir.predictions / f"eval-{folder.name}")
+    metrics |= task_scorer(params, workdir.predictions / f"eval-{folder.name}")
+    if jax.process_index() == 0:
+        workdir.upload()
+    return metrics
 
 
 def check_vocabulary(workdir: Workdir, config: Config) -> None:
@@ -104,13 +107,13 @@ def check_vocabulary(workdir: Workdir, config: Config) -> None:
     if not workdir.vocabulary.exists():
         if config.data.vocabulary is None:  # a newly trained one would be another
             raise UserError(
-                f"{workdir.path} has no vocabulary; set data.vocabulary to the one that the model"
-                " was trained with."
+                f"{workdir.location} has no vocabulary; set data.vocabulary to the one that the"
+                " model was trained with."
             )
         return
     if open_vocabulary(config).fingerprint != read_vocabulary(workdir.vocabulary).fingerprint:
         raise UserError(
-            f"The validation text is in another vocabulary than {workdir.path}; set"
+            f"The validation text is in another vocabulary than {workdir.location}; set"
             f" data.vocabulary={workdir.vocabulary}."
         )
 

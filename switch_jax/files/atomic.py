@@ -5,21 +5,26 @@ reader sees either the whole content or none of it, even if the writer is killed
 writer left is removed by the next writer of the same path.
 """
 
+import atexit
 import fcntl
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from switch_jax.errors import UserError
 from switch_jax.files.os_errors import ADVICE, explain_os_error
+from switch_jax.files.paths import is_bucket
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file, or replaces it; removes what a killed process left of the same file."""
+    if is_bucket(path):  # there a file appears when it is complete
+        path.write_bytes(content)
+        return
     with _renamed_when_complete(_unique_sibling(path), path) as partial:
         partial.touch()
         with _marked_as_used(partial):
@@ -85,6 +90,21 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
             f"Cannot write {path}: {os.strerror(error.errno)}; {ADVICE[error.errno]}"
             " (the cache's is $SWITCH_JAX_CACHE)."
         ) from error
+    return path
+
+
+def scratch_folder(parent: Path) -> Path:
+    """Creates a folder in `parent` that is removed when the process ends.
+
+    A later call removes the folder of a process that was killed.
+    """
+    path = _unique_sibling(parent / "scratch")
+    path.mkdir(parents=True)
+    until_end = ExitStack()
+    until_end.enter_context(_marked_as_used(path))
+    until_end.callback(_remove, path)
+    atexit.register(until_end.close)
+    _remove_leftovers(parent / "scratch")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Paths: home folders, the cache of a machine, and paths with any characters."""
+"""Paths: home folders, the cache of a machine, buckets, and paths with any characters."""
 
 import os
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from switch_jax.errors import UserError
 
 _PLAIN = re.compile(r"[\w./+=,@~-]+", re.ASCII)  # paths that every library reads as they are
+_BUCKETS = ("gs://", "s3://")
 _DESCRIPTORS = "/proc/self/fd"  # of Linux: a link for each open descriptor
 _open_folders: dict[Path, int] = {}  # descriptors by path, of `plain_path`
 
@@ -22,6 +23,16 @@ def cache_root() -> Path:
     return path
 
 
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is in a bucket."""
+    return os.fspath(path).startswith(_BUCKETS)
+
+
+def absolute_path(path: Path) -> Path:
+    """Returns a path without the current folder, of which one in a bucket is independent."""
+    return path if is_bucket(path) else path.absolute()
+
+
 def expand_user(path: str | Path) -> Path:
     """Returns a path with `~` or `~NAME` in front replaced, if there is such a home folder."""
     return Path(os.path.expanduser(path))
@@ -32,10 +43,13 @@ def plain_path(folder: Path) -> Path:
 
     TensorStore and Orbax decode `%20`, end a path at `#` or `?`, match `[1]` as a pattern and take
     a backslash for a slash. Where a path has other characters than letters, digits and a few signs,
-    the result is that of an open descriptor, which stays valid until the process ends.
+    the result is that of an open descriptor, which stays valid until the process ends. A folder in
+    a bucket is returned as it is.
 
     Raises `UserError` where the system has no such paths.
     """
+    if is_bucket(folder):
+        return folder
     if _PLAIN.fullmatch(str(folder)) and ".." not in folder.parts:
         return folder.absolute()
     if not os.path.isdir(_DESCRIPTORS):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from switch_jax.errors import UserError
+from switch_jax.files.paths import is_bucket
 
 # Zeros, the most regular data that a checkpoint has, become a thousand times shorter with gzip.
 _MAX_EXPANSION = 1000
@@ -17,6 +18,8 @@ def path_within(folder: Path, name: str) -> Path:
 
     Raises `UserError` where the name, or a symbolic link, leads out of the folder.
     """
+    if is_bucket(folder):  # which has no links
+        return folder / name
     real_folder = Path(os.path.realpath(folder))
     roots = [real_folder]
     roots += [p.parent / "blobs" for p in real_folder.parents if p.name == "snapshots"]

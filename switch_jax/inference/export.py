@@ -26,7 +26,7 @@ from jax import export
 from switch_jax import __version__
 from switch_jax.config import Config
 from switch_jax.errors import UserError
-from switch_jax.files import create_folder_atomically
+from switch_jax.files import create_folder
 from switch_jax.inference.generation import encode_inputs
 from switch_jax.inference.kv_cache import KVCache, decode_one_token, init_cache
 from switch_jax.model import SwitchTransformer, cast_weights, named_parameters, with_parameters
@@ -63,7 +63,7 @@ def export_model(
         raise UserError(
             "Exporting needs the package safetensors; install switch_jax[interop]."
         ) from None
-    with create_folder_atomically(output) as folder:
+    with create_folder(output) as folder:
         model = cast_weights(model, model.config.model.dtype)
         # safetensors writes the bytes of a non-contiguous array in the wrong order.
         parameters = {

@@ -51,7 +51,7 @@ def train(
         run.checkpoints.close()
         if jax.process_index() == 0:
             step = int(run.state.step)
-            print(f"{workdir.path} is finished: step {step} of {config.train.steps}.")
+            print(f"{workdir.location} is finished: step {step} of {config.train.steps}.")
             _print_results(config, workdir, best, {})
         return None
 
@@ -134,6 +134,7 @@ def _train_steps(
                 # After the step's metrics are on disk, and before the next batch is read, so that
                 # the saved position follows the batches that are trained on.
                 with goodput.measure("saving"):
+                    workdir.try_upload()
                     save_state(checkpoints, state, batches, evaluated)
             if profiler.ends_with(step, last=last):
                 display.print_line(profiler.end(state, program.train_step_text))
@@ -163,4 +164,5 @@ def _print_results(
     """Prints the scores of tasks, of the best checkpoint or else the last, and the best's path."""
     print(scores_table(last if best is None else best[1]), end="")
     if best is not None:
-        print(f"Best by {config.train.keep_best}: {workdir.checkpoints / str(best[0])}")
+        folder = workdir.location / workdir.checkpoints.name / str(best[0])
+        print(f"Best by {config.train.keep_best}: {folder}")

@@ -66,7 +66,7 @@ def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Itera
             workdir.check(config)
             check_distillation(config)
             find_trackers(config)
-            if config.init_from is not None and not workdir.checkpoints.exists():
+            if config.init_from is not None and not workdir.has_checkpoints():
                 notes = initial_state_notes(config)  # before text is packed
                 if first_process and notes:
                     print(notes, file=sys.stderr, flush=True)
@@ -91,7 +91,7 @@ def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Itera
         scorer.check_examples_agree()
 
         # State, position in the data, and first batch
-        begun = bool(all_gather_int(workdir.checkpoints.exists())[0])
+        begun = bool(all_gather_int(workdir.has_checkpoints())[0])
         checkpoints = state = first_batch = None
         if begun:
             with fail_together():
@@ -132,8 +132,8 @@ def _lock(workdir: Workdir, config: Config, held: ExitStack, *, new: bool) -> No
     if jax.process_index() == 0:
         held.enter_context(workdir.lock())
         workdir.check(config)
-        if new and workdir.checkpoints.exists():
+        if new and workdir.has_checkpoints():
             raise UserError(
-                f"Another process has begun a run in {workdir.path}; the same command goes on from"
-                " its checkpoint."
+                f"Another process has begun a run in {workdir.location}; the same command goes on"
+                " from its checkpoint."
             )

@@ -21,11 +21,10 @@ from switch_jax.checkpoint.checkpoint_reader import (
     parameter_shapes,
     restore_opt_state,
     restore_params,
-    step_numbers,
 )
 from switch_jax.checkpoint.checkpointer import Checkpointer
 from switch_jax.checkpoint.saver_failures import watch_saver
-from switch_jax.checkpoint.workdir import Workdir
+from switch_jax.checkpoint.workdir import Workdir, step_numbers
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
 from switch_jax.files import explain_os_error, untrusted

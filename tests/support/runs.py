@@ -148,11 +148,12 @@ def same_losses(losses: dict[int, float], reference: dict[int, float]) -> bool:
     return True
 
 
-def checkpoint_parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Returns the parameters, by path, of the checkpoint of a step."""
-    config = Workdir(workdir).config()
+def checkpoint_parameters(path: Path | str, step: int) -> dict[str, np.ndarray]:
+    """Returns the parameters, by path, of the checkpoint of a step in a WORKDIR."""
+    workdir = Workdir(path)
+    config = workdir.config()
     program = TrainProgram(config, make_mesh(config))
-    params = restore_params(workdir / "checkpoints" / str(step), program.abstract_state.params)
+    params = restore_params(workdir.open_checkpoint(step), program.abstract_state.params)
     return {name: np.asarray(value) for name, value in params.items()}
 
 

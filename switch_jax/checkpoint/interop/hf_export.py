@@ -30,7 +30,7 @@ from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config import Config, check_value, parse_json, read_json
 from switch_jax.data import hugging_face_file_name, parse_vocabulary
 from switch_jax.errors import UserError
-from switch_jax.files import create_folder_atomically, path_within
+from switch_jax.files import create_folder, path_within
 
 _DtypeName = Literal["F32", "F16", "BF16"]  # the keys of `DTYPES`
 FILE_BYTES = 4 * 10**9  # largest size of a weights file, and of the tensors kept in memory
@@ -60,7 +60,7 @@ def export_hugging_face(path: str | Path, output: Path) -> tuple[str, ...]:
     workdir, checkpoint = find_checkpoint(path)
     model, source = find_pretrained(checkpoint), _source(workdir)
     raw = config_to_hugging_face(model.config, source.config)
-    with create_folder_atomically(output) as partial:
+    with create_folder(output) as partial:
         for name, content in source.companions.items():
             (partial / name).write_bytes(content)
         if GENERATION_CONFIG in source.companions:

@@ -25,7 +25,7 @@ from switch_jax.checkpoint.interop.foreign_checkpoint import (
     StackedShape,
 )
 from switch_jax.checkpoint.workdir import Workdir
-from switch_jax.files import create_folder_atomically, plain_path
+from switch_jax.files import COMMIT_FILE, absolute_path, create_folder, is_bucket, plain_path
 
 _MAX_BYTES_IN_FLIGHT = 128 * 2**20  # of slices that are being written
 
@@ -36,11 +36,11 @@ def write_workdir(imported: ForeignCheckpoint, output: Path) -> None:
     The folder is written under another name and renamed to `output` when it is complete; after an
     error nothing is left. Raises `UserError` where `output` exists or cannot be written.
     """
-    with create_folder_atomically(output) as partial:
+    with create_folder(output) as partial:
         workdir = Workdir(partial)
         config = imported.config
         if imported.vocabulary is not None:  # evaluation must use the model's vocabulary
-            vocabulary = str(Workdir(output.absolute()).vocabulary)
+            vocabulary = str(absolute_path(output) / workdir.vocabulary.name)
             data = dataclasses.replace(config.data, vocabulary=vocabulary)
             config = dataclasses.replace(config, data=data)
         workdir.prepare(config, imported.vocabulary)
@@ -51,6 +51,9 @@ def write_workdir(imported: ForeignCheckpoint, output: Path) -> None:
         checkpoint.mkdir(parents=True)
         checksums = _write_parameters(imported, plain_path(checkpoint) / "params")
         write_record(checkpoint, {f"params/{name}": checksums[name] for name in checksums})
+        if is_bucket(output):
+            for folder in (checkpoint, checkpoint / "params"):
+                (folder / COMMIT_FILE).touch()
 
 
 def _write_parameters(imported: ForeignCheckpoint, folder: Path) -> dict[str, int]:

@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from switch_jax.cli.arguments import add_config, add_verbose, new_folder, path
 from switch_jax.cli.startup import load_config_argument, start
+from switch_jax.files import as_path, fetch
 
 HELP = "convert checkpoints from and to other programs, or dense models to sparse ones"
 
@@ -44,8 +44,8 @@ def from_hugging_face(args: argparse.Namespace) -> None:
     """Runs `convert from-hf`."""
     from switch_jax.checkpoint import read_hugging_face, write_workdir
 
-    checkpoint = read_hugging_face(Path(args.source)).with_vocabulary(args.vocabulary)
-    write_workdir(checkpoint, Path(args.output))
+    checkpoint = read_hugging_face(fetch(args.source)).with_vocabulary(args.vocabulary)
+    write_workdir(checkpoint, as_path(args.output))
     _print_written(checkpoint.notes, args.output)
 
 
@@ -53,8 +53,8 @@ def from_t5x(args: argparse.Namespace) -> None:
     """Runs `convert from-t5x`."""
     from switch_jax.checkpoint import read_t5x, write_workdir
 
-    checkpoint = read_t5x(Path(args.source)).with_vocabulary(args.vocabulary)
-    write_workdir(checkpoint, Path(args.output))
+    checkpoint = read_t5x(fetch(args.source)).with_vocabulary(args.vocabulary)
+    write_workdir(checkpoint, as_path(args.output))
     _print_written(checkpoint.notes, args.output)
 
 
@@ -71,7 +71,7 @@ def from_dense(args: argparse.Namespace) -> None:
     else:
         config = override_config(source.config, args.overrides)
     checkpoint = upcycle_dense_model(source, config).with_vocabulary(args.vocabulary)
-    write_workdir(checkpoint, Path(args.output))
+    write_workdir(checkpoint, as_path(args.output))
     _print_written(checkpoint.notes, args.output)
 
 
@@ -79,7 +79,7 @@ def to_hugging_face(args: argparse.Namespace) -> None:
     """Runs `convert to-hf`."""
     from switch_jax.checkpoint import export_hugging_face
 
-    notes = export_hugging_face(args.source, Path(args.output))
+    notes = export_hugging_face(args.source, as_path(args.output))
     print("\n".join([*notes, f"{args.output}: transformers' from_pretrained reads it"]))
 
 

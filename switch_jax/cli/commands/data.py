@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-from pathlib import Path
 
 from switch_jax.cli.arguments import (
     add_config,
@@ -15,6 +14,7 @@ from switch_jax.cli.arguments import (
 )
 from switch_jax.cli.startup import load_config_argument
 from switch_jax.errors import UserError
+from switch_jax.files import as_path, is_bucket, staged_file, staged_folder
 
 HELP = "train vocabularies, pack text, print training examples"
 
@@ -68,15 +68,16 @@ def run_vocab(args: argparse.Namespace) -> None:
     """Runs `data vocab`."""
     from switch_jax.data import find_sources, read_vocabulary, sample_texts, train_vocabulary
 
-    config, output = load_config_argument(args), Path(args.output)
+    config, output = load_config_argument(args), as_path(args.output)
     if output.exists():
         raise UserError(f"{output} exists; choose another --output.")
-    if not output.absolute().parent.is_dir():
+    if not is_bucket(output) and not output.absolute().parent.is_dir():
         raise UserError(f"The folder of {output} does not exist; choose another --output.")
     if not 0 < args.megabytes < 1e6:
         raise UserError(f"--megabytes must be above 0 and below a million, not {args.megabytes}.")
     texts = sample_texts(config.data, find_sources(config.data), round(args.megabytes * 1e6))
-    train_vocabulary(texts, output, config.model.vocab_size, args.coverage)
+    with staged_file(output) as file:
+        train_vocabulary(texts, file, config.model.vocab_size, args.coverage)
     vocabulary = read_vocabulary(output)
     print(
         f"{output}: {vocabulary.size:,} ids, 100 sentinels included; train with"
@@ -88,9 +89,13 @@ def run_pack(args: argparse.Namespace) -> int:
     """Runs `data pack`."""
     from switch_jax.data import build_token_store, open_vocabulary, store_table
 
-    config, output = load_config_argument(args), Path(args.output)
+    config, output = load_config_argument(args), as_path(args.output)
+    if is_bucket(output) and (output / "manifest.json").exists():
+        raise UserError(f"{output} holds packed text; choose another --output.")
     try:
-        manifest = build_token_store(config.data, open_vocabulary(config), output, args.workers)
+        vocabulary = open_vocabulary(config)
+        with staged_folder(output, resume=True) as folder:
+            manifest = build_token_store(config.data, vocabulary, folder, args.workers)
     except KeyboardInterrupt:
         print("Stopped; the same command continues from there.")
         return 130

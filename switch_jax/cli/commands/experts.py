@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from switch_jax.cli.arguments import (
     add_checkpoint,
@@ -13,6 +12,7 @@ from switch_jax.cli.arguments import (
     path,
 )
 from switch_jax.cli.startup import load_checkpoint_argument
+from switch_jax.files import as_path, fetch, staged_folder
 
 HELP = "report which tokens each expert of a checkpoint specialises in"
 
@@ -47,12 +47,15 @@ def run(args: argparse.Namespace) -> None:
 
     import_matplotlib()  # reports a missing Matplotlib before anything is computed
     workdir, folder, config = load_checkpoint_argument(args)
-    text = None if args.input is None else Path(args.input)
+    text = None if args.input is None else fetch(args.input)
     analysis = analyse_experts(workdir, folder, config, text)
     if jax.process_index():
         return
-    output = Path(args.output) if args.output else workdir.experts
-    written = write_expert_report(analysis, output)
+    output = as_path(args.output) if args.output else workdir.location / "experts"
+    with staged_folder(output) as report:
+        written = [
+            output / file.relative_to(report) for file in write_expert_report(analysis, report)
+        ]
     if args.json:
         print(json.dumps(analysis))
     else:

@@ -1,10 +1,10 @@
 """`switch-jax export`: serving programs from a checkpoint."""
 
 import argparse
-from pathlib import Path
 
 from switch_jax.cli.arguments import add_checkpoint, new_folder, whole_number
 from switch_jax.cli.startup import start
+from switch_jax.files import as_path
 
 HELP = "export a checkpoint as programs for serving, by jax.export"
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         parse_vocabulary(f"of {args.workdir}", source.vocabulary, source.config.model)
     export_model(
         load(args.workdir),
-        Path(args.output),
+        as_path(args.output),
         inputs_length=args.inputs_length or data.inputs_length,
         max_length=args.max_length or data.targets_length,
         vocabulary=source.vocabulary,

@@ -3,13 +3,14 @@
 import argparse
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from switch_jax.cli.arguments import add_checkpoint, new_file, number, path, whole_number
 from switch_jax.cli.startup import print_result, start
 from switch_jax.errors import UserError
+from switch_jax.files import as_path, fetch, staged_file
 
 if TYPE_CHECKING:
     from switch_jax.checkpoint import Workdir
@@ -93,6 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generates; prints the answers, or writes them to a file."""
+    import jax
+
     from switch_jax.checkpoint import checkpoint_identity, find_checkpoint_together, load
     from switch_jax.inference import PromptCodec, SamplingOptions, answer_texts, write_answers
 
@@ -117,11 +120,13 @@ def run(args: argparse.Namespace) -> None:
             for answer in answers:
                 print_result(answer.text)
         return
-    output, load_model = Path(args.output), partial(load, folder)
+    output, load_model = as_path(args.output), partial(load, folder)
     identity = checkpoint_identity(folder)
-    _show_progress(
-        write_answers(output, records, codec, options, identity, load_model), len(records)
-    )
+    is_writer = jax.process_index() == 0
+    with staged_file(output, resume=True) if is_writer else nullcontext(output) as file:
+        _show_progress(
+            write_answers(file, records, codec, options, identity, load_model), len(records)
+        )
     print_result(f"{output}: {len(records):,} answered")
 
 
@@ -135,7 +140,7 @@ def _read_records(args: argparse.Namespace) -> "list[PromptRecord]":
         except UnicodeEncodeError as error:  # bytes of the shell that Python could not decode
             raise UserError(f"{name} is not UTF-8; convert it, or set a UTF-8 locale.") from error
     if args.input is not None:
-        return read_prompts(Path(args.input), args.prefix)
+        return read_prompts(fetch(args.input), args.prefix)
     return [PromptRecord(Prompt(args.text, args.prefix, "--text"), {"text": args.text})]
 
 
@@ -167,13 +172,13 @@ def _model_vocabulary(workdir: "Workdir", file: str | None) -> "Vocabulary":
 
     if file is None and not workdir.vocabulary.exists():
         raise UserError(
-            f"{workdir.path} has no vocabulary; set --vocabulary to the one that the model was"
+            f"{workdir.location} has no vocabulary; set --vocabulary to the one that the model was"
             " trained with."
         )
     vocabulary = read_vocabulary(file or workdir.vocabulary, workdir.config().model)
     if workdir.vocabulary.exists() and vocabulary.content != workdir.vocabulary.read_bytes():
         raise UserError(
-            f"{workdir.path} has a vocabulary of its own, other than {file}; leave --vocabulary"
+            f"{workdir.location} has a vocabulary of its own, other than {file}; leave --vocabulary"
             " out."
         )
     return vocabulary

@@ -1,9 +1,9 @@
 """`switch-jax plot`: figures of the metrics of one or more runs."""
 
 import argparse
-from pathlib import Path
 
 from switch_jax.cli.arguments import output_folder, path
+from switch_jax.files import as_path, staged_folder
 
 HELP = "plot the metrics of one or more runs"
 
@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> None:
 
     workdirs = [Workdir(path) for path in args.workdir]
     runs = read_runs(workdirs)
-    folder = Path(args.output) if args.output else workdirs[0].figures
-    for figure in draw_run_plots(runs, folder, read_expert_counts(workdirs)):
-        print(figure)
+    output = as_path(args.output) if args.output else workdirs[0].location / "figures"
+    with staged_folder(output) as folder:
+        figures = draw_run_plots(runs, folder, read_expert_counts(workdirs))
+    for figure in figures:
+        print(output / figure.relative_to(folder))
     if len(runs) == 2 and common_sources(*runs.values()):
         print("", speedup_table(compare_sources(*runs.values()), *args.workdir), sep="\n")

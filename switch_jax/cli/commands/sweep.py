@@ -6,6 +6,7 @@ from pathlib import Path
 
 from switch_jax.cli.arguments import add_workdir, path
 from switch_jax.errors import UserError
+from switch_jax.files import is_bucket
 
 HELP = "train the runs of a sweep, and write tables and figures of their results"
 
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
     import_matplotlib()  # reports a missing Matplotlib before anything is trained
     jax.config.update("jax_platforms", "cpu")  # in this process; accelerators are for the runs
+    if is_bucket(args.workdir):
+        raise UserError("A sweep needs locks, which a bucket has not; name a folder on a disk.")
     made, folder = load_sweep(args.config).but(args.overrides), Path(args.workdir)
     jobs = sweep_jobs(made, folder)
     prepare_sweep(jobs, folder)

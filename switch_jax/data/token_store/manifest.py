@@ -9,7 +9,7 @@ from typing import Any, Literal
 from switch_jax.config import build_dataclass, read_json
 from switch_jax.data.sources.source import SPLITS, Split
 from switch_jax.errors import UserError
-from switch_jax.files import write_atomically
+from switch_jax.files import as_path, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 5
@@ -70,7 +70,7 @@ class Manifest:
 
 def is_store(directory: str | Path) -> bool:
     """Whether a folder is a complete store."""
-    return Path(directory, MANIFEST).is_file()
+    return (as_path(directory) / MANIFEST).is_file()
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

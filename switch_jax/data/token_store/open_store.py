@@ -11,7 +11,7 @@ from switch_jax.data.token_store.manifest import FORMAT, damaged, is_store
 from switch_jax.data.token_store.store import TokenStore
 from switch_jax.data.vocabulary import VOCABULARY_FILE, Vocabulary
 from switch_jax.errors import UserError
-from switch_jax.files import build_once, cache_root
+from switch_jax.files import as_path, build_once, cache_root, fetch
 
 # Bytes of text: the most for which a store is built on first use, and the least for which it is
 # built with several processes.
@@ -26,12 +26,12 @@ def open_store(data: DataConfig, vocabulary: Vocabulary) -> TokenStore:
     large to build a store automatically.
     """
     if data.data_dir is not None and is_store(data.data_dir):
-        directory = Path(data.data_dir)
+        directory = fetch(data.data_dir)
     else:
         directory = _cached_store(data, vocabulary)
     store = TokenStore(directory)
     if store.vocabulary_fingerprint != vocabulary.fingerprint:
-        if Path(vocabulary.name) == directory / VOCABULARY_FILE:
+        if as_path(vocabulary.name) == as_path(data.data_dir or directory) / VOCABULARY_FILE:
             raise damaged(directory / VOCABULARY_FILE)
         raise UserError(
             f"The text in {str(directory)!r} was packed with another vocabulary than"
