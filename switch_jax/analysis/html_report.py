@@ -15,13 +15,15 @@ from switch_jax.errors import printable
 def html_page(title: str, body: str, style: str = "") -> str:
     """Returns a page with the colours and fonts of all reports, light and dark.
 
+    Its tables can be sorted by each column, and filtered.
+
     Args:
       title: plain text.
       body: HTML.
       style: more CSS, after the common rules.
     """
     head = _HEAD.format(title=html.escape(title), style=_STYLE + style)
-    return f"{head}{body.strip()}\n</html>\n"
+    return f"{head}{body.strip()}\n<script>\n{_SCRIPT.read_text()}</script>\n</html>\n"
 
 
 def html_table(kind: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -64,6 +66,7 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"^(\d*)([-+=.)])(?!\w)", r"\1\\\2", line)  # else a list or a heading may begin
 
 
+_SCRIPT = Path(__file__).with_name("report_tables.js")
 _HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -99,5 +102,16 @@ thead th {
   font-size: .8rem; font-weight: 600; box-shadow: inset 0 -1px var(--line);
 }
 th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; }
+thead th[tabindex] { cursor: pointer; }
+th[aria-sort=ascending]::after { content: " ▲"; }
+th[aria-sort=descending]::after { content: " ▼"; }
+input {
+  margin: 1rem 0 .5rem; padding: .3rem .6rem; border: 1px solid var(--line);
+  border-radius: .3rem; background: var(--page); color: var(--text); font: inherit;
+}
+@media (max-width: 50rem) {
+  body { padding: 0 1rem; }
+  table { display: block; overflow-x: auto; }
+}
 tbody tr { border-bottom: 1px solid var(--line); }
 """

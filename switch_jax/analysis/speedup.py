@@ -84,7 +84,8 @@ def speedup_table(comparison: Comparison, baseline: str, ours: str) -> str:
     """Returns the comparison as a table of aligned text.
 
     Args:
-      baseline, ours: names of the runs.
+      baseline: name of the first run.
+      ours: name of the second run.
     """
     statistics_json = comparison_to_json(comparison)
     rows = {**comparison.sources, "whole mixture": comparison.mixture}

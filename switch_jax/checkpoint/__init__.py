@@ -18,6 +18,7 @@ from switch_jax.checkpoint.metrics_log import (
     has_diverged,
     last_logged_step,
     read_metrics,
+    sort_key,
 )
 from switch_jax.checkpoint.model_differences import check_special_ids, model_differences
 from switch_jax.checkpoint.pretrained import PretrainedModel, find_pretrained, load
@@ -61,6 +62,7 @@ __all__ = [
     "read_t5x",
     "render_transfer",
     "restore_params",
+    "sort_key",
     "upcycle_dense_model",
     "write_workdir",
 ]

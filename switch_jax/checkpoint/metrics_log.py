@@ -1,4 +1,4 @@
-"""Metrics of a run in metrics.jsonl: writing and reading them.
+"""Metrics of a run in metrics.jsonl: writing, reading and comparing them.
 
 A line of metrics.jsonl is a JSON object: `step`, `split`, `time`, and metrics that are numbers or
 null. A line that is anything else is damaged: it is left out and reported. So is a line whose step
@@ -17,7 +17,8 @@ from typing import Any
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.files import write_atomically
 
-QUALITY = "neg_log_perplexity"  # metric that runs are compared by, in nats per target token
+QUALITY = "neg_log_perplexity"
+"""Metric that runs are compared by, in nats per target token."""
 _SPLITS = ("train", "eval")
 _TAIL_BYTES = 2**18  # read at the end of metrics.jsonl; a line of metrics is much shorter
 
@@ -121,6 +122,14 @@ def has_diverged(workdir: Workdir) -> bool:
     if line is None or line["split"] != "train" or "skipped_steps" in line:
         return False
     return any(line.get(name, 0.0) is None for name in ("loss", "grad_norm", "param_norm"))
+
+
+def sort_key(metric: str, metrics: Mapping[str, Any]) -> float:
+    """Returns a number that is higher for a better value of `metric`; -inf where it is missing."""
+    value = metrics.get(metric)
+    if value is None or not math.isfinite(value):
+        return -math.inf
+    return -value if metric.endswith(("cross_entropy", "invalid")) else value
 
 
 def _read_lines(workdir: Workdir) -> tuple[list[dict[str, Any]], list[int]]:

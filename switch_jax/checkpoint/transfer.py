@@ -27,10 +27,12 @@ from switch_jax.errors import UserError
 from switch_jax.model import LayerSlice, is_adapter, layer_shapes, layer_slices
 
 Shape = tuple[int, ...]
+"""Shape of an array."""
 Shapes = Mapping[str, Shape]
+"""Shapes of parameters, by path."""
 
-# Axis of the vocabulary, along which a parameter may grow: existing ids keep their embeddings.
 VOCABULARY_AXES = {"embedding": 0, "head": 1}
+"""Axis of the vocabulary, along which a parameter may grow: existing ids keep their embeddings."""
 
 
 # Last part of a parameter's name, or a part before it, and the key that makes a model have it.

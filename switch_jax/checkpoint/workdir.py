@@ -28,7 +28,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -57,6 +57,21 @@ from switch_jax.files import (
 _CHECKPOINTS = "checkpoints"
 _LEFT_IN_BUCKET = (_CHECKPOINTS, "tensorboard", "figures", "experts", "predictions", "profile")
 _MAX_STEP = 2**31 - 1
+
+
+class RunRecord(NamedTuple):
+    """Origin of a run; None for what is not recorded.
+
+    config_digest: BLAKE2b of the config, 32 hexadecimal digits.
+    version: of switch_jax.
+    git_revision: of the checkout of switch_jax.
+    devices: description of the devices that train the run.
+    """
+
+    config_digest: str
+    version: str | None
+    git_revision: str | None
+    devices: str | None
 
 
 class Workdir:
@@ -107,10 +122,15 @@ class Workdir:
             where = "" if str(self.path) in str(error) else f"{self.config_file}: "
             raise UserError(f"{where}{error}") from error
 
-    def devices(self) -> str | None:
-        """Returns the description of the devices that train the run; raises like `config`."""
-        devices = self._content().get("devices")
-        return devices if isinstance(devices, str) else None
+    def record(self) -> RunRecord:
+        """Returns what config.json has recorded of the run; raises like `config`."""
+        content = self._content()
+        config = json.dumps(content["config"], sort_keys=True).encode()
+        digest = hashlib.blake2b(config, digest_size=16).hexdigest()
+        versions = content.get("versions")
+        version = versions.get("switch_jax") if isinstance(versions, dict) else None
+        texts = (version, content.get("git_revision"), content.get("devices"))
+        return RunRecord(digest, *(text if isinstance(text, str) else None for text in texts))
 
     def _content(self) -> dict[str, Any]:
         """Returns config.json, with a `config` that is an object."""

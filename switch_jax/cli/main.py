@@ -73,7 +73,7 @@ def _is_one_of_several() -> bool:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = _parser()
+    parser = make_parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for the completions of its command line
         from switch_jax.cli.completion import complete
 
@@ -162,7 +162,8 @@ def _split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     return overrides, rest
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all verbs."""
     parser = Parser(
         prog="switch-jax",
         description="Pretrain, fine-tune, distil and analyse Switch Transformers.",

@@ -10,9 +10,10 @@ from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
 STACKS = ("encoder", "decoder")
+"""Names of the two stacks of layers."""
 
-# Longest rows for which `model.attention=fused` has kernels.
 MAX_FUSED_LENGTH = 2048
+"""Longest rows, in tokens, for which `model.attention=fused` has kernels."""
 
 # checkpoint: the run's checkpoints no longer fit, so the run cannot be continued.
 # results: the run can be continued, but its numbers are those of two configurations.

@@ -26,6 +26,7 @@ from switch_jax.data.counter_rng import random_bits
 from switch_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+"""Arrays of the rows of a process by T5X's feature names, each [rows, length]."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,10 +29,11 @@ from switch_jax.files import as_path
 PAD, EOS, UNK = 0, 1, 2  # of vocabularies that are trained here, and of bytes; as T5's
 NUM_SENTINELS = 100  # behind the pieces of a vocabulary whose file has none
 VOCABULARY_FILE = "vocabulary.model"  # in a WORKDIR and in a token store
-# In a Hugging Face folder; the first that exists is used.
 HUGGING_FACE_VOCABULARY_FILES = ("spiece.model", "tokenizer.json")
-# Vocabularies of bytes: values of `data.vocabulary` and contents of their files.
-BYTES, BYT5 = "bytes", "byt5"
+"""Vocabulary files of a Hugging Face folder; the first that exists is used."""
+BYTES = "bytes"  # as BYT5
+BYT5 = "byt5"
+"""Vocabulary of bytes as in ByT5: value of `data.vocabulary`, and content of its file."""
 _SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,8})>")
 
 

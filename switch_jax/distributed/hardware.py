@@ -34,7 +34,8 @@ class Chip:
         return self.link_rate if on_one_host else self.slice_rate or self.link_rate
 
 
-GPUS_PER_HOST = 8  # that NVLink connects
+GPUS_PER_HOST = 8
+"""GPUs of a host, which NVLink connects."""
 _MAX_DEVICES = 2**20  # of a described machine
 
 
@@ -72,6 +73,8 @@ CHIPS = {
     "NVIDIA B200": Chip(2250e12, 8000e9, 900e9, slice_rate=50e9, memory=_gib(192 / 1.074)),
     "NVIDIA GB200": Chip(2500e12, 8000e9, 900e9),
 }
+"""Published rates and memory of accelerators, by `jax.Device.device_kind`."""
+
 # Other names of the same devices.
 CHIPS |= {
     "TPU v5e": CHIPS["TPU v5 lite"],
@@ -79,7 +82,6 @@ CHIPS |= {
     "TPU v6e": CHIPS["TPU v6 lite"],
 }
 
-# Name in `--topology` → `jax.Device.device_kind`.
 TOPOLOGY_KINDS = {
     "v4": "TPU v4",
     "v5e": "TPU v5 lite",
@@ -90,6 +92,7 @@ TOPOLOGY_KINDS = {
     "h200": "NVIDIA H200",
     "b200": "NVIDIA B200",
 }
+"""`jax.Device.device_kind` by the name in `--topology`."""
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 from switch_jax.distributed.collectives import no_mesh
 
 MESH_AXES = ("slice", "data", "expert", "model")
+"""Axes of the mesh, in the order of its devices."""
 BATCH_AXES = ("slice", "data", "expert")
+"""Axes of the mesh over which the rows of a batch are split."""
 
 # Logical axis → mesh axis or axes; None: not split. `fsdp`: `data` if mesh.fsdp is set, else None.
 LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {

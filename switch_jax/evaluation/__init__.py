@@ -1,6 +1,6 @@
 """Quality of parameters: validation loss and scores of fine-tuning tasks."""
 
-from switch_jax.evaluation.metric_names import check_metric, sort_key
+from switch_jax.evaluation.metric_names import check_metric
 from switch_jax.evaluation.task_scores import TaskScorer, scores_table
 from switch_jax.evaluation.validation_loss import (
     ValidationBatches,
@@ -18,6 +18,5 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoint",
     "scores_table",
-    "sort_key",
     "validation_batches",
 ]

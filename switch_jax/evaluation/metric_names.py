@@ -1,9 +1,7 @@
-"""Names of evaluation metrics, and the order of their values from worse to better."""
+"""Names of evaluation metrics."""
 
 import difflib
-import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from switch_jax.errors import UserError
 
@@ -26,11 +24,3 @@ def check_metric(metric: str, sources: Collection[str], task_metrics: Sequence[s
         close = difflib.get_close_matches(metric, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}."
         raise UserError(f"There is no metric {metric!r} for train.keep_best; {hint}")
-
-
-def sort_key(metric: str, metrics: Mapping[str, Any]) -> float:
-    """Returns a number that is higher for a better value of `metric`; -inf where it is missing."""
-    value = metrics.get(metric)
-    if value is None or not math.isfinite(value):
-        return -math.inf
-    return -value if metric.endswith(("cross_entropy", "invalid")) else value

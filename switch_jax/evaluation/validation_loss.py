@@ -25,7 +25,8 @@ from switch_jax.evaluation.metric_names import SOURCE_METRICS, TOKEN_METRICS
 from switch_jax.evaluation.task_scores import TaskScorer
 from switch_jax.model import ShardedModel, process_rows, router_metrics
 
-ValidationBatches = Mapping[str, Sequence[Batch]]  # by source
+ValidationBatches = Mapping[str, Sequence[Batch]]
+"""Validation batches of each source, by its name."""
 
 
 def evaluate(

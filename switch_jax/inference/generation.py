@@ -54,8 +54,8 @@ def generate(
       model: as from `switch_jax.load`; on a mesh with that mesh in context (`jax.set_mesh`).
       encoder_input_tokens: [B, S] int32, `model.pad_id` is padding.
       max_length: maximum number of tokens to generate.
-      beam_size, length_penalty, num_return, temperature, top_k, top_p, seed: see
-        `SamplingOptions`.
+
+    The other arguments are those of `SamplingOptions`.
 
     Returns [B, max_length] int32, tokens up to and including EOS, then padding; with `num_return`
     above 1 [B, num_return, max_length], the best beam first. The result for an input does not
@@ -237,7 +237,8 @@ def make_decode_step(
 
     Args:
       model: its decoder is used.
-      encoded_BxSxD, mask_BxS: from `encode_inputs`.
+      encoded_BxSxD: states of the inputs, from `encode_inputs`.
+      mask_BxS: which of them are real tokens, from `encode_inputs`.
       length: maximum number of tokens of a sequence.
       num_sequences: sequences of each input, side by side along `CACHE_SEQUENCE_AXIS`.
     """

@@ -23,7 +23,8 @@ from switch_jax.model import (
 # Keys and values of a block run, each [blocks, layers of a block, rows, positions, H, K] in the
 # activation dtype.
 KeysValues = tuple[jax.Array, jax.Array]
-CACHE_SEQUENCE_AXIS = 2  # axis of the N sequences in the arrays of self-attention
+CACHE_SEQUENCE_AXIS = 2
+"""Axis of the N sequences in the arrays of self-attention."""
 
 
 class KVCache(NamedTuple):

@@ -25,12 +25,12 @@ from switch_jax.distributed import peak_flops
 from switch_jax.model.layers import ParameterKind
 from switch_jax.model.parameters import abstract_model, named_parameters, parameter_metadata
 
-# Figure → its convention, as users see it.
 CONVENTIONS = {
     "flops_per_sequence": "paper: forward, scores once, no router, no padding",
     "flops_per_sequence_computed": "computed: forward, every matmul, all expert slots",
     "train_flops_per_step": "3 x computed + a teacher's, global batch",
 }
+"""Convention of each number of FLOPs, as users see it."""
 
 # Groups of `params_by_group` in the order of display; {stack} is "encoder" or "decoder".
 _GROUP_OF_KIND: dict[ParameterKind, str] = {

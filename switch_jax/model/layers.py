@@ -27,11 +27,11 @@ ParameterKind = Literal[
     "norm",
 ]
 
-# Kinds of parameters that compute in float32, whatever the activation dtype. Routers compute in
-# `moe.router_dtype`.
 FLOAT32_KINDS: frozenset[ParameterKind] = frozenset(
     {"norm", "relative_bias", "router", "router_bias"}
 )
+"""Kinds of parameters that compute in float32, whatever the activation dtype. Routers compute in
+`moe.router_dtype`."""
 
 # One random key per row [B], or None: deterministic.
 RowKeys = jax.Array | None

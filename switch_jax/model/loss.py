@@ -25,8 +25,8 @@ from switch_jax.distributed import (
 from switch_jax.model.moe.router import RouterStats
 from switch_jax.model.transformer import RouterStatsByStack, routed_mask, token_masks
 
-# Logits above this size are computed in chunks of tokens.
 LOGITS_BYTES = 2**29
+"""Logits above this size in bytes are computed in chunks of tokens."""
 
 
 class LossDenominators(NamedTuple):

@@ -18,8 +18,8 @@ from switch_jax.config import STACKS, Config
 from switch_jax.model.layers import ParameterKind
 from switch_jax.model.transformer import SwitchTransformer
 
-# Logical axes along which a parameter is a stack of independent matrices.
 BATCH_DIMS = ("layers", "expert")
+"""Logical axes along which a parameter is a stack of independent matrices."""
 
 # Stack, run, place of the layer in its block, and the rest of the path.
 _STACKED = re.compile(r"(\w+)/runs/(\d+)/layers/(\d+)/(.+)")

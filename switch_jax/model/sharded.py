@@ -28,6 +28,7 @@ from switch_jax.model.transformer import (
 )
 
 Batch = Mapping[str, jax.Array]
+"""Arrays of a global batch by T5X's feature names, each [rows, length]."""
 
 
 class ShardedModel:

@@ -41,8 +41,8 @@ from switch_jax.model.token_ids import check_token_ids
 # layers.
 RoutingBySublayer = dict[str, RoutingResult]
 
-# Router statistics by "<stack>/<sub-layer>": leaves have a leading axis of sparse layers.
 RouterStatsByStack = dict[str, RouterStats]
+"""Router statistics by "<stack>/<sub-layer>"; leaves have a leading axis of sparse layers."""
 
 
 class Layer(nnx.Module):

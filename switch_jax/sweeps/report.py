@@ -233,6 +233,7 @@ img { display: block; width: 44rem; margin: 1rem 0; border-radius: .3rem; backgr
 table { margin: 1rem 0; }
 thead th { font-weight: normal; }
 th, td { padding: .4rem .7rem; text-align: right; }
+tbody td { white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 td:first-child { font-weight: 600; }
 """

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from switch_jax.checkpoint import QUALITY, Workdir, read_metrics
+from switch_jax.checkpoint import QUALITY, Workdir, read_metrics, sort_key
 from switch_jax.config import Config
 from switch_jax.errors import UserError
-from switch_jax.evaluation import sort_key
 from switch_jax.model import flops_per_sequence, params_by_group
 
 _LAST_ROUTER_LINES = 4  # lines of metrics.jsonl over which `RunResult.dropped` is a mean
@@ -88,7 +87,7 @@ def read_result(workdir: Workdir, step_flops: float, *, diverged: bool = False) 
         tokens_per_step=train[-1]["tokens"] / train[-1]["step"] if train else 0.0,
         step_seconds=statistics.median(seconds) if seconds else None,
         dropped=statistics.fmean(last_dropped) if last_dropped else None,
-        devices=workdir.devices(),
+        devices=workdir.record().devices,
         diverged=diverged,
     )
 

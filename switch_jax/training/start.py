@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from switch_jax.checkpoint import Checkpointer, Workdir
+from switch_jax.checkpoint import Checkpointer, Workdir, sort_key
 from switch_jax.config import Config, MeshConfig
 from switch_jax.data import Batch, BatchIterator, open_batches, open_vocabulary
 from switch_jax.distributed import all_gather_int, fail_together, make_mesh
@@ -18,7 +18,6 @@ from switch_jax.evaluation import (
     TaskScorer,
     ValidationBatches,
     check_metric,
-    sort_key,
     validation_batches,
 )
 from switch_jax.model import process_rows

@@ -155,7 +155,8 @@ def test_export_writes_the_imported_tokenizer_and_other_files(converted, tmp_pat
     assert main(["convert", "to-hf", str(converted), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "spiece.model").read_bytes() == vocabulary()
     written = {file.name for file in (tmp_path / "out").iterdir()}
-    assert written == {"config.json", "model.safetensors", "spiece.model", "tokenizer_config.json"}
+    weights_and_card = {"config.json", "model.safetensors", "README.md"}
+    assert written == weights_and_card | {"spiece.model", "tokenizer_config.json"}
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused_by_every_verb(converted, tmp_path, capsys):

@@ -1,154 +1,202 @@
-"""The commands of docs/data.md and docs/finetune.md, in order, with tiny models and data."""
+"""Every command of README.md and docs/ runs, with tiny models and data, or it is known why not."""
 
+import argparse
 import json
 import re
-import shlex
 import shutil
 import subprocess
-from pathlib import Path
+import zipfile
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from switch_jax.cli import main
+from switch_jax.cli.main import make_parser
+from switch_jax.config import describe_groups, describe_keys
 from switch_jax.data.sources.python_text import python_documents
 from switch_jax.data.vocabulary_builder import train_vocabulary
-from tests.support import corpora, published_files
-from tests.support.configs import TINY_MODEL
+from tests.support import corpora, published_files, t5x
+from tests.support.documented_commands import PAGES, ROOTS, blocks, commands, run
 from tests.support.paths import ROOT
 
 pytest.importorskip("tensorflow_datasets")
 datasets = pytest.importorskip("datasets")
 
-MODEL = {**TINY_MODEL, "model.vocab_size": 1024, "moe.every": 2, "moe.group_size": 32}
-TRAIN = {
-    "data.inputs_length": 32,
-    "data.targets_length": 14,
-    "data.batch_size": 4,
-    "train.steps": 2,
-    "train.log_every": 1,
-    "train.eval_every": 2,
-    "train.eval_batches": 1,
-    "train.checkpoint_every": 2,
-    "train.accumulate": 1,
-    "mesh.data": 1,
+# Commands that are not run here: their beginning, and why.
+LEFT_OUT = {
+    "pip install": "needs a package index",
+    "source .venv/bin/activate": "changes the shell",
+    "bash scripts/test.sh": "runs all tests",
+    "bash scripts/quickstart.sh": "trains for minutes; test_notebook.py runs its verbs",
+    "bash scripts/launch/": "test_launchers.py runs it with --dry-run",
+    "gcloud": "needs an account",
+    "switch-jax bench": "measures for minutes; test_benchmark.py",
+    "switch-jax compile": "needs a compiler of the extra `tpu` or `cuda-compile`",
+    "python scripts/bench/": "measures for minutes; test_scripts.py",
+    "taskset -c 0 python scripts/bench/": "measures for minutes",
+    "python scripts/campaigns/run.py": "takes hours; test_campaigns.py",
+    "python scripts/data/": "reads all installed packages; test_scripts.py",
+    "python scripts/docs/results.py": "needs a finished sweep; test_scripts.py",
+    ".venv/bin/python scripts/docs/finetune_mini.py": "trains three models of the quickstart",
 }
-# Root folders of the pages' commands; here they are folders of the test.
-ROOTS = ("/data", "/text", "/books", "/mine", "/downloads")
-TOO_LONG = {
-    ".venv/bin/python scripts/docs/finetune_mini.py": "trains three models of the quickstart"
-}
 
 
-def commands(page):
-    """Returns the command lines of a page's code blocks."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").split("\n")]
-    starts = ("switch-jax ", "for ", "unzip ", ".venv/bin/python ")
-    return [line.strip() for line in lines if line.startswith(starts)]
+FILES = {"train.lock", "model.safetensors"}  # files whose names look like keys
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Current folder with `configs/`, and the folders that the commands name."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SWITCH_JAX_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+def left_out(command):
+    return command.startswith(tuple(LEFT_OUT))
+
+
+PAGES_TO_RUN = [page for page in PAGES if not all(map(left_out, commands(page)))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with `configs/` and the data, models and runs that commands name."""
+    folder = tmp_path_factory.mktemp("world")
+    shutil.copytree(ROOT / "configs", folder / "configs")
     for root in ROOTS:
-        (tmp_path / root[1:]).mkdir()
-    return tmp_path
-
-
-def run(command, folder):
-    """Runs a command of a page with tiny settings; its paths are below `folder`."""
-    for root in ROOTS:
-        command = re.sub(rf"(?<![\w./]){root}(?=/|\s|$)", str(folder / root[1:]), command)
-    if not command.startswith("switch-jax "):
-        subprocess.run(["bash", "-c", command], check=True)
-        return
-    verb, *arguments = shlex.split(command)[1:]
-    given = {a.partition("=")[0].removeprefix("--config.") for a in arguments if "--config." in a}
-    if "--config" in arguments:
-        tiny = TRAIN if "init_from" in given else MODEL | TRAIN
-        tiny = {key: value for key, value in tiny.items() if key not in given}
-        arguments += [f"--config.{key}={value}" for key, value in tiny.items()]
-    assert main([verb, *arguments]) == 0, command
-
-
-def texts(start, count):
-    return [document.text for document in python_documents()][start : start + count]
-
-
-def write_lines(path, field, texts):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
-
-
-@pytest.mark.parametrize("page", ["data.md", "finetune.md"])
-def test_the_pages_have_commands(page):
-    found = commands(page)
-    assert len(found) > 8 and set(found) - set(TOO_LONG)
-
-
-def test_commands_of_the_data_page(folder):
+        (folder / root[1:]).mkdir()
     for root in ("data", "data/c4"):  # a page names each
         corpora.write_tfds(folder / root, "en", "3.0.1", corpora.c4())
     corpora.write_tfds(folder / "data/mc4", "multilingual", "3.1.0", corpora.mc4())
     for name in ("t5", "mt5"):
         (folder / "data" / name).mkdir()
-        train_vocabulary(texts(0, 20), folder / "data" / name / "sentencepiece.model", 1024)
-    write_lines(folder / "text" / "a.jsonl", "text", texts(0, 20))
+        train_vocabulary(texts(20), folder / "data" / name / "sentencepiece.model", 1024)
+    write_lines(folder / "text" / "a.jsonl", [{"text": text} for text in texts(20)])
     subprocess.run(["gzip", str(folder / "text" / "a.jsonl")], check=True)
-    books = datasets.Dataset.from_dict({"body": texts(0, 20)})
-    books.save_to_disk(folder / "books")
-    for command in commands("data.md"):
-        if command.startswith("switch-jax plot"):  # draws a run that no command makes
-            shutil.copytree(folder / "runs" / "mswitch", folder / "runs" / "mt5_base")
-            command = command.replace("mswitch_base", "mswitch")
-        run(command, folder)
-    runs = sorted(path.name for path in (folder / "runs").iterdir())
-    assert runs == ["base64", "books", "mine", "mswitch", "mt5_base", "packed64", "ul2"]
-
-
-def test_commands_of_the_finetuning_page(folder):
-    rng = np.random.default_rng(0)
-    published = folder / "published"
-    for archive, names in (
-        ("glue", published_files.GLUE),
-        ("combined", published_files.SUPER_GLUE.keys() - {"super_glue.dpr"}),
-    ):
-        for name in names:
-            published_files.write_archive(published / archive, name)
-    for part in (published / "glue").iterdir():
-        zip_folder(folder / "downloads" / "glue" / f"{part.name}.zip", part)
-    zip_folder(folder / "downloads" / "combined.zip", *(published / "combined").iterdir())
-    # What the page says is not in the zip.
-    published_files.write_archive(folder / "data" / "tasks", "super_glue.dpr")
-    write_lines(folder / "text" / "a.jsonl", "text", texts(0, 20))
-    base = "switch-jax train --config configs/switch_base.py --workdir runs/base64"
-    base += " --config.data.reader=store --config.data.mixture=/text/a.jsonl"
-    run(base, folder)
+    datasets.Dataset.from_dict({"body": texts(20)}).save_to_disk(folder / "books")
     for split in ("train", "validation"):
-        pairs = [
-            json.dumps({"inputs": str(n), "targets": str(n + 1)}) for n in rng.integers(0, 99, 9)
-        ]
-        (folder / "mine" / f"{split}.jsonl").write_text("\n".join(pairs))
-    Path("articles.txt").write_text("summarize: A short article.\n")
-    Path("articles.jsonl").write_text('{"text": "summarize: A short article."}\n')
-    # The page shows how to fine-tune on GLUE before it says how to get its files.
-    found = [command for command in commands("finetune.md") if command not in TOO_LONG]
-    found.sort(key=lambda command: not command.startswith(("for ", "unzip ")))
+        pairs = [{"inputs": f"{n} + 1 =", "targets": str(n + 1)} for n in range(9)]
+        write_lines(folder / "mine" / f"{split}.jsonl", pairs)
+    (folder / "articles.txt").write_text("summarize: A short article.\n")
+    write_lines(folder / "articles.jsonl", [{"text": "summarize: A short article."}])
+    write_tasks(folder)
+    t5x.write_legacy(
+        folder / "t5x" / "checkpoint_500100",
+        t5x.t5x_arrays(t5x.random_model("switch", **{"model.vocab_size": 1024})),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """The world with a sparse and a dense run in `trained/`, and the sparse one as exported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        patch.setenv("SWITCH_JAX_CACHE", str(world / "cache"))
+        for name, preset in (("sparse", "switch_base:num_experts=4"), ("dense", "t5_base")):
+            train = f"switch-jax train --config {preset}"
+            text = "--config.data.reader=store --config.data.mixture=/text/a.jsonl.gz"
+            run(f"{train} --workdir trained/{name} {text}", world, patch)
+        assert main(["convert", "to-hf", "trained/sparse", "models/switch-base-8"]) == 0
+    return world
+
+
+@pytest.fixture
+def folder(trained, tmp_path, monkeypatch):
+    """A copy of the world, which is the current folder."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SWITCH_JAX_CACHE", str(trained / "cache"))
+    return tmp_path
+
+
+def texts(count):
+    return [document.text for document in python_documents()][:count]
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_tasks(folder):
+    """Writes the zips of GLUE and SuperGLUE, and what SuperGLUE's does not have."""
+    published = folder / "published"
+    for name in published_files.GLUE:
+        published_files.write_archive(published / "glue", name)
+    for name in published_files.SUPER_GLUE.keys() - {"super_glue.dpr"}:
+        published_files.write_archive(published / "combined", name)
+    (folder / "downloads" / "glue").mkdir()
+    for part in (published / "glue").iterdir():
+        zip_folders(folder / "downloads" / "glue" / f"{part.name}.zip", [part])
+    zip_folders(folder / "downloads" / "combined.zip", (published / "combined").iterdir())
+    published_files.write_archive(folder / "data" / "tasks", "super_glue.dpr")
+
+
+def zip_folders(path, folders):
+    with zipfile.ZipFile(path, "w") as archive:
+        for root in folders:
+            for file in root.rglob("*"):
+                archive.write(file, file.relative_to(root.parent))
+
+
+def runs_from_before(found):
+    """Returns the runs that are used before any of the commands writes them."""
+    output = r"(?:(?:train|sweep) .*?--workdir|--output|convert \S+ \S+) (runs/[\w-]+)"
+    is_used_first = {}
     for command in found:
-        if "generate" in command:  # runs that no command of the page makes
-            for name in ("xsum", "quickstart"):
-                shutil.copytree(folder / "runs/glue", folder / "runs" / name, dirs_exist_ok=True)
-        run(command, folder)
-    scores = folder / "runs" / "superglue" / "metrics.jsonl"
-    assert "average" in json.loads(scores.read_text().splitlines()[-1])
+        written = re.findall(output, command)
+        for name in re.findall(r"runs/[\w-]+", command):
+            is_used_first.setdefault(name, name not in written)
+    return [name for name, used_first in is_used_first.items() if used_first]
 
 
-def zip_folder(path, *entries):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = [entry.name for entry in entries]
-    command = ["python3", "-m", "zipfile", "-c", str(path), *names]
-    subprocess.run(command, check=True, cwd=entries[0].parent)
+@pytest.mark.parametrize("page", PAGES_TO_RUN)
+def test_commands_of_the_page(page, folder, monkeypatch):
+    found = [command for command in dict.fromkeys(commands(page)) if not left_out(command)]
+    for name in runs_from_before(found):
+        kind = "dense" if name == "runs/dense" else "sparse"
+        shutil.copytree(folder / "trained" / kind, folder / name)
+    if not any("unzip" in command for command in found):
+        for archive in folder.glob("downloads/**/*.zip"):
+            zipfile.ZipFile(archive).extractall(folder / "data" / "tasks")
+    mixtures = {} if page == "docs/finetune.md" else {"data.mixture": "glue.rte"}
+    # A page may show how to train on files before it says how to get them.
+    for command in sorted(found, key=lambda command: "unzip" not in command):
+        run(command, folder, monkeypatch, **(mixtures if "finetune.py" in command else {}))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_of_the_page(page, folder):
+    shutil.copytree(folder / "trained" / "sparse", folder / "runs" / "quickstart")
+    tokens = np.ones((2, 8), np.int32)
+    names = {"encoder_input_tokens": tokens, "decoder_input_tokens": tokens}
+    for block in blocks(page, "python"):
+        exec(block.replace('"/models/', f'"{folder}/models/'), names)
+    assert isinstance(names["model"], nnx.Module)
+
+
+def test_every_reason_is_that_of_a_command():
+    every = [command for page in PAGES for command in commands(page)]
+    assert len(every) > 60
+    assert not [start for start in LEFT_OUT if not any(c.startswith(start) for c in every)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_inline_commands_have_verbs_and_options_that_exist(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for command in re.findall(r"`(?:[A-Z_]+=\S+ )?switch-jax ([^`]+)`", text):
+        parser, words = make_parser(), command.split()
+        assert words[0] in {*verbs_of(parser), "VERB", "--version"}, command
+        while words and words[0] in (verbs := verbs_of(parser)):
+            parser = verbs[words.pop(0)]
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        known = {option for action in parser._actions for option in action.option_strings}
+        assert {o for o in options if not o.startswith("--config.")} <= known, command
+
+
+def verbs_of(parser):
+    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return groups[0].choices if groups else {}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_that_a_page_names_exist(page):
+    keys, groups = describe_keys(), "|".join(name for name in describe_groups() if name)
+    named = re.findall(
+        rf"(?:`|config\.)((?:{groups})\.[a-z]\w*)(?=[`=\s])", (ROOT / page).read_text()
+    )
+    assert not set(named) - set(keys) - FILES

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from switch_jax.cli.commands import train
-from switch_jax.cli.main import _parser, _split_overrides
+from switch_jax.cli.main import _split_overrides, make_parser
 from switch_jax.config.load import load_config
 from switch_jax.distributed.mesh import check_mesh, resolve_mesh
 from tests.support.paths import ROOT
@@ -120,7 +120,7 @@ def train_arguments(on_host):
         start = words.index("train")
         assert words[start - 1].endswith("switch-jax")
         overrides, rest = _split_overrides(words[start:])
-        args = _parser().parse_args(rest)
+        args = make_parser().parse_args(rest)
         args.overrides = overrides
         return args
 

@@ -11,6 +11,7 @@ import pytest
 
 from switch_jax.analysis.run_plots import draw_run_plots, read_runs, score_metrics
 from switch_jax.checkpoint.checkpointer import Checkpointer
+from switch_jax.checkpoint.metrics_log import sort_key
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.cli.main import main
 from switch_jax.config.load import override_config
@@ -20,7 +21,6 @@ from switch_jax.data.finetuning.task import custom_task
 from switch_jax.data.finetuning.tasks import TASKS
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.errors import UserError
-from switch_jax.evaluation.metric_names import sort_key
 from switch_jax.evaluation.task_predictions import Predictor
 from switch_jax.evaluation.task_scores import TaskScorer, _score_task, scores_table
 from switch_jax.evaluation.validation_loss import evaluate, evaluate_checkpoint, validation_batches

@@ -21,17 +21,25 @@ from switch_jax.checkpoint.interop.hf_config_keys import CONFIG, GENERATION_CONF
 from switch_jax.checkpoint.interop.hf_import import (
     COMPANION_FOLDER,
     DTYPE_RECORD,
+    TOKENIZER_CONFIG,
     UNUSED_FILE,
 )
 from switch_jax.checkpoint.interop.hf_names import ALIASES, HEAD, SHARED, name_table
 from switch_jax.checkpoint.interop.hf_tensors import DTYPES, INDEX, import_safetensors
+from switch_jax.checkpoint.interop.model_card import CARD, ExportedModel, model_card
 from switch_jax.checkpoint.pretrained import PretrainedModel, find_pretrained
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config import Config, check_value, parse_json, read_json
-from switch_jax.data import hugging_face_file_name, parse_vocabulary
+from switch_jax.data import (
+    HUGGING_FACE_VOCABULARY_FILES,
+    hugging_face_file_name,
+    parse_vocabulary,
+)
 from switch_jax.errors import UserError
 from switch_jax.files import create_folder, path_within
+from switch_jax.model import params_by_group
 
+_TOKENIZER_FILES = (*HUGGING_FACE_VOCABULARY_FILES, TOKENIZER_CONFIG)
 _DtypeName = Literal["F32", "F16", "BF16"]  # the keys of `DTYPES`
 FILE_BYTES = 4 * 10**9  # largest size of a weights file, and of the tensors kept in memory
 
@@ -48,7 +56,8 @@ class _Source(NamedTuple):
 def export_hugging_face(path: str | Path, output: Path) -> tuple[str, ...]:
     """Writes a checkpoint as a Hugging Face folder, and returns notes for the user.
 
-    A model imported from Hugging Face keeps its tensor names, dtypes and tokenizer. After an error
+    A model imported from Hugging Face keeps its tensor names, dtypes and tokenizer. The folder has
+    a model card of what the run has recorded (`model_card.py`). After an error
     nothing is left of `output`.
 
     Args:
@@ -67,6 +76,14 @@ def export_hugging_face(path: str | Path, output: Path) -> tuple[str, ...]:
             ids = special_ids_to_hugging_face(model.config)
             _replace_values(partial / GENERATION_CONFIG, ids)
         (partial / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+        exported = ExportedModel(
+            model.config,
+            step=int(checkpoint.name),
+            num_parameters=sum(params_by_group(model.config).values()),
+            hugging_face=raw,
+            has_tokenizer=not source.companions.keys().isdisjoint(_TOKENIZER_FILES),
+        )
+        (partial / CARD).write_text(model_card(workdir, exported))
         tensors = itertools.chain(_tensors(model, source), source.unused.items())
         _write_tensors(tensors, partial)
     return _notes(model.config)

@@ -69,3 +69,4 @@ _MIXTURES = (
     _mixture("closed_book", *["natural_questions web_questions trivia_qa"] * 2),
 )
 MIXTURES: Mapping[str, TaskMixture] = {mixture.name: mixture for mixture in _MIXTURES}
+"""Mixtures of fine-tuning tasks, by name."""

@@ -22,8 +22,9 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from switch_jax.distributed import MESH_AXES, mesh_platform, no_mesh, pvary
 from switch_jax.model.moe.expert_selection import expert_counts, position_in_expert
 
-# Rows of a block: a multiple of what matrix units need, and few enough to waste little.
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 8, 256
+MIN_BLOCK_ROWS = 8
+"""Fewest rows of a block: matrix units need a multiple of it."""
+_MAX_BLOCK_ROWS = 256  # few enough to waste little
 
 
 class Blocks(NamedTuple):
@@ -70,7 +71,7 @@ def size_lower_bound(size: int) -> int:
 def block_rows(assignments: int, num_experts: int) -> int:
     """Rows of a block: about the mean load of an expert, rounded up to a power of two."""
     mean = max(assignments // num_experts, 1)
-    return min(max(2 ** math.ceil(math.log2(mean)), MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
+    return min(max(2 ** math.ceil(math.log2(mean)), MIN_BLOCK_ROWS), _MAX_BLOCK_ROWS)
 
 
 @jax.custom_vjp
