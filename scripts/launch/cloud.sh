@@ -13,7 +13,7 @@ bundle=runs/launch/switch_jax.bundle
 secret=runs/switch_jax.env # not beside the bundle, whose folder becomes part of an image
 unpack='git -c advice.detachedHead=false clone --quiet switch_jax.bundle switch_jax'
 
-[[ $workdir == /* ]] \
+[[ $workdir == /* || $workdir == gs://* ]] \
   || fail "all hosts must see --workdir: give gs://BUCKET/PATH, or a path on a disk that they all mount."
 [[ "${train[*]}" != *$'\n'* ]] || fail "no argument may have a line break."
 
@@ -68,6 +68,6 @@ on_tpu_vms() {
   run gcloud compute tpus "$kind" ssh "$name" "$@" --command="$idle"
   run gcloud compute tpus "$kind" scp "$bundle" "$secret" "$name:" "$@"
   run gcloud compute tpus "$kind" ssh "$name" "$@" \
-    --command="rm -rf switch_jax && $unpack && bash switch_jax/scripts/launch/tpu_host.sh $(quoted "$bucket")"
+    --command="rm -rf switch_jax && $unpack && bash switch_jax/scripts/launch/tpu_host.sh"
   run gcloud compute tpus "$kind" ssh "$name" "$@" --command="$start $(quoted_twice "${train[@]}")"
 }

@@ -20,11 +20,10 @@ usage() {
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$launcher"
 }
 
-# gs://BUCKET/PATH as WORKDIR becomes /mnt/BUCKET/PATH, and `bucket` is what is to be mounted there.
 parse() {
   local required="config workdir $1" optional=$2 option
   shift 2
-  dry_run='' bucket='' train=()
+  dry_run='' train=()
   while [ $# -gt 0 ]; do
     case $1 in
       --dry-run) dry_run=yes ;;
@@ -58,9 +57,6 @@ parse() {
     [ -n "${!option:-}" ] || fail "give --$option, as in: $(usage | sed -n 's/^  *\(bash .*\)/\1/p')"
   done
   [ -f "${config%%:*}" ] || fail "config ${config%%:*} does not exist in this checkout."
-  if [[ $workdir == gs://* ]]; then
-    workdir=${workdir#gs://} && bucket=${workdir%%/*} && workdir=/mnt/$workdir
-  fi
   train=(train --config "$config" --workdir "$workdir" ${train[@]+"${train[@]}"})
 }
 

@@ -28,13 +28,9 @@ train+=(--config.mesh.slice="$slices")
 place=(--cluster="$cluster" --zone="$zone" ${project:+--project="$project"})
 pack
 make_secret
-# A storage has the name of its bucket. XPK leaves one that is there as it is; the size is a formality.
-[ -z "$bucket" ] || run xpk storage attach "$bucket" "${place[@]}" --type=gcsfuse --size=1 \
-  --mount-point="/mnt/$bucket" --readonly=false --auto-mount=false \
-  --mount-options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
 # XPK restarts what exits with 143 or another code from 127. `exec`: its SIGTERM must reach Python.
 run xpk workload create --workload="$name" "${place[@]}" --tpu-type="$type" --num-slices="$slices" \
-  --base-docker-image="$image" --script-dir="$(dirname "$bundle")" ${bucket:+--storage="$bucket"} \
+  --base-docker-image="$image" --script-dir="$(dirname "$bundle")" \
   --env-file="$secret" \
   --max-restarts="$restarts" --termination-grace-period-seconds=600 \
-  --command="$unpack && cd switch_jax && pip install --quiet --editable '.[tpu]' && exec switch-jax $(quoted_twice "${train[@]}")"
+  --command="$unpack && cd switch_jax && pip install --quiet --editable '.[tpu,buckets]' && exec switch-jax $(quoted_twice "${train[@]}")"

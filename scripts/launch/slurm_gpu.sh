@@ -26,7 +26,7 @@ minutes() {
 
 name=switch-jax time=24:00:00 gpus_per_node=8
 parse nodes "gpus_per_node time name partition account" "$@"
-[ -z "$bucket" ] || fail "--workdir must be a folder that the nodes share, not a bucket."
+[[ $workdir != *://* ]] || fail "--workdir must be a folder that the nodes share, where Slurm writes its log."
 check_count nodes 1
 check_count gpus_per_node 0
 [[ $time =~ ^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$ ]] \

@@ -24,7 +24,8 @@ from switch_jax.files.atomic import build_once, create_folder_atomically
 from switch_jax.files.lock import hold_lock
 from switch_jax.files.paths import cache_root, expand_user, is_bucket
 
-COMMIT_FILE = "commit_success.txt"  # Orbax writes it into a complete checkpoint in a bucket
+COMMIT_FILE = "commit_success.txt"
+"""Name of the file that Orbax writes into a checkpoint in a bucket when it is complete."""
 _COMPLETING = (COMMIT_FILE, "manifest.json", "config.json")  # uploaded last, and removed first
 _ERROR_PACKAGES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
 _ADVICE = "check its name, your credentials and the network"
