@@ -93,9 +93,10 @@ class Workdir:
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.trackers_file = self.path / "trackers.json"
-        # Orbax writes to gs:// and not to s3://.
-        in_bucket = os.fspath(self.location).startswith("gs://")
-        self.checkpoints = (self.location if in_bucket else self.path) / _CHECKPOINTS
+        # Orbax writes to gs:// itself, and not to s3://.
+        self._copies_checkpoints = os.fspath(self.location).startswith("s3://")
+        parent = self.path if self._copies_checkpoints else self.location
+        self.checkpoints = parent / _CHECKPOINTS
         self.figures = self.path / "figures"
         self.experts = self.path / "experts"
         self.predictions = self.path / "predictions"
@@ -114,12 +115,13 @@ class Workdir:
         recorded = content.get("vocabulary_digest")  # absent in WORKDIRs of older versions
         if recorded is not None and self.vocabulary.is_file() and self._digest() != recorded:
             raise UserError(
-                f"{self.vocabulary} is not the file that the run was trained with; restore it."
+                f"{self._shown(self.vocabulary)} is not the file that the run was trained with;"
+                " restore it."
             )
         try:
             return config_from_dict(content["config"])
         except UserError as error:
-            where = "" if str(self.path) in str(error) else f"{self.config_file}: "
+            where = "" if str(self.path) in str(error) else f"{self._shown(self.config_file)}: "
             raise UserError(f"{where}{error}") from error
 
     def record(self) -> RunRecord:
@@ -147,8 +149,8 @@ class Workdir:
             )
         if not (isinstance(content, dict) and isinstance(content.get("config"), dict)):
             raise UserError(
-                f"{self.config_file} has no `config` as `switch-jax train` writes it; restore it or"
-                " use another WORKDIR."
+                f"{self._shown(self.config_file)} has no `config` as `switch-jax train` writes it;"
+                " restore it or use another WORKDIR."
             )
         return content
 
@@ -157,7 +159,7 @@ class Workdir:
 
         So it does in several processes for a folder in s3://.
         """
-        if jax.process_count() > 1 and self._copy is not None and self.checkpoints_are_copied:
+        if jax.process_count() > 1 and self._copies_checkpoints:
             raise UserError(
                 f"{self.location} takes the checkpoints of one process only; name a folder in gs://"
                 " or on a disk that all processes see."
@@ -183,7 +185,7 @@ class Workdir:
         if self.vocabulary.exists() and content != self.vocabulary.read_bytes():
             raise UserError(
                 f"{self.location} was trained with another vocabulary; set"
-                f" data.vocabulary={self.vocabulary}, or use another --workdir."
+                f" data.vocabulary={self._shown(self.vocabulary)}, or use another --workdir."
             )
 
     def has_checkpoints(self) -> bool:
@@ -197,16 +199,11 @@ class Workdir:
     def open_checkpoint(self, step: int) -> Path:
         """Returns the folder of a checkpoint, from which it can be read."""
         folder = self.checkpoints / str(step)
-        if self._copy is not None and self.checkpoints_are_copied and not folder.exists():
+        if self._copy is not None and self._copies_checkpoints and not folder.exists():
             name = f"{_CHECKPOINTS}/{step}"
             files = list_files(self.location / name)
             self._copy.download([f"{name}/{file}" for file in files])
         return folder
-
-    @property
-    def checkpoints_are_copied(self) -> bool:
-        """Whether the checkpoints of a WORKDIR in a bucket are read and written in the copy."""
-        return self.location != self.path and not is_bucket(self.checkpoints)
 
     def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and holds its lock: only one process may train in it at a time.
@@ -224,13 +221,17 @@ class Workdir:
         task = f"trains in {self.location}"
         with copy.held(self.lock_file.name, task, lambda: self._upload(copy)):
             copy.download(list_files(self.location, _LEFT_IN_BUCKET))  # another process's changes
-            if self.checkpoints_are_copied:
-                complete = set(map(str, self.steps()))
-                files = list_files(self.location / _CHECKPOINTS)
-                partial = [name for name in files if name.partition("/")[0] not in complete]
-                remove(self.location / _CHECKPOINTS, partial)
-                copy.download([f"{_CHECKPOINTS}/{name}" for name in files.keys() - set(partial)])
+            if self._copies_checkpoints:
+                self._download_checkpoints(copy)
             yield
+
+    def _download_checkpoints(self, copy: SyncedFolder) -> None:
+        """Downloads the complete checkpoints, and removes what a killed process left of others."""
+        complete, folder = set(self.steps()), self.location / _CHECKPOINTS
+        files = [name for name in list_files(folder) if is_step(name.partition("/")[0])]
+        whole = [name for name in files if int(name.partition("/")[0]) in complete]
+        remove(folder, set(files) - set(whole))
+        copy.download([f"{_CHECKPOINTS}/{name}" for name in whole])
 
     def upload(self) -> None:
         """Uploads what has changed in the copy of a WORKDIR in a bucket.
@@ -247,7 +248,7 @@ class Workdir:
                 self._upload(self._copy)
 
     def _upload(self, copy: SyncedFolder) -> None:
-        steps = step_numbers(self.checkpoints) if self.checkpoints_are_copied else []
+        steps = step_numbers(self.checkpoints) if self._copies_checkpoints else []
         copy.upload(
             lambda name: "orbax-checkpoint-tmp" not in name,
             complete=[f"{_CHECKPOINTS}/{step}" for step in steps],
@@ -279,6 +280,10 @@ class Workdir:
                 "devices": devices,
             }
             write_atomically(self.config_file, (json.dumps(content, indent=2) + "\n").encode())
+
+    def _shown(self, file: Path) -> Path:
+        """Returns the path of a file in the folder as the user knows it."""
+        return self.location / file.name
 
     def _digest(self) -> str:
         return hashlib.blake2b(self.vocabulary.read_bytes(), digest_size=16).hexdigest()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from switch_jax.checkpoint.metrics_log import QUALITY, read_metrics, sort_key
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.config import Config
+from switch_jax.files import absolute_path
 from switch_jax.model import format_si
 
 CARD = "README.md"
@@ -45,7 +46,7 @@ def model_card(workdir: Workdir, model: ExportedModel) -> str:
     lines = [line for line in read_metrics(workdir) if line["step"] <= model.step]
     evaluations = [line for line in lines if line["split"] == "eval"]
     last = evaluations[-1] if evaluations else {}
-    name = workdir.path.absolute().name
+    name = absolute_path(workdir.location).name
     parts = [
         _front_matter(name, model, last),
         f"# {_plain(name)}",
