@@ -127,6 +127,7 @@ def test_an_interrupted_output_is_resumed(bucket):
 def test_a_synchronised_folder_uploads_changes_and_removals(bucket, tmp_path):
     upload(write_files(tmp_path / "local"), bucket / "synced", FILES)
     synced = SyncedFolder(bucket / "synced", skip=["deep"])
+    assert synced.folder.name == "synced"
     assert read_files(synced.folder).keys() == FILES.keys() - {"deep/er/config.json"}
     (synced.folder / "a.txt").write_bytes(b"changed")
     (synced.folder / ODD / "b[1].txt").unlink()

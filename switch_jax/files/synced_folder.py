@@ -41,7 +41,8 @@ class SyncedFolder:
 
     def __init__(self, path: Path, skip: Collection[str] = ()):
         self.path = path
-        self.folder = scratch_folder(cache_root() / "buckets")
+        self.folder = scratch_folder(cache_root() / "buckets") / path.name  # which names the run
+        self.folder.mkdir()
         self._uploaded: dict[str, object] = {}  # size and modification time by path below `folder`
         self._uploading = threading.Lock()
         self._is_reported = False  # that the bucket cannot be reached
