@@ -250,7 +250,7 @@ def test_names_are_text_and_never_markup(tmp_path):
         shown = {html.unescape(text).lstrip("\u200b") for text in texts}
         assert shown >= {*STRANGE[:-1], r"f\x1b[2J"}
     page = (tmp_path / "index.html").read_text()
-    assert "<script" not in page
+    assert page.count("<script") == 1 and page.index("<script") > page.rindex("</table>")
     cells = re.findall("<td>(.*?)</td>", page)
     assert {html.unescape(cell) for cell in cells} >= {*STRANGE[:-1], r"f\x1b[2J"}
 
