@@ -97,8 +97,8 @@ class Workdir:
         self._copies_checkpoints = os.fspath(self.location).startswith("s3://")
         parent = self.path if self._copies_checkpoints else self.location
         self.checkpoints = parent / _CHECKPOINTS
-        self.figures = self.path / "figures"
-        self.experts = self.path / "experts"
+        self.figures = self.location / "figures"
+        self.experts = self.location / "experts"
         self.predictions = self.path / "predictions"
         self.profile = self.path / "profile"
         self.lock_file = self.path / "train.lock"

@@ -15,7 +15,6 @@ from switch_jax.files import as_path
 from tests.support import runs
 from tests.support.buckets import reachable_bucket
 
-TIMED_METRICS = {"time", "tokens_per_second", "step_seconds", "data_wait_fraction"}
 STEPS = 90  # of the config in `runs`
 
 
@@ -71,14 +70,6 @@ def own_lines(err):
     return [line for line in err.splitlines() if "GOOGLE_AUTH_TOKEN_FOR_TESTING" not in line]
 
 
-def metrics(content):
-    """Returns the lines of metrics.jsonl without measured times."""
-    return [
-        {k: v for k, v in line.items() if k not in TIMED_METRICS and not k.startswith("goodput/")}
-        for line in map(json.loads, content.splitlines())
-    ]
-
-
 def test_a_pack_in_a_bucket_has_the_bytes_of_one_on_a_disk(bucket, workdir, local):
     files = [path for path in (local / "store").rglob("*") if path.is_file()]
     assert len(files) > 5
@@ -95,7 +86,8 @@ def test_a_run_killed_and_continued_equals_an_uninterrupted_one_to_the_bit(workd
         runs.checkpoint_parameters(local / "run", STEPS),
     )
     stored = as_path(workdir) / "metrics.jsonl"
-    assert metrics(stored.read_text()) == metrics((local / "run" / "metrics.jsonl").read_text())
+    expected = (local / "run" / "metrics.jsonl").read_text()
+    assert runs.untimed_metrics(stored.read_text()) == runs.untimed_metrics(expected)
     assert not (as_path(workdir) / "train.lock").exists()
 
 

@@ -1,6 +1,5 @@
 """Interrupted, finished, damaged and refused training runs."""
 
-import json
 import shutil
 import signal
 
@@ -10,8 +9,6 @@ from switch_jax.checkpoint import Workdir
 from switch_jax.cli import main
 from switch_jax.errors import UserError
 from tests.support import runs
-
-TIMED_METRICS = {"time", "tokens_per_second", "step_seconds", "data_wait_fraction"}
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +27,7 @@ def finished(config, tmp_path_factory):
 
 def metrics(workdir):
     """Returns the lines of metrics.jsonl without measured times."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in TIMED_METRICS and not k.startswith("goodput/")}
-        for line in lines
-    ]
+    return runs.untimed_metrics((workdir / "metrics.jsonl").read_text())
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one_to_the_bit(config, finished, tmp_path):

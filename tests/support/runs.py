@@ -23,6 +23,8 @@ from switch_jax.data.vocabulary_builder import train_vocabulary
 from switch_jax.distributed.mesh import make_mesh
 from switch_jax.training.step import TrainProgram
 
+TIMED_METRICS = {"time", "tokens_per_second", "step_seconds", "data_wait_fraction"}
+
 CONFIG = """
 from switch_jax.config import defaults
 
@@ -132,6 +134,14 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
+
+
+def untimed_metrics(content: str) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl without measured times."""
+    return [
+        {k: v for k, v in line.items() if k not in TIMED_METRICS and not k.startswith("goodput/")}
+        for line in map(json.loads, content.splitlines())
+    ]
 
 
 def losses(workdir: Path) -> dict[int, float]:

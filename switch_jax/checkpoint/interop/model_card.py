@@ -26,7 +26,7 @@ _DESCRIPTIONS = {
 
 
 class ExportedModel(NamedTuple):
-    """What a card says of the files beside it.
+    """Facts of an exported model, for its card.
 
     step: number of train steps of the checkpoint; 0 for one that was converted.
     num_parameters: parameters, adapters merged.

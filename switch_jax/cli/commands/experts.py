@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     analysis = analyse_experts(workdir, folder, config, text)
     if jax.process_index():
         return
-    output = as_path(args.output) if args.output else workdir.location / "experts"
+    output = as_path(args.output) if args.output else workdir.experts
     with staged_folder(output) as report:
         written = [
             output / file.relative_to(report) for file in write_expert_report(analysis, report)

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     workdirs = [Workdir(path) for path in args.workdir]
     runs = read_runs(workdirs)
-    output = as_path(args.output) if args.output else workdirs[0].location / "figures"
+    output = as_path(args.output) if args.output else workdirs[0].figures
     with staged_folder(output) as folder:
         figures = draw_run_plots(runs, folder, read_expert_counts(workdirs))
     for figure in figures:
