@@ -16,7 +16,7 @@ from switch_jax.files import (
     staged_folder,
     synced_folder,
 )
-from switch_jax.files.buckets import COMMIT_FILE, download, remove, upload
+from switch_jax.files.buckets import COMMIT_FILE, download, read_text, remove, upload
 from tests.support.buckets import reachable_bucket
 from tests.support.paths import ODD_NAME
 
@@ -142,7 +142,7 @@ def test_a_synchronised_folder_uploads_changes_and_removals(bucket, tmp_path):
 
 
 def test_a_lock_is_refused_while_its_holder_runs_and_taken_after_a_kill(bucket, monkeypatch):
-    for name, seconds in (("UPLOAD", 0.2), ("_SILENCE", 2.0), ("_POLL", 0.1)):
+    for name, seconds in (("UPLOAD", 0.2), ("_SILENCE", 5.0), ("_POLL", 0.1)):
         monkeypatch.setattr(synced_folder, f"{name}_SECONDS", seconds)
     first, second = (SyncedFolder(bucket / "locked") for _ in range(2))
     uploads = threading.Event()
@@ -154,6 +154,28 @@ def test_a_lock_is_refused_while_its_holder_runs_and_taken_after_a_kill(bucket, 
     (bucket / "locked" / "lock").write_text("Process 1 on a host that was killed, 5")
     with second.held("lock", "trains here", lambda: None):
         assert "that was killed" not in (bucket / "locked" / "lock").read_text()
+
+
+def test_a_file_that_is_replaced_again_and_again_is_read_whole(bucket):
+    file = bucket / "replaced.txt"
+    assert read_text(file) == ""
+    file.write_text("0" * 50)
+    stop = threading.Event()
+
+    def replace():
+        while not stop.is_set():
+            for digit in "123":
+                file.write_text(digit * 50)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        contents = [read_text(file) for _ in range(200)]
+    finally:
+        stop.set()
+        thread.join()
+    assert {len(set(content)) for content in contents} == {1}
+    assert len(set(contents)) > 1
 
 
 def test_errors_are_sentences(bucket, monkeypatch, capsys):

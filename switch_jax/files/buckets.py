@@ -108,6 +108,19 @@ def download(path: Path, folder: Path, names: Collection[str]) -> None:
             _file_system(path).get(sources, [str(target) for target in targets])
 
 
+def read_text(path: Path) -> str:
+    """Returns the content of a small file in a bucket, read in one request; "" if there is none.
+
+    With several requests, as `path.read_text()` makes, a file that is replaced between them cannot
+    be read. Raises `UserError` where the bucket cannot be read.
+    """
+    with _explaining_errors(path):
+        try:
+            return _file_system(path).cat_file(os.fspath(path)).decode()
+        except FileNotFoundError:
+            return ""
+
+
 def upload(folder: Path, path: Path, names: Collection[str]) -> None:
     """Copies files of a local folder into a folder in a bucket, those that complete it last."""
     with _explaining_errors(path):

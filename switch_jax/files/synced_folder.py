@@ -18,6 +18,7 @@ from switch_jax.files.buckets import (
     download,
     list_files,
     local_files,
+    read_text,
     remove,
     upload,
 )
@@ -142,13 +143,13 @@ class _Heartbeat:
 
         Raises `UserError` where another process holds the lock.
         """
-        before = self._read()
+        before = read_text(self._file)
         silent_since = time.monotonic()
         while before and time.monotonic() - silent_since < _SILENCE_SECONDS:
             if silent_since + _POLL_SECONDS > time.monotonic():
                 print(f"Waiting for the lock {self._file} …", file=sys.stderr, flush=True)
             time.sleep(_POLL_SECONDS)
-            now = self._read()
+            now = read_text(self._file)
             if now and now != before:
                 raise UserError(
                     f"{now.partition(', ')[0]} {task}; wait until it ends, or stop it, or choose"
@@ -157,7 +158,7 @@ class _Heartbeat:
             before = now
         self.beat()
         time.sleep(_POLL_SECONDS)  # another process may have taken it at the same moment
-        if self._id not in self._read():
+        if self._id not in read_text(self._file):
             raise UserError(f"Another process {task}; choose another folder.")
 
     def beat(self) -> None:
@@ -167,9 +168,3 @@ class _Heartbeat:
     def release(self) -> None:
         """Removes the lock."""
         self._file.unlink(missing_ok=True)
-
-    def _read(self) -> str:
-        try:
-            return self._file.read_text()
-        except FileNotFoundError:
-            return ""
