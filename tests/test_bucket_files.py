@@ -8,9 +8,12 @@ import pytest
 from switch_jax.errors import UserError
 from switch_jax.files import (
     SyncedFolder,
+    adding_files,
     as_path,
+    bucket_lock,
     create_folder,
     fetch,
+    file_names,
     list_files,
     staged_file,
     staged_folder,
@@ -115,6 +118,23 @@ def test_outputs_appear_when_they_are_complete(bucket):
             again.__enter__()
 
 
+def test_files_are_added_to_a_folder_when_they_are_complete(bucket, tmp_path):
+    for target in (bucket / "grows", tmp_path / "grows"):
+        with adding_files(target) as folder:
+            (folder / "a.txt").write_bytes(b"a")
+        with pytest.raises(ValueError), adding_files(target) as folder:
+            (folder / "b.txt").write_bytes(b"b")
+            raise ValueError
+        with adding_files(target) as folder, adding_files(target) as other:
+            (folder / "a.txt").write_bytes(b"again")
+            (other / "a.txt").write_bytes(b"again")
+            assert (target / "a.txt").read_bytes() == b"a"
+        assert file_names(target) == {"a.txt"} == {path.name for path in target.iterdir()}
+        assert (target / "a.txt").read_bytes() == b"again"
+        remove(target, ["a.txt"])
+        assert file_names(target) == set()
+
+
 def test_an_interrupted_output_is_resumed(bucket):
     with pytest.raises(ValueError), staged_file(bucket / "x.txt", resume=True) as file:
         file.write_bytes(b"begun")
@@ -142,8 +162,9 @@ def test_a_synchronised_folder_uploads_changes_and_removals(bucket, tmp_path):
 
 
 def test_a_lock_is_refused_while_its_holder_runs_and_taken_after_a_kill(bucket, monkeypatch):
-    for name, seconds in (("UPLOAD", 0.2), ("_SILENCE", 5.0), ("_POLL", 0.1)):
-        monkeypatch.setattr(synced_folder, f"{name}_SECONDS", seconds)
+    monkeypatch.setattr(synced_folder, "_UPLOAD_SECONDS", 0.2)
+    for name, seconds in (("BEAT", 0.2), ("SILENCE", 5.0), ("POLL", 0.1)):
+        monkeypatch.setattr(bucket_lock, f"_{name}_SECONDS", seconds)
     first, second = (SyncedFolder(bucket / "locked") for _ in range(2))
     uploads = threading.Event()
     with first.held("lock", "trains here", uploads.set):

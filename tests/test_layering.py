@@ -27,7 +27,15 @@ ORDER = (
 LEVEL = {wing: level for level, wings in enumerate(ORDER) for wing in wings}
 # Of the extras in setup.cfg.
 OPTIONAL = (
-    *("datasets", "google_crc32c", "importlib_resources", "matplotlib", "mlflow", "pyarrow"),
+    *(
+        "apache_beam",
+        "datasets",
+        "google_crc32c",
+        "importlib_resources",
+        "matplotlib",
+        "mlflow",
+        "pyarrow",
+    ),
     *("rouge_score", "safetensors", "seqio", "tensorflow_datasets", "trackio", "wandb"),
     "zstandard",
 )

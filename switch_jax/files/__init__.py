@@ -2,12 +2,16 @@
 
 from switch_jax.files.appended import append_lines
 from switch_jax.files.atomic import build_once, write_atomically
+from switch_jax.files.bucket_lock import hold_bucket_lock
 from switch_jax.files.buckets import (
     COMMIT_FILE,
+    adding_files,
     as_path,
     create_folder,
+    download,
     explain_bucket_error,
     fetch,
+    file_names,
     folder_bytes,
     list_files,
     remove,
@@ -24,17 +28,21 @@ __all__ = [
     "COMMIT_FILE",
     "SyncedFolder",
     "absolute_path",
+    "adding_files",
     "append_lines",
     "as_path",
     "build_once",
     "cache_root",
     "check_expansion",
     "create_folder",
+    "download",
     "explain_bucket_error",
     "explain_os_error",
     "fetch",
+    "file_names",
     "folder_bytes",
     "folder_size",
+    "hold_bucket_lock",
     "hold_lock",
     "is_bucket",
     "list_files",

@@ -14,8 +14,10 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 from etils import epath
@@ -31,6 +33,7 @@ _COMPLETING = (COMMIT_FILE, "manifest.json", "config.json")  # uploaded last, an
 _ERROR_MODULES = ("aiobotocore.", "aiohttp.", "botocore.", "gcsfs.", "google.auth.", "s3fs.")
 _ADVICE = "check its name, your credentials and the network"
 _REPORTED_BYTES = 2**28  # of a download
+_REQUESTS = 16  # at a time, of what fsspec does one by one
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 
 # TensorFlow's client, which `epath` prefers where TensorFlow is installed, reads no s3://.
@@ -87,6 +90,11 @@ def list_files(path: Path, skip: Collection[str] = ()) -> dict[str, RemoteFile]:
         return found
 
 
+def file_names(path: Path) -> set[str]:
+    """Returns the paths of the files below a folder on a disk or in a bucket."""
+    return set(list_files(path)) if is_bucket(path) else set(local_files(path))
+
+
 def folder_bytes(path: Path) -> int:
     """Returns the bytes of all files in a folder in a bucket."""
     return sum(file.size for file in list_files(path).values())
@@ -139,11 +147,16 @@ def commit(path: Path, names: Collection[str]) -> None:
 
 
 def remove(path: Path, names: Collection[str]) -> None:
-    """Removes files of a folder in a bucket, those that complete it first."""
-    with _explaining_errors(path):
+    """Removes files of a folder on a disk or in a bucket, those that complete it first."""
+    if not is_bucket(path):
+        for name in names:
+            (path / name).unlink(missing_ok=True)
+        return
+    with _explaining_errors(path), ThreadPoolExecutor(_REQUESTS) as pool:
         system = _file_system(path)
-        for name in sorted(names, key=lambda name: (not is_completing(name), name)):
-            system.rm_file(os.path.join(path, name))
+        for completing in (True, False):
+            chosen = [name for name in names if is_completing(name) == completing]
+            list(pool.map(system.rm_file, [os.path.join(path, name) for name in chosen]))
 
 
 def is_completing(name: str) -> bool:
@@ -179,29 +192,30 @@ def fetch(path: str | os.PathLike) -> Path:
 
 
 @contextmanager
-def staged_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
+def staged_folder(path: Path) -> Iterator[Path]:
     """Yields the folder to fill in place of a folder that may be in a bucket.
 
     It is `path` itself on a disk. For a bucket it is a folder in the cache, which is uploaded at
     the end and removed; after an exception nothing is uploaded.
-
-    Args:
-      resume: the folder in the cache begins with what a call that failed left in it, and is kept if
-        this call fails.
 
     Raises `UserError` where another process fills the same folder of a bucket.
     """
     if not is_bucket(path):
         yield path
         return
-    with _staging(path, resume) as folder:
+    with _staging(path, resume=False) as folder:
         yield folder
         upload(folder, path, local_files(folder))
 
 
 @contextmanager
 def staged_file(path: Path, *, resume: bool = False) -> Iterator[Path]:
-    """Does for a file what `staged_folder` does for a folder."""
+    """Does for a file what `staged_folder` does for a folder.
+
+    Args:
+      resume: the file begins with what a call that failed left in the cache, and is kept there if
+        this call fails.
+    """
     if not is_bucket(path):
         yield path
         return
@@ -222,6 +236,25 @@ def _staging(path: Path, resume: bool) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         yield folder
         shutil.rmtree(folder)
+
+
+@contextmanager
+def adding_files(path: Path) -> Iterator[Path]:
+    """Yields an empty folder on the local disk; its files are moved into folder `path` at the end.
+
+    Each file appears there whole, on a disk or in a bucket, and replaces one of the same name.
+    After an exception none does. Several processes may add the same files at the same time.
+    """
+    if is_bucket(path):
+        with TemporaryDirectory(prefix="switch_jax-") as folder:
+            yield Path(folder)
+            upload(Path(folder), path, local_files(Path(folder)))
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", suffix=".partial", dir=path) as folder:
+        yield Path(folder)
+        for name in local_files(Path(folder)):
+            os.replace(os.path.join(folder, name), path / name)
 
 
 @contextmanager

@@ -1,32 +1,26 @@
 """Local copy of a folder in a bucket, which one process changes and uploads again and again."""
 
-import os
-import socket
 import sys
 import threading
-import time
-import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from switch_jax.errors import UserError
 from switch_jax.files.atomic import scratch_folder
+from switch_jax.files.bucket_lock import hold_bucket_lock, repeating
 from switch_jax.files.buckets import (
     COMMIT_FILE,
     commit,
     download,
     list_files,
     local_files,
-    read_text,
     remove,
     upload,
 )
 from switch_jax.files.paths import cache_root
 
-UPLOAD_SECONDS = 10.0  # between two uploads; a killed process loses the changes of this time
-_SILENCE_SECONDS = 2 * UPLOAD_SECONDS  # after which the holder of a lock counts as killed
-_POLL_SECONDS = 1.0
+_UPLOAD_SECONDS = 10.0  # between two uploads; a killed process loses the changes of this time
 
 
 class SyncedFolder:
@@ -94,77 +88,21 @@ class SyncedFolder:
     def held(self, lock: str, task: str, upload: Callable[[], None]) -> Iterator[None]:
         """Holds the folder's lock, and uploads every 10 seconds and at the end.
 
-        The lock is a file in the bucket, which its holder writes again and again: where it stays
-        the same for 20 seconds, its holder was killed, and another process takes it.
-
         Args:
-          lock: name of the file.
+          lock: name of the file, for `hold_bucket_lock`.
           task: what the holder does, for the message: "trains in gs://bucket/run".
           upload: calls `SyncedFolder.upload`. Its errors are raised at the end only.
 
         Raises `UserError` where another process holds the lock.
         """
-        heartbeat = _Heartbeat(self.path / lock)
-        heartbeat.take(task)
-        stop = threading.Event()
-        thread = threading.Thread(
-            target=self._repeat, args=(stop, heartbeat, upload), name="uploads", daemon=True
-        )
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            try:
-                upload()
-            finally:
-                heartbeat.release()
 
-    def _repeat(
-        self, stop: threading.Event, heartbeat: "_Heartbeat", upload: Callable[[], None]
-    ) -> None:
-        while not stop.wait(UPLOAD_SECONDS):
+        def try_to_upload() -> None:
             with self.reporting_errors():
-                heartbeat.beat()
                 upload()
 
-
-class _Heartbeat:
-    """A lock file in a bucket, whose content its holder changes as long as it runs."""
-
-    def __init__(self, file: Path):
-        self._file = file
-        self._holder = f"Process {os.getpid()} on {socket.gethostname()}"
-        self._id = uuid.uuid4().hex
-
-    def take(self, task: str) -> None:
-        """Takes the lock; waits until its holder shows that it runs, or has been silent.
-
-        Raises `UserError` where another process holds the lock.
-        """
-        before = read_text(self._file)
-        silent_since = time.monotonic()
-        while before and time.monotonic() - silent_since < _SILENCE_SECONDS:
-            if silent_since + _POLL_SECONDS > time.monotonic():
-                print(f"Waiting for the lock {self._file} …", file=sys.stderr, flush=True)
-            time.sleep(_POLL_SECONDS)
-            now = read_text(self._file)
-            if now and now != before:
-                raise UserError(
-                    f"{now.partition(', ')[0]} {task}; wait until it ends, or stop it, or choose"
-                    " another folder."
-                )
-            before = now
-        self.beat()
-        time.sleep(_POLL_SECONDS)  # another process may have taken it at the same moment
-        if self._id not in read_text(self._file):
-            raise UserError(f"Another process {task}; choose another folder.")
-
-    def beat(self) -> None:
-        """Shows that the holder runs."""
-        self._file.write_text(f"{self._holder}, {self._id} at {time.time():.0f}\n")
-
-    def release(self) -> None:
-        """Removes the lock."""
-        self._file.unlink(missing_ok=True)
+        with hold_bucket_lock(self.path / lock, task):
+            try:
+                with repeating(_UPLOAD_SECONDS, try_to_upload, "uploads"):
+                    yield
+            finally:
+                upload()

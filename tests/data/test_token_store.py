@@ -100,9 +100,9 @@ STALLING = """
 import sys, time
 from switch_jax.cli import main
 from switch_jax.data.sources import source
-from switch_jax.data.token_store import build
+from switch_jax.data.token_store import workers
 
-def stalling(task, action, real=build._tokenise_shard, done=[]):
+def stalling(task, action, real=workers.write_shard, done=[]):
     if len(done) == 2:
         time.sleep(600)
     done.append(task)
@@ -110,7 +110,7 @@ def stalling(task, action, real=build._tokenise_shard, done=[]):
 
 source._SHARD_BYTES = 1
 if sys.argv.pop(1) == "stall":
-    build._tokenise_shard = stalling
+    workers.write_shard = stalling
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -13,11 +13,7 @@ from switch_jax.distributed.cluster import Launch
 from switch_jax.distributed.rendezvous import wait_for_processes
 from switch_jax.distributed.rendezvous_messages import sign
 from switch_jax.errors import UserError
-
-
-def free_port():
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
+from tests.support.ports import free_port
 
 
 class Rendezvous:

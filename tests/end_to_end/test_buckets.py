@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import socket
 import time
 
 import pytest
@@ -14,6 +13,7 @@ from switch_jax.data import read_vocabulary
 from switch_jax.files import as_path
 from tests.support import runs
 from tests.support.buckets import reachable_bucket
+from tests.support.ports import free_port
 
 STEPS = 90  # of the config in `runs`
 
@@ -166,9 +166,7 @@ def test_two_processes_train_in_a_bucket_of_google(bucket, local):
     flags = ["--config.mesh.expert=2", "--config.mesh.data=1", "--config.train.steps=16"]
     command = ("train", "--config", local / "tiny.py", "--workdir", url, *flags)
     environment = {"XLA_FLAGS": runs.xla_flags(1)}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     started = [
         runs.start(
             *command,

@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 import signal
-import socket
 import time
 
 import jax
@@ -21,6 +20,7 @@ from switch_jax.training.step import TrainProgram
 from tests.support import goldens, runs
 from tests.support import tasks as miniature
 from tests.support.paths import ODD_NAME
+from tests.support.ports import free_port
 
 # `switch-jax` where process 1 cannot read checkpoint `step` and the other processes can.
 UNREADABLE = """
@@ -45,17 +45,6 @@ def config(tmp_path_factory):
     return runs.write_config(folder, runs.make_store(folder))
 
 
-def free_port(first=0, last=0):
-    for port in range(first, last + 1):
-        with socket.socket() as free:
-            try:
-                free.bind(("localhost", port))
-            except OSError:
-                continue
-            return free.getsockname()[1]
-    raise AssertionError("no free port")
-
-
 def launches_by_flags(count):
     """Returns flags and environment variables of each process."""
     address = f"localhost:{free_port()}"
@@ -67,7 +56,7 @@ def launches_by_flags(count):
 
 def launches_by_slurm(count):
     """Returns flags and environment variables of each process; the port follows from the job id."""
-    port = free_port(61440, 65535)
+    port = free_port(range(61440, 65536))
     common = {
         "SLURM_JOB_ID": str(port - 61440),
         "SLURM_STEP_NODELIST": "localhost",

