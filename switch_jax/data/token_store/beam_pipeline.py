@@ -131,4 +131,4 @@ class _Run(threading.Thread):
 
 
 def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1][:300]
+    return (text.strip() or "it gives no reason").splitlines()[-1][:300]
