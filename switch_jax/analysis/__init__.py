@@ -13,6 +13,7 @@ from switch_jax.analysis.learning_curves import (
 )
 from switch_jax.analysis.plotting import import_matplotlib, literal_text, new_figure
 from switch_jax.analysis.run_plots import (
+    draw_figures_of_run,
     draw_run_plots,
     draw_source_losses,
     read_expert_counts,
@@ -32,6 +33,7 @@ __all__ = [
     "common_sources",
     "compare_sources",
     "comparison_to_json",
+    "draw_figures_of_run",
     "draw_run_plots",
     "draw_source_losses",
     "escape_markdown",

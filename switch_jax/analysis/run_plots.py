@@ -61,6 +61,15 @@ def read_expert_counts(workdirs: Iterable[Workdir]) -> list[int]:
     return sorted({config.moe.num_experts for config in configs} - {0})
 
 
+def draw_figures_of_run(workdir: Workdir) -> list[Path]:
+    """Draws the metrics of a run that this process trains into its folder on the local disk.
+
+    Returns and raises as `draw_run_plots`.
+    """
+    folder = workdir.path / workdir.figures.name
+    return draw_run_plots(read_runs([workdir]), folder, read_expert_counts([workdir]))
+
+
 def draw_run_plots(runs: Runs, folder: Path, expert_counts: Sequence[int] = ()) -> list[Path]:
     """Draws the metrics of runs into `folder`; returns the files written.
 

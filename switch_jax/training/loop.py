@@ -1,7 +1,10 @@
 """Training loop: trains, logs, evaluates and saves checkpoints."""
 
 import contextlib
+import functools
 import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 
@@ -23,9 +26,14 @@ from switch_jax.training.state import save_state
 from switch_jax.training.throughput import ThroughputMeter
 from switch_jax.training.trackers import Trackers
 
+DrawFigures = Callable[[Workdir], Sequence[Path]]
+
 
 def train(
-    config: Config, workdir: Workdir, mesh: MeshConfig | None = None
+    config: Config,
+    workdir: Workdir,
+    mesh: MeshConfig | None = None,
+    draw_figures: DrawFigures | None = None,
 ) -> signal.Signals | None:
     """Trains to `train.steps`, from the newest readable checkpoint in `workdir` if there is one.
 
@@ -37,6 +45,7 @@ def train(
       config: of the run; written to `workdir`.
       workdir: folder of the run.
       mesh: sizes to use in place of `config.mesh`; no number depends on them.
+      draw_figures: draws a finished run's figures for its trackers.
 
     Returns the signal that ended the run early; None when the run is finished. Raises `UserError`
     where the config does not fit the devices, the data, the models that it names or `workdir`, and
@@ -46,7 +55,7 @@ def train(
     with start_run(config, workdir, mesh or config.mesh) as run:
         if run.first_batch is not None:
             goodput.add_time_so_far("starting")
-            return _train_steps(config, workdir, run, run.first_batch, goodput)
+            return _train_steps(config, workdir, run, run.first_batch, goodput, draw_figures)
         best = run.checkpoints.best()
         run.checkpoints.close()
         if jax.process_index() == 0:
@@ -57,7 +66,12 @@ def train(
 
 
 def _train_steps(
-    config: Config, workdir: Workdir, run: StartedRun, first_batch: Batch, goodput: Goodput
+    config: Config,
+    workdir: Workdir,
+    run: StartedRun,
+    first_batch: Batch,
+    goodput: Goodput,
+    draw_figures: DrawFigures | None,
 ) -> signal.Signals | None:
     """Trains to `train.steps`, beginning with `first_batch`; returns as `train` does."""
     settings = config.train
@@ -146,6 +160,8 @@ def _train_steps(
         best = checkpoints.best()
         with goodput.measure("saving"):
             checkpoints.close()
+        if finished and draw_figures is not None:
+            trackers.log_figures(step, functools.partial(draw_figures, workdir))
         display.print_line(goodput.summary())
     if first_process:
         if not finished:

@@ -3,9 +3,9 @@
 | name            | receives                                      | a continued run          |
 |-----------------|-----------------------------------------------|--------------------------|
 | `tensorboard`   | metrics                                       | adds a file of events    |
-| `wandb`         | metrics, config, predictions                  | continues the same run   |
-| `mlflow`        | metrics, config, predictions                  | continues the same run   |
-| `trackio`       | metrics, config                               | continues the same run   |
+| `wandb`         | metrics, config, predictions, figures         | continues the same run   |
+| `mlflow`        | metrics, config, predictions, figures         | continues the same run   |
+| `trackio`       | metrics, config, figures                      | continues the same run   |
 | `FILE.py:CLASS` | what its methods make of it                   | is told its first step   |
 
 Projects, servers and offline modes are set as the packages document: WANDB_PROJECT and WANDB_MODE,
@@ -45,7 +45,10 @@ class Tracker(Protocol):
     """
 
     def log(self, step: int, values: Mapping[str, float], files: Sequence[Path]) -> None:
-        """Receives finite values by name, such as `train/loss`, and files with predictions."""
+        """Receives finite values by name, such as `train/loss`, and files below WORKDIR.
+
+        The files are predictions, with an evaluation, and figures (PNG), at the end of a run.
+        """
 
     def close(self) -> None:
         """Ends the record of the run, which a later start may continue."""
@@ -79,6 +82,17 @@ class Trackers:
         """Gives values and files to every tracker."""
         for name, tracker in list(self._trackers.items()):
             self._call(name, functools.partial(tracker.log, step, values, files))
+
+    def log_figures(self, step: int, draw: Callable[[], Sequence[Path]]) -> None:
+        """Gives figures to every tracker; they are drawn only where a tracker takes them."""
+        if self._trackers.keys() <= {"tensorboard"}:
+            return
+        try:
+            files = draw()
+        except Exception as error:  # a run that is finished does not fail because of its figures
+            print(f"no figures for trackers ({_one_line(error)})", file=sys.stderr, flush=True)
+        else:
+            self.log(step, {}, files)
 
     def close(self) -> None:
         """Closes every tracker."""
@@ -153,6 +167,7 @@ class WandbTracker:
     def __init__(self, workdir: Path, config: Mapping[str, Any], first_step: int):
         import wandb
 
+        self._image = wandb.Image
         self._workdir = workdir
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
@@ -164,9 +179,10 @@ class WandbTracker:
         )
 
     def log(self, step: int, values: Mapping[str, float], files: Sequence[Path]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, **_images(files, self._image)}, step=step)
         for file in files:
-            self._run.save(file, base_path=self._workdir, policy="now")
+            if not _is_figure(file):
+                self._run.save(file, base_path=self._workdir, policy="now")
 
     def close(self) -> None:
         self._run.finish()
@@ -224,7 +240,7 @@ class TrackioTracker:
         )
 
     def log(self, step: int, values: Mapping[str, float], files: Sequence[Path]) -> None:
-        self._trackio.log(dict(values), step=step)
+        self._trackio.log({**values, **_images(files, self._trackio.Image)}, step=step)
 
     def close(self) -> None:
         self._trackio.finish()
@@ -237,6 +253,15 @@ _TRACKERS: dict[str, tuple[str, Callable[..., Tracker]]] = {
     "mlflow": ("mlflow", MlflowTracker),
     "trackio": ("trackio", TrackioTracker),
 }
+
+
+def _is_figure(file: Path) -> bool:
+    return file.suffix == ".png"
+
+
+def _images(files: Sequence[Path], image: Callable[[str], Any]) -> dict[str, Any]:
+    """Returns a service's images of the figures among files, by name."""
+    return {f"figures/{file.stem}": image(str(file)) for file in files if _is_figure(file)}
 
 
 def _record_id(workdir: Path, tracker: str, create: Callable[[], str]) -> str:

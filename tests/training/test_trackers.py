@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from switch_jax.analysis import new_figure
 from switch_jax.checkpoint import read_metrics
 from switch_jax.checkpoint.workdir import Workdir
 from switch_jax.cli import main
@@ -138,7 +139,30 @@ def log(tracker, workdir, steps, first_step=0):
         predictions.parent.mkdir(parents=True)
         predictions.write_text(f'{{"step": {step}}}\n')
         trackers.log(step, {"train/loss": 1 / step, "eval/moe.0/load": step}, [predictions])
+    if first_step:
+        trackers.log_figures(steps[-1], lambda: draw(workdir / "figures"))
     trackers.close()
+
+
+def test_a_finished_run_gives_its_figures_to_trackers(config, tmp_path, capsys, monkeypatch):
+    own = f"{config.parent / 'own.py'}:Lines"
+    assert train(config, tmp_path / "run", own) == 0
+    *_, last, end = [json.loads(line) for line in (tmp_path / "run" / "lines.jsonl").open()]
+    assert (last, end) == ([6, {}, ["loss.png", "router.png"]], ["end"])
+    assert train(config, tmp_path / "plain", "tensorboard") == 0
+    assert not (tmp_path / "plain" / "figures").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    assert train(config, tmp_path / "without", own) == 0
+    assert "no figures for trackers (" in capsys.readouterr().err
+
+
+def draw(folder):
+    """Draws a small figure; returns its file."""
+    figure = new_figure(1, 1, (1, 1))
+    folder.mkdir()
+    figure.savefig(folder / "loss.png")
+    return [folder / "loss.png"]
 
 
 def test_mlflow_continues_one_run(tmp_path, monkeypatch):
@@ -156,6 +180,8 @@ def test_mlflow_continues_one_run(tmp_path, monkeypatch):
     assert [(one.step, one.value) for one in losses] == [(1, 1), (2, 1 / 2), (3, 1 / 3)]
     files = client.list_artifacts(run.info.run_id, "predictions/3")
     assert [file.path for file in files] == ["predictions/3/task.jsonl"]
+    figures = client.list_artifacts(run.info.run_id, "figures")
+    assert [file.path for file in figures] == ["figures/loss.png"]
 
 
 def test_wandb_continues_one_run_without_a_network(tmp_path, monkeypatch):
@@ -170,6 +196,8 @@ def test_wandb_continues_one_run_without_a_network(tmp_path, monkeypatch):
     assert wandb.run is None
     files = {path.name for record in records for path in record.rglob("*.jsonl")}
     assert files == {"task.jsonl"}
+    images = {path for record in records for path in record.rglob("media/images/figures/*.png")}
+    assert len(images) == 1
 
 
 def test_trackio_continues_one_run(tmp_path, monkeypatch):
@@ -179,6 +207,8 @@ def test_trackio_continues_one_run(tmp_path, monkeypatch):
     log("trackio", tmp_path / "run", [3], first_step=2)
     name = json.loads((tmp_path / "run" / "trackers.json").read_text())["trackio"]
     logged = storage.SQLiteStorage.get_logs("switch_jax", name)
+    *logged, last = logged
+    assert (last["step"], last["figures/loss"]["_type"]) == (3, "trackio.image")
     assert [(line["step"], line["train/loss"]) for line in logged] == [
         (1, 1),
         (2, 1 / 2),

@@ -19,8 +19,10 @@ def run(args: argparse.Namespace) -> int:
     """Trains; returns 128 plus the number of the signal that ended the run early."""
     config = load_config_argument(args)
     start(args, config)
+    from switch_jax.analysis import draw_figures_of_run
     from switch_jax.checkpoint import Workdir
     from switch_jax.training import train
 
-    stopped_by = train(config, Workdir(args.workdir), choose_attached_mesh(config).mesh)
+    mesh = choose_attached_mesh(config).mesh
+    stopped_by = train(config, Workdir(args.workdir), mesh, draw_figures_of_run)
     return 0 if stopped_by is None else 128 + stopped_by
