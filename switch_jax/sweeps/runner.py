@@ -168,7 +168,8 @@ def check_same_text(jobs: list[Job]) -> None:
     """Raises `UserError` if finished runs of a seed were trained on different text.
 
     Their configs are the same in `data.*`, but what these name may change while a sweep is trained:
-    files, and with `python_docstrings` the installed packages.
+    files, and with `python_docstrings` the installed packages. The identity of tokens is another
+    one with each vocabulary, of which the config may have the size only.
     """
     first: dict[tuple[Any, ...], tuple[str, str]] = {}  # data of a run → its identity and its key
     for job in jobs:
@@ -177,7 +178,8 @@ def check_same_text(jobs: list[Job]) -> None:
         if identity is None:
             continue
         data = dataclasses.replace(job.config.data, vocabulary=None)
-        known, other = first.setdefault(dataclasses.astuple(data), (identity, job.key))
+        text = (*dataclasses.astuple(data), job.config.model.vocab_size)
+        known, other = first.setdefault(text, (identity, job.key))
         if known != identity:
             raise UserError(
                 f"{job.key} and {other} in {job.folder} were trained on different text, although"

@@ -414,9 +414,10 @@ def test_a_reference_may_be_a_path_in_a_run_that_has_begun(tmp_path):
 
 
 def test_runs_on_different_text_are_not_compared(tmp_path):
-    jobs = fake_jobs(tmp_path, {"dense": "", "sparse": "", "other": ""})
-    jobs[2] = dataclasses.replace(jobs[2], config=tiny(**{"data.seed": 1}))
-    for job, source in zip(jobs, ("first", "first", "second")):
+    jobs = fake_jobs(tmp_path, {"dense": "", "sparse": "", "larger": "", "other": ""})
+    for number, key in ((2, "model.vocab_size"), (3, "data.seed")):
+        jobs[number] = dataclasses.replace(jobs[number], config=tiny(**{key: 2048}))
+    for job, source in zip(jobs, ("first", "first", "with a larger vocabulary", "second")):
         position = job.workdir.checkpoints / str(job.config.train.steps) / "data"
         position.mkdir(parents=True)
         (position / "position.json").write_text(json.dumps({"next_row": 8, "source": source}))
