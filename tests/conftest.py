@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 # A busy machine is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -43,3 +44,12 @@ _CACHE = Path(
 os.environ["SWITCH_JAX_CACHE"] = str(_CACHE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "tests_xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+_SLOW_FOLDERS = [Path(__file__).parent / name for name in ("cli", "clusters", "end_to_end")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of whole commands, servers and schedulers as slow."""
+    for item in items:
+        if any(folder in item.path.parents for folder in _SLOW_FOLDERS):
+            item.add_marker("slow")

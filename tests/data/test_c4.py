@@ -139,6 +139,7 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_c4_is_trained_on_with_the_streaming_reader(roots, vocabulary, tmp_path):
     """From json.gz; `test_both_forms_give_the_same_token_stream` compares TFDS with it."""
     runs.run(
@@ -149,6 +150,7 @@ def test_c4_is_trained_on_with_the_streaming_reader(roots, vocabulary, tmp_path)
     assert not any(key.startswith("c4/") for key in evaluated)
 
 
+@pytest.mark.slow
 def test_mc4_trains_streamed_and_packed_without_tensorflow(roots, vocabulary, tmp_path):
     """Evaluates each language, and plots two runs together."""
     languages = {f"mc4.{code}" for code in corpora.LANGUAGES}

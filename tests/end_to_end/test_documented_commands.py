@@ -27,7 +27,7 @@ datasets = pytest.importorskip("datasets")
 LEFT_OUT = {
     "pip install": "needs a package index",
     "source .venv/bin/activate": "changes the shell",
-    "bash scripts/test.sh": "runs all tests",
+    "bash scripts/test.sh": "runs the tests",
     "bash scripts/install_clusters.sh": "installs packages of the system",
     "bash scripts/quickstart.sh": "trains for minutes; test_notebook.py runs its verbs",
     "bash scripts/launch/": "test_launchers.py runs it with --dry-run",

@@ -32,6 +32,7 @@ from switch_jax.sweeps.runner import (
 from switch_jax.sweeps.spec import SweepRun
 from tests.support import runs
 from tests.support.configs import tiny
+from tests.support.pages import without_images
 from tests.support.paths import ROOT
 
 
@@ -307,6 +308,7 @@ def stopped_and_finished(tiny_sweep, tmp_path_factory):
     return folder, command, (code, out, before), runs.run(*command, code=2, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_reports_that_and_continues(stopped_and_finished):
     folder, _, (code, out, before), (_, err) = stopped_and_finished
     assert code == 128 + signal.SIGTERM
@@ -318,6 +320,7 @@ def test_a_stopped_sweep_reports_that_and_continues(stopped_and_finished):
     assert re.findall(r"(\w+)-0 finished", err) == names
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_in_one_sentence_at_the_end(stopped_and_finished):
     *_, (out, err) = stopped_and_finished
     *_, sentence = err.splitlines()
@@ -325,6 +328,7 @@ def test_a_failed_run_is_reported_in_one_sentence_at_the_end(stopped_and_finishe
     assert "'/nowhere' does not exist" in err and "summary.md" in out
 
 
+@pytest.mark.slow
 def test_the_report_of_a_finished_sweep_is_complete(stopped_and_finished):
     folder, *_ = stopped_and_finished
     numbers = json.loads((folder / "summary.json").read_text())
@@ -338,10 +342,11 @@ def test_the_report_of_a_finished_sweep_is_complete(stopped_and_finished):
     for name in ("experts", "steps", "seconds"):
         for ending in ("svg", "png"):
             assert (folder / "figures" / f"{name}.{ending}").stat().st_size > 1000
-    page = (folder / "index.html").read_text()
+    page = without_images((folder / "index.html").read_text())
     assert "data:image/png;base64" in page and "http" not in page
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_trained_again_with_another_mesh(stopped_and_finished):
     folder, command, *_ = stopped_and_finished
     before = {path: path.stat().st_mtime_ns for path in folder.glob("jobs/[de]*.txt")}
@@ -354,6 +359,7 @@ def test_finished_runs_are_not_trained_again_with_another_mesh(stopped_and_finis
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_commands_are_of_the_unfinished_runs(stopped_and_finished, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     folder, command, *_ = stopped_and_finished
@@ -363,6 +369,7 @@ def test_commands_are_of_the_unfinished_runs(stopped_and_finished, capsys, monke
     assert line.endswith(f"--workdir {folder}/runs/bad-0")
 
 
+@pytest.mark.slow
 def test_a_sweep_in_one_of_several_processes_is_refused(stopped_and_finished, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("switch_jax.distributed.detect_launch", lambda seconds: Launch("x:1", 2, 0))
@@ -371,6 +378,7 @@ def test_a_sweep_in_one_of_several_processes_is_refused(stopped_and_finished, ca
 
 
 @pytest.mark.parametrize("flag", ["--config.train.steps=70", "--config.moe.z_loss_weight=0.1"])
+@pytest.mark.slow
 def test_a_folder_of_another_sweep_is_refused(stopped_and_finished, flag, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, command, *_ = stopped_and_finished

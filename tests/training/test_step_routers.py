@@ -54,6 +54,7 @@ ROUTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers_give_the_same_metrics_on_a_mesh(name):
     descent = {"optimizer.name": "sgd", "optimizer.learning_rate": 0.5}

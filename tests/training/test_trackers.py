@@ -68,6 +68,7 @@ def expected(workdir):
     return values
 
 
+@pytest.mark.slow
 def test_a_class_of_ones_own_gets_all_metrics_of_both_starts(config, tmp_path):
     own = f"{config.parent / 'own.py'}:Lines"
     assert train(config, tmp_path / "run", own, steps=3) == 0
@@ -144,6 +145,7 @@ def log(tracker, workdir, steps, first_step=0):
     trackers.close()
 
 
+@pytest.mark.slow
 def test_a_finished_run_gives_its_figures_to_trackers(config, tmp_path, capsys, monkeypatch):
     own = f"{config.parent / 'own.py'}:Lines"
     assert train(config, tmp_path / "run", own) == 0
