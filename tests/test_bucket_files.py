@@ -21,7 +21,7 @@ from switch_jax.files import (
 )
 from switch_jax.files.buckets import COMMIT_FILE, download, read_text, remove, upload
 from tests.support.buckets import reachable_bucket
-from tests.support.paths import ODD_NAME
+from tests.support.paths import ODD_NAME, file_contents
 
 ODD = ODD_NAME.replace("\n", " ")  # moto finds no name with a line feed
 FILES = {"a.txt": b"a", f"{ODD}/b[1].txt": b"bb", "deep/er/config.json": b"{}"}
@@ -46,14 +46,6 @@ def write_files(folder, files=FILES):
     return folder
 
 
-def read_files(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def test_what_is_uploaded_is_listed_and_downloaded_with_the_same_names(bucket, tmp_path):
     upload(write_files(tmp_path / "local"), bucket / "copy", FILES)
     listed = list_files(bucket / "copy")
@@ -66,7 +58,7 @@ def test_what_is_uploaded_is_listed_and_downloaded_with_the_same_names(bucket, t
     assert list_files(bucket / "copy" / "a.txt").keys() == {""}
     assert list_files(bucket / "nothing") == {}
     download(bucket / "copy", tmp_path / "again", listed)
-    assert read_files(tmp_path / "again") == FILES
+    assert file_contents(tmp_path / "again") == FILES
     remove(bucket / "copy", ["a.txt"])
     assert list_files(bucket / "copy").keys() == FILES.keys() - {"a.txt"}
 
@@ -82,7 +74,7 @@ def test_the_file_that_completes_a_folder_is_uploaded_last_and_removed_first(buc
 def test_fetch_copies_once_and_again_after_a_change(bucket, tmp_path, monkeypatch):
     upload(write_files(tmp_path / "local"), bucket / "fetched", FILES)
     folder = fetch(bucket / "fetched")
-    assert read_files(folder) == FILES
+    assert file_contents(folder) == FILES
     assert fetch(bucket / "fetched") == folder
     file = fetch(bucket / "fetched" / "a.txt")
     assert (file.name, file.read_bytes()) == ("a.txt", b"a")
@@ -148,7 +140,7 @@ def test_a_synchronised_folder_uploads_changes_and_removals(bucket, tmp_path):
     upload(write_files(tmp_path / "local"), bucket / "synced", FILES)
     synced = SyncedFolder(bucket / "synced", skip=["deep"])
     assert synced.folder.name == "synced"
-    assert read_files(synced.folder).keys() == FILES.keys() - {"deep/er/config.json"}
+    assert file_contents(synced.folder).keys() == FILES.keys() - {"deep/er/config.json"}
     (synced.folder / "a.txt").write_bytes(b"changed")
     (synced.folder / ODD / "b[1].txt").unlink()
     write_files(synced.folder, {"steps/5/params": b"p", "steps/6.tmp/params": b"q"})

@@ -15,6 +15,7 @@ from switch_jax.errors import UserError
 from switch_jax.files import as_path, download, file_names
 from tests.support import runs
 from tests.support.buckets import reachable_bucket
+from tests.support.paths import file_contents
 from tests.support.ports import free_port
 
 SHARDS = 5
@@ -45,7 +46,7 @@ def packed(mixture, tmp_path_factory):
     """Files of the store that is packed without Beam, by path."""
     folder = tmp_path_factory.mktemp("packed") / "store"
     build_token_store(DataConfig(mixture=mixture), ByteVocabulary(), folder)
-    return files_of(folder)
+    return file_contents(folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +61,6 @@ def job_server():
     process.wait()
 
 
-def files_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def test_any_runner_packs_the_files_of_a_local_pack(mixture, packed, job_server, tmp_path):
     portable = ["--runner=PortableRunner", f"--job_endpoint={job_server}"]
     runners = (LOCAL, TWO_WORKERS, [*portable, "--environment_type=LOOPBACK"])
@@ -77,7 +70,7 @@ def test_any_runner_packs_the_files_of_a_local_pack(mixture, packed, job_server,
         build_token_store(
             DataConfig(mixture=mixture), ByteVocabulary(), output, beam_options=options
         )
-        assert files_of(output) == packed, options
+        assert file_contents(output) == packed, options
 
 
 @pytest.mark.parametrize("kind", ["gs", "s3"])
@@ -87,7 +80,7 @@ def test_workers_pack_into_a_bucket(mixture, packed, kind, tmp_path, monkeypatch
         store, data = as_path(f"{bucket}/store"), DataConfig(mixture=mixture)
         build_token_store(data, ByteVocabulary(), store, beam_options=TWO_WORKERS)
         download(store, tmp_path / "copy", file_names(store))
-    assert files_of(tmp_path / "copy") == packed
+    assert file_contents(tmp_path / "copy") == packed
 
 
 def test_a_failed_pipeline_is_told_and_continued(mixture, packed, tmp_path, monkeypatch):
@@ -106,8 +99,13 @@ def test_a_failed_pipeline_is_told_and_continued(mixture, packed, tmp_path, monk
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tokens")}
     assert len(before) == 2
     build_token_store(data, ByteVocabulary(), tmp_path, beam_options=LOCAL)
-    assert files_of(tmp_path) == packed
+    assert file_contents(tmp_path) == packed
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_no_pipeline_starts_where_all_shards_are_finished():
+    refused = ["--runner=NoRunner"]
+    assert list(beam_pipeline.write_shards_on_beam([], "skip", refused)) == []
 
 
 def test_errors_of_workers_and_options_are_sentences(mixture, job_server, tmp_path):

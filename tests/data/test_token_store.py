@@ -24,6 +24,7 @@ from switch_jax.data.token_store.store import TokenStore
 from switch_jax.data.vocabulary import ByteVocabulary, read_vocabulary
 from switch_jax.errors import UserError
 from tests.support import runs
+from tests.support.paths import file_contents
 from tests.support.vocabularies import write_letters
 
 SIZE = 900
@@ -56,23 +57,16 @@ def vocabulary(mixture, tmp_path_factory):
         return open_vocabulary(config)
 
 
-def contents(folder):
-    """Returns the content of every file, by path."""
-    return {
-        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
-
-
 def test_files_do_not_depend_on_the_number_of_workers(mixture, vocabulary, tmp_path):
     data = DataConfig(mixture=mixture)
     manifest = build_token_store(data, vocabulary, tmp_path / "one", workers=1)
     build_token_store(data, vocabulary, tmp_path / "two", workers=2)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert file_contents(tmp_path / "one") == file_contents(tmp_path / "two")
     train = next(iter(manifest["sources"].values()))["train"]
     assert len(train["shards"]) == SHARDS and train["documents"] == 60 and not train["left_out"]
-    before = contents(tmp_path / "one")
+    before = file_contents(tmp_path / "one")
     assert build_token_store(data, vocabulary, tmp_path / "one", workers=1) == manifest
-    assert contents(tmp_path / "one") == before
+    assert file_contents(tmp_path / "one") == before
 
 
 def test_tokens_are_read_across_shards(mixture, vocabulary, tmp_path):
@@ -142,7 +136,7 @@ def test_a_resumed_build_gives_the_same_files(mixture, vocabulary, tmp_path):
     assert len(written_at) == 4 < len(list((tmp_path / "whole").rglob("*.tokens")))
     out, _ = runs.run("go", *arguments, program=("-c", STALLING))
     assert {path: path.stat().st_mtime_ns for path in finished} == written_at
-    assert contents(output) == contents(tmp_path / "whole")
+    assert file_contents(output) == file_contents(tmp_path / "whole")
     assert "data.data_dir=" in out
 
 

@@ -36,6 +36,8 @@ def write_shards_on_beam(
 
     Raises `UserError` where Beam is missing or refuses an option, and where the pipeline fails.
     """
+    if not tasks:  # a start of a pipeline takes minutes on many runners
+        return
     run = _Run(_pipeline(tasks, action, options))
     run.start()
     try:

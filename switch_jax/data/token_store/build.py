@@ -188,12 +188,14 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _discard(output: Path, sources: list[Source]) -> None:
     """Removes what was built."""
-    remove(output, {_PLAN, VOCABULARY_FILE, _LOCK})
     folders = {Path(source.name).parts[0] for source in sources}
-    remove(output, {name for name in file_names(output) if Path(name).parts[0] in folders})
-    if not is_bucket(output):
-        for folder in folders:
-            shutil.rmtree(output / folder, ignore_errors=True)
+    built = {_PLAN, VOCABULARY_FILE, _LOCK}
+    if is_bucket(output):
+        remove(output, built | {n for n in file_names(output) if Path(n).parts[0] in folders})
+        return
+    remove(output, built)
+    for folder in folders:
+        shutil.rmtree(output / folder, ignore_errors=True)
 
 
 def _remove_partial_files(output: Path) -> None:

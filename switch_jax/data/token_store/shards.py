@@ -55,14 +55,17 @@ def split_by_finished(tasks: list[ShardTask]) -> tuple[list[ShardTask], list[Sha
 
 def read_summaries(tasks: list[ShardTask]) -> list[dict[str, Any]]:
     """Returns what `write_shard` wrote about each of a store's finished shards."""
-    if not tasks:
-        return []
-    store, names = tasks[0].store, [task.summary_name for task in tasks]
-    with TemporaryDirectory(prefix="switch_jax-") as folder:
-        if is_bucket(store):
-            download(store, Path(folder), names)
-        local = Path(folder) if is_bucket(store) else store
-        return [json.loads((local / name).read_text()) for name in names]
+    names = [task.summary_name for task in tasks]
+    store = tasks[0].store if tasks else Path()
+    if not is_bucket(store):
+        return _read_json_files(store, names)
+    with TemporaryDirectory(prefix="switch_jax-") as folder:  # so that they come at once
+        download(store, Path(folder), names)
+        return _read_json_files(Path(folder), names)
+
+
+def _read_json_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    return [json.loads((folder / name).read_text()) for name in names]
 
 
 def write_shard(task: ShardTask, action: BadRecordAction) -> int:
