@@ -26,6 +26,8 @@ from tests.support.paths import ODD_NAME, file_contents
 ODD = ODD_NAME.replace("\n", " ")  # moto finds no name with a line feed
 FILES = {"a.txt": b"a", f"{ODD}/b[1].txt": b"bb", "deep/er/config.json": b"{}"}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
 def bucket(request):

@@ -18,6 +18,8 @@ from tests.support.buckets import reachable_bucket
 from tests.support.paths import file_contents
 from tests.support.ports import free_port
 
+pytestmark = pytest.mark.slow
+
 SHARDS = 5
 LOCAL = ["--runner=FnApiRunner"]  # Beam's own, in this process
 TWO_WORKERS = [*LOCAL, "--direct_num_workers=2", "--direct_running_mode=multi_processing"]

@@ -73,6 +73,7 @@ def kill_after_some_batches(config, folder, count):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reader, before, after",
     [

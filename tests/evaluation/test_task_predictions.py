@@ -273,6 +273,7 @@ def test_task_scores_are_plotted(run, tmp_path):
     assert score_metrics({"a": [*lines, {"xsum/score": 2.0}]})[0] == "average"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"expert": 2, "model": 2}, {"data": 4, "fsdp": True}])
 def test_predictions_are_the_same_on_any_mesh(config, on_one_device, mesh):
     generated, chosen, _ = predictions_on_mesh(config, **mesh)

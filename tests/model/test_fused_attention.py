@@ -92,6 +92,7 @@ def test_blocks_fill_the_lanes_and_fit_in_vector_memory():
     assert tiling(4, 96, 512, 512) == (4, 128)
 
 
+@pytest.mark.slow
 def test_a_train_step_equals_that_of_the_einsums():
     """Packed rows and dropout; rows split over data × expert, heads over model."""
     values = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2}

@@ -69,6 +69,7 @@ def test_every_layer_and_expert_has_its_own_adapters(trained):
         np.testing.assert_allclose(merged[layer, expert], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_mesh(trained):
     _, _, losses = train(config(**{"mesh.expert": 4, "mesh.model": 2, "train.accumulate": 2}))
     assert losses == pytest.approx(trained[2], abs=1e-5)

@@ -241,6 +241,7 @@ def test_init_from_the_teacher_copies_all_but_expert_weights(teacher_workdir):
     np.testing.assert_array_equal(initial["embedding"], teacher["embedding"])
 
 
+@pytest.mark.slow
 def test_a_continued_run_ends_with_the_same_bits(teacher_workdir, tmp_path):
     settings = {
         "distill.teacher": teacher_workdir,

@@ -16,7 +16,13 @@ def test_every_run_has_a_file_of_golden_losses():
     assert {path.stem for path in goldens.LOSSES.glob("*.json")} == set(goldens.RUNS)
 
 
-@pytest.mark.parametrize("name", goldens.RUNS)
+_FAST = "one_switch"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == _FAST else pytest.mark.slow) for name in goldens.RUNS],
+)
 def test_losses_equal_the_golden_losses(name):
     golden = json.loads((goldens.LOSSES / f"{name}.json").read_text())
     machine, trace = golden.pop("machine"), goldens.trace(name)

@@ -87,6 +87,7 @@ def test_a_class_of_ones_own_gets_all_metrics_of_both_starts(config, tmp_path):
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_a_failing_tracker_does_not_end_the_run(config, tmp_path, capsys):
     own = f"{config.parent / 'own.py'}:Failing"
     assert train(config, tmp_path / "run", f"{own},tensorboard") == 0
