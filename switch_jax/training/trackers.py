@@ -15,6 +15,7 @@ experiment is `switch_jax`, and the run is called as WORKDIR's folder.
 
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import secrets
@@ -189,12 +190,21 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run of MLflow."""
+    """A run of MLflow.
+
+    Raises `UserError` where its store is a database, which mlflow-skinny cannot open.
+    """
 
     def __init__(self, workdir: Path, config: Mapping[str, Any], first_step: int):
         import mlflow
         from mlflow.entities import Metric, Param
 
+        is_database = mlflow.get_tracking_uri().startswith("sqlite:")
+        if is_database and importlib.util.find_spec("sqlalchemy") is None:
+            raise UserError(
+                "set MLFLOW_TRACKING_URI to a server, or pip install mlflow, which keeps runs in"
+                " a database on this machine"
+            )
         self._metric = Metric
         self._workdir = workdir
         self._client = client = mlflow.MlflowClient()

@@ -131,6 +131,14 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         find_trackers(tiny(**{"train.trackers": "wandb"}))
 
 
+def test_mlflow_without_a_server_needs_the_whole_package(config, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)  # as with mlflow-skinny
+    assert train(config, tmp_path / "run", "mlflow") == 2
+    assert "set MLFLOW_TRACKING_URI to a server, or pip install mlflow" in capsys.readouterr().err
+
+
 def log(tracker, workdir, steps, first_step=0):
     """Logs the metrics and a file of some steps with a tracker."""
     workdir.mkdir(exist_ok=True)
