@@ -34,6 +34,7 @@ import jax
 
 from switch_jax import __version__
 from switch_jax.config import (
+    ChangeEffect,
     Config,
     change_effect,
     config_differences,
@@ -155,7 +156,7 @@ class Workdir:
         return content
 
     def check(self, config: Config) -> None:
-        """Raises `UserError` where the folder holds a run of another model; writes nothing.
+        """Raises `UserError` where the folder holds another run; writes nothing.
 
         So it does in several processes for a folder in s3://.
         """
@@ -165,20 +166,28 @@ class Workdir:
                 " or on a disk that all processes see."
             )
         if self.config_file.exists():
-            differences = [
-                text
-                for key, text in config_differences(self.config(), config).items()
-                if change_effect(key) == "checkpoint"
-            ]
-            if differences:
+            if differences := self.changes(config, "checkpoint"):
                 raise UserError(
-                    f"{self.location} holds a run of another model"
-                    f" ({'; '.join(differences)}); use another --workdir."
+                    f"{self.location} holds another run ({'; '.join(differences)}); use another"
+                    " --workdir."
                 )
         elif self.has_checkpoints():
             raise UserError(
                 f"{self.location} has checkpoints but no config.json; use another --workdir."
             )
+
+    def changes(self, config: Config, effect: ChangeEffect = "results") -> list[str]:
+        """Returns the values with an effect that differ from those of the run, as texts.
+
+        Empty where the folder has no config.json.
+        """
+        if not self.config_file.exists():
+            return []
+        return [
+            text
+            for key, text in config_differences(self.config(), config).items()
+            if change_effect(key) == effect
+        ]
 
     def check_vocabulary(self, content: bytes) -> None:
         """Raises `UserError` where the folder holds a run of another vocabulary."""

@@ -65,6 +65,8 @@ def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Itera
             workdir.check(config)
             check_distillation(config)
             find_trackers(config)
+            if not workdir.has_checkpoints():
+                _check_model_is_known(config)
             if config.init_from is not None and not workdir.has_checkpoints():
                 notes = initial_state_notes(config)  # before text is packed
                 if first_process and notes:
@@ -101,11 +103,14 @@ def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Itera
         finished = checkpoints is not None and int(state.step) >= settings.steps
         teacher_params = {} if finished else teacher_parameters(program)
         with fail_together():
+            if finished and first_process:
+                _note_changes(workdir, config, " This run is finished; they have no effect.")
             if not finished:
                 first_batch = next(batches)
                 if not begun:
                     _lock(workdir, config, held, new=True)
                 if first_process:
+                    _note_changes(workdir, config)
                     devices = f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind}"
                     workdir.prepare(config, vocabulary, devices)
         if checkpoints is None:
@@ -119,6 +124,25 @@ def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Itera
             validation,
             scorer,
             checkpoints,
+        )
+
+
+def _check_model_is_known(config: Config) -> None:
+    """Raises `UserError` for the first start of a run whose model no checkpoint gives."""
+    if config.init_model == "checkpoint" and config.init_from is None:
+        raise UserError(
+            "init_model=checkpoint takes the model of init_from, which is not set; set init_from,"
+            " or set init_model=config to train the model of the config from random parameters."
+        )
+
+
+def _note_changes(workdir: Workdir, config: Config, outcome: str = "") -> None:
+    """Prints the values that affect results and differ from those of the last start."""
+    if changes := workdir.changes(config):
+        print(
+            f"{workdir.location} was started with other values: {'; '.join(changes)}.{outcome}",
+            file=sys.stderr,
+            flush=True,
         )
 
 

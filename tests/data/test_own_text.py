@@ -52,7 +52,7 @@ def test_tables_and_other_fields(tmp_path):
     assert sorted(expected["train"] + expected["validation"]) == sorted(TEXTS)
     write_csv(tmp_path / "b.csv", TEXTS, "content")
     assert texts_of(tmp_path / "b.csv", text_field="content") == expected
-    with pytest.raises(UserError, match="record 1 is without a text"):
+    with pytest.raises(UserError, match=r"1 \(it has 'number', 'content'\) is without a text"):
         texts_of(tmp_path / "b.csv")
 
 

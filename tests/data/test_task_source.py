@@ -154,7 +154,10 @@ def test_a_missing_data_set_is_refused_with_a_remedy(tmp_path):
     [
         ('{"sentence": "It is.", "label": 2}', r"its label 2 is none of unacceptable, acceptable"),
         ('{"sentence": "It is.", "label": "good"}', r"line 1 \(its label 'good' is none of"),
-        ('{"text": "It is.", "label": 1}', r"line 1 is without the field 'sentence'; repair"),
+        (
+            '{"text": "It is.", "label": 1}',
+            r"line 1 \(it has 'text', 'label'\) is without the field 'sentence'; repair",
+        ),
         ('{"sentence": 3, "label": 1}', r"\(it is 3\) is with a 'sentence' that is no text"),
         (
             '{"sentence": "It is.", "label": 0.5}',

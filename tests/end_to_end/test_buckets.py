@@ -142,7 +142,7 @@ def test_what_a_bucket_cannot_do_is_told(bucket, workdir, local):
             "exists",
         ),
         (("sweep", "--config", "experts_mini", "--workdir", f"{bucket}/sweep"), "needs locks"),
-        ((*train, workdir, "--config.model.d_model=32"), "holds a run of another model"),
+        ((*train, workdir, "--config.model.d_model=32"), "holds another run"),
     ):
         _, err = runs.run(*arguments, code=2)
         assert re.search(sentence, err), err

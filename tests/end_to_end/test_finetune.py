@@ -51,7 +51,7 @@ SMALL = [
         *("model.dtype=float32", "moe.num_experts=4", "moe.group_size=64", "mesh.data=1"),
         *("data.inputs_length=64", "data.targets_length=8", "data.batch_size=8"),
         *("train.steps=20", "train.log_every=10", "train.eval_every=20", "train.eval_batches=1"),
-        "train.checkpoint_every=20",
+        *("train.checkpoint_every=20", "init_model=config"),
     )
 ]
 

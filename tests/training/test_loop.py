@@ -1,4 +1,4 @@
-"""Training loop: a start that is refused writes nothing; warnings of schedules that do not fit."""
+"""Training loop: starts that are refused or that change a run; schedules that do not fit."""
 
 import dataclasses
 
@@ -43,6 +43,31 @@ def test_a_refused_start_of_a_run_that_has_begun_changes_nothing(tmp_path):
     after = contents(workdir.path)
     assert after.pop(workdir.lock_file.relative_to(workdir.path)) is not None
     assert {path: before[path] for path in after} == after
+
+
+def test_a_new_run_needs_the_model_that_its_config_leaves_to_a_checkpoint(tmp_path):
+    config = dataclasses.replace(CONFIG, init_model="checkpoint")
+    with pytest.raises(UserError, match="set init_from, or set init_model=config"):
+        train(config, Workdir(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_that_changed_since_the_last_start_are_told(tmp_path, capsys):
+    def told(rate: float, **settings) -> str:
+        config = dataclasses.replace(
+            CONFIG,
+            optimizer=dataclasses.replace(CONFIG.optimizer, learning_rate=rate),
+            train=dataclasses.replace(CONFIG.train, **settings),
+        )
+        assert train(config, Workdir(tmp_path / "run")) is None
+        lines = capsys.readouterr().err.splitlines()
+        return "".join(line for line in lines if "was started with" in line)
+
+    assert not told(0.5, steps=1)
+    assert not told(0.5, steps=1, log_every=7)
+    changed = "optimizer.learning_rate is 0.5 there and 0.25 here; train.steps is 1 there and 2"
+    assert told(0.25, steps=2).endswith(f"run was started with other values: {changed} here.")
+    assert told(0.5, steps=2).endswith("here. This run is finished; they have no effect.")
 
 
 def test_a_schedule_that_does_not_fit_into_the_run_is_told():

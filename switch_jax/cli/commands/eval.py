@@ -23,11 +23,13 @@ def run(args: argparse.Namespace) -> None:
     """Evaluates, and prints the metrics."""
     from switch_jax.evaluation import evaluate_checkpoint, scores_table
 
-    metrics = evaluate_checkpoint(*load_checkpoint_argument(args))
+    workdir, folder, config = load_checkpoint_argument(args)
+    metrics = evaluate_checkpoint(workdir, folder, config)
     if args.json:
         print_result(json.dumps(metrics))
         return
-    lines = [f"{name:20} {metrics[name]:.4f}" for name in _SHOWN]
+    lines = [f"{'checkpoint':20} {folder}"]
+    lines += [f"{name:20} {metrics[name]:.4f}" for name in _SHOWN]
     for name, value in metrics.items():
         if name.endswith("/cross_entropy"):  # of one source among several
             source = name.removesuffix("/cross_entropy")

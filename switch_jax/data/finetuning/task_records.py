@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from switch_jax.data.sources.bad_records import UnusableRecord
-from switch_jax.data.sources.record_files import Fields
+from switch_jax.data.sources.record_files import Fields, describe_fields
 
 Schema = Mapping[str, Any]
 LABEL = int | str  # a class by its number or by its name
@@ -45,10 +45,10 @@ def _select_fields(fields: Fields, schema: Schema, is_flat: bool, prefix: str) -
         if isinstance(kind, dict):
             inner = fields if is_flat else _parse_json(fields.get(name), "{")
             if not isinstance(inner, dict):
-                raise UnusableRecord(f"without the field {path!r}")
+                raise UnusableRecord(f"without the field {path!r}", describe_fields(fields))
             selected[name] = _select_fields(inner, kind, is_flat, f"{path}/")
         elif key not in fields:
-            raise UnusableRecord(f"without the field {path!r}")
+            raise UnusableRecord(f"without the field {path!r}", describe_fields(fields))
         else:
             selected[name] = _convert(fields[key], kind, path)
     return selected

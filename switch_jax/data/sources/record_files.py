@@ -57,6 +57,7 @@ _DESCRIPTIONS = (
     "state.json",
 )
 _BLOCK_BYTES = 2**16  # read at once
+_SHOWN_FIELDS = 8  # of a record, in a message
 
 csv.field_size_limit(MAX_RECORD_BYTES)  # csv's default is 128 KiB
 
@@ -80,6 +81,13 @@ def file_format(path: str) -> str | None:
     """
     match = _NAME.search(path)
     return None if match is None or os.path.basename(path) in _DESCRIPTIONS else match[1]
+
+
+def describe_fields(fields: Fields) -> str:
+    """Returns which fields a record has, for the message that one is missing; "" without any."""
+    names = ", ".join(map(repr, list(fields)[:_SHOWN_FIELDS]))
+    more = ", …" if len(fields) > _SHOWN_FIELDS else ""
+    return f"it has {names}{more}" if names else ""
 
 
 def read_records(

@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from switch_jax.data.sources.bad_records import EMPTY, NO_TEXT, NOT_UTF8, BadRecord, BadRecords
 from switch_jax.data.sources.plain_text import split_text
-from switch_jax.data.sources.record_files import PlainDocuments, Record, file_format, read_records
+from switch_jax.data.sources.record_files import (
+    PlainDocuments,
+    Record,
+    describe_fields,
+    file_format,
+    read_records,
+)
 from switch_jax.errors import UserError
 
 
@@ -65,7 +71,8 @@ def text_of_record(
             bad.add(NOT_UTF8, record.place)
             return
     if not isinstance(text, str):
-        bad.add(NO_TEXT, record.place)
+        has = describe_fields(record.fields)
+        bad.add(NO_TEXT, f"{record.place} ({has})" if has else record.place)
     elif not may_be_blank and (not text or text.isspace()):
         bad.add(EMPTY, record.place)
     else:

@@ -144,10 +144,10 @@ def _build(
         contents = manifest["sources"][source.name]
         if not contents["train"]["documents"] and source.shards("train"):
             _discard(output, sources)
-            left_out = f": {summary}" if (summary := bad_records.summary()) else "."
+            reason = f" ({summary.rstrip('.')})" if (summary := bad_records.summary()) else ""
             raise UserError(
-                f"{source.name} has no text to train on; leave it out of data.mixture, or name"
-                f" files for it that have text{left_out}"
+                f"{source.name} has no text to train on{reason}; name files for it that have text,"
+                " or leave it out of data.mixture."
             )
         if not contents["validation"]["documents"] and source.shards("validation"):
             print(
