@@ -34,7 +34,6 @@ import jax
 
 from switch_jax import __version__
 from switch_jax.config import (
-    ChangeEffect,
     Config,
     change_effect,
     config_differences,
@@ -176,8 +175,11 @@ class Workdir:
                 f"{self.location} has checkpoints but no config.json; use another --workdir."
             )
 
-    def changes(self, config: Config, effect: ChangeEffect = "results") -> list[str]:
-        """Returns the values with an effect that differ from those of the run, as texts.
+    def changes(self, config: Config, effect: str = "results") -> list[str]:
+        """Returns the values that differ from those of the run, as texts.
+
+        Args:
+          effect: that of the keys, as `config.change_effect` has it.
 
         Empty where the folder has no config.json.
         """

@@ -44,7 +44,7 @@ LEFT_OUT = {
 }
 
 
-FILES = {"train.lock", "model.safetensors"}  # files whose names look like keys
+FILES = {"train.lock", "train.jsonl", "model.safetensors"}  # files whose names look like keys
 
 
 def left_out(command):
