@@ -16,6 +16,11 @@ from switch_jax.files import is_bucket
 
 Runs = dict[str, list[dict]]  # name → lines of metrics.jsonl
 
+# Panels of the loss figure: metric, title, unit.
+_LOSS_PANELS = (
+    ("cross_entropy", "Loss", "cross-entropy (nats per target token)"),
+    ("accuracy", "Accuracy", "share of target tokens predicted"),
+)
 # Panels of the router figure: metric, title, value of perfect balance.
 _ROUTER_PANELS = (
     ("load_max", "busiest expert's load\n(1 = fair share)", 1.0),
@@ -96,38 +101,27 @@ def draw_run_plots(runs: Runs, folder: Path, expert_counts: Sequence[int] = ()) 
     return written
 
 
-def _series(
-    lines: list[dict], split: str, name: str, x: str = "step"
-) -> tuple[list[float], list[float]]:
-    """Returns the values of `x` and of a metric, of the lines that have both."""
+def _series(lines: list[dict], split: str, name: str) -> tuple[list[float], list[float]]:
+    """Returns steps and values of a metric, of the lines that have it."""
     points = [
-        (m[x], m[name])
-        for m in lines
-        if m["split"] == split and m.get(x) is not None and m.get(name) is not None
+        (m["step"], m[name]) for m in lines if m["split"] == split and m.get(name) is not None
     ]
-    return [x for x, _ in points], [value for _, value in points]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _draw_loss(runs: Runs) -> Any:
-    """Draws training and validation loss by step, and accuracy by target tokens."""
-    figure = new_figure(1, 2, (10, 4))
-    by_step, by_tokens = figure.axes
-    for number, (run, lines) in enumerate(runs.items()):
-        steps, loss = _series(lines, "train", "cross_entropy")
-        colour, run = f"C{number}", literal_text(run)
-        by_step.plot(steps, loss, color=colour, alpha=0.35, lw=1, label=f"{run}, training")
-        steps, loss = _series(lines, "eval", "cross_entropy")
-        by_step.plot(steps, loss, color=colour, marker="o", ms=3, label=f"{run}, validation")
-        by_tokens.plot(
-            *_series(lines, "train", "accuracy", x="tokens"),
-            color=colour,
-            lw=1,
-            label=run,
-        )
-    by_step.set(xlabel="step", ylabel="cross-entropy (nats per target token)", title="Loss")
-    by_tokens.set(xlabel="target tokens", ylabel="share of targets predicted", title="Accuracy")
-    for axes in figure.axes:
-        axes.legend(frameon=False, fontsize=8)
+    """Draws loss and accuracy in training and validation by step."""
+    figure = new_figure(1, len(_LOSS_PANELS), (5 * len(_LOSS_PANELS), 4))
+    for axes, (name, title, unit) in zip(figure.axes, _LOSS_PANELS):
+        for number, (run, lines) in enumerate(runs.items()):
+            colour, run = f"C{number}", literal_text(run)
+            in_training, in_validation = (
+                _series(lines, split, name) for split in ("train", "eval")
+            )
+            axes.plot(*in_training, color=colour, alpha=0.35, lw=1, label=f"{run}, training")
+            axes.plot(*in_validation, color=colour, marker="o", ms=3, label=f"{run}, validation")
+        axes.set(xlabel="step", ylabel=unit, title=title)
+    figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -156,7 +150,8 @@ def _draw_router(runs: Runs, expert_counts: Sequence[int]) -> Any:
                 label=literal_text(run) if several else "mean",
             )
         axes.set(xlabel="step", title=label)
-    figure.axes[-1].legend(frameon=False, fontsize=8)
+    lines, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside center right", frameon=False, fontsize=8)
     return figure
 
 
