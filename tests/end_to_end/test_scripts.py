@@ -1,6 +1,7 @@
 """scripts/: what they print, on problems of a few milliseconds."""
 
 import json
+import re
 import runpy
 
 import pytest
@@ -25,6 +26,21 @@ def test_bench_routing_times_every_part_for_each_number_of_experts():
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         f"| {label}" for label in script["PARTS"].values()
     ]
+
+
+def test_bench_tokens_per_expert_compares_every_sparse_model_with_dense(tmp_path):
+    script = runpy.run_path(str(SCRIPTS / "bench" / "tokens_per_expert.py"))
+    changes = {"model.d_model": 8, "model.d_ff": 16, "model.num_heads": 1, "model.head_dim": 8}
+    changes |= {"model.num_encoder_layers": 2, "model.num_decoder_layers": 2, "mesh.data": 1}
+    changes |= {"data.inputs_length": 16, "data.targets_length": 8, "model.vocab_size": 64}
+    points = script["measure"]([2], [1, 2], repeats=1, changes=changes)
+    assert [point.tokens for point in points[2]] == [8, 16]
+    assert all(point.ratio > 0 for point in points[2])
+    header, _, row = script["render"](points, [1, 2]).splitlines()
+    assert header == "| | 1 rows | 2 rows |"
+    assert re.fullmatch(r"\| 2 experts \| [\d.]+ \(8 tokens\) \| [\d.]+ \(16 tokens\) \|", row)
+    script["draw"](points, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
 def test_keyword_task_cuts_one_keyword_at_a_time():
