@@ -142,7 +142,7 @@ BAD_LINES = (
     % (b"[" * 10**5, b"1" * 5000),
     ["é", "two"],
     {EMPTY: 1, NOT_UTF8: 2, NOT_JSON: 4, NO_TEXT: 3},
-    {EMPTY: "line 2", NOT_UTF8: "line 3", NOT_JSON: "line 4", NO_TEXT: "line 6"},
+    {EMPTY: "line 2", NOT_UTF8: "line 3", NOT_JSON: "line 4", NO_TEXT: "line 6 (it has 'a')"},
 )
 BAD_TEXT = (
     b"\xef\xbb\xbf\n \n1\r\n  2\r\n\r\n\n\nb\xe9d\n\xff\nfine but of it\n\t\nlast \xc3\xa9 \n ",

@@ -203,7 +203,7 @@ def test_wandb_continues_one_run_without_a_network(tmp_path, monkeypatch):
     log("wandb", tmp_path / "run", [3], first_step=2)
     records = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     number = json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]
-    assert records and all(record.name.endswith(number) for record in records)
+    assert records and all(f"-{number}" in record.name for record in records)
     assert wandb.run is None
     files = {path.name for record in records for path in record.rglob("*.jsonl")}
     assert files == {"task.jsonl"}

@@ -71,7 +71,7 @@ def text_of_record(
             bad.add(NOT_UTF8, record.place)
             return
     if not isinstance(text, str):
-        has = describe_fields(record.fields)
+        has = "" if field in record.fields else describe_fields(record.fields)
         bad.add(NO_TEXT, f"{record.place} ({has})" if has else record.place)
     elif not may_be_blank and (not text or text.isspace()):
         bad.add(EMPTY, record.place)
