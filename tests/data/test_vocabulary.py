@@ -25,7 +25,7 @@ def texts():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def text(tmp_path_factory, texts):
+def training_text(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("text")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -98,11 +98,11 @@ def test_first_use_trains_with_one_line_and_later_uses_are_silent(capfd):
 
 
 def test_vocabularies_for_t5_sizes_leave_the_padding_unused(monkeypatch):
-    sizes = []
+    sizes, trained = [], open_vocabulary(config())
 
     def train(texts, path, size):
         sizes.append(size)
-        path.write_bytes(open_vocabulary(config()).content)
+        path.write_bytes(trained.content)
 
     monkeypatch.setattr(vocabulary_builder, "train_vocabulary", train)
     for vocab_size in (32128, 250112, 4096):
