@@ -115,11 +115,10 @@ def _draw_loss(runs: Runs) -> Any:
     for axes, (name, title, unit) in zip(figure.axes, _LOSS_PANELS):
         for number, (run, lines) in enumerate(runs.items()):
             colour, run = f"C{number}", literal_text(run)
-            in_training, in_validation = (
-                _series(lines, split, name) for split in ("train", "eval")
-            )
-            axes.plot(*in_training, color=colour, alpha=0.35, lw=1, label=f"{run}, training")
-            axes.plot(*in_validation, color=colour, marker="o", ms=3, label=f"{run}, validation")
+            training = {"alpha": 0.35, "lw": 1, "label": f"{run}, training"}
+            validation = {"marker": "o", "ms": 3, "label": f"{run}, validation"}
+            axes.plot(*_series(lines, "train", name), color=colour, **training)
+            axes.plot(*_series(lines, "eval", name), color=colour, **validation)
         axes.set(xlabel="step", ylabel=unit, title=title)
     figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
