@@ -12,24 +12,14 @@ from tests.support.paths import ROOT
 ALWAYS = ("jax", "numpy")  # of `install_requires`, to see that it was read
 
 
-def imported_packages() -> set[str]:
-    """Returns the top-level names of all imports of other packages, also inside functions."""
-    nodes = (
-        node
-        for path in (ROOT / "switch_jax").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-    )
-    return {
-        name.partition(".")[0]
-        for node in nodes
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    } - {"switch_jax", *sys.stdlib_module_names}
+def imported_modules() -> Iterator[str]:
+    """Yields the names of all modules that the package imports, also inside functions."""
+    for path in (ROOT / "switch_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield node.module or ""
 
 
 def declared() -> Iterator[str]:
@@ -51,9 +41,10 @@ def test_every_imported_library_is_declared():
     known = set(declared())
     assert known.issuperset(ALWAYS)
     distributions = metadata.packages_distributions()
+    packages = {name.partition(".")[0] for name in imported_modules()}
     missing = {
         name
-        for name in imported_packages()
+        for name in packages - {"switch_jax", *sys.stdlib_module_names}
         if known.isdisjoint(map(normalized, distributions.get(name, [name])))
     }
     assert not missing

@@ -18,7 +18,7 @@ from switch_jax.analysis import new_figure
 from switch_jax.cli.startup import start_jax
 from switch_jax.config import Config, load_config
 from switch_jax.distributed import make_mesh
-from switch_jax.performance.benchmark import TIMED_PARTS, time_alternating
+from switch_jax.performance.benchmark import TIMED_PARTS, repeated_call, time_alternating
 from switch_jax.training import TrainProgram
 
 ROOT = Path(__file__).parents[2]
@@ -59,14 +59,7 @@ def compiled_step(config: Config) -> Callable[[], Any]:
     """Returns a function that trains one step more each time it is called."""
     program = TrainProgram(config, make_mesh(config))
     lower, call_again = TIMED_PARTS["train_step"](config, program)
-    compiled, state = lower().compile(), None
-
-    def call() -> Any:
-        nonlocal state
-        state = call_again(compiled, state)
-        return state
-
-    return call
+    return repeated_call(lower().compile(), call_again)
 
 
 def measure(

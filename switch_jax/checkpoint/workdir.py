@@ -175,11 +175,8 @@ class Workdir:
                 f"{self.location} has checkpoints but no config.json; use another --workdir."
             )
 
-    def changes(self, config: Config, effect: str = "results") -> list[str]:
-        """Returns the values that differ from those of the run, as texts.
-
-        Args:
-          effect: that of the keys, as `config.change_effect` has it.
+    def changes(self, config: Config, *effects: str) -> list[str]:
+        """Returns texts of the values, of keys with these effects, that differ from the run's.
 
         Empty where the folder has no config.json.
         """
@@ -188,7 +185,7 @@ class Workdir:
         return [
             text
             for key, text in config_differences(self.config(), config).items()
-            if change_effect(key) == effect
+            if change_effect(key) in effects
         ]
 
     def check_vocabulary(self, content: bytes) -> None:
@@ -206,6 +203,10 @@ class Workdir:
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in increasing order."""
         return step_numbers(self.location / _CHECKPOINTS)
+
+    def checkpoint_location(self, step: int) -> Path:
+        """Returns the folder of a checkpoint as users name it, on a disk or in a bucket."""
+        return self.location / _CHECKPOINTS / str(step)
 
     def open_checkpoint(self, step: int) -> Path:
         """Returns the folder of a checkpoint, from which it can be read."""

@@ -99,14 +99,7 @@ class _TimedProgram:
         compiled = lower().compile()
         self._cached_compile_seconds = time.perf_counter() - start
         self._memory: Any = compiled.memory_analysis()
-        last_result = None
-
-        def call() -> Any:
-            nonlocal last_result
-            last_result = call_again(compiled, last_result)
-            return last_result
-
-        self.call = call
+        self.call = repeated_call(compiled, call_again)
 
     def summary(self, seconds: list[float]) -> dict[str, Any]:
         """Returns the figures of one part of one model, from the seconds of its calls."""
@@ -120,6 +113,18 @@ class _TimedProgram:
             - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes,
         }
+
+
+def repeated_call(compiled: Callable, call_again: CallAgain) -> Callable[[], Any]:
+    """Returns a function that calls a program with the result of its previous call."""
+    last_result = None
+
+    def call() -> Any:
+        nonlocal last_result
+        last_result = call_again(compiled, last_result)
+        return last_result
+
+    return call
 
 
 def time_alternating(

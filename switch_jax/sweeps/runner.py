@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from switch_jax.checkpoint import Workdir, has_diverged, last_logged_step
-from switch_jax.config import Config, change_effect, config_differences
+from switch_jax.config import Config
 from switch_jax.data import data_of_position
 from switch_jax.distributed import record_signals
 from switch_jax.errors import UserError
@@ -151,7 +151,7 @@ def prepare_sweep(jobs: list[Job], folder: Path) -> None:
             f"{folder} holds another sweep (of {', '.join(sorted(begun))}); use another --workdir."
         )
     for job in jobs:
-        if job.key in begun and (changes := _changes(job.workdir.config(), job.config)):
+        if job.key in begun and (changes := _changes(job)):
             raise UserError(
                 f"{folder} holds another sweep ({'; '.join(changes)} in {job.key}); use another"
                 " --workdir."
@@ -290,13 +290,10 @@ def _seed_overrides(seed: int) -> dict[str, str]:
     return {"train.seed": str(seed), "data.seed": str(seed)}
 
 
-def _changes(old: Config, new: Config) -> list[str]:
+def _changes(job: Job) -> list[str]:
     """Returns up to three changes that affect the results of a run that has begun.
 
     Paths of other runs may differ.
     """
-    return [
-        text
-        for key, text in config_differences(old, new).items()
-        if change_effect(key) != "none" and "{run:" not in text
-    ][:3]
+    changes = job.workdir.changes(job.config, "checkpoint", "results")
+    return [text for text in changes if "{run:" not in text][:3]

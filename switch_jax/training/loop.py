@@ -180,5 +180,4 @@ def _print_results(
     """Prints the scores of tasks, of the best checkpoint or else the last, and the best's path."""
     print(scores_table(last if best is None else best[1]), end="")
     if best is not None:
-        folder = workdir.location / workdir.checkpoints.name / str(best[0])
-        print(f"Best by {config.train.keep_best}: {folder}")
+        print(f"Best by {config.train.keep_best}: {workdir.checkpoint_location(best[0])}")

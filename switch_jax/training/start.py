@@ -67,10 +67,10 @@ def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Itera
             find_trackers(config)
             if not workdir.has_checkpoints():
                 _check_model_is_known(config)
-            if config.init_from is not None and not workdir.has_checkpoints():
-                notes = initial_state_notes(config)  # before text is packed
-                if first_process and notes:
-                    print(notes, file=sys.stderr, flush=True)
+                if config.init_from is not None:
+                    notes = initial_state_notes(config)  # before text is packed
+                    if first_process and notes:
+                        print(notes, file=sys.stderr, flush=True)
 
             # Mesh, model, data and evaluation
             on_mesh = dataclasses.replace(config, mesh=mesh_sizes)
@@ -103,14 +103,13 @@ def start_run(config: Config, workdir: Workdir, mesh_sizes: MeshConfig) -> Itera
         finished = checkpoints is not None and int(state.step) >= settings.steps
         teacher_params = {} if finished else teacher_parameters(program)
         with fail_together():
-            if finished and first_process:
-                _note_changes(workdir, config, " This run is finished; they have no effect.")
+            if first_process:
+                _note_changes(workdir, config, finished)
             if not finished:
                 first_batch = next(batches)
                 if not begun:
                     _lock(workdir, config, held, new=True)
                 if first_process:
-                    _note_changes(workdir, config)
                     devices = f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind}"
                     workdir.prepare(config, vocabulary, devices)
         if checkpoints is None:
@@ -136,9 +135,10 @@ def _check_model_is_known(config: Config) -> None:
         )
 
 
-def _note_changes(workdir: Workdir, config: Config, outcome: str = "") -> None:
+def _note_changes(workdir: Workdir, config: Config, finished: bool) -> None:
     """Prints the values that affect results and differ from those of the last start."""
-    if changes := workdir.changes(config):
+    if changes := workdir.changes(config, "results"):
+        outcome = " This run is finished; they have no effect." if finished else ""
         print(
             f"{workdir.location} was started with other values: {'; '.join(changes)}.{outcome}",
             file=sys.stderr,

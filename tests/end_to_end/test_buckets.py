@@ -98,6 +98,7 @@ def test_every_verb_reads_a_run_in_a_bucket(bucket, workdir, local):
     for verb, *flags in (("eval", "--json"), ("generate", "--input", text)):
         expected, _ = runs.run(verb, "--workdir", on_disk, *flags)
         assert runs.run(verb, "--workdir", workdir, *flags)[0] == expected
+    assert f" {workdir}/checkpoints/" in runs.run("eval", "--workdir", workdir)[0]
     answers = f"{bucket}/answers/all.jsonl"
     runs.run("generate", "--workdir", workdir, "--input", text, "--output", answers)
     assert [json.loads(line)["text"] for line in as_path(answers).read_text().splitlines()] == (

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_result(json.dumps(metrics))
         return
-    lines = [f"{'checkpoint':20} {folder}"]
+    lines = [f"{'checkpoint':20} {workdir.checkpoint_location(int(folder.name))}"]
     lines += [f"{name:20} {metrics[name]:.4f}" for name in _SHOWN]
     for name, value in metrics.items():
         if name.endswith("/cross_entropy"):  # of one source among several

@@ -6,7 +6,14 @@ A text of more than `PART_CHARACTERS` comes in parts, which are to be joined.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from switch_jax.data.sources.bad_records import EMPTY, NO_TEXT, NOT_UTF8, BadRecord, BadRecords
+from switch_jax.data.sources.bad_records import (
+    EMPTY,
+    NO_TEXT,
+    NOT_UTF8,
+    BadRecord,
+    BadRecords,
+    UnusableRecord,
+)
 from switch_jax.data.sources.plain_text import split_text
 from switch_jax.data.sources.record_files import (
     PlainDocuments,
@@ -72,7 +79,7 @@ def text_of_record(
             return
     if not isinstance(text, str):
         has = "" if field in record.fields else describe_fields(record.fields)
-        bad.add(NO_TEXT, f"{record.place} ({has})" if has else record.place)
+        bad.add(*UnusableRecord(NO_TEXT, has).at(record.place))
     elif not may_be_blank and (not text or text.isspace()):
         bad.add(EMPTY, record.place)
     else:
