@@ -35,6 +35,6 @@ done
 step predicted "$python" -m switch_jax compile --topology gpu \
   --config configs/switch_base.py:num_experts=8 --config.data.batch_size=64
 if "$python" -c 'import torch, transformers' 2>/dev/null; then
-  step transformers "$python" scripts/bench/hugging_face.py --repeats 5
+  step transformers "$python" scripts/bench/hugging_face.py --dtype bfloat16 --repeats 5
 fi
 echo "results: $folder"

@@ -36,6 +36,7 @@ SHAPE = {
     "data.targets_length": 114,
 }
 ACCEPTABLE = 1.1  # times the dense model's step
+RATIOS = (1, 1.5, 2, 3, 5, 10)  # labels of the axis
 
 
 class Point(NamedTuple):
@@ -96,8 +97,10 @@ def draw(points: dict[int, list[Point]], path: Path) -> None:
     for E, series in points.items():
         axes.plot(*zip(*series), "o-", label=f"{E} experts")
     axes.axhline(ACCEPTABLE, color="black", lw=0.8, ls=":")
-    axes.set(xscale="log", xlabel="tokens of the encoder for each expert")
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the encoder for each expert")
     axes.set(ylabel=f"train step / dense (dotted: {ACCEPTABLE})")
+    axes.set_yticks(RATIOS, [str(ratio) for ratio in RATIOS])
+    axes.minorticks_off()
     axes.legend(frameon=False)
     figure.savefig(path, dpi=144)
 

@@ -1,10 +1,11 @@
-"""Compiles the paper's models for pods and fills in the tables and figures of docs/scale.md.
+"""Compiles the paper's models for TPUs and GPUs, and fills in docs/scale.md.
 
-    pip install 'switch_jax[tpu,plots]'
+    pip install 'switch_jax[tpu,cuda-compile,plots]'
     python scripts/docs/scale.py
 
-Needs no TPU. Each program takes a minute or a few on two cores; programs that were compiled before
-are read from the cache. The script may be stopped at any time and run again.
+Needs no TPU and no GPU. Each program takes a minute or a few on two cores; programs that were
+compiled before are read from the cache. The script may be stopped at any time and run again. It
+also writes the compile results against which `performance/mesh_search.py` is tested.
 """
 
 import json
@@ -17,25 +18,29 @@ import numpy as np
 
 from switch_jax.analysis import new_figure
 from switch_jax.config import STACKS, load_config
-from switch_jax.distributed import CHIPS
+from switch_jax.distributed import CHIPS, chip_of_topology
+from switch_jax.errors import UserError
 from switch_jax.model import expert_layers, padded_size, split_hops
 from switch_jax.performance import draw_placement, suggest_meshes
 from switch_jax.performance.mesh_search import estimate_step_seconds
 
 ROOT = Path(__file__).parents[2]
+COMPILED_MESHES = ROOT / "tests/golden/compiled_meshes.json"
 
 
 class Case(NamedTuple):
-    """A preset on a machine, with a mesh."""
+    """A preset on a machine, with a mesh and a number of microbatches."""
 
     preset: str
     topology: str
     mesh: str
     slices: int = 1
+    accumulate: int = 1
 
     @property
     def overrides(self) -> dict[str, str]:
-        return {f"mesh.{key}": value for key, value in (x.split("=") for x in self.mesh.split())}
+        mesh = {f"mesh.{key}": value for key, value in (x.split("=") for x in self.mesh.split())}
+        return mesh | {"train.accumulate": str(self.accumulate)}
 
     @property
     def machine(self) -> str:
@@ -58,11 +63,23 @@ RANKED = [
     Case("switch_base", "v4:4x4x4", "data=8 expert=8 fsdp=True"),
     Case("switch_base", "v4:4x4x4", "data=1 expert=16 model=4"),
 ]
+# Switch-Base, Switch-C and Switch-XXL before the changes that "Memory traffic" describes, counted
+# as now: GB to and from HBM, and GiB of HBM.
+BEFORE = {CASES[0]: (117.8, 20.5), CASES[4]: (153.4, 23.4), CASES[3]: (498.6, 69.6)}
+GPU_PRESETS = ["t5_base", "t5_large", "switch_base", "switch_large", "mswitch_base", "t5_xxl"]
+GPU_PRESETS += ["switch_xxl", "switch_c"]
+GPUS = [8, 64, 512]
+MICROBATCHES = [1, 2, 4, 8, 16, 32, 64]
 MEMORY = ["model", "10⁹ parameters", "TPU", "chips", "mesh", "HBM used, GiB", "parameters"]
 MEMORY += ["optimizer", "gradients, activations …"]
 STEPS = ["model, TPU", "TFLOP", "GB to and from HBM", "GB sent along axes"]
-STEPS += ["ms: compute / memory / links (/ slices)", "roofline step, ms", "MFU"]
-STEPS += ["10⁹ tokens a day", "days", "compiled in, s"]
+STEPS += ["ms: compute / memory / links (/ slices)", "roofline step, ms", "MFU, at most"]
+STEPS += ["MFU by XLA's cost model", "10⁹ tokens a day", "days", "compiled in, s"]
+TRAFFIC = ["the same chips, mesh and batch", "GB to and from HBM, before", "now"]
+TRAFFIC += ["HBM used, GiB, before", "now"]
+GPU = ["model", "H100s", "mesh", "microbatches", "memory used, GiB", "TFLOP"]
+GPU += ["GB to and from memory", "ms: compute / memory / network", "roofline step, ms"]
+GPU += ["MFU, at most"]
 RANKING = ["model", "TPU", "mesh", "step, ms", "compiled", "memory, GiB", "compiled"]
 GROUPS = (2**11, 2**14, 2**17, 2**20)
 FACTORS = (1.0, 1.05, 1.1, 1.15, 1.25, 1.5, 2.0)
@@ -128,10 +145,72 @@ def step_row(case: Case, result: dict) -> list[str]:
         " / ".join(f"{1e3 * value:.0f}" for value in seconds.values()),
         f"{1e3 * result['step_seconds_roofline']:.0f} ({result['binding']})",
         f"{result['mfu_roofline']:.0%}",
+        f"{result['mfu_estimated']:.0%}",
         f"{result['tokens_per_day'] / 1e9:,.0f}",
         f"{result['days_to_paper_tokens']:.1f}",
         f"{result['compile_seconds']:.0f}",
     ]
+
+
+def traffic_row(case: Case, result: dict) -> list[str]:
+    traffic, used = BEFORE[case]
+    now = f"{result['memory_traffic_bytes'] / 1e9:.1f}"
+    memory = gib(result["hbm_bytes_per_device"])
+    place = f"{case.preset}, {case.machine}, {mesh_text(result)}"
+    return [place, str(traffic), now, str(used), memory]
+
+
+def gpu_case(preset: str, gpus: int) -> Case | None:
+    """Returns the fewest microbatches, with a mesh, that are predicted to fit; None if none are."""
+    topology = f"h100:{gpus}"
+    chip, devices = chip_of_topology(topology)
+    for accumulate in MICROBATCHES:
+        values = {"train.accumulate": str(accumulate)}
+        try:
+            made = load_config(str(ROOT / f"configs/{preset}.py"), values)
+            best = suggest_meshes(made, chip, devices)[0]
+        except UserError:  # Switch-C's groups do not divide so few rows
+            return None
+        if best.fits:
+            sizes = best.mesh | {"fsdp": best.fsdp}
+            mesh = " ".join(f"{axis}={size}" for axis, size in sizes.items())
+            return Case(preset, topology, mesh, accumulate=accumulate)
+    return None
+
+
+def gpu_row(case: Case, result: dict) -> list[str]:
+    row = [
+        case.preset,
+        f"{result['devices']:,}",
+        mesh_text(result) + (", FSDP" if result["fsdp"] else ""),
+        str(case.accumulate),
+        f"{gib(result['hbm_bytes_per_device'])} of {gib(result['hbm_available_bytes'])}",
+    ]
+    if not result["fits"]:
+        return [*row, "does not fit", *[""] * 4]
+    seconds = result["seconds_by_resource"]
+    return [
+        *row,
+        f"{result['flops_per_device'] / 1e12:.1f}",
+        f"{result['memory_traffic_bytes'] / 1e9:,.0f}",
+        " / ".join(f"{1e3 * value:,.0f}" for value in seconds.values()),
+        f"{1e3 * result['step_seconds_roofline']:,.0f} ({result['binding']})",
+        f"{result['mfu_roofline']:.0%}",
+    ]
+
+
+def compiled_mesh(case: Case, result: dict) -> dict:
+    """Returns what `performance/mesh_search.py` predicts, of a compiled program; None: no fit."""
+    seconds, traffic = result["seconds_by_resource"], result["memory_traffic_bytes"]
+    return {
+        "preset": case.preset,
+        "topology": case.topology,
+        "slices": case.slices,
+        "mesh": result["mesh"],
+        "step_ms": seconds and round(1e3 * estimate_step_seconds(seconds)),
+        "memory_gib": round(result["hbm_bytes_per_device"] / 2**30, 1),
+        "hbm_traffic_gb": traffic and round(traffic / 1e9),
+    }
 
 
 def ranking_row(case: Case, result: dict) -> list[str]:
@@ -214,6 +293,12 @@ def draw_slots(path: Path) -> None:
 
 def main() -> None:
     results = {case: compiled(case) for case in [*CASES, *RANKED[1:]]}
+    gpu_cases = [case for gpus in GPUS for p in GPU_PRESETS if (case := gpu_case(p, gpus))]
+    on_gpus = {case: compiled(case) for case in gpu_cases}
+    ranked = [*RANKED, *CASES[1:]]
+    stored = [compiled_mesh(case, results[case]) for case in ranked]
+    lines = ",\n".join(f"  {json.dumps(each)}" for each in stored)
+    COMPILED_MESHES.write_text(f"[\n{lines}\n]\n")
     images = ROOT / "docs/images"
     draw_slots(images / "switch_c_slots.png")
     draw_placement(results[CASES[3]], images / "switch_xxl_placement.png")
@@ -221,7 +306,9 @@ def main() -> None:
     blocks = {
         "memory": table(MEMORY, [memory_row(case, results[case]) for case in CASES]),
         "steps": table(STEPS, [step_row(case, results[case]) for case in CASES]),
-        "ranking": table(RANKING, [ranking_row(c, results[c]) for c in [*RANKED, *CASES[1:]]]),
+        "ranking": table(RANKING, [ranking_row(c, results[c]) for c in ranked]),
+        "traffic": table(TRAFFIC, [traffic_row(case, results[case]) for case in BEFORE]),
+        "gpus": table(GPU, [gpu_row(case, result) for case, result in on_gpus.items()]),
         "slots": table(
             ["capacity factor", *(f"{size:,} tokens" for size in GROUPS)],
             [

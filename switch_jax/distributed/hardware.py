@@ -49,8 +49,8 @@ def _gib(value: float) -> int:
 # figures.
 #
 # Sources. TPU FLOP/s and links: Google's pages (cloud.google.com/tpu/docs/v4, …). HBM rates: JAX's
-# table (`jax.experimental.pallas.tpu.get_tpu_info`); Google's pages have 1200 (v4), 800 (v5e), 1600
-# (v6e) and for v5p 2765 GB/s. Memory: what the TPU's compiler lets a program use. `slice_rate` of
+# table (`jax.experimental.pallas.tpu.get_tpu_info`); Google's pages have 1200 (v4), 800 (v5e), 2765
+# (v5p) and 1600 GB/s (v6e). Memory: what the TPU's compiler lets a program use. `slice_rate` of
 # v4 and v5p: 200 Gb/s for a host of four chips. Clock: FLOP/s / (2 · multipliers of the matrix
 # units), which are 8 · 128² in v4 and v5p, 4 · 128² in v5e and 4 · 256² in v6e.
 # GPU: NVIDIA's data sheets; between hosts, one network adapter per GPU as in its DGX systems, of
@@ -60,7 +60,7 @@ CHIPS = {
     "TPU v3": Chip(61.5e12),
     "TPU v4": Chip(275e12, 1230e9, 300e9, 3, 6.25e9, _gib(30.75), 1.05e9),
     "TPU v5 lite": Chip(197e12, 820e9, 200e9, 2, 3.125e9, _gib(15.75), 1.5e9),
-    "TPU v5": Chip(459e12, 2765e9, 600e9, 3, 6.25e9, _gib(95.74), 1.75e9),
+    "TPU v5": Chip(459e12, 2460e9, 600e9, 3, 6.25e9, _gib(95.74), 1.75e9),
     "TPU v6 lite": Chip(918e12, 1640e9, 400e9, 2, 12.5e9, _gib(31.25), 1.75e9),
     "TPU7x": Chip(1153.5e12),
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9, slice_rate=25e9),

@@ -51,19 +51,24 @@ PASSES_PER_STEP = {"none": 3, "dots": 3.3, "full": 4}
 
 # HBM traffic of a train step, in multiples of the bytes of float32 parameters (for parameters,
 # gradients and optimizer) and of the activations kept for the backward pass. All stored compile
-# results have one microbatch: they determine the sum 14 + 2 and the 8; the division of the sum into
-# a part per step and a part per microbatch is an assumption.
-PARAMETER_TRAFFIC_PER_STEP = 14
-PARAMETER_TRAFFIC_PER_MICROBATCH = 2
-ACTIVATION_TRAFFIC_PER_MICROBATCH = 8
+# results have one microbatch: they determine the sum 6 + 1.5 and the 8.5; the division of the sum
+# into a part per step and a part per microbatch is an assumption.
+PARAMETER_TRAFFIC_PER_STEP = 6
+PARAMETER_TRAFFIC_PER_MICROBATCH = 1.5
+ACTIVATION_TRAFFIC_PER_MICROBATCH = 8.5
+# Weights that FSDP gathers, in the activation dtype: they are written and read in both passes, and
+# their gradients are written and read before they are scattered.
+FSDP_TRAFFIC_PER_MICROBATCH = 6
 
-# Arrays kept for the backward pass, in multiples of an array in the activation dtype.
-STREAM_COPIES = (
-    4  # of a sub-layer's input: itself, a float32 copy (twice the size), the normed input
-)
+# Arrays kept for the backward pass, in multiples of an array in the activation dtype: results of
+# matmuls, kernels, gathers and exchanges.
+STREAM_COPIES = 1.5  # of a sub-layer's input or output
 HEAD_ARRAYS = 4  # queries, keys, values and the attention's output
-SCORE_COPIES = 3  # of attention scores: a float32 copy (twice the size) and the rounded scores
+SCORE_COPIES = 1  # of attention's probabilities, where it is not fused
+SLOT_ARRAYS = 2  # inputs and outputs of expert slots
 DOTS_STREAM_COPIES = 2  # with remat=dots
+# Largest part of the gradients, in the activation dtype, that exists at one time.
+GRADIENT_SHARE = 0.6
 LOGITS_COPIES = 3  # of the logits that are computed at once (LOGITS_BYTES), in float32
 
 ALL_REDUCE_PASSES = 2  # a ring all-reduce sends its array twice: reduce-scatter, then all-gather
@@ -81,7 +86,8 @@ class MeshSuggestion:
 
     mesh: dict[str, int]
     fsdp: bool
-    # Bytes of a device: parameters, optimizer, gradients, activations, teacher.
+    # Bytes of a device: parameters, weights (parameters in the activation dtype), optimizer,
+    # gradients, activations, teacher.
     memory_bytes: dict[str, float]
     # Seconds per step: compute, memory, links; with several slices also slices.
     seconds: dict[str, float]
@@ -171,6 +177,8 @@ class _StepCostModel:
         self._flops = sum(flops_by_part(config).values())
         self._teacher_flops = sum(flops_by_part(teacher).values()) if teacher else 0.0
         self._expert_layers = expert_layers(config)
+        attention, is_tpu = config.model.attention, chip.torus > 0
+        self._fused = attention == "fused" or (attention == "auto" and is_tpu)
 
     def suggestion(self, sizes: dict[str, int], fsdp: bool) -> MeshSuggestion:
         """Returns the mesh with its predicted memory and time."""
@@ -196,12 +204,16 @@ class _StepCostModel:
 
     def _memory_bytes(self, sizes: dict[str, int], fsdp: bool) -> dict[str, float]:
         parameters = FLOAT32_BYTES * sum(self._dense_and_expert_parameters(sizes, fsdp))
-        # Gradients of a microbatch, and with several microbatches their sum.
-        gradients = 2 if self._config.train.accumulate > 1 else 1
+        item = jnp.dtype(self._config.model.dtype).itemsize
+        weights = parameters * item / FLOAT32_BYTES
+        # Gradients of a microbatch, and with several microbatches their float32 sum.
+        sums = parameters if self._config.train.accumulate > 1 else 0.0
         return {
             "parameters": parameters,
+            # With float32 activations the weights are the parameters.
+            "weights": weights if item < FLOAT32_BYTES else 0.0,
             "optimizer": parameters * self._optimizer_ratio,
-            "gradients": parameters * gradients,
+            "gradients": GRADIENT_SHARE * weights + sums,
             "activations": self._activation_bytes(sizes),
             "teacher": FLOAT32_BYTES * _parameters_per_device(self._teacher, sizes, fsdp),
         }
@@ -219,12 +231,13 @@ class _StepCostModel:
             # Elements, in the activation dtype, of a layer's arrays.
             stream = rows * length * STREAM_COPIES * SUBLAYERS[stack] * m.d_model
             heads = rows * length * HEAD_ARRAYS * attentions * heads_dim / split
-            scores = rows * m.num_heads / split * length * keys * SCORE_COPIES
-            hidden = rows * length * (gates + 1) * m.d_ff / split
+            scores = 0.0 if self._fused else rows * m.num_heads / split * length * keys
+            hidden = rows * length * gates * m.d_ff / split
             sparse = len(config.sparse_layers(stack)) / layers
             slots = max((e.slots_per_token for e in self._expert_layers_of(stack)), default=1.0)
             hidden *= 1 + sparse * (slots - 1)
-            layer = item * (stream + heads + scores + hidden)
+            slot_arrays = sparse * rows * length * slots * SLOT_ARRAYS * m.d_model
+            layer = item * (stream + heads + SCORE_COPIES * scores + hidden + slot_arrays)
             dots_stream = rows * length * DOTS_STREAM_COPIES * m.d_model
             kept = {
                 "none": layer,
@@ -234,10 +247,8 @@ class _StepCostModel:
             total += layers * kept
             largest_layer = max(largest_layer, layer * (config.moe.every if config.sparse else 1))
         logits = rows * config.data.targets_length * m.vocab_size * FLOAT32_BYTES / split
-        # remat=none keeps all weights in the activation dtype, gathered where FSDP splits them;
-        # with recomputation, only the arrays of one block exist at a time.
-        weights = sum(self._dense_and_expert_parameters(sizes, False))
-        once = item * weights if m.remat == "none" else largest_layer
+        # What is computed again exists for one block at a time.
+        once = largest_layer if m.remat != "none" else 0.0
         return total + once + LOGITS_COPIES * min(logits, LOGITS_BYTES)
 
     def _expert_layers_of(self, stack: str) -> list[ExpertLayer]:
@@ -248,6 +259,7 @@ class _StepCostModel:
     ) -> dict[str, float]:
         """Returns the seconds that each resource of a device is busy."""
         config, chip = self._config, self._chip
+        item = jnp.dtype(config.model.dtype).itemsize
         flops = PASSES_PER_STEP[config.model.remat] * self._flops + self._teacher_flops
         flops *= config.data.batch_size / math.prod(sizes.values())
         microbatches = config.train.accumulate
@@ -256,6 +268,9 @@ class _StepCostModel:
         )
         traffic = parameter_traffic * memory["parameters"]
         traffic += ACTIVATION_TRAFFIC_PER_MICROBATCH * microbatches * memory["activations"]
+        if fsdp:
+            gathered = item * sum(self._dense_and_expert_parameters(sizes, False))
+            traffic += FSDP_TRAFFIC_PER_MICROBATCH * microbatches * gathered
         traffic += microbatches * memory["teacher"]
         seconds = {
             "compute": flops / chip.flops,
@@ -264,7 +279,7 @@ class _StepCostModel:
         }
         if sizes["slice"] > 1:
             dense, experts = self._dense_and_expert_parameters(sizes, True)
-            size = jnp.dtype(config.model.dtype).itemsize * (dense / sizes["expert"] + experts)
+            size = item * (dense / sizes["expert"] + experts)
             share = (sizes["slice"] - 1) / sizes["slice"]
             seconds["slices"] = ALL_REDUCE_PASSES * share * size / (chip.slice_rate or math.inf)
         return seconds

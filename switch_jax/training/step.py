@@ -14,7 +14,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from switch_jax.config import Config
-from switch_jax.distributed import constrain, host_memory_kind, partition_spec, replicated
+from switch_jax.distributed import (
+    constrain,
+    host_memory_kind,
+    mesh_platform,
+    partition_spec,
+    replicated,
+)
 from switch_jax.model import (
     Batch,
     MeshJit,
@@ -227,7 +233,7 @@ class TrainProgram:
             trained_params = optax.apply_updates({n: state.params[n] for n in updates}, updates)
         params = self._update_balance_biases(state.params | trained_params, stats)
         rms, weights = self._stored_with(params, state.weights)
-        total_loss, grad_norm = sum(terms.values()), optax.global_norm(grads)
+        total_loss, grad_norm = sum(terms.values()), _global_norm(grads)
         param_norm = _global_norm(params, rms)
         finite = jnp.isfinite(jnp.stack([total_loss, grad_norm, param_norm])).all()
         if config.train.on_nonfinite == "skip":
@@ -358,15 +364,26 @@ class TrainProgram:
         return jax.lax.scan(add, zeros, microbatches)[0]
 
 
-def _global_norm(params: Mapping[str, jax.Array], rms: Mapping[str, jax.Array]) -> jax.Array:
-    """Norm of all parameters; of those whose RMS is known, without another sum over elements."""
+def _global_norm(
+    arrays: Mapping[str, jax.Array], rms: Mapping[str, jax.Array] | None = None
+) -> jax.Array:
+    """Norm of all arrays; of those whose RMS is known, without another sum over elements."""
+    rms = rms or {}
     squares = [
-        jnp.sum(jnp.square(rms[name])) * (params[name].size / rms[name].size)
+        jnp.sum(jnp.square(rms[name])) * (array.size / rms[name].size)
         if name in rms
-        else jnp.sum(jnp.square(params[name]))
-        for name in params
+        else _sum_of_squares(array)
+        for name, array in arrays.items()
     ]
     return jnp.sqrt(sum(squares))
+
+
+def _sum_of_squares(array: jax.Array) -> jax.Array:
+    """Σ x², read once: XLA's CPU compiler would write the squares to memory and read them again."""
+    if mesh_platform() != "cpu":
+        return jnp.sum(jnp.square(array))
+    every_axis = tuple(range(array.ndim))
+    return jax.lax.dot_general(array, array, ((every_axis, every_axis), ((), ())))
 
 
 def _add_to_uint64(words: jax.Array, number: jax.Array) -> jax.Array:
