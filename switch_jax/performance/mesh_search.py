@@ -51,11 +51,12 @@ PASSES_PER_STEP = {"none": 3, "dots": 3.3, "full": 4}
 
 # HBM traffic of a train step, in multiples of the bytes of float32 parameters (for parameters,
 # gradients and optimizer) and of the activations kept for the backward pass. All stored compile
-# results have one microbatch: they determine the sum 6 + 1.5 and the 8.5; the division of the sum
-# into a part per step and a part per microbatch is an assumption.
+# results have one microbatch: they determine the sum 6 + 1.5; the division of the sum into a part
+# per step and a part per microbatch is an assumption. GPUs have no memory on the chip that holds
+# activations between kernels, and no fused attention.
 PARAMETER_TRAFFIC_PER_STEP = 6
 PARAMETER_TRAFFIC_PER_MICROBATCH = 1.5
-ACTIVATION_TRAFFIC_PER_MICROBATCH = 8.5
+ACTIVATION_TRAFFIC_PER_MICROBATCH = {"tpu": 8.5, "gpu": 24}
 # Weights that FSDP gathers, in the activation dtype: they are written and read in both passes, and
 # their gradients are written and read before they are scattered.
 FSDP_TRAFFIC_PER_MICROBATCH = 6
@@ -64,7 +65,7 @@ FSDP_TRAFFIC_PER_MICROBATCH = 6
 # matmuls, kernels, gathers and exchanges.
 STREAM_COPIES = 1.5  # of a sub-layer's input or output
 HEAD_ARRAYS = 4  # queries, keys, values and the attention's output
-SCORE_COPIES = 1  # of attention's probabilities, where it is not fused
+SCORE_COPIES = 1.2  # of attention's probabilities, where it is not fused; float32 in one layer
 SLOT_ARRAYS = 2  # inputs and outputs of expert slots
 DOTS_STREAM_COPIES = 2  # with remat=dots
 # Largest part of the gradients, in the activation dtype, that exists at one time.
@@ -177,8 +178,9 @@ class _StepCostModel:
         self._flops = sum(flops_by_part(config).values())
         self._teacher_flops = sum(flops_by_part(teacher).values()) if teacher else 0.0
         self._expert_layers = expert_layers(config)
-        attention, is_tpu = config.model.attention, chip.torus > 0
-        self._fused = attention == "fused" or (attention == "auto" and is_tpu)
+        self._is_tpu = chip.torus > 0
+        attention = config.model.attention
+        self._fused = attention == "fused" or (attention == "auto" and self._is_tpu)
 
     def suggestion(self, sizes: dict[str, int], fsdp: bool) -> MeshSuggestion:
         """Returns the mesh with its predicted memory and time."""
@@ -267,7 +269,8 @@ class _StepCostModel:
             PARAMETER_TRAFFIC_PER_STEP + PARAMETER_TRAFFIC_PER_MICROBATCH * microbatches
         )
         traffic = parameter_traffic * memory["parameters"]
-        traffic += ACTIVATION_TRAFFIC_PER_MICROBATCH * microbatches * memory["activations"]
+        activation_traffic = ACTIVATION_TRAFFIC_PER_MICROBATCH["tpu" if self._is_tpu else "gpu"]
+        traffic += activation_traffic * microbatches * memory["activations"]
         if fsdp:
             gathered = item * sum(self._dense_and_expert_parameters(sizes, False))
             traffic += FSDP_TRAFFIC_PER_MICROBATCH * microbatches * gathered

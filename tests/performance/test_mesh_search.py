@@ -90,7 +90,8 @@ def test_compute_seconds_equal_those_of_the_cost_model():
 def suggestion_for(compiled: dict) -> MeshSuggestion:
     """The prediction for the mesh of a compile result."""
     chip, devices = chip_of_topology(compiled["topology"])
-    config, slices = preset(compiled["preset"]), compiled["slices"]
+    values = {"train.accumulate": str(compiled["accumulate"])}
+    config, slices = preset(compiled["preset"], **values), compiled["slices"]
     suggestions = suggest_meshes(config, chip, devices * slices, slices)
     (suggestion,) = (s for s in suggestions if s.mesh == compiled["mesh"])
     return suggestion
@@ -134,6 +135,7 @@ def test_stored_compile_results_are_those_of_the_documentation():
     assert documented == [
         (c["preset"], c["topology"], str(c["step_ms"] or "does not fit"), c["memory_gib"])
         for c in COMPILED
+        if not c["topology"].startswith("h100")
     ]
 
 
