@@ -106,11 +106,7 @@ class HloProgram:
             axes, devices = _mesh_axes(groups, mesh)
             if not axes:
                 continue
-            size = _type_bytes(instruction.type)
-            if instruction.opcode.endswith("-start"):  # its type holds operands and results
-                size = max(_type_bytes(array[0]) for array in _ARRAY.finditer(instruction.type))
-            if kind == "reduce-scatter":
-                size *= devices
+            size = _collective_bytes(instruction, kind, devices)
             collectives.append(Collective(kind, axes, devices, size, times))
         return collectives
 
@@ -182,11 +178,13 @@ class HloProgram:
         result = _memory_bytes(instruction.type)
         if instruction.opcode == "fusion":
             return self._fusion_traffic(instruction, inputs)
+        if 'custom_call_target="__cublas' in instruction.attributes:
+            result = _memory_bytes(_tuple_elements(instruction.type)[0])  # without the workspace
         if instruction.opcode == "slice-start":  # its type: ((operands), result, context)
             operands, sliced = _tuple_elements(instruction.type)[:2]
             sides = bool(_memory_bytes(operands)) + bool(_memory_bytes(sliced))
             return sides * _type_bytes(sliced)
-        if instruction.opcode.endswith("-start"):
+        if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
             return result  # its type holds operands and results
         if instruction.opcode in _SLICING:
             return 2 * result
@@ -336,6 +334,19 @@ def _array_bytes(match: re.Match) -> int:
 def _tuple_elements(type_: str) -> list[str]:
     """Returns the element types of a tuple type, or the type itself."""
     return _split_commas(type_[1:-1]) if type_.startswith("(") else [type_]
+
+
+def _collective_bytes(instruction: Instruction, kind: str, devices: int) -> int:
+    """Returns the bytes of a collective's results, of a reduce-scatter those of its operands.
+
+    A collective of several arrays has tuples of them. The type of a start is that of the results
+    only for an all-reduce; for others it is a tuple of operands, results and what else it needs.
+    """
+    size = _type_bytes(instruction.type)
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        operands, results = map(_type_bytes, _tuple_elements(instruction.type)[:2])
+        return operands if kind == "reduce-scatter" else results
+    return size * devices if kind == "reduce-scatter" else size
 
 
 def _channel_id(instruction: Instruction) -> str:

@@ -89,9 +89,15 @@ ENTRY %main (a: bf16[8,4]) -> bf16[4,4] {
   %e = bf16[8,4]{1,0} all-to-all(%a), channel_id=3, replica_groups=[8,2]<=[16], dimensions={0}
   %s = (bf16[8,4], bf16[16,4]) all-gather-start(%a), channel_id=4, replica_groups=[8,2]<=[16]
   %d = bf16[16,4]{1,0} all-gather-done(%s)
+  %m = (bf16[8,4]{1,0}, bf16[2]{0}) all-reduce-start(%a, %b), channel_id=6, GROUPS
+  %n = ((bf16[8,4], bf16[2]), (bf16[16,4], bf16[4])) all-gather-start(%a, %b), channel_id=7, GROUPS
+  %o = ((bf16[8,4], bf16[2]), (bf16[4,4], bf16[1])) reduce-scatter-start(%a), channel_id=8, GROUPS
+  %t = (bf16[8,4], bf16[8,4], u32[], u32[]) collective-permute-start(%a), channel_id=9, PAIRS
   ROOT %r = bf16[4,4]{1,0} reduce-scatter(%a), channel_id=5, replica_groups=[8,2]<=[16]
 }
 """
+KINDS = KINDS.replace("GROUPS", "replica_groups=[8,2]<=[16]")
+KINDS = KINDS.replace("PAIRS", "source_target_pairs={{0,2},{2,4},{4,0}}")
 
 
 def test_bytes_sent_by_each_kind_of_collective():
@@ -101,10 +107,15 @@ def test_bytes_sent_by_each_kind_of_collective():
         "collective-permute",
         "all-to-all",
         "all-gather",
+        "all-reduce",
+        "all-gather",
+        "reduce-scatter",
+        "collective-permute",
         "reduce-scatter",
     ]
-    # Half of 128 gathered bytes, all of 64 bytes, half of 64, again 64, half of 2 × 32.
-    assert [c.bytes_sent for c in collectives] == [64, 64, 32, 64, 32]
+    # Half of 128 gathered bytes, all of 64 bytes, half of 64, again 64; of two arrays together: all
+    # of 64 + 4, half of 128 + 8, half of 64 + 4; all of 64, half of 2 × 32.
+    assert [c.bytes_sent for c in collectives] == [64, 64, 32, 64, 68, 68, 34, 64, 32]
 
 
 def test_sends_by_hosts_between_tpu_slices_are_collectives():
@@ -189,6 +200,15 @@ ROW = 64 * 4
         ("ROOT %x = f32[1,64]{1,0} fusion(%a, %i), kind=kLoop, calls=%retiled", 2 * ROW + 4),
         # Memory that is allocated and not written.
         ('ROOT %x = f32[10,64]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0),
+        # A matmul of cuBLAS, with its workspace.
+        (
+            "ROOT %x = (f32[1,64]{1,0}, s8[4194304]{0}) custom-call(%a, %b),"
+            ' custom_call_target="__cublas$lt$matmul"',
+            11 * ROW + 10 * 8 * 4,
+        ),
+        # Results of an all-reduce only, and operands and results of an all-gather.
+        ("ROOT %x = f32[10,64]{1,0} all-reduce-start(%a), to_apply=%add", 20 * ROW),
+        ("ROOT %x = (f32[10,64]{1,0}, f32[20,64]{1,0}) all-gather-start(%a)", 30 * ROW),
         # Two rows prefetched into vector memory: only they are read.
         (
             "ROOT %x = ((f32[10,64]{1,0}), f32[2,64]{1,0:S(1)}, s32[]) slice-start(%a),"
