@@ -63,8 +63,8 @@ RANKED = [
     Case("switch_base", "v4:4x4x4", "data=8 expert=8 fsdp=True"),
     Case("switch_base", "v4:4x4x4", "data=1 expert=16 model=4"),
 ]
-# Switch-Base, Switch-C and Switch-XXL before the changes that "Memory traffic" describes, counted
-# as now: GB to and from HBM, and GiB of HBM.
+# Switch-Base, Switch-C and Switch-XXL as they were compiled before what "Memory traffic" describes,
+# counted as now: GB to and from HBM, and GiB of HBM.
 BEFORE = {CASES[0]: (117.8, 20.5), CASES[4]: (153.4, 23.4), CASES[3]: (498.6, 69.6)}
 GPU_PRESETS = ["t5_base", "t5_large", "switch_base", "switch_large", "mswitch_base", "t5_xxl"]
 GPU_PRESETS += ["switch_xxl", "switch_c"]
@@ -75,8 +75,8 @@ MEMORY += ["optimizer", "gradients, activations …"]
 STEPS = ["model, TPU", "TFLOP", "GB to and from HBM", "GB sent along axes"]
 STEPS += ["ms: compute / memory / links (/ slices)", "roofline step, ms", "MFU, at most"]
 STEPS += ["MFU by XLA's cost model", "10⁹ tokens a day", "days", "compiled in, s"]
-TRAFFIC = ["the same chips, mesh and batch", "GB to and from HBM, before", "now"]
-TRAFFIC += ["HBM used, GiB, before", "now"]
+TRAFFIC = ["the same chips, mesh and batch", "GB to and from HBM: without", "with"]
+TRAFFIC += ["HBM used, GiB: without", "with"]
 GPU = ["model", "H100s", "mesh", "microbatches", "memory used, GiB", "TFLOP"]
 GPU += ["GB to and from memory", "ms: compute / memory / network", "roofline step, ms"]
 GPU += ["MFU, at most"]

@@ -284,7 +284,8 @@ class _StepCostModel:
             dense, experts = self._dense_and_expert_parameters(sizes, True)
             size = item * (dense / sizes["expert"] + experts)
             share = (sizes["slice"] - 1) / sizes["slice"]
-            seconds["slices"] = ALL_REDUCE_PASSES * share * size / (chip.slice_rate or math.inf)
+            reduced = microbatches * ALL_REDUCE_PASSES * share * size
+            seconds["slices"] = reduced / (chip.slice_rate or math.inf)
         return seconds
 
     def _link_seconds(self, sizes: dict[str, int], fsdp: bool) -> float:
@@ -304,8 +305,9 @@ class _StepCostModel:
             rate = self._chip.rate_within(axes_span(sizes, axes)) or math.inf
             return size * (devices - 1) / devices / rate
 
-        total = ALL_REDUCE_PASSES * ring(item * dense, "data", "expert")
-        total += ALL_REDUCE_PASSES * ring(item * experts, "data")
+        # Gradients are reduced in every microbatch: a device adds up only its own part.
+        total = microbatches * ALL_REDUCE_PASSES * ring(item * dense, "data", "expert")
+        total += microbatches * ALL_REDUCE_PASSES * ring(item * experts, "data")
         if fsdp:
             gathers = FSDP_GATHERS_PER_MICROBATCH * microbatches
             total += gathers * ring(item * (dense + experts), "data")

@@ -164,8 +164,11 @@ def matmul_flops(jaxpr: Any, devices: int) -> Flops:
         elif name == "shard_map":
             body = body.times(devices)
         elif name == "pallas_call":
-            flops = math.prod(params["grid_mapping"].grid) * body.total
-            body = Flops(flops, flops, body.unknown_loops)
+            grid = params["grid_mapping"].grid
+            known = [size for size in grid if isinstance(size, int)]
+            flops = math.prod(known) * body.total
+            unknown = len(grid) > len(known) and body.total > 0
+            body = Flops(flops, flops, body.unknown_loops + unknown)
         elif name == "while":
             body = body._replace(unknown_loops=body.unknown_loops + (body.total > 0))
         total = total.plus(body)

@@ -5,7 +5,10 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
 from switch_jax.distributed.hardware import Chip
 from switch_jax.distributed.mesh import make_mesh
@@ -161,6 +164,15 @@ def test_traced_flops_equal_those_of_the_cost_model():
         )
         flops = matmul_flops(evaluation.jaxpr, 4).total / config.data.batch_size
         assert flops == pytest.approx(forward, rel=1e-6)
+
+
+def test_tiles_of_a_kernel_whose_number_depends_on_data_are_said():
+    """The kernel of dropless experts: 2 × 3 known tiles of the weights, those of rows unknown."""
+    jaxpr = jax.make_jaxpr(lambda *arrays: gmm(*arrays, jnp.float32, (128, 128, 128)))(
+        jnp.zeros((512, 256)), jnp.zeros((4, 256, 384)), jnp.zeros(4, jnp.int32)
+    )
+    flops = matmul_flops(jaxpr.jaxpr, 1)
+    assert flops == (2 * 3 * 2 * 128**3, flops.total, 1)
 
 
 def test_roofline_by_hand():
