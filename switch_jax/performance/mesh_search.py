@@ -5,9 +5,9 @@ minutes. Activations are counted by the arrays that a layer keeps for the backwa
 resource works at its published rate. The prediction is good enough to rank meshes: compile the
 chosen mesh for exact figures.
 
-The constants below were chosen against the compile results in docs/scale.md, all of which have
-`train.accumulate=1`. Over these, the ratio of prediction to compiled program is 0.86 to 1.19 for
-memory, 0.79 to 1.42 for HBM traffic and 0.75 to 1.34 for step time.
+The constants below were chosen against the compile results in docs/scale.md. Over these, the ratio
+of prediction to compiled program is 0.92 to 1.32 for memory, 0.63 to 1.63 for HBM traffic and 0.79
+to 1.25 for step time.
 `tests/performance/test_mesh_search.py` checks these bounds.
 """
 
@@ -50,10 +50,8 @@ FLOAT32_BYTES = 4
 PASSES_PER_STEP = {"none": 3, "dots": 3.3, "full": 4}
 
 # HBM traffic of a train step, in multiples of the bytes of float32 parameters (for parameters,
-# gradients and optimizer) and of the activations kept for the backward pass. All stored compile
-# results have one microbatch: they determine the sum 6 + 1.5; the division of the sum into a part
-# per step and a part per microbatch is an assumption. GPUs have no memory on the chip that holds
-# activations between kernels, and no fused attention.
+# gradients and optimizer) and of the activations kept for the backward pass. GPUs have no memory on
+# the chip that holds activations between kernels, and no fused attention.
 PARAMETER_TRAFFIC_PER_STEP = 6
 PARAMETER_TRAFFIC_PER_MICROBATCH = 1.5
 ACTIVATION_TRAFFIC_PER_MICROBATCH = {"tpu": 8.5, "gpu": 24}

@@ -161,11 +161,15 @@ class TrainProgram:
         `weights`: of the state before, which frozen parameters keep.
         """
         dtype, metadata = self.config.model.dtype, self.sharded.metadata
-        cast = self._stored_weights & (self._trained_names if weights else self._stored_weights)
-        weights = {**(weights or {}), **{n: params[n].astype(dtype) for n in cast}}
+        names = self._stored_weights & (self._trained_names if weights else self._stored_weights)
+        # In the order of `params`: a set's order differs between processes, and all of them must
+        # trace the same program.
+        cast = {n: params[n].astype(dtype) for n in params if n in names}
+        weights = {**(weights or {}), **cast}
         rms = {
             n: matrix_rms(weights.get(n, params[n]), metadata[n].num_batch_dims)
-            for n in self._stored_rms
+            for n in params
+            if n in self._stored_rms
         }
         return rms, weights
 

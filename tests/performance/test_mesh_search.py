@@ -108,13 +108,13 @@ def test_predictions_are_near_the_compiled_program(compiled):
     """The bounds are those that the module's docstring names."""
     suggestion = suggestion_for(compiled)
     memory_gib = suggestion.memory / 2**30
-    assert 0.85 < memory_gib / compiled["memory_gib"] < 1.2
+    assert 0.91 < memory_gib / compiled["memory_gib"] < 1.35
     if compiled["hbm_traffic_gb"] is not None:
         chip, _ = chip_of_topology(compiled["topology"])
         traffic_gb = suggestion.seconds["memory"] * chip.memory_rate / 1e9
-        assert 0.78 < traffic_gb / compiled["hbm_traffic_gb"] < 1.43
+        assert 0.62 < traffic_gb / compiled["hbm_traffic_gb"] < 1.65
     if compiled["step_ms"] is not None:
-        assert 0.74 < 1e3 * suggestion.step_seconds / compiled["step_ms"] < 1.35
+        assert 0.78 < 1e3 * suggestion.step_seconds / compiled["step_ms"] < 1.26
 
 
 def test_predictions_rank_meshes_as_compiling_does():

@@ -1,6 +1,9 @@
 """Train step: equal losses on any mesh, its collectives, shardings, packing and padding."""
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -20,6 +23,7 @@ from switch_jax.training.memory import check_memory
 from switch_jax.training.state import TrainState
 from switch_jax.training.step import TrainProgram, _add_to_uint64
 from tests.support.configs import make_batch, tiny
+from tests.support.paths import ROOT
 
 STEPS = 5
 # All random numbers that might depend on the mesh. SGD, because Adafactor takes as long to compile
@@ -337,3 +341,29 @@ def test_what_no_device_can_hold_is_refused_with_its_bytes(changes, words):
 
 def test_what_fits_is_not_refused():
     check_memory(make_program(ONE_DEVICE | SMALL))
+
+
+TRACE = """
+import hashlib
+from tests.training.test_step import make_program
+program = make_program({"model.dtype": "bfloat16", "mesh.data": 1})
+lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+print(hashlib.sha256(lowered.as_text().encode()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_every_process_traces_the_same_program():
+    """Whatever the order of its sets: else no compilation is cached, and processes do not agree."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRACE],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    first, second = (process.communicate()[0] for process in processes)
+    assert first and first == second
