@@ -22,7 +22,7 @@ from switch_jax.distributed import CHIPS, chip_of_topology
 from switch_jax.errors import UserError
 from switch_jax.model import expert_layers, padded_size, split_hops
 from switch_jax.performance import draw_placement, suggest_meshes
-from switch_jax.performance.mesh_search import estimate_step_seconds
+from switch_jax.performance.mesh_search import estimate_step_seconds, predict_mesh
 
 ROOT = Path(__file__).parents[2]
 COMPILED_MESHES = ROOT / "tests/golden/compiled_meshes.json"
@@ -208,6 +208,7 @@ def compiled_mesh(case: Case, result: dict) -> dict:
         "slices": case.slices,
         "accumulate": case.accumulate,
         "mesh": result["mesh"],
+        "fsdp": result["fsdp"],
         "step_ms": seconds and round(1e3 * estimate_step_seconds(seconds)),
         "memory_gib": round(result["hbm_bytes_per_device"] / 2**30, 1),
         "hbm_traffic_gb": traffic and round(traffic / 1e9),
@@ -216,13 +217,13 @@ def compiled_mesh(case: Case, result: dict) -> dict:
 
 def ranking_row(case: Case, result: dict) -> list[str]:
     made = load_config(str(ROOT / f"configs/{case.preset}.py"), case.overrides)
-    found = suggest_meshes(made, CHIPS[result["device_kind"]], result["devices"], case.slices)
-    one = next(s for s in found if s.mesh == result["mesh"])
+    chip, fsdp = CHIPS[result["device_kind"]], result["fsdp"]
+    one = predict_mesh(made, chip, result["mesh"], fsdp=fsdp)
     seconds = result["seconds_by_resource"]  # None if the program does not fit
     return [
         case.preset,
         case.machine,
-        mesh_text(result) + (", FSDP" if one.fsdp else ""),
+        mesh_text(result) + (", FSDP" if fsdp else ""),
         f"{1e3 * one.step_seconds:.0f}",
         f"{1e3 * estimate_step_seconds(seconds):.0f}" if seconds else "does not fit",
         gib(one.memory),

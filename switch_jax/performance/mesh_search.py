@@ -140,6 +140,13 @@ def suggest_meshes(
     return sorted(suggestions, key=_rank_key)
 
 
+def predict_mesh(
+    config: Config, chip: Chip, sizes: dict[str, int], *, fsdp: bool
+) -> MeshSuggestion:
+    """Returns one mesh with its predicted memory and time; `sizes` has all of `MESH_AXES`."""
+    return _StepCostModel(config, chip).suggestion(sizes, fsdp)
+
+
 def _rank_key(suggestion: MeshSuggestion) -> tuple[bool, float]:
     return not suggestion.fits, suggestion.step_seconds
 
