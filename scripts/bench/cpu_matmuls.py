@@ -67,10 +67,11 @@ class Product(NamedTuple):
 def dense_products() -> list[Product]:
     """Returns the products of the dense model's forward pass."""
     products = []
-    for name, length, projections in (("source", SOURCE, 6), ("target", TARGET, 6)):
+    for name, length in (("source", SOURCE), ("target", TARGET)):
         tokens = ROWS * length
         for what, count, inner, outer in (
-            ("projections", projections, D, H * K),
+            # Four of self-attention, and of cross-attention two on each side.
+            ("projections", 6, D, H * K),
             ("feed-forward, up", 1, D, F),
             ("feed-forward, down", 1, F, D),
         ):
@@ -102,6 +103,7 @@ def calls(product: Product) -> dict[str, Callable[[], Any]]:
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Returns the median seconds of a call, once the threads of other calls have gone to sleep."""
     time.sleep(0.05)
     return statistics.median(time_alternating({"": call}, repeats)[""])
 

@@ -37,7 +37,8 @@ class Flops(NamedTuple):
 
     total: float = 0.0
     in_kernels: float = 0.0  # part of `total` in Pallas kernels
-    unknown_loops: int = 0  # loops whose length depends on data; each counts as one iteration
+    # Loops, and grids of kernels, whose length depends on data; each counts as one iteration.
+    unknown_loops: int = 0
 
     def times(self, n: float) -> "Flops":
         """Returns the FLOPs of `n` executions."""
